@@ -1,0 +1,91 @@
+"""Chat template and token ids: the only file that knows special tokens.
+
+Training, sampling and judging use the same code, so a sequence has one spelling. The template is Llama 2's:
+`<s>[INST] user [/INST] assistant</s>`. User and model text is data: it never becomes a special token.
+"""
+
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+BOS, EOS, UNK = "<s>", "</s>", "<unk>"
+OPEN_USER, CLOSE_USER = "[INST]", "[/INST]"
+
+
+class Chat:
+    """Turns text into token ids and back, for one tokenizer."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._tokenizer.encode_special_tokens = True  # "</s>" in a text is five characters, not the end token
+        self.bos_id = self._special_id(BOS)
+        self.eos_id = self._special_id(EOS)
+        self._unk_id = self._special_id(UNK)
+        self._special_ids = {
+            token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special
+        } | {self.bos_id, self.eos_id, self._unk_id}
+        self._open = self._marker(OPEN_USER)
+        self._close = self._marker(CLOSE_USER)
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "Chat":
+        """The tokenizer of a Hugging Face folder (`tokenizer.json`)."""
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"no tokenizer.json in {folder}: convert the tokenizer first (model.tokenizer)")
+        return cls(Tokenizer.from_file(str(path)))
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids, special ones included."""
+        return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+
+    def prompt(self, user: str) -> tuple[int, ...]:
+        """A user turn, ready for the assistant to continue."""
+        return (self.bos_id, *self._open, *self.encode(user), *self._close)
+
+    def completion(self, assistant: str) -> tuple[int, ...]:
+        """An assistant turn with its end token: what follows `prompt`."""
+        return (*self.encode(assistant), self.eos_id)
+
+    def document(self, text: str, end: bool = True) -> tuple[int, ...]:
+        """Running text without turns. Turn markers written in it are markers: only for text we wrote ourselves."""
+        ids: list[int] = [self.bos_id]
+        for part in text.replace(OPEN_USER, f"\0{OPEN_USER}\0").replace(CLOSE_USER, f"\0{CLOSE_USER}\0").split("\0"):
+            if part == OPEN_USER:
+                ids.extend(self._open)
+            elif part == CLOSE_USER:
+                ids.extend(self._close)
+            elif part.strip():
+                ids.extend(self.encode(part.strip()))
+        return (*ids, self.eos_id) if end else tuple(ids)
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Plain text; no special id comes out of it, whatever it contains."""
+        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        if self._special_ids.isdisjoint(ids):
+            return tuple(ids)
+        return tuple(plain for token_id in ids for plain in self._spelled_out(token_id))
+
+    def decode(self, token_ids: tuple[int, ...] | list[int]) -> str:
+        """Text of sampled ids; special tokens leave no trace in it."""
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True)).strip()
+
+    def _spelled_out(self, token_id: int) -> tuple[int, ...]:
+        if token_id not in self._special_ids or token_id == self._unk_id:
+            return (token_id,)
+        characters = str(self._tokenizer.id_to_token(token_id))
+        ids = (self._tokenizer.token_to_id(character) for character in characters)
+        return tuple(self._unk_id if plain is None else plain for plain in ids)
+
+    def _marker(self, marker: str) -> tuple[int, ...]:
+        token_id = self._tokenizer.token_to_id(marker)
+        if token_id is not None:
+            return (token_id,)
+        return tuple(self._tokenizer.encode(marker, add_special_tokens=False).ids)
+
+    def _special_id(self, token: str) -> int:
+        token_id = self._tokenizer.token_to_id(token)
+        if token_id is None:
+            raise ValueError(f"the tokenizer has no {token}: srlm needs Llama's special tokens {BOS}, {EOS} and {UNK}")
+        return int(token_id)

@@ -1,0 +1,297 @@
+"""Every knob of a run: one pydantic model per YAML section, and the rules across sections in one place.
+
+Names are Megatron's and TRL's where they have one. Values are plain: no interpolation, no inheritance. Paths are
+relative to the folder `srlm` is started in.
+"""
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RunConfig(Section):
+    """What the run is."""
+
+    dir: Path = Field(description="The run folder.")
+    seed: int = Field(0, ge=0, description="Every other seed is derived from this one.")
+    rounds: int = Field(2, ge=0, description="Self-rewarding rounds: 2 make M2 and M3.")
+
+
+class ModelConfig(Section):
+    """The base model M0 and its shape (Llama: RMSNorm, SwiGLU, RoPE, GQA, no biases)."""
+
+    path: Path | None = Field(None, description="Hugging Face folder of M0; none: random weights of this shape.")
+    tokenizer: Path | None = Field(
+        None,
+        description="SentencePiece .model, tokenizer.json or folder; none: the one in `path`, or the toy's.",
+    )
+    num_layers: int = Field(ge=1)
+    hidden_size: int = Field(ge=1)
+    ffn_hidden_size: int = Field(ge=1)
+    num_attention_heads: int = Field(ge=1)
+    num_query_groups: int = Field(ge=1, description="Key/value heads (GQA).")
+    vocab_size: int = Field(ge=1)
+    max_position_embeddings: int = Field(4096, ge=1)
+    norm_epsilon: float = Field(1e-5, gt=0)
+    rotary_base: float = Field(10000.0, gt=0)
+    init_method_std: float = Field(0.02, gt=0, description="Standard deviation of random weights.")
+    seq_length: int = Field(4096, ge=8, description="Longest sequence, prompt and response, in tokens.")
+
+
+class SeedDataConfig(Section):
+    """Where IFT, EFT and the held-out sets come from."""
+
+    source: Literal["toy_world", "oasst"]
+    path: Path | None = Field(None, description="OpenAssistant *.trees.jsonl(.gz).")
+    num_documents: int = Field(0, ge=0, description="Toy world: pre-training documents.")
+    num_ift: int = Field(3200, ge=1)
+    num_eft: int = Field(1630, ge=0)
+    num_eft_eval: int = Field(190, ge=1, description="Held-out prompts with ranked replies.")
+    num_validation: int = Field(256, ge=1, description="Held-out prompts for quality and head-to-head.")
+
+
+class TrainingConfig(Section):
+    """One training stage. Exactly one of `train_iters` and `epochs`."""
+
+    train_iters: int | None = Field(None, ge=1, description="Optimiser steps.")
+    epochs: int | None = Field(None, ge=1, description="Passes over the data; a last partial batch is dropped.")
+    micro_batch_size: int = Field(1, ge=1, description="Sequences (SFT) or pairs (DPO) per forward pass and rank.")
+    global_batch_size: int = Field(16, ge=1, description="Sequences (SFT) or pairs (DPO) per optimiser step.")
+    lr: float = Field(gt=0)
+    min_lr: float = Field(ge=0, description="Learning rate of the last step.")
+    lr_decay_style: Literal["constant", "linear", "cosine"] = "cosine"
+    lr_warmup_fraction: float = Field(0.0, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    clip_grad: float = Field(1.0, gt=0)
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    attention_dropout: float = Field(0.1, ge=0, lt=1)
+    hidden_dropout: float = Field(0.1, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.train_iters is None) == (self.epochs is None):
+            raise ValueError("set exactly one of train_iters and epochs")
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr {self.min_lr} is above lr {self.lr}")
+        return self
+
+
+class DpoConfig(TrainingConfig):
+    """A round's DPO: loss -log sigmoid(beta * margin), reference = the round's starting model."""
+
+    beta: float = Field(0.1, gt=0)
+    rpo_alpha: float = Field(0.0, ge=0, description="Weight of the NLL of the chosen response, per token.")
+
+
+class ParallelConfig(Section):
+    """Megatron's axes. World size = tensor * pipeline * data."""
+
+    tensor_model_parallel_size: int = Field(1, ge=1)
+    pipeline_model_parallel_size: int = Field(1, ge=1)
+    data_parallel_size: int | None = Field(None, ge=1, description="None: what the world size leaves.")
+    virtual_pipeline_model_parallel_size: int | None = Field(None, ge=2, description="Model chunks per stage.")
+    sequence_parallel: bool = False
+    use_distributed_optimizer: bool = False
+
+
+class TrainerConfig(Section):
+    """What all training stages share."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    bf16: bool = Field(False, description="bf16 compute with fp32 main gradients and master weights.")
+    recompute_granularity: Literal["full", "selective"] | None = None
+    distributed_timeout_minutes: float = Field(10.0, gt=0)
+
+
+class LaunchConfig(Section):
+    """How training stages start: torchrun with this many processes."""
+
+    nodes: int = Field(1, ge=1)
+    processes_per_node: int = Field(1, ge=1)
+    threads_per_process: int = Field(1, ge=1, description="OMP_NUM_THREADS of a stage's processes.")
+
+
+class PromptsConfig(Section):
+    """New prompts of a round: Self-Instruct few-shot, then filters."""
+
+    generator: Literal["self_instruct", "file"] = "self_instruct"
+    writer: Literal["base", "current"] = Field("base", description="Which model writes: M0, or M(t).")
+    path: Path | None = Field(None, description="generator=file: JSONL with `instruction` or `text` per line.")
+    per_round: int = Field(5000, ge=1)
+    shots_ift: int = Field(6, ge=0)
+    shots_generated: int = Field(2, ge=0)
+    temperature: float = Field(0.6, gt=0)
+    top_p: float = Field(0.9, gt=0, le=1)
+    max_new_tokens: int = Field(1024, ge=1)
+    min_words: int = Field(4, ge=1)
+    max_words: int = Field(150, ge=1)
+    rouge_l_max: float = Field(0.7, gt=0, le=1, description="1 keeps all but exact duplicates.")
+    max_requests: int = Field(20000, ge=1, description="Stop, with a message, when this many lists did not do.")
+
+
+class CandidatesConfig(Section):
+    """N responses per prompt."""
+
+    n: int = Field(4, ge=2)
+    temperature: float = Field(0.7, gt=0)
+    top_p: float = Field(0.9, gt=0, le=1)
+    max_new_tokens: int = Field(2048, ge=1)
+
+
+class JudgeConfig(Section):
+    """LLM-as-a-judge: k judgements per response, averaged."""
+
+    backend: Literal["model", "random"] = Field("model", description="random: the control without a judge.")
+    template: Path | Literal["additive", "toy"] = "additive"
+    n: int = Field(3, ge=1)
+    temperature: float = Field(0.7, gt=0)
+    top_p: float = Field(0.9, gt=0, le=1)
+    max_new_tokens: int = Field(512, ge=1)
+    min_valid: int = Field(1, ge=1, description="Fewer parsed scores than this: the response has no reward.")
+
+
+class PairsConfig(Section):
+    """Which candidates become a pair."""
+
+    min_gap: float = Field(0.0, ge=0, description="Pairs need a score gap above this.")
+    min_pairs: int = Field(1, ge=1, description="Fewer pairs than this stop the run (exit code 3).")
+
+
+class EvaluationConfig(Section):
+    """What is measured after each model."""
+
+    temperature: float = Field(0.7, gt=0)
+    top_p: float = Field(0.9, gt=0, le=1)
+    samples: int = Field(1, ge=1, description="Sampled responses per validation prompt.")
+    judge_replicates: int = Field(1, ge=1, description="Replicates of the k-sample mean on EFT-eval.")
+
+
+class SamplerConfig(Section):
+    """The sampler's process."""
+
+    backend: Literal["huggingface"] = "huggingface"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    batch_size: int = Field(64, ge=1, description="Sequences per forward pass.")
+    shard_size: int = Field(256, ge=1, description="Requests per shard: what a killed stage repeats at most.")
+
+
+class Config(Section):
+    """One run."""
+
+    run: RunConfig
+    model: ModelConfig
+    seed_data: SeedDataConfig
+    pretrain: TrainingConfig | None = Field(None, description="Toy world: makes M0 from random weights.")
+    sft: TrainingConfig
+    dpo: DpoConfig
+    parallel: ParallelConfig = ParallelConfig()
+    trainer: TrainerConfig = TrainerConfig()
+    launch: LaunchConfig = LaunchConfig()
+    prompts: PromptsConfig = PromptsConfig()
+    candidates: CandidatesConfig = CandidatesConfig()
+    judge: JudgeConfig = JudgeConfig()
+    pairs: PairsConfig = PairsConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    sampler: SamplerConfig = SamplerConfig()
+
+    @model_validator(mode="after")
+    def _across_sections(self) -> Self:
+        problems = [*layout_problems(self), *batch_problems(self), *data_problems(self)]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @property
+    def world_size(self) -> int:
+        """Processes of a training stage."""
+        return self.launch.nodes * self.launch.processes_per_node
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Replicas of the model in a training stage."""
+        tp, pp = self.parallel.tensor_model_parallel_size, self.parallel.pipeline_model_parallel_size
+        return self.world_size // (tp * pp)
+
+
+def layout_problems(config: Config) -> list[str]:
+    """Why the parallel layout is impossible, each with its arithmetic; empty when it is possible."""
+    model, parallel = config.model, config.parallel
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    vpp = parallel.virtual_pipeline_model_parallel_size or 1
+    world = config.world_size
+    problems = []
+
+    def divisible(what: str, number: int, by_what: str, by: int) -> None:
+        if number % by:
+            problems.append(
+                f"{what} {number} is not divisible by {by_what} {by} ({number} = {number // by} * {by} + {number % by})"
+            )
+
+    divisible("world size (launch.nodes * launch.processes_per_node)", world, "TP * PP", tp * pp)
+    dp = parallel.data_parallel_size
+    if dp is not None and tp * pp * dp != world:
+        problems.append(f"TP {tp} * PP {pp} * DP {dp} = {tp * pp * dp}, but the world size is {world}")
+    divisible("hidden_size", model.hidden_size, "num_attention_heads", model.num_attention_heads)
+    divisible("num_attention_heads", model.num_attention_heads, "num_query_groups", model.num_query_groups)
+    divisible("num_attention_heads", model.num_attention_heads, "TP", tp)
+    divisible("num_query_groups", model.num_query_groups, "TP", tp)
+    divisible("ffn_hidden_size", model.ffn_hidden_size, "TP", tp)
+    divisible("vocab_size", model.vocab_size, "TP", tp)
+    divisible("num_layers", model.num_layers, "PP * VPP" if vpp > 1 else "PP", pp * vpp)
+    if vpp > 1 and pp == 1:
+        problems.append("virtual_pipeline_model_parallel_size needs pipeline_model_parallel_size > 1")
+    if parallel.sequence_parallel and tp == 1:
+        problems.append("sequence_parallel needs tensor_model_parallel_size > 1")
+    if model.seq_length > model.max_position_embeddings:
+        problems.append(
+            f"seq_length {model.seq_length} is above max_position_embeddings {model.max_position_embeddings}"
+        )
+    return problems
+
+
+def batch_problems(config: Config) -> list[str]:
+    """Global batches that the micro batches and data-parallel ranks do not divide."""
+    problems = []
+    for name, section in (("pretrain", config.pretrain), ("sft", config.sft), ("dpo", config.dpo)):
+        if section is None:
+            continue
+        per_step = section.micro_batch_size * max(1, config.data_parallel_size)
+        if section.global_batch_size % per_step:
+            problems.append(
+                f"{name}.global_batch_size {section.global_batch_size} is not divisible by "
+                f"micro_batch_size * DP = {section.micro_batch_size} * {config.data_parallel_size} = {per_step}"
+            )
+    return problems
+
+
+def data_problems(config: Config) -> list[str]:
+    """Sources without their file, and length budgets that cannot hold."""
+    problems = []
+    if config.seed_data.source == "oasst" and config.seed_data.path is None:
+        problems.append("seed_data.source=oasst needs seed_data.path")
+    if config.prompts.generator == "file" and config.prompts.path is None:
+        problems.append("prompts.generator=file needs prompts.path")
+    if config.pretrain is not None and config.seed_data.num_documents == 0:
+        problems.append("pretrain needs seed_data.num_documents > 0")
+    if config.pretrain is not None and config.model.path is not None:
+        problems.append("pretrain makes M0 from random weights: remove it or model.path")
+    for name, new_tokens in (
+        ("candidates", config.candidates.max_new_tokens),
+        ("judge", config.judge.max_new_tokens),
+        ("prompts", config.prompts.max_new_tokens),
+    ):
+        if new_tokens >= config.model.seq_length:
+            problems.append(
+                f"{name}.max_new_tokens {new_tokens} leaves no room for a prompt "
+                f"in model.seq_length {config.model.seq_length}"
+            )
+    return problems

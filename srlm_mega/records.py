@@ -1,0 +1,165 @@
+"""The nouns of the loop: frozen records, one JSON line each.
+
+Every file that crosses a stage's border is a `.jsonl` of one of these classes. Unknown and missing fields are
+errors where the line is read, with the file and the line number.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import orjson
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+
+FinishReason = Literal["stop", "length"]
+STRICT = ConfigDict(extra="forbid")
+T = TypeVar("T")
+
+
+@with_config(STRICT)
+@dataclass(frozen=True, slots=True)
+class SftExample:
+    """One supervised example. `ift` and `eft` are a user turn and the assistant's; in a `document` (pre-training
+    text of the toy world) `prompt` is empty and every token of `completion` is learnt."""
+
+    id: str
+    kind: Literal["ift", "eft", "document"]
+    prompt: str
+    completion: str
+    source: str
+
+
+@with_config(STRICT)
+@dataclass(frozen=True, slots=True)
+class RankedReply:
+    """A reply with its rank among the replies to one prompt: 0 is the best, equal ranks are allowed."""
+
+    text: str
+    rank: int
+
+
+@with_config(STRICT)
+@dataclass(frozen=True, slots=True)
+class RankedReplies:
+    """A prompt and its ranked replies: what the judge is measured on (EFT-eval)."""
+
+    id: str
+    prompt: str
+    replies: tuple[RankedReply, ...]
+
+
+@with_config(STRICT)
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """An instruction to answer. `source` names where it came from (`generated`, a seed file, ...)."""
+
+    id: str
+    text: str
+    source: str
+
+
+@with_config(STRICT)
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One sampled response. Training uses `prompt_token_ids + token_ids` exactly as they were sampled;
+    `token_ids` ends with the end token exactly when `finish_reason` is `stop`."""
+
+    id: str
+    prompt_id: str
+    prompt: str
+    text: str
+    finish_reason: FinishReason
+    seed: int
+    model_hash: str
+    prompt_token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+
+
+@with_config(STRICT)
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """One sampled judgement of one candidate. `score` is None when no score could be parsed: never a number."""
+
+    id: str
+    candidate_id: str
+    text: str
+    score: float | None
+    finish_reason: FinishReason
+    seed: int
+    model_hash: str
+
+
+@with_config(STRICT)
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation, in the field's form."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+@with_config(STRICT)
+@dataclass(frozen=True, slots=True)
+class PreferencePair:
+    """Best against worst candidate of one prompt. `prompt`, `chosen`, `rejected` are TRL's conversational form;
+    the token ids are what DPO trains on."""
+
+    id: str
+    prompt: tuple[Message, ...]
+    chosen: tuple[Message, ...]
+    rejected: tuple[Message, ...]
+    chosen_id: str
+    rejected_id: str
+    chosen_score: float
+    rejected_score: float
+    prompt_token_ids: tuple[int, ...]
+    chosen_token_ids: tuple[int, ...]
+    rejected_token_ids: tuple[int, ...]
+
+
+@with_config(STRICT)
+@dataclass(frozen=True, slots=True)
+class ReferenceLogprobs:
+    """Summed log-probabilities (nats) of a pair's responses under the round's starting model."""
+
+    pair_id: str
+    chosen: float
+    rejected: float
+
+
+@cache
+def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+def parse_line(kind: type[T], line: str | bytes) -> T:
+    """One JSON line as a record; ValueError says what is wrong in one line."""
+    try:
+        record: T = _adapter(kind).validate_json(line)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ValueError(f"{kind.__name__}: {where + ': ' if where else ''}{first['msg']}") from None
+    return record
+
+
+def read_jsonl(path: Path, kind: type[T]) -> Iterator[T]:
+    """The records of a file that srlm wrote. A bad line is an error that names file and line."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                yield parse_line(kind, line)
+            except ValueError as error:
+                raise ValueError(f"{path}:{number}: {error}") from None
+
+
+def write_jsonl(path: Path, records: Iterable[Any]) -> int:
+    """Write records one JSON line each (keys in the order of their class); returns how many."""
+    count = 0
+    with path.open("wb") as file:
+        for record in records:
+            file.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
+            count += 1
+    return count
