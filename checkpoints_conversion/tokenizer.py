@@ -1,0 +1,49 @@
+"""Llama's SentencePiece model -> the `tokenizer.json` of a Hugging Face folder, with the same token ids.
+
+transformers 5 derives the merges of such a model from the order of its ids. The whitespace runs of Llama 2 have low
+ids and the lowest scores, so indented text came out with other ids than SentencePiece gives. Here scores decide.
+"""
+
+from pathlib import Path
+
+import orjson
+from sentencepiece import SentencePieceProcessor
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers
+from tokenizers.models import BPE
+from transformers.convert_slow_tokenizer import generate_merges
+
+SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")
+SPACE = "\u2581"
+
+
+def tokenizer_from_sentencepiece(model_file: Path) -> Tokenizer:
+    """The same text gives the same ids as SentencePiece. ValueError when the model's specials are not Llama's."""
+    pieces = SentencePieceProcessor(model_file=str(model_file))
+    vocab = {pieces.id_to_piece(index): index for index in range(pieces.get_piece_size())}
+    specials = tuple(pieces.id_to_piece(index) for index in range(3))
+    if specials != SPECIAL_TOKENS:
+        raise ValueError(f"{model_file}: the first pieces must be {SPECIAL_TOKENS}, got {specials}")
+    scores = {piece: pieces.get_score(index) for piece, index in vocab.items() if piece not in SPECIAL_TOKENS}
+    merges = generate_merges(vocab, scores)
+    tokenizer = Tokenizer(BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
+    return tokenizer
+
+
+def write_tokenizer(tokenizer: Tokenizer, folder: Path, model_max_length: int) -> None:
+    """`tokenizer.json` and the `tokenizer_config.json` that transformers reads beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "model_max_length": model_max_length,
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer_config.json").write_bytes(orjson.dumps(settings, option=orjson.OPT_INDENT_2))

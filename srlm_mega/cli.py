@@ -1,0 +1,155 @@
+"""The `srlm` command. Every command is a few lines: the work is elsewhere, imported where it is needed, so that
+`srlm run` starts in a blink."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from srlm_mega.errors import STOPPED, USER_ERROR, RunStopped, UserError
+
+app = typer.Typer(
+    help="Train self-rewarding language models: one run is one folder, and what is on disk is what is done.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+config_app = typer.Typer(help="Look at a configuration.", no_args_is_help=True, rich_markup_mode=None)
+show_app = typer.Typer(help="Look inside a run.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(config_app, name="config")
+app.add_typer(show_app, name="show")
+
+OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
+ConfigFile = Annotated[Path, typer.Argument(help="YAML file, for example launch/configs/toy_cpu.yaml.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value", metavar="[OVERRIDES]...")]
+RunFolder = Annotated[Path, typer.Argument(help="A run folder, for example runs/toy.")]
+
+
+@app.command(context_settings=OVERRIDES)
+def run(
+    config_file: ConfigFile,
+    overrides: Overrides = None,
+    redo: Annotated[list[str] | None, typer.Option(help="Make this stage again, and all that comes from it.")] = None,
+) -> None:
+    """Run the whole self-rewarding loop; started again, it goes on where it stopped."""
+    from srlm_mega.config_file import load_config
+    from srlm_mega.display import Display
+    from srlm_mega.loop import run_loop
+    from srlm_mega.run_dir import RunDir
+
+    console = Console()
+    config = load_config(config_file, overrides or [])
+    folder = RunDir(config.run.dir)
+    try:
+        made = run_loop(config, folder, tuple(redo or ()), Display(console))
+    except RunStopped:
+        write_report(folder.root)
+        raise
+    if made or not folder.report_file.is_file():
+        write_report(folder.root)
+    else:
+        console.print(f"Nothing to do: every stage of {folder.root} is finished.", markup=False, highlight=False)
+    print_summary(folder.root, console)
+
+
+@app.command()
+def stage(name: Annotated[str, typer.Argument(help="For example round_1/candidates.")], run: RunFolder) -> None:
+    """Make one output of a run, in this process. `srlm run` starts these, under torchrun where ranks are needed."""
+    from srlm_mega.run_dir import RunDir
+    from srlm_mega.stage import run_stage
+
+    existing_run(run)
+    raise typer.Exit(run_stage(RunDir(run), name))
+
+
+@app.command()
+def status(run: RunFolder) -> None:
+    """Which stages are done, partial or missing, with rows and seconds."""
+    from srlm_mega.status import status_table
+
+    Console().print(status_table(existing_run(run)))
+
+
+@app.command()
+def report(run: RunFolder) -> None:
+    """Write summary.json and report.html of a run, finished or not."""
+    from srlm_mega.report.page import write_report as write_page
+    from srlm_mega.report.summary import write_summary
+
+    existing_run(run)
+    write_summary(run)
+    print(write_page(run))
+
+
+@show_app.command("pair")
+def show_pair(pair_id: Annotated[str, typer.Argument(metavar="ID")], run: RunFolder) -> None:
+    """A preference pair with all it came from: prompt, candidates, scores, judge texts, model hash, seeds."""
+    from srlm_mega.lineage import pair_text
+
+    print(pair_text(existing_run(run), pair_id))
+
+
+@config_app.command("show", context_settings=OVERRIDES)
+def config_show(config_file: ConfigFile, overrides: Overrides = None) -> None:
+    """The resolved values, and where each came from."""
+    from srlm_mega.config_file import leaves, load_config, origins
+
+    values = leaves(load_config(config_file, overrides or []))
+    where = origins(config_file, overrides or [])
+    width = max(len(key) for key in values)
+    for key, value in values.items():
+        print(f"{key:<{width}} = {'null' if value is None else value!s:<32} # {where[key]}")
+
+
+@config_app.command("schema")
+def config_schema() -> None:
+    """JSON Schema of the configuration file."""
+    import orjson
+
+    from srlm_mega.config import Config
+
+    print(orjson.dumps(Config.model_json_schema(), option=orjson.OPT_INDENT_2).decode())
+
+
+def existing_run(run: Path) -> Path:
+    """The folder, if it is a run's."""
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run} is not a run folder: it has no config.yaml. `srlm run CONFIG` makes one.")
+    return run
+
+
+def write_report(run: Path) -> None:
+    """`srlm report` in a process of its own: plots need packages that the controller does without."""
+    argv = [str(Path(sys.executable).parent / "srlm"), "report", str(run)]
+    subprocess.run(argv, check=True, stdout=subprocess.DEVNULL)
+
+
+def print_summary(run: Path, console: Console) -> None:
+    """The final table, and where the rest is."""
+    from srlm_mega.report.summary import read_summary
+    from srlm_mega.report.terminal import summary_table
+
+    console.print(summary_table(read_summary(run)))
+    console.print(f"Report: {run / 'report.html'}   Pairs and their history: srlm show pair ID {run}", highlight=False)
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one message, never a traceback."""
+    try:
+        app()
+    except UserError as error:
+        exit_with(USER_ERROR, f"error: {error}")
+    except RunStopped as error:
+        exit_with(STOPPED, f"stopped: {error}")
+    except KeyboardInterrupt:
+        exit_with(130, "interrupted: everything finished is kept, the same command goes on")
+
+
+def exit_with(code: int, message: str) -> None:
+    """Print to stderr and leave."""
+    print(message, file=sys.stderr)
+    sys.exit(code)

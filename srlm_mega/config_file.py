@@ -1,0 +1,152 @@
+"""From a YAML file and `section.key=value` overrides to a Config, with every mistake named in one screen."""
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from srlm_mega.config import Config
+from srlm_mega.errors import UserError
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """The resolved configuration; UserError lists everything that is wrong with it."""
+    return parse_config(apply_overrides(read_yaml(path), overrides), str(path))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The sections of a configuration file."""
+    if not path.is_file():
+        presets = ", ".join(str(preset) for preset in sorted(Path("launch/configs").glob("*.yaml")))
+        raise UserError(f"no configuration file {path}." + (f" Presets here: {presets}" if presets else ""))
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} must hold sections such as `run:` and `model:`, got {type(raw).__name__}")
+    return raw
+
+
+def apply_overrides(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """`section.key=value`, values read as YAML. Megatron's spelling works too: `--tensor-model-parallel-size=2`
+    stands for the one section that has such a key."""
+    merged: dict[str, Any] = {
+        name: dict(section) if isinstance(section, dict) else section for name, section in raw.items()
+    }
+    for override in overrides:
+        key, equals, text = override.lstrip("-").partition("=")
+        if not equals:
+            raise UserError(f"override {override!r} is not of the form section.key=value, for example dpo.lr=1e-6")
+        section, key = split_key(key.replace("-", "_"), override)
+        target = merged.setdefault(section, {})
+        if not isinstance(target, dict):
+            target = merged[section] = {}
+        target[key] = scalar(text)
+    return merged
+
+
+def scalar(text: str) -> Any:
+    """An override's value. YAML 1.1 reads `1e-6` as text, so numbers are tried first."""
+    try:
+        return int(text) if text.lstrip("+-").isdigit() else float(text)
+    except ValueError:
+        return yaml.safe_load(text)
+
+
+def split_key(key: str, override: str) -> tuple[str, str]:
+    """Section and key of a dotted or a bare key."""
+    section, dot, name = key.partition(".")
+    if dot:
+        return section, name
+    owners = [dotted.partition(".")[0] for dotted in all_keys() if dotted.partition(".")[2] == key]
+    if len(owners) == 1:
+        return owners[0], key
+    if owners:
+        raise UserError(
+            f"override {override!r}: {key} is in several sections; say one of "
+            + ", ".join(f"{o}.{key}" for o in owners)
+        )
+    raise UserError(f"override {override!r}: unknown key {key}. {nearest(key)}")
+
+
+def parse_config(raw: Mapping[str, Any], source: str) -> Config:
+    """Validate; UserError with one line per mistake."""
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        lines = [describe(item) for item in error.errors()]
+        raise UserError(f"{source}: {len(lines)} problem(s)\n" + "\n".join(f"  - {line}" for line in lines)) from None
+
+
+def describe(item: Mapping[str, Any]) -> str:
+    """One pydantic error as: where, what, what it got, what to do."""
+    where = ".".join(str(part) for part in item["loc"])
+    match item["type"]:
+        case "extra_forbidden":
+            return f"unknown key {where}. {nearest(where)}"
+        case "missing":
+            return f"{where} is required and absent"
+        case "value_error":
+            message = str(item["msg"]).removeprefix("Value error, ")
+            return f"{where}: {message}" if where else message.replace("; ", "\n  - ")
+        case _:
+            return f"{where}: {item['msg']}, got {item['input']!r}"
+
+
+def nearest(key: str) -> str:
+    """The valid keys that look most like a wrong one."""
+    keys = list(all_keys())
+    section, dot, name = key.partition(".")
+    close = difflib.get_close_matches(key, keys, n=3, cutoff=0.6)
+    by_name = difflib.get_close_matches(name if dot else section, [k.partition(".")[2] for k in keys], n=3, cutoff=0.6)
+    close += [k for k in keys if k.partition(".")[2] in by_name and k not in close][:3]
+    if close:
+        return "Did you mean " + " or ".join(close[:4]) + "?"
+    own = [k for k in keys if k.startswith(f"{section}.")]
+    if own:
+        return f"Keys of {section}: " + ", ".join(k.partition(".")[2] for k in own)
+    return "Sections: " + ", ".join(Config.model_fields)
+
+
+def all_keys() -> Iterator[str]:
+    """Every `section.key` there is."""
+    for name, info in Config.model_fields.items():
+        for kind in (info.annotation, *getattr(info.annotation, "__args__", ())):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                for key in kind.model_fields:
+                    yield f"{name}.{key}"
+
+
+def leaves(config: Config) -> dict[str, Any]:
+    """The resolved values by dotted key, in the order of the sections; an absent section is one leaf, null."""
+    values: dict[str, Any] = {}
+    for section, content in config.model_dump(mode="json").items():
+        if content is None:
+            values[section] = None
+        else:
+            values.update({f"{section}.{key}": value for key, value in content.items()})
+    return values
+
+
+def origins(path: Path, overrides: Sequence[str]) -> dict[str, str]:
+    """Where each resolved value came from: `override`, the file's name, or `default`."""
+    raw = read_yaml(path)
+    merged = apply_overrides(raw, overrides)
+
+    def origin(dotted: str) -> str:
+        section, _, key = dotted.partition(".")
+        in_file, in_all = raw.get(section) or {}, merged.get(section) or {}
+        if key in in_all and (key not in in_file or in_all[key] != in_file[key]):
+            return "override"
+        return path.name if key in in_file else "default"
+
+    return {key: origin(key) for key in leaves(parse_config(merged, str(path)))}
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as a file that `load_config` reads back to an equal Config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

@@ -1,0 +1,62 @@
+"""`srlm show pair`: from a preference pair back to its prompt, candidates, judge texts, seeds and models."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from srlm_mega.errors import UserError
+from srlm_mega.records import Candidate, Judgement, PreferencePair, Prompt, read_jsonl
+from srlm_mega.run_dir import RunDir
+
+T = TypeVar("T")
+
+
+def pair_text(folder: Path, pair_id: str) -> str:
+    """Everything known of a pair, as text."""
+    run = RunDir(folder)
+    rounds = sorted(path.parent for path in folder.glob("round_*/pairs"))
+    for round_folder in rounds:
+        name = round_folder.name
+        for pair in read_jsonl(run.output(f"{name}/pairs") / "pairs.jsonl", PreferencePair):
+            if pair.id == pair_id:
+                return "\n".join(describe(run, name, pair))
+    example = first(rounds, run)
+    raise UserError(
+        f"no pair {pair_id} in {folder}." + (f" An id looks like {example}." if example else " It has no pairs yet.")
+    )
+
+
+def describe(run: RunDir, round_name: str, pair: PreferencePair) -> Iterator[str]:
+    """The lines of one pair."""
+    candidates = {c.id: c for c in read(run, round_name, "candidates", Candidate)}
+    prompt_id = candidates[pair.chosen_id].prompt_id
+    prompt = next(p for p in read(run, round_name, "prompts", Prompt) if p.id == prompt_id)
+    judgements: dict[str, list[Judgement]] = {}
+    for judgement in read(run, round_name, "judgements", Judgement):
+        judgements.setdefault(judgement.candidate_id, []).append(judgement)
+    yield f"pair {pair.id}   {round_name}"
+    yield f"prompt {prompt.id} ({prompt.source}): {prompt.text}"
+    for candidate in candidates.values():
+        if candidate.prompt_id != prompt_id:
+            continue
+        role = {pair.chosen_id: "chosen", pair.rejected_id: "rejected"}.get(candidate.id, "candidate")
+        score = {"chosen": f" score {pair.chosen_score:g}", "rejected": f" score {pair.rejected_score:g}"}.get(role, "")
+        yield ""
+        yield f"{role} {candidate.id}{score} ({candidate.finish_reason}, seed {candidate.seed}, model {candidate.model_hash})"
+        yield f"  {candidate.text}"
+        for judgement in judgements.get(candidate.id, []):
+            shown = "no score" if judgement.score is None else f"{judgement.score:g}"
+            yield f"  judged {shown}: {judgement.text}  (seed {judgement.seed}, model {judgement.model_hash})"
+
+
+def read(run: RunDir, round_name: str, stage: str, kind: type[T]) -> Iterator[T]:
+    """The records of one of a round's outputs."""
+    return read_jsonl(run.output(f"{round_name}/{stage}") / f"{stage}.jsonl", kind)
+
+
+def first(rounds: list[Path], run: RunDir) -> str | None:
+    """The id of some pair, for an error message."""
+    for round_folder in rounds:
+        for pair in read_jsonl(run.output(f"{round_folder.name}/pairs") / "pairs.jsonl", PreferencePair):
+            return pair.id
+    return None

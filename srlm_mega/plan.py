@@ -1,0 +1,129 @@
+"""The stages of a run in order, and what each depends on: a stage's config and inputs decide its bytes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from srlm_mega.config import Config
+from srlm_mega.config_file import leaves
+from srlm_mega.errors import UserError
+from srlm_mega.run_dir import Identity, RunDir
+
+TRAINER = ("run.seed", "model", "parallel", "trainer", "launch")
+SAMPLER = ("run.seed", "model.seq_length", "sampler", "launch.threads_per_process")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: a process (or, `parallel`, a torchrun job) that reads its inputs and writes one output.
+
+    `name` is the output's place in the run folder; `config` lists the sections and keys that decide its bytes.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    config: tuple[str, ...]
+    parallel: bool = False
+
+
+def plan(config: Config) -> list[Stage]:
+    """M0, then M1 by supervised training, then a model per self-rewarding round."""
+    stages = [
+        Stage("seed", (), ("run.seed", "seed_data", "prompts.generator", "prompts.path", "judge.template")),
+        base_model(config),
+        Stage("M1", ("M0", "seed"), (*TRAINER, "sft"), parallel=True),
+        evaluation(1),
+    ]
+    for number in range(1, config.run.rounds + 1):
+        stages += self_rewarding_round(config, number)
+    return stages
+
+
+def base_model(config: Config) -> Stage:
+    """M0: a given folder, random weights, or (toy world) pre-trained from random weights."""
+    if config.pretrain is None:
+        return Stage("M0", ("seed",), ("run.seed", "model"))
+    return Stage("M0", ("seed",), (*TRAINER, "pretrain"), parallel=True)
+
+
+def self_rewarding_round(config: Config, number: int) -> list[Stage]:
+    """M(t) answers new prompts, judges its answers, and DPO on its best and worst makes M(t+1)."""
+    current, following, folder = f"M{number}", f"M{number + 1}", f"round_{number}"
+    prompts, candidates, judgements, pairs, reference = (
+        f"{folder}/{name}" for name in ("prompts", "candidates", "judgements", "pairs", "reference")
+    )
+    writer = "M0" if config.prompts.writer == "base" else current
+    earlier = tuple(f"round_{before}/prompts" for before in range(1, number))
+    judge_inputs = (candidates, "seed") if config.judge.backend == "random" else (candidates, "seed", current)
+    return [
+        Stage(prompts, ("seed", writer, *earlier), (*SAMPLER, "prompts", "candidates.max_new_tokens")),
+        Stage(candidates, (prompts, current), (*SAMPLER, "candidates")),
+        Stage(judgements, judge_inputs, (*SAMPLER, "judge")),
+        Stage(pairs, (candidates, judgements), ("run.seed", "pairs", "judge.min_valid")),
+        Stage(reference, (current, pairs), (*TRAINER, "dpo.micro_batch_size"), parallel=True),
+        Stage(following, (current, pairs, reference), (*TRAINER, "dpo"), parallel=True),
+        evaluation(number + 1),
+    ]
+
+
+def evaluation(number: int) -> Stage:
+    """What M(number) writes and how it judges, on held-out data; later models are compared with M1."""
+    model = f"M{number}"
+    against = () if number == 1 else ("M1/evaluation",)
+    return Stage(
+        f"{model}/evaluation",
+        (model, "seed", *against),
+        (*SAMPLER, "evaluation", "seed_data.source", "candidates.max_new_tokens", "judge"),
+    )
+
+
+def find_stage(config: Config, name: str) -> Stage:
+    """The stage of that name; UserError lists the ones there are."""
+    stages = plan(config)
+    for stage in stages:
+        if stage.name == name:
+            return stage
+    raise UserError(f"no stage {name}. Stages of this run: " + ", ".join(stage.name for stage in stages))
+
+
+def config_of(stage: Stage, config: Config) -> dict[str, Any]:
+    """The values, by dotted key, that decide a stage's bytes."""
+    return {
+        key: value
+        for key, value in leaves(config).items()
+        if any(key == part or key.startswith(f"{part}.") for part in stage.config)
+    }
+
+
+def identity_of(stage: Stage, config: Config, run: RunDir) -> Identity:
+    """What the stage's output will be made from; its inputs must be finished."""
+    return Identity(stage.name, config_of(stage, config), {name: run.digest(name) for name in stage.inputs})
+
+
+def downstream(stages: list[Stage], name: str) -> list[str]:
+    """The stage and all that is made from it."""
+    doomed = [name]
+    for stage in stages:
+        if stage.name not in doomed and not set(stage.inputs).isdisjoint(doomed):
+            doomed.append(stage.name)
+    return doomed
+
+
+def check_unchanged(stage: Stage, config: Config, run: RunDir) -> None:
+    """A finished output must be what this configuration and these inputs would make."""
+    manifest = run.manifest(stage.name)
+    assert manifest is not None, f"check of an unfinished stage {stage.name}"
+    remedy = f"Use another run folder (run.dir=...), or make it again: srlm run --redo {stage.name}"
+    changes = changed(manifest.config, config_of(stage, config))
+    if changes:
+        lines = "\n".join(f"  - {key}: was {old!r}, now {new!r}" for key, (old, new) in changes.items())
+        raise UserError(f"{run.output(stage.name)} was made with another configuration:\n{lines}\n{remedy}")
+    for name in stage.inputs:
+        if run.manifest(name) is not None and run.digest(name) != manifest.inputs.get(name):
+            raise UserError(f"{run.output(stage.name)} was made from another {name}. {remedy}")
+
+
+def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Keys whose values differ, with both values."""
+    keys = sorted(old.keys() | new.keys())
+    return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}

@@ -1,0 +1,149 @@
+"""The final table of a run, `summary.json`, read from what exists: half a run gives half a table."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import orjson
+
+from srlm_mega.evaluation.judge_metrics import JudgeMetrics
+from srlm_mega.evaluation.results import ModelEvaluation
+from srlm_mega.records import parse_line
+from srlm_mega.run_dir import MANIFEST, RunDir, write_atomic
+
+# The order of the stages within a round, as the loop runs them.
+ROAD = ("seed", "M0", "model", "evaluation", "prompts", "candidates", "judgements", "pairs", "reference")
+ABSENT = "–"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSummary:
+    """One row of the table; the fields are those of ModelEvaluation. `pairs` is what the model's DPO trained on,
+    None for a model without one (M1)."""
+
+    quality_sampled: float | None
+    quality_greedy: float | None
+    win_vs_m1: float | None
+    tie_vs_m1: float | None
+    loss_vs_m1: float | None
+    judge: JudgeMetrics
+    mean_length: float
+    pairs: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """`models` by name, M1 first; `seconds` by stage, in the order of the loop."""
+
+    models: dict[str, ModelSummary]
+    seconds: dict[str, float]
+
+    @property
+    def has_ground_truth(self) -> bool:
+        """Whether any model's quality could be measured."""
+        return any(row.quality_sampled is not None for row in self.models.values())
+
+
+def build_summary(run: Path) -> Summary:
+    """The table of everything that is finished in a run folder."""
+    folder = RunDir(run)
+    stages = finished_stages(run)
+    models = {name: _model_summary(folder, name) for name in model_names(run) if f"{name}/evaluation" in stages}
+    return Summary(models, stages)
+
+
+def write_summary(run: Path) -> Summary:
+    """Write `summary.json` and return what it says."""
+    summary = build_summary(run)
+    write_atomic(RunDir(run).summary_file, orjson.dumps(summary, option=orjson.OPT_INDENT_2))
+    return summary
+
+
+def model_names(run: Path) -> list[str]:
+    """M1, M2, ... as far as their folders exist."""
+    names = [path.name for path in run.glob("M*") if re.fullmatch(r"M[1-9]\d*", path.name)]
+    return sorted(names, key=model_number)
+
+
+def model_number(name: str) -> int:
+    """3 for M3."""
+    return int(name.removeprefix("M"))
+
+
+def finished_stages(run: Path) -> dict[str, float]:
+    """Seconds of every finished stage, in the order of the loop."""
+    folder = RunDir(run)
+    names = [
+        path.parent.relative_to(run).as_posix() for path in (*run.glob(f"*/{MANIFEST}"), *run.glob(f"*/*/{MANIFEST}"))
+    ]
+    manifests = (folder.manifest(name) for name in names if "." not in name)  # not x.partial, not x.removed
+    seconds = {manifest.stage: manifest.seconds for manifest in manifests if manifest is not None}
+    return {stage: seconds[stage] for stage in sorted(seconds, key=_place_in_loop)}
+
+
+def _model_summary(folder: RunDir, name: str) -> ModelSummary:
+    content = (folder.output(f"{name}/evaluation") / "evaluation.json").read_bytes()
+    evaluation = parse_line(ModelEvaluation, content)
+    pairs = folder.manifest(f"round_{model_number(name) - 1}/pairs")
+    return ModelSummary(
+        quality_sampled=evaluation.quality_sampled,
+        quality_greedy=evaluation.quality_greedy,
+        win_vs_m1=evaluation.win_vs_m1,
+        tie_vs_m1=evaluation.tie_vs_m1,
+        loss_vs_m1=evaluation.loss_vs_m1,
+        judge=evaluation.judge,
+        mean_length=evaluation.mean_length,
+        pairs=None if pairs is None else pairs.rows,
+    )
+
+
+def _place_in_loop(stage: str) -> tuple[int, int, str]:
+    head, _, part = stage.partition("/")
+    digits = re.search(r"\d+", head)
+    kind = part or head
+    return int(digits.group()) if digits else 0, ROAD.index(kind) if kind in ROAD else len(ROAD), stage
+
+
+def findings(summary: Summary) -> list[str]:
+    """What the table says, in sentences; empty before the first evaluation."""
+    if not summary.models:
+        return []
+    (first, m1), (last, newest) = list(summary.models.items())[0], list(summary.models.items())[-1]
+    sentences = []
+    if newest.quality_sampled is not None and m1.quality_sampled is not None:
+        change = movement(m1.quality_sampled, newest.quality_sampled, 2)
+        sentences.append(f"Sampled quality {change} of 5 by ground truth{_span(first, last)}.")
+    if newest.win_vs_m1 is not None:
+        sentences.append(
+            f"Against M1 on the same prompts, {last} wins {percent(newest.win_vs_m1)}, "
+            f"ties {percent(newest.tie_vs_m1)} and loses {percent(newest.loss_vs_m1)}."
+        )
+    accuracy, before = newest.judge.pair_acc_half, m1.judge.pair_acc_half
+    if accuracy is not None and before is not None:
+        sentences.append(
+            f"Judge accuracy (ties count half) {movement(100 * before, 100 * accuracy, 1)}%{_span(first, last)}; "
+            f"{last} ties {percent(newest.judge.tie_rate)} of the pairs it judges."
+        )
+    return sentences
+
+
+def movement(first: float, last: float, digits: int) -> str:
+    """'rises from 3.27 to 4.68', as the rounded numbers have it."""
+    before, after = f"{first:.{digits}f}", f"{last:.{digits}f}"
+    if before == after:
+        return f"is {after}"
+    return f"{'rises' if last > first else 'falls'} from {before} to {after}"
+
+
+def decimal(value: float | None, digits: int = 2) -> str:
+    """A number, or a dash where there is none."""
+    return ABSENT if value is None else f"{value:.{digits}f}"
+
+
+def percent(share: float | None, digits: int = 0) -> str:
+    """A share as a percentage, or a dash where there is none."""
+    return ABSENT if share is None else f"{100 * share:.{digits}f}%"
+
+
+def _span(first: str, last: str) -> str:
+    return f" ({first})" if first == last else f" ({first} to {last})"

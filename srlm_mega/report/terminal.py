@@ -1,0 +1,43 @@
+"""The final table in a terminal of 80 columns."""
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from srlm_mega.report.summary import ABSENT, ModelSummary, Summary, decimal, findings, percent
+
+
+def summary_table(summary: Summary) -> Table:
+    """One row per model, the newest in bold; what needs ground truth is left out where there is none."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim", caption_justify="left", caption_style="")
+    table.add_column("\nmodel", no_wrap=True)
+    truth_columns = (
+        ["quality\nsampled", "quality\ngreedy", "win/tie/loss\nvs M1, %"] if summary.has_ground_truth else []
+    )
+    judge_columns = ["judge\nacc. %", "untied\nacc. %", "judge\nties %"]
+    for header in (*truth_columns, *judge_columns, "length\ntokens", "\npairs"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for name, row in summary.models.items():
+        newest = name == list(summary.models)[-1]
+        table.add_row(Text(name), *_cells(row, summary.has_ground_truth), style="bold" if newest else "")
+    table.caption = Text("\n".join(findings(summary)) or "No model is evaluated yet.")
+    return table
+
+
+def _cells(row: ModelSummary, has_ground_truth: bool) -> list[Text]:
+    truth = [Text(decimal(row.quality_sampled)), Text(decimal(row.quality_greedy)), _outcomes(row)]
+    judge = (row.judge.pair_acc_half, row.judge.pair_acc_untied, row.judge.tie_rate)
+    return [
+        *(truth if has_ground_truth else []),
+        *(Text(percent(share, 1).removesuffix("%")) for share in judge),
+        Text(decimal(row.mean_length, 1)),
+        Text(ABSENT if row.pairs is None else f"{row.pairs}"),
+    ]
+
+
+def _outcomes(row: ModelSummary) -> Text:
+    """Wins green and losses red, when wins and losses are not the same."""
+    if row.win_vs_m1 is None:
+        return Text(ABSENT)
+    win, tie, loss = (percent(share).removesuffix("%") for share in (row.win_vs_m1, row.tie_vs_m1, row.loss_vs_m1))
+    return Text.assemble((win, "green"), "/", tie, "/", (loss, "red"))

@@ -1,0 +1,256 @@
+"""Every file name of a run, manifests, and the atomic commit of a stage's output.
+
+A stage's output is a folder `RUN/<stage>/`. It is built as `<stage>.partial/`, fsynced, given its `manifest.json`
+last, and renamed: what has its final name is whole. What is finished is exactly what exists on disk.
+"""
+
+import fcntl
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import orjson
+import xxhash
+
+from srlm_mega.errors import UserError
+
+MANIFEST = "manifest.json"
+IDENTITY = "identity.json"
+# Logs tell about time, so they differ between two runs of the same thing: named in a manifest, never hashed.
+LOG_NAMES = frozenset({"metrics.jsonl"})
+# `srlm run` re-hashes files up to this size at every start; larger ones by size only, and whole before a stage reads.
+QUICK_HASH_BYTES = 256 * 2**20
+HASH_CHUNK_BYTES = 8 * 2**20
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of an output: size in bytes and xxh3-128 of its content."""
+
+    bytes: int
+    xxh3_128: str
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What makes an output the one it is: the same identity gives the same bytes."""
+
+    stage: str
+    config: Mapping[str, Any]
+    inputs: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The last file of an output. `rows` counts the records of its main file (0 where there are none)."""
+
+    stage: str
+    digest: str
+    files: Mapping[str, FileEntry]
+    inputs: Mapping[str, str]
+    config: Mapping[str, Any]
+    rows: int
+    seconds: float
+    version: str
+    logs: tuple[str, ...] = ()
+    counts: Mapping[str, float] = field(default_factory=dict)
+
+
+class RunDir:
+    """A run's folder: paths, what is finished, and the way an output gets its final name."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @property
+    def config_file(self) -> Path:
+        """The resolved configuration, as YAML."""
+        return self.root / "config.yaml"
+
+    @property
+    def provenance_file(self) -> Path:
+        """Versions, command and commit of the newest `srlm run`."""
+        return self.root / "provenance.json"
+
+    @property
+    def summary_file(self) -> Path:
+        """The final table."""
+        return self.root / "summary.json"
+
+    @property
+    def report_file(self) -> Path:
+        """The page a person reads."""
+        return self.root / "report.html"
+
+    def log_file(self, stage: str) -> Path:
+        """What a stage's processes printed, all attempts."""
+        return self.root / "logs" / f"{stage.replace('/', '-')}.log"
+
+    def progress_file(self, stage: str) -> Path:
+        """How far a stage is, or why it failed: written by the stage, read by whoever watches."""
+        return self.root / "logs" / f"{stage.replace('/', '-')}.progress.json"
+
+    def output(self, stage: str) -> Path:
+        """The finished output of a stage."""
+        return self.root / stage
+
+    def partial(self, stage: str) -> Path:
+        """Where a stage builds its output."""
+        return self.root / f"{stage}.partial"
+
+    def weights(self, model: str) -> Path:
+        """Hugging Face folder of M0, M1, ..."""
+        return self.output(model) / "huggingface"
+
+    def manifest(self, stage: str) -> Manifest | None:
+        """The manifest of a finished stage, None when the stage is not finished."""
+        path = self.output(stage) / MANIFEST
+        if not path.is_file():
+            return None
+        try:
+            raw = orjson.loads(path.read_bytes())
+            raw["files"] = {name: FileEntry(**entry) for name, entry in raw["files"].items()}
+            raw["logs"] = tuple(raw["logs"])
+            return Manifest(**raw)
+        except (orjson.JSONDecodeError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is not a manifest ({error}). Make it again: srlm run --redo {stage}") from None
+
+    def digest(self, stage: str) -> str:
+        """The hash that stands for a finished output in lineage."""
+        manifest = self.manifest(stage)
+        if manifest is None:
+            raise UserError(f"{self.output(stage)} is not finished: `srlm run` makes it")
+        return manifest.digest
+
+    def verify(self, stage: str, quick: bool) -> None:
+        """Compare an output with its manifest; `quick` skips the hash of files above 256 MiB."""
+        manifest = self.manifest(stage)
+        assert manifest is not None, f"verify of an unfinished stage {stage}"
+        for name, entry in manifest.files.items():
+            path = self.output(stage) / name
+            remedy = f"Restore it, or make the stage again: srlm run --redo {stage}"
+            if not path.is_file():
+                raise UserError(f"{path} is missing, but {stage}/{MANIFEST} lists it. {remedy}")
+            size = path.stat().st_size
+            if size != entry.bytes:
+                raise UserError(f"{path} has {size} bytes, its manifest says {entry.bytes}. {remedy}")
+            if quick and size > QUICK_HASH_BYTES:
+                continue
+            got = file_hash(path)
+            if got != entry.xxh3_128:
+                raise UserError(
+                    f"{path} was altered: its xxh3-128 is {got}, its manifest says {entry.xxh3_128}. {remedy}"
+                )
+
+    def begin(self, identity: Identity) -> Path:
+        """The partial folder of a stage: kept from a killed attempt of the same identity, else new and empty."""
+        partial = self.partial(identity.stage)
+        wanted = orjson.dumps(asdict(identity), option=orjson.OPT_SORT_KEYS)
+        if partial.exists() and (not (partial / IDENTITY).is_file() or (partial / IDENTITY).read_bytes() != wanted):
+            shutil.rmtree(partial)
+        if not partial.exists():
+            partial.mkdir(parents=True)
+            write_atomic(partial / IDENTITY, wanted)
+        return partial
+
+    def commit(self, identity: Identity, rows: int, seconds: float, version: str, counts: Mapping[str, float]) -> None:
+        """Give the partial folder its manifest and then its final name."""
+        partial = self.partial(identity.stage)
+        (partial / IDENTITY).unlink()
+        names = sorted(str(path.relative_to(partial)) for path in files_below(partial))
+        logs = tuple(name for name in names if Path(name).name in LOG_NAMES)
+        files = {
+            name: FileEntry((partial / name).stat().st_size, file_hash(partial / name))
+            for name in names
+            if name not in logs
+        }
+        manifest = Manifest(
+            stage=identity.stage,
+            digest=digest_of(files),
+            files=files,
+            inputs=identity.inputs,
+            config=identity.config,
+            rows=rows,
+            seconds=round(seconds, 3),
+            version=version,
+            logs=logs,
+            counts=counts,
+        )
+        for path in files_below(partial):
+            fsync(path)
+        write_atomic(partial / MANIFEST, orjson.dumps(asdict(manifest), option=orjson.OPT_INDENT_2))
+        os.rename(partial, self.output(identity.stage))
+        fsync(self.output(identity.stage).parent)
+
+    def remove(self, stage: str) -> None:
+        """Take an output and everything nested in it away (for --redo)."""
+        for path in (self.output(stage), self.partial(stage)):
+            if path.exists():
+                doomed = path.with_name(f"{path.name}.removed")
+                os.rename(path, doomed)
+                shutil.rmtree(doomed)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """One controller per run folder. The lock goes with the process, however it ends."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        with (self.root / ".lock").open("a+b") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"another srlm run works in {self.root}. Wait for it to end, or end it, then start again."
+                ) from None
+            yield
+
+
+@contextmanager
+def stopwatch() -> Iterator[list[float]]:
+    """Wall-clock seconds of the block, as the only element once the block has ended."""
+    seconds: list[float] = []
+    start = time.monotonic()
+    yield seconds
+    seconds.append(time.monotonic() - start)
+
+
+def files_below(folder: Path) -> list[Path]:
+    """All files below a folder, through links to folders too."""
+    return [Path(root) / name for root, _, names in os.walk(folder, followlinks=True) for name in names]
+
+
+def file_hash(path: Path) -> str:
+    """xxh3-128 of a file's content, in hexadecimal."""
+    state = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(HASH_CHUNK_BYTES):
+            state.update(chunk)
+    return state.hexdigest()
+
+
+def digest_of(files: Mapping[str, FileEntry]) -> str:
+    """One hash for a set of named files."""
+    return xxhash.xxh3_128_hexdigest("".join(f"{name}\0{files[name].xxh3_128}\n" for name in sorted(files)).encode())
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write a small file so that readers see the old or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(temporary, path)
+
+
+def fsync(path: Path) -> None:
+    """Make a file or a folder's entries durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

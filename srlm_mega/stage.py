@@ -1,0 +1,145 @@
+"""One stage as a process: begin its output, do its work, commit. The only file that knows which code makes which."""
+
+import ctypes
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+from srlm_mega.config import Config
+from srlm_mega.config_file import load_config
+from srlm_mega.errors import STOPPED, USER_ERROR, RunStopped, UserError
+from srlm_mega.plan import Stage, find_stage, identity_of
+from srlm_mega.progress import Progress
+from srlm_mega.run_dir import RunDir, stopwatch
+
+PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stage's function gets: where to read, where to write (`out`), and how to say how far it is."""
+
+    run: RunDir
+    config: Config
+    stage: Stage
+    out: Path
+    progress: Progress
+
+    def read(self, stage: str, file: str) -> Path:
+        """A file of a finished input."""
+        assert stage in self.stage.inputs, f"{self.stage.name} reads {stage}, which is not among its inputs"
+        return self.run.output(stage) / file
+
+    @property
+    def round(self) -> int:
+        """The round this stage belongs to; M(t+1) is made by round t."""
+        folder = self.stage.name.partition("/")[0]
+        return int(folder.removeprefix("round_")) if folder.startswith("round_") else int(folder.removeprefix("M")) - 1
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a stage's function returns: records written, and counts worth keeping in the manifest."""
+
+    rows: int = 0
+    counts: Mapping[str, float] = field(default_factory=dict)
+
+
+def run_stage(run: RunDir, name: str) -> int:
+    """Make one output. Returns the exit code; a mistake or a stop leaves its message in the progress file too."""
+    die_with_parent()
+    progress = Progress(run.progress_file(name))
+    try:
+        config = load_config(run.config_file)
+        stage = find_stage(config, name)
+        if run.manifest(name) is not None:
+            raise UserError(f"{run.output(name)} is finished. To make it again: srlm run --redo {name}")
+        work = Work(run, config, stage, run.partial(name), progress)
+        if stage.parallel:
+            run_parallel(work)
+        else:
+            run_single(work)
+    except (UserError, RunStopped) as error:
+        code = STOPPED if isinstance(error, RunStopped) else USER_ERROR
+        progress.failed(code, str(error))
+        print(error, flush=True)
+        return code
+    return 0
+
+
+def run_single(work: Work) -> None:
+    """A stage in this process."""
+    with output(work) as done:
+        done.append(single_function(work.stage.name)(work))
+
+
+def run_parallel(work: Work) -> None:
+    """A stage in all ranks of a torchrun job; the main rank owns the output."""
+    from srlm_mega.stages.training import parallel_function
+    from srlm_mega.training.topology import Topology
+
+    with Topology.start(work.config.parallel, work.config.trainer, work.config.run.seed) as topology:
+        function = parallel_function(work.stage.name)
+        if topology.is_main:
+            with output(work) as done:
+                topology.barrier()
+                done.append(function(work, topology))
+        else:
+            topology.barrier()
+            function(work, topology)
+
+
+@contextmanager
+def output(work: Work) -> Iterator[list[Done]]:
+    """Verify the inputs, begin the output, and commit it with what the block appended."""
+    done: list[Done] = []
+    for name in work.stage.inputs:
+        work.run.verify(name, quick=False)
+    identity = identity_of(work.stage, work.config, work.run)
+    work.run.begin(identity)
+    with stopwatch() as seconds:
+        yield done
+    work.run.commit(identity, done[0].rows, seconds[0], version("srlm-mega"), done[0].counts)
+
+
+def single_function(name: str) -> Callable[[Work], Done]:
+    """The function that makes a single-process output. Imports wait until here: each stage loads only what it uses."""
+    match name.rpartition("/")[2]:
+        case "seed":
+            from srlm_mega.stages.seed import make_seed
+
+            return make_seed
+        case "M0":
+            from srlm_mega.stages.base import make_base
+
+            return make_base
+        case "prompts":
+            from srlm_mega.stages.prompts import write_prompts
+
+            return write_prompts
+        case "candidates":
+            from srlm_mega.stages.rewards import sample_candidates
+
+            return sample_candidates
+        case "judgements":
+            from srlm_mega.stages.rewards import judge_candidates
+
+            return judge_candidates
+        case "pairs":
+            from srlm_mega.stages.rewards import select_pairs
+
+            return select_pairs
+        case "evaluation":
+            from srlm_mega.stages.evaluate import evaluate
+
+            return evaluate
+        case other:
+            raise AssertionError(f"no code makes {other}")
+
+
+def die_with_parent() -> None:
+    """Ask Linux to end this process with its parent: a killed controller must leave no stage writing behind it."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

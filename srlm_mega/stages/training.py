@@ -1,0 +1,103 @@
+"""The stages that run on all ranks: pre-training (toy world), SFT, reference log-probabilities, DPO."""
+
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from srlm_mega.chat import Chat
+from srlm_mega.config import TrainingConfig
+from srlm_mega.records import PreferencePair, ReferenceLogprobs, SftExample, read_jsonl, write_jsonl
+from srlm_mega.seeds import derive_seed
+from srlm_mega.stage import Done, Work
+from srlm_mega.stages.base import write_random
+from srlm_mega.training.batch import PairSequences, TokenSequence
+from srlm_mega.training.topology import Topology
+from srlm_mega.training.trainer import compute_reference, train_dpo, train_sft
+
+
+def parallel_function(name: str) -> Callable[[Work, Topology], Done]:
+    """The function that makes a stage's output on all ranks."""
+    match name:
+        case "M0":
+            return pretrain
+        case "M1":
+            return supervised
+        case _ if name.endswith("/reference"):
+            return reference
+        case _:
+            return preference
+
+
+def pretrain(work: Work, topology: Topology) -> Done:
+    """M0 of the toy world: random weights, then next-token training on its documents."""
+    assert work.config.pretrain is not None, "M0 is parallel only when there is pre-training"
+    start = work.out / "random"
+    if topology.is_main:
+        write_random(work.config.model, derive_seed(work.config.run.seed, "M0"), start)
+    topology.barrier()
+    done = train_on(work, topology, work.config.pretrain, start, ["documents.jsonl"])
+    if topology.is_main:
+        shutil.rmtree(start)
+    return done
+
+
+def supervised(work: Work, topology: Topology) -> Done:
+    """M1: M0 trained on IFT and EFT together, loss on the target tokens."""
+    return train_on(work, topology, work.config.sft, work.run.weights("M0"), ["ift.jsonl", "eft_train.jsonl"])
+
+
+def train_on(work: Work, topology: Topology, section: TrainingConfig, start: Path, files: list[str]) -> Done:
+    """SFT from `start` on seed files."""
+    chat = Chat.from_folder(start)
+    examples = (example for file in files for example in read_jsonl(work.read("seed", file), SftExample))
+    sequences = list(tokenized(examples, chat))
+    seed = derive_seed(work.config.run.seed, work.stage.name)
+    train_sft(topology, work.config, section, start, sequences, work.out, seed, work.progress)
+    return Done(len(sequences))
+
+
+def tokenized(examples: Iterable[SftExample], chat: Chat) -> Iterable[TokenSequence]:
+    """Prompt and target ids of each example; of a document every token after the first is a target."""
+    for example in examples:
+        if example.kind == "document":
+            yield TokenSequence(example.id, chat.document(example.completion), num_prompt=1)
+        else:
+            prompt = chat.prompt(example.prompt)
+            yield TokenSequence(example.id, prompt + chat.completion(example.completion), len(prompt))
+
+
+def reference(work: Work, topology: Topology) -> Done:
+    """Log-probabilities of the round's pairs under its starting model, once."""
+    pairs = read_pairs(work)
+    records = compute_reference(topology, work.config, work.run.weights(f"M{work.round}"), pairs, work.progress)
+    if topology.is_main:
+        write_jsonl(work.out / "reference.jsonl", records)
+    return Done(len(pairs))
+
+
+def preference(work: Work, topology: Topology) -> Done:
+    """M(t+1): M(t) trained by DPO on the round's pairs."""
+    pairs = read_pairs(work)
+    path = work.read(f"round_{work.round}/reference", "reference.jsonl")
+    logprobs = list(read_jsonl(path, ReferenceLogprobs))
+    start = work.run.weights(f"M{work.round}")
+    seed = derive_seed(work.config.run.seed, work.stage.name)
+    train_dpo(topology, work.config, work.config.dpo, start, pairs, logprobs, work.out, seed, work.progress)
+    return Done(len(pairs))
+
+
+def read_pairs(work: Work) -> list[PairSequences]:
+    """The round's pairs as token ids, exactly as they were sampled."""
+
+    def sequence(pair: PreferencePair, name: str, response: tuple[int, ...]) -> TokenSequence:
+        return TokenSequence(f"{pair.id}/{name}", pair.prompt_token_ids + response, len(pair.prompt_token_ids))
+
+    path = work.read(f"round_{work.round}/pairs", "pairs.jsonl")
+    return [
+        PairSequences(
+            pair.id,
+            chosen=sequence(pair, "chosen", pair.chosen_token_ids),
+            rejected=sequence(pair, "rejected", pair.rejected_token_ids),
+        )
+        for pair in read_jsonl(path, PreferencePair)
+    ]
