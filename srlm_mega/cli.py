@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from srlm_mega.errors import STOPPED, USER_ERROR, RunStopped, UserError
+from srlm_mega.errors import CRASHED, STOPPED, USER_ERROR, RunStopped, StageCrashed, UserError
 
 app = typer.Typer(
     help="Train self-rewarding language models: one run is one folder, and what is on disk is what is done.",
@@ -130,10 +130,10 @@ def write_report(run: Path) -> None:
 
 def print_summary(run: Path, console: Console) -> None:
     """The final table, and where the rest is."""
-    from srlm_mega.report.summary import read_summary
+    from srlm_mega.report.summary import build_summary
     from srlm_mega.report.terminal import summary_table
 
-    console.print(summary_table(read_summary(run)))
+    console.print(summary_table(build_summary(run)))
     console.print(f"Report: {run / 'report.html'}   Pairs and their history: srlm show pair ID {run}", highlight=False)
 
 
@@ -145,6 +145,8 @@ def main() -> None:
         exit_with(USER_ERROR, f"error: {error}")
     except RunStopped as error:
         exit_with(STOPPED, f"stopped: {error}")
+    except StageCrashed as error:
+        exit_with(CRASHED, f"crashed: {error}")
     except KeyboardInterrupt:
         exit_with(130, "interrupted: everything finished is kept, the same command goes on")
 

@@ -171,7 +171,6 @@ class EvaluationConfig(Section):
 
     temperature: float = Field(0.7, gt=0)
     top_p: float = Field(0.9, gt=0, le=1)
-    samples: int = Field(1, ge=1, description="Sampled responses per validation prompt.")
     judge_replicates: int = Field(1, ge=1, description="Replicates of the k-sample mean on EFT-eval.")
 
 

@@ -1,6 +1,6 @@
-"""The two ways a run ends early on purpose, and their exit codes. Everything else is a bug and shows a traceback."""
+"""The ways a run ends early, and their exit codes."""
 
-USER_ERROR, STOPPED = 2, 3
+CRASHED, USER_ERROR, STOPPED = 1, 2, 3
 
 
 class UserError(ValueError):
@@ -9,3 +9,7 @@ class UserError(ValueError):
 
 class RunStopped(Exception):
     """The run cannot go on, and nothing is wrong with the software: says why and how to go on. Exit code 3."""
+
+
+class StageCrashed(Exception):
+    """A stage's process ended in a way it did not explain: shows the end of its log. Exit code 1."""

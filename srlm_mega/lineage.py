@@ -42,7 +42,8 @@ def describe(run: RunDir, round_name: str, pair: PreferencePair) -> Iterator[str
         role = {pair.chosen_id: "chosen", pair.rejected_id: "rejected"}.get(candidate.id, "candidate")
         score = {"chosen": f" score {pair.chosen_score:g}", "rejected": f" score {pair.rejected_score:g}"}.get(role, "")
         yield ""
-        yield f"{role} {candidate.id}{score} ({candidate.finish_reason}, seed {candidate.seed}, model {candidate.model_hash})"
+        origin = f"{candidate.finish_reason}, seed {candidate.seed}, model {candidate.model_hash}"
+        yield f"{role} {candidate.id}{score} ({origin})"
         yield f"  {candidate.text}"
         for judgement in judgements.get(candidate.id, []):
             shown = "no score" if judgement.score is None else f"{judgement.score:g}"

@@ -12,7 +12,7 @@ from pathlib import Path
 from srlm_mega.config import Config
 from srlm_mega.config_file import to_yaml
 from srlm_mega.display import Display
-from srlm_mega.errors import STOPPED, USER_ERROR, RunStopped, UserError
+from srlm_mega.errors import STOPPED, USER_ERROR, RunStopped, StageCrashed, UserError
 from srlm_mega.launch.commands import environment, one_process, torchrun
 from srlm_mega.plan import Stage, check_unchanged, downstream, plan
 from srlm_mega.progress import read_progress
@@ -105,4 +105,4 @@ def explain_failure(stage: Stage, code: int, run: RunDir) -> None:
         raise UserError(f"{stage.name}: {said.message}")
     log_file = run.log_file(stage.name)
     tail = log_file.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
-    raise RuntimeError(f"{stage.name} ended with exit code {code}. The end of {log_file}:\n" + "\n".join(tail))
+    raise StageCrashed(f"{stage.name} ended with exit code {code}. The end of {log_file}:\n" + "\n".join(tail))

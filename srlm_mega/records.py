@@ -62,6 +62,19 @@ class Prompt:
 
 @with_config(STRICT)
 @dataclass(frozen=True, slots=True)
+class PromptDraft:
+    """What the prompt writer was shown and what it wrote: several prompts come out of one draft, or none."""
+
+    id: str
+    request: str
+    text: str
+    finish_reason: FinishReason
+    seed: int
+    model_hash: str
+
+
+@with_config(STRICT)
+@dataclass(frozen=True, slots=True)
 class Candidate:
     """One sampled response. Training uses `prompt_token_ids + token_ids` exactly as they were sampled;
     `token_ids` ends with the end token exactly when `finish_reason` is `stop`."""

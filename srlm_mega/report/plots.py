@@ -55,6 +55,7 @@ STYLE = {
     "lines.markersize": 6,
 }
 SCORES = range(6)
+LEGEND_COLUMNS = 5
 SMOOTHING_WINDOWS = 12  # a running mean spans this part of a run: 5 of 60 steps
 
 
@@ -82,13 +83,12 @@ def quality_plot(models: Mapping[str, ModelSummary]) -> Plot:
     greedy = {name: row.quality_greedy for name, row in models.items() if row.quality_greedy is not None}
 
     def paint(axes: Axes) -> None:
-        _model_line(axes, "sampled", sampled, "-", digits=2)
-        _model_line(axes, "greedy", greedy, ":", digits=2)
+        _two_lines(axes, "sampled", sampled, "greedy", greedy, digits=2)
         axes.set(ylim=(0, 5.25), ylabel="quality (criteria met, 0–5)")
 
     first, last = _ends(sampled)
     title = f"Sampled quality {movement(first, last, 2)}"
-    return _plot(title, "Mean over the held-out prompts, by ground truth that the loop never sees.", paint)
+    return _plot("quality", title, "Mean over the held-out prompts, by ground truth that the loop never sees.", paint)
 
 
 def judge_plot(models: Mapping[str, ModelSummary]) -> Plot:
@@ -99,8 +99,7 @@ def judge_plot(models: Mapping[str, ModelSummary]) -> Plot:
     }
 
     def paint(axes: Axes) -> None:
-        _model_line(axes, "ties half", half, "-", digits=1)
-        _model_line(axes, "untied", untied, ":", digits=1)
+        _two_lines(axes, "ties count half", half, "untied", untied, digits=1)
         axes.axhline(50, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
         axes.text(-0.45, 50.7, "chance", color=MUTED, fontsize=8, va="bottom")
         axes.set(ylim=(min([45.0, *half.values(), *untied.values()]) - 2, 102), ylabel="pairs ordered rightly (%)")
@@ -108,7 +107,7 @@ def judge_plot(models: Mapping[str, ModelSummary]) -> Plot:
     first, last = _ends(half)
     title = f"Judge accuracy {movement(first, last, 1)}%"
     note = "Pairs of held-out replies with known ranks. Untied: pairs the judge scored equally are left out."
-    return _plot(title, note, paint)
+    return _plot("judge", title, note, paint)
 
 
 def scores_plot(scores: Mapping[int, Sequence[float]]) -> Plot:
@@ -120,7 +119,7 @@ def scores_plot(scores: Mapping[int, Sequence[float]]) -> Plot:
             counts, _ = np.histogram(values, bins=np.arange(len(SCORES) + 1) - 0.5)
             offset = (place - (len(scores) - 1) / 2) * width
             share = 100 * counts / max(1, len(values))
-            label = f"round {number} (M{number} judges)"
+            label = f"round {number}"
             axes.bar(np.array(SCORES) + offset, share, 0.92 * width, color=model_color(number), label=label)
         axes.set(xticks=SCORES, xlabel="score (points)", ylabel="judgements (%)")
         axes.tick_params(axis="x", length=0)
@@ -128,27 +127,34 @@ def scores_plot(scores: Mapping[int, Sequence[float]]) -> Plot:
 
     means = [sum(values) / len(values) for values in scores.values() if values]
     title = f"The judges' mean score {movement(means[0], means[-1], 2)}" if means else "No judgement had a score"
-    return _plot(title, "Each bar is the share of a round's parsed judgements with that score.", paint)
+    return _plot(
+        "scores", title, "Share of a round's parsed judgements with each score; round t is judged by M(t).", paint
+    )
 
 
 def lengths_plot(lengths: Mapping[str, Sequence[int]]) -> Plot:
     """Length of each model's sampled responses, as quantiles; every model needs at least one response."""
     quantiles = {name: np.quantile(values, (0.05, 0.25, 0.5, 0.75, 0.95)) for name, values in lengths.items()}
+    longest = max(1.0, *(values[-1] for values in quantiles.values()))
 
     def paint(axes: Axes) -> None:
         for place, (name, (p5, p25, p50, p75, p95)) in enumerate(quantiles.items()):
             color = model_color(model_number(name))
             axes.plot((p5, p95), (place, place), color=color, linewidth=1.2)
             axes.barh(place, max(p75 - p25, 0.02), 0.34, p25, color=color)
-            axes.plot(p50, place, "o", color=color, markeredgecolor=PAPER, markeredgewidth=1.4, markersize=8)
+            axes.plot(p50, place, "o", color=color, markerfacecolor=PAPER, markeredgewidth=1.6, markersize=7)
         axes.set_yticks(range(len(lengths)), list(lengths))
-        axes.set(xlabel="length of a sampled response (words)", xlim=(0, None), ylim=(len(lengths) - 0.4, -0.6))
+        axes.set(
+            xlabel="length of a sampled response (words)", xlim=(0, 1.04 * longest), ylim=(len(lengths) - 0.4, -0.6)
+        )
         axes.grid(axis="x")
         axes.grid(visible=False, axis="y")
 
-    first, last = (float(values[2]) for values in (list(quantiles.values())[0], list(quantiles.values())[-1]))
+    first, last = _ends({name: float(values[2]) for name, values in quantiles.items()})
     title = f"The median response {_lengthening(first, last)}"
-    return _plot(title, "Dot: median. Bar: the middle half. Line: from the 5th to the 95th percentile.", paint)
+    return _plot(
+        "lengths", title, "Dot: median. Bar: the middle half. Line: from the 5th to the 95th percentile.", paint
+    )
 
 
 def loss_plot(steps: Mapping[int, Sequence[DpoStep]]) -> Plot:
@@ -158,15 +164,16 @@ def loss_plot(steps: Mapping[int, Sequence[DpoStep]]) -> Plot:
         _curves(axes, {number: [step.loss for step in curve] for number, curve in steps.items()}, steps)
         axes.axhline(math.log(2), color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
         axes.annotate(
-            "ln 2: no preference", (1, math.log(2)), (-2, 3), xycoords=("axes fraction", "data"),
+            "ln 2: no preference", (1, math.log(2)), (-2, -10), xycoords=("axes fraction", "data"),
             textcoords="offset points", ha="right", color=MUTED, fontsize=8,
         )  # fmt: skip
         axes.set(ylim=(0, None), xlabel="optimiser step", ylabel="DPO loss (nats)")
         _legend(axes)
 
-    ends = ", ".join(f"{_end([step.loss for step in curve]):.2f} in round {number}" for number, curve in steps.items())
-    note = "Each round starts at ln 2, where policy and reference are one. Bold: running mean."
-    return _plot(f"DPO loss ends at {ends}", note, paint)
+    note = "At ln 2 the policy is no other than its reference. Bold: running mean."
+    return _plot(
+        "loss", f"DPO loss ends at {_final([[s.loss for s in curve] for curve in steps.values()])}", note, paint
+    )
 
 
 def margins_plot(steps: Mapping[int, Sequence[DpoStep]]) -> Plot:
@@ -178,11 +185,13 @@ def margins_plot(steps: Mapping[int, Sequence[DpoStep]]) -> Plot:
         axes.set(xlabel="optimiser step", ylabel="reward margin (nats)")
         _legend(axes)
 
-    ends = ", ".join(
-        f"{_end([step.margin for step in curve]):.2f} in round {number}" for number, curve in steps.items()
-    )
     note = "How much more the policy prefers chosen over rejected than its reference does, times beta."
-    return _plot(f"Reward margins end at {ends}", note, paint)
+    return _plot(
+        "margins",
+        f"Reward margins end at {_final([[s.margin for s in curve] for curve in steps.values()])}",
+        note,
+        paint,
+    )
 
 
 def model_color(number: int) -> str:
@@ -190,23 +199,25 @@ def model_color(number: int) -> str:
     return MODEL_COLORS[(number - 1) % len(MODEL_COLORS)]
 
 
-def _model_line(axes: Axes, label: str, values: Mapping[str, float], line: str, digits: int) -> None:
-    """One value per model, joined by a line, each with its number, the last with the line's name."""
-    if not values:
-        return
-    places = range(len(values))
-    axes.plot(places, list(values.values()), line, color=MUTED, linewidth=1.2, zorder=2)
-    for place, (name, value) in zip(places, values.items(), strict=True):
-        color = model_color(model_number(name))
-        solid = line == "-"
-        axes.plot(place, value, "o", color=color, markerfacecolor=color if solid else PAPER, zorder=3)
-        offset = (0, -14) if solid else (0, 7)
-        axes.annotate(f"{value:.{digits}f}", (place, value), offset, textcoords="offset points", ha="center")
-    last = list(values.values())[-1]
-    axes.annotate(label, (len(values) - 1, last), (10, -3), textcoords="offset points", color=MUTED, fontsize=8)
-    axes.set_xticks(places, list(values))
-    axes.set_xlim(-0.5, len(values) - 0.2)
+def _two_lines(
+    axes: Axes, solid: str, values: Mapping[str, float], dotted: str, others: Mapping[str, float], digits: int
+) -> None:
+    """Two values per model, each with its number on the side where the other value is not."""
+    names = list({**values, **others})
+    for label, line, own, other in ((solid, "-", values, others), (dotted, ":", others, values)):
+        at = [(names.index(name), value, name) for name, value in own.items()]
+        axes.plot([x for x, _, _ in at], [y for _, y, _ in at], line, color=MUTED, linewidth=1.2, label=label, zorder=2)
+        for x, y, name in at:
+            color = model_color(model_number(name))
+            axes.plot(x, y, "o", color=color, markerfacecolor=color if line == "-" else PAPER, zorder=3)
+            below = (y, line) < (other.get(name, y), "-:"[line == "-"])
+            axes.annotate(
+                f"{y:.{digits}f}", (x, y), (0, -14 if below else 7), textcoords="offset points", ha="center"
+            )  # fmt: skip
+    axes.set_xticks(range(len(names)), names)
+    axes.set_xlim(-0.5, len(names) - 0.5)
     axes.tick_params(axis="x", length=0)
+    _legend(axes)
 
 
 def _curves(axes: Axes, curves: Mapping[int, Sequence[float]], steps: Mapping[int, Sequence[DpoStep]]) -> None:
@@ -215,7 +226,7 @@ def _curves(axes: Axes, curves: Mapping[int, Sequence[float]], steps: Mapping[in
         at = [step.step for step in steps[number]]
         color = model_color(number + 1)
         axes.plot(at, values, color=color, linewidth=0.8, alpha=0.35)
-        axes.plot(at, running_mean(values), color=color, label=f"round {number} (M{number} → M{number + 1})")
+        axes.plot(at, running_mean(values), color=color, label=f"M{number} → M{number + 1}")
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
 
 
@@ -225,8 +236,10 @@ def running_mean(values: Sequence[float]) -> list[float]:
     return [float(np.mean(values[max(0, end - window) : end])) for end in range(1, len(values) + 1)]
 
 
-def _end(values: Sequence[float]) -> float:
-    return running_mean(values)[-1]
+def _final(curves: Sequence[Sequence[float]]) -> str:
+    """'0.27 in the first round, 0.25 in the last': running means at the end."""
+    first, last = (f"{running_mean(curve)[-1]:.2f}" for curve in (curves[0], curves[-1]))
+    return first if len(curves) == 1 else f"{first} in the first round, {last} in the last"
 
 
 def _ends(values: Mapping[str, float]) -> tuple[float, float]:
@@ -241,30 +254,29 @@ def _lengthening(first: float, last: float) -> str:
 
 
 def _legend(axes: Axes) -> None:
-    columns = 1 if len(axes.get_legend_handles_labels()[0]) > 2 else 2
-    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=columns, fontsize=8, borderpad=0)
+    axes.legend(
+        loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=LEGEND_COLUMNS, fontsize=8, borderpad=0, columnspacing=1.2
+    )
 
 
-def _plot(title: str, note: str, paint: Callable[[Axes], None]) -> Plot:
+def _plot(name: str, title: str, note: str, paint: Callable[[Axes], None]) -> Plot:
     with rc_context(STYLE):
         figure = Figure(figsize=(5.0, 3.1), layout="constrained")
         paint(figure.add_subplot())
         file = io.StringIO()
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None})
-    return Plot(title, _for_page(file.getvalue(), title), note)
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    return Plot(title, _for_page(file.getvalue(), name, title), note)
 
 
-def _for_page(svg: str, title: str) -> Markup:
-    """The drawing as a part of the page: no prolog, no ids that could meet another figure's, the page's colours."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
-    prefix = re.sub(r"\W+", "-", title).strip("-").lower()
-    svg = re.sub(r'((?: id=|href=|url\()"?#?)(?=[pm][0-9a-f])', rf"\g<1>{prefix}-", svg)
+def _for_page(svg: str, name: str, title: str) -> Markup:
+    """The drawing as a part of the page: no prolog and no size, ids that no other figure has, the page's colours."""
+    head, body = svg[svg.index("<svg") :].split(">", 1)
+    view_box = re.search(r'viewBox="[^"]*"', head)
+    assert view_box is not None, "matplotlib's SVG has no viewBox"
+    body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", body, flags=re.DOTALL)
+    body = re.sub(r'<g id="[^"]*"', "<g", body)
+    body = re.sub(r' id="', f' id="{name}-', body)
+    body = body.replace('xlink:href="#', f'href="#{name}-').replace("url(#", f"url(#{name}-")
     for color, variable in CSS_VARIABLES.items():
-        svg = svg.replace(color, variable)
-    size = re.compile(r'^<svg ([^>]*?)\bwidth="[^"]*"|\bheight="[^"]*"(?=[^>]*>)')
-    head, tail = svg.split(">", 1)
-    head = re.sub(r' (?:width|height)="[^"]*"', "", head)
-    assert size is not None
-    return Markup(f'{head} role="img" aria-label="{escape(title)}">{tail}')
+        body = body.replace(color, variable)
+    return Markup(f'<svg {view_box.group()} role="img" aria-label="{escape(title)}">{body}')

@@ -1,18 +1,17 @@
 """The final table of a run, `summary.json`, read from what exists: half a run gives half a table."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import orjson
 
+from srlm_mega.config_file import load_config
 from srlm_mega.evaluation.judge_metrics import JudgeMetrics
 from srlm_mega.evaluation.results import ModelEvaluation
+from srlm_mega.plan import plan
 from srlm_mega.records import parse_line
-from srlm_mega.run_dir import MANIFEST, RunDir, write_atomic
+from srlm_mega.run_dir import RunDir, write_atomic
 
-# The order of the stages within a round, as the loop runs them.
-ROAD = ("seed", "M0", "model", "evaluation", "prompts", "candidates", "judgements", "pairs", "reference")
 ABSENT = "–"
 
 
@@ -47,9 +46,11 @@ class Summary:
 def build_summary(run: Path) -> Summary:
     """The table of everything that is finished in a run folder."""
     folder = RunDir(run)
-    stages = finished_stages(run)
-    models = {name: _model_summary(folder, name) for name in model_names(run) if f"{name}/evaluation" in stages}
-    return Summary(models, stages)
+    stages = [stage.name for stage in plan(load_config(folder.config_file))]
+    manifests = [manifest for manifest in map(folder.manifest, stages) if manifest is not None]
+    seconds = {manifest.stage: manifest.seconds for manifest in manifests}
+    names = [stage.removesuffix("/evaluation") for stage in seconds if stage.endswith("/evaluation")]
+    return Summary({name: _model_summary(folder, name) for name in names}, seconds)
 
 
 def write_summary(run: Path) -> Summary:
@@ -59,26 +60,14 @@ def write_summary(run: Path) -> Summary:
     return summary
 
 
-def model_names(run: Path) -> list[str]:
-    """M1, M2, ... as far as their folders exist."""
-    names = [path.name for path in run.glob("M*") if re.fullmatch(r"M[1-9]\d*", path.name)]
-    return sorted(names, key=model_number)
+def read_summary(run: Path) -> Summary:
+    """What `write_summary` wrote."""
+    return parse_line(Summary, RunDir(run).summary_file.read_bytes())
 
 
 def model_number(name: str) -> int:
     """3 for M3."""
     return int(name.removeprefix("M"))
-
-
-def finished_stages(run: Path) -> dict[str, float]:
-    """Seconds of every finished stage, in the order of the loop."""
-    folder = RunDir(run)
-    names = [
-        path.parent.relative_to(run).as_posix() for path in (*run.glob(f"*/{MANIFEST}"), *run.glob(f"*/*/{MANIFEST}"))
-    ]
-    manifests = (folder.manifest(name) for name in names if "." not in name)  # not x.partial, not x.removed
-    seconds = {manifest.stage: manifest.seconds for manifest in manifests if manifest is not None}
-    return {stage: seconds[stage] for stage in sorted(seconds, key=_place_in_loop)}
 
 
 def _model_summary(folder: RunDir, name: str) -> ModelSummary:
@@ -97,18 +86,12 @@ def _model_summary(folder: RunDir, name: str) -> ModelSummary:
     )
 
 
-def _place_in_loop(stage: str) -> tuple[int, int, str]:
-    head, _, part = stage.partition("/")
-    digits = re.search(r"\d+", head)
-    kind = part or head
-    return int(digits.group()) if digits else 0, ROAD.index(kind) if kind in ROAD else len(ROAD), stage
-
-
 def findings(summary: Summary) -> list[str]:
     """What the table says, in sentences; empty before the first evaluation."""
     if not summary.models:
         return []
-    (first, m1), (last, newest) = list(summary.models.items())[0], list(summary.models.items())[-1]
+    rows = list(summary.models.items())
+    (first, m1), (last, newest) = rows[0], rows[-1]
     sentences = []
     if newest.quality_sampled is not None and m1.quality_sampled is not None:
         change = movement(m1.quality_sampled, newest.quality_sampled, 2)

@@ -9,7 +9,8 @@ from srlm_mega.report.summary import ABSENT, ModelSummary, Summary, decimal, fin
 
 def summary_table(summary: Summary) -> Table:
     """One row per model, the newest in bold; what needs ground truth is left out where there is none."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim", caption_justify="left", caption_style="")
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, collapse_padding=True, pad_edge=False, header_style="dim")
+    table.caption_justify, table.caption_style = "left", ""
     table.add_column("\nmodel", no_wrap=True)
     truth_columns = (
         ["quality\nsampled", "quality\ngreedy", "win/tie/loss\nvs M1, %"] if summary.has_ground_truth else []

@@ -49,7 +49,9 @@ def write_random(model: ModelConfig, seed: int, target: Path) -> None:
     tokenizer = load_tokenizer(model)
     needed = Chat(tokenizer).vocab_size
     if needed > model.vocab_size:
-        raise UserError(f"the tokenizer has {needed} pieces, model.vocab_size is {model.vocab_size}: set it to at least that")
+        raise UserError(
+            f"the tokenizer has {needed} pieces, model.vocab_size is {model.vocab_size}: set it to at least that"
+        )
     write_tokenizer(tokenizer, target, model.seq_length)
     shape = shape_of(model)
     generator = torch.Generator().manual_seed(seed)

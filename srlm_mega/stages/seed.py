@@ -3,7 +3,7 @@
 from srlm_mega.data.oasst import read_oasst
 from srlm_mega.data.self_instruct import read_prompts
 from srlm_mega.data.toy_world.seed import make_toy_world
-from srlm_mega.judging.template import read_template
+from srlm_mega.judging.template import load_template
 from srlm_mega.records import write_jsonl
 from srlm_mega.seeds import derive_seed
 from srlm_mega.stage import Done, Work
@@ -25,7 +25,7 @@ def make_seed(work: Work) -> Done:
         "validation.jsonl": write_jsonl(work.out / "validation.jsonl", data.validation),
         "documents.jsonl": write_jsonl(work.out / "documents.jsonl", data.documents),
     }
-    (work.out / "judge_template.txt").write_text(read_template(config.judge.template), encoding="utf-8")
+    (work.out / "judge_template.txt").write_text("".join(load_template(config.judge.template).parts), encoding="utf-8")
     if config.prompts.path is not None:
         prompts = read_prompts(config.prompts.path, quarantine=work.out / "prompts_quarantine.jsonl")
         rows["prompts.jsonl"] = write_jsonl(work.out / "prompts.jsonl", prompts)

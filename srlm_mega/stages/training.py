@@ -12,7 +12,8 @@ from srlm_mega.stage import Done, Work
 from srlm_mega.stages.base import write_random
 from srlm_mega.training.batch import PairSequences, TokenSequence
 from srlm_mega.training.topology import Topology
-from srlm_mega.training.trainer import compute_reference, train_dpo, train_sft
+from srlm_mega.training.reference import compute_reference
+from srlm_mega.training.trainer import train_dpo, train_sft
 
 
 def parallel_function(name: str) -> Callable[[Work, Topology], Done]:
@@ -52,7 +53,7 @@ def train_on(work: Work, topology: Topology, section: TrainingConfig, start: Pat
     examples = (example for file in files for example in read_jsonl(work.read("seed", file), SftExample))
     sequences = list(tokenized(examples, chat))
     seed = derive_seed(work.config.run.seed, work.stage.name)
-    train_sft(topology, work.config, section, start, sequences, work.out, seed, work.progress)
+    train_sft(topology, work.config, section, start, sequences, work.out, seed, work.progress.update)
     return Done(len(sequences))
 
 
@@ -69,7 +70,7 @@ def tokenized(examples: Iterable[SftExample], chat: Chat) -> Iterable[TokenSeque
 def reference(work: Work, topology: Topology) -> Done:
     """Log-probabilities of the round's pairs under its starting model, once."""
     pairs = read_pairs(work)
-    records = compute_reference(topology, work.config, work.run.weights(f"M{work.round}"), pairs, work.progress)
+    records = compute_reference(topology, work.config, work.run.weights(f"M{work.round}"), pairs)
     if topology.is_main:
         write_jsonl(work.out / "reference.jsonl", records)
     return Done(len(pairs))
@@ -82,7 +83,7 @@ def preference(work: Work, topology: Topology) -> Done:
     logprobs = list(read_jsonl(path, ReferenceLogprobs))
     start = work.run.weights(f"M{work.round}")
     seed = derive_seed(work.config.run.seed, work.stage.name)
-    train_dpo(topology, work.config, work.config.dpo, start, pairs, logprobs, work.out, seed, work.progress)
+    train_dpo(topology, work.config, work.config.dpo, start, pairs, logprobs, work.out, seed, work.progress.update)
     return Done(len(pairs))
 
 

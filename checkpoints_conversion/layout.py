@@ -1,0 +1,75 @@
+"""How matrices are arranged for tensor parallelism: pure functions with their inverses.
+
+A weight is [outputs, inputs] or any slice of it; d is the size of a head, nh the attention heads, ng the query
+groups (key/value heads). Column-parallel layers split outputs, row-parallel layers inputs (Megatron's words).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def fuse_qkv(q: Tensor, k: Tensor, v: Tensor, num_query_groups: int) -> Tensor:
+    """[nh * d, h], [ng * d, h], [ng * d, h] -> [(nh + 2 ng) * d, h]: per group its nh / ng queries, its key, its value.
+
+    So any split of the rows into whole groups gives a rank the heads that belong together.
+    """
+    groups = [part.unflatten(0, (num_query_groups, -1)) for part in (q, k, v)]
+    return torch.cat(groups, dim=1).flatten(0, 1)
+
+
+def split_qkv(qkv: Tensor, num_attention_heads: int, num_query_groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Inverse of `fuse_qkv`."""
+    queries = num_attention_heads // num_query_groups
+    groups = qkv.unflatten(0, (num_query_groups, queries + 2, -1))
+    q, k, v = groups.split([queries, 1, 1], dim=1)
+    return q.flatten(0, 2), k.flatten(0, 2), v.flatten(0, 2)
+
+
+def column_shard(weight: Tensor, tp_rank: int, tp_size: int) -> Tensor:
+    """[outputs, ...] -> this rank's [outputs / tp, ...]."""
+    return _shard(weight, 0, tp_rank, tp_size)
+
+
+def merge_columns(shards: Sequence[Tensor]) -> Tensor:
+    """Inverse of `column_shard`, over all ranks in order."""
+    return torch.cat(list(shards), dim=0)
+
+
+def row_shard(weight: Tensor, tp_rank: int, tp_size: int) -> Tensor:
+    """[outputs, inputs] -> this rank's [outputs, inputs / tp]."""
+    return _shard(weight, 1, tp_rank, tp_size)
+
+
+def merge_rows(shards: Sequence[Tensor]) -> Tensor:
+    """Inverse of `row_shard`, over all ranks in order."""
+    return torch.cat(list(shards), dim=1)
+
+
+def gate_up_shard(gate: Tensor, up: Tensor, tp_rank: int, tp_size: int) -> Tensor:
+    """Two [ffn, h] -> this rank's [2 ffn / tp, h]: its gate rows above its up rows.
+
+    Splitting the stacked [2 ffn, h] instead would give the first ranks only gates and the last ones only ups.
+    """
+    return torch.cat([column_shard(gate, tp_rank, tp_size), column_shard(up, tp_rank, tp_size)])
+
+
+def merge_gate_up(shards: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Inverse of `gate_up_shard`, over all ranks in order."""
+    halves = [shard.chunk(2, dim=0) for shard in shards]
+    return torch.cat([gate for gate, _ in halves]), torch.cat([up for _, up in halves])
+
+
+def half_split_rotary(weight: Tensor, num_heads: int) -> Tensor:
+    """Rows of q or k from Meta's rotary order to Hugging Face's: [num_heads * d, h] -> the same shape.
+
+    Meta rotates rows (0, 1), (2, 3), ... of a head together, Hugging Face rows (0, d/2), (1, d/2 + 1), ...
+    """
+    return weight.unflatten(0, (num_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def _shard(weight: Tensor, dim: int, tp_rank: int, tp_size: int) -> Tensor:
+    size = weight.size(dim)
+    assert size % tp_size == 0, f"{size} does not divide by TP {tp_size}: check the placement first"
+    return weight.narrow(dim, tp_rank * (size // tp_size), size // tp_size)

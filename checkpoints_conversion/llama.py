@@ -1,0 +1,215 @@
+"""Llama's shape, and the one table that says what every weight is called and how it is laid out on each side.
+
+Hugging Face stores whole matrices under `model.layers.<n>`; Megatron stores, per tensor-parallel rank and pipeline
+stage, fused ones under `decoder.layers.<n within the stage>`. No torch is needed to read this file.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+
+@dataclass(frozen=True)
+class LlamaShape:
+    """What fixes the sizes and the arithmetic of a Llama, in Megatron's words. ValueError when heads do not divide."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int  # key/value heads
+    vocab_size: int
+    max_position_embeddings: int
+    norm_epsilon: float
+    rotary_base: float
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        for what, number, by_what, by in (
+            ("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads),
+            ("num_attention_heads", self.num_attention_heads, "num_query_groups", self.num_query_groups),
+        ):
+            if number % by:
+                raise ValueError(f"{what} {number} is not divisible by {by_what} {by}: this is no Llama")
+
+    @property
+    def kv_channels(self) -> int:
+        """Size of one head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @classmethod
+    def from_huggingface(cls, config: Mapping[str, Any]) -> "LlamaShape":
+        """From a `config.json` of transformers 4 or 5. ValueError for a missing key or anything but a plain Llama."""
+        _refuse_other_models(config)
+        heads = _required(config, "num_attention_heads")
+        rope = config.get("rope_parameters") or {}
+        groups = config.get("num_key_value_heads")
+        shape = cls(
+            num_layers=_required(config, "num_hidden_layers"),
+            hidden_size=_required(config, "hidden_size"),
+            ffn_hidden_size=_required(config, "intermediate_size"),
+            num_attention_heads=heads,
+            num_query_groups=heads if groups is None else groups,
+            vocab_size=_required(config, "vocab_size"),
+            # Absent keys mean what they mean to transformers' LlamaConfig.
+            max_position_embeddings=config.get("max_position_embeddings", 2048),
+            norm_epsilon=config.get("rms_norm_eps", 1e-6),
+            rotary_base=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
+            tie_word_embeddings=config.get("tie_word_embeddings", False),
+        )
+        head_dim = config.get("head_dim")
+        if head_dim not in (None, shape.kv_channels):
+            raise ValueError(
+                f"head_dim {head_dim} is not hidden_size / num_attention_heads = {shape.hidden_size} / {heads} = "
+                f"{shape.kv_channels}: this variant of Llama is not supported"
+            )
+        return shape
+
+    def to_huggingface(self) -> dict[str, Any]:
+        """The keys of a `config.json` that transformers 4 and 5 and other readers understand."""
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "num_hidden_layers": self.num_layers,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.ffn_hidden_size,
+            "num_attention_heads": self.num_attention_heads,
+            "num_key_value_heads": self.num_query_groups,
+            "head_dim": self.kv_channels,
+            "vocab_size": self.vocab_size,
+            "max_position_embeddings": self.max_position_embeddings,
+            "rms_norm_eps": self.norm_epsilon,
+            "rope_theta": self.rotary_base,
+            "rope_scaling": None,
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "mlp_bias": False,
+        }
+
+
+def _required(config: Mapping[str, Any], key: str) -> int:
+    if key not in config:
+        raise ValueError(f"the model's config has no {key}: it is not that of a Llama")
+    return int(config[key])
+
+
+def _refuse_other_models(config: Mapping[str, Any]) -> None:
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    for key, found, wanted in (
+        ("model_type", config.get("model_type", "llama"), "llama"),
+        ("hidden_act", config.get("hidden_act", "silu"), "silu"),
+        ("attention_bias", config.get("attention_bias", False), False),
+        ("mlp_bias", config.get("mlp_bias", False), False),
+        ("rope_type", rope.get("rope_type", rope.get("type", "default")), "default"),
+    ):
+        if found != wanted:
+            raise ValueError(f"the model's {key} is {found!r}, supported is {wanted!r}: use a plain Llama")
+
+
+class Layout(Enum):
+    """How the tensors of one row become one Megatron tensor of one tensor-parallel rank (see layout.py)."""
+
+    COLUMN = "outputs (dim 0) split"
+    ROW = "inputs (dim 1) split"
+    REPLICATED = "whole on every rank"
+    QKV = "query, key and value fused per group, then outputs split"
+    GATE_UP = "this rank's gate outputs, then its up outputs"
+
+
+class Holder(Enum):
+    """Which pipeline stages hold a row."""
+
+    FIRST_STAGE = "first"
+    ITS_LAYER = "the one with the layer"
+    LAST_STAGE = "last"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One Megatron tensor and the Hugging Face tensors it is made of. `{layer}` counts from 0: over the whole model
+    in Hugging Face names, within the model chunk in Megatron's."""
+
+    megatron: str
+    layout: Layout
+    holder: Holder
+    huggingface: dict[str, tuple[int, ...]]  # name -> shape
+
+
+def table(shape: LlamaShape) -> tuple[Row, ...]:
+    """All weights of a Llama. A tied output is the embedding again."""
+    h, ffn, vocab = shape.hidden_size, shape.ffn_hidden_size, shape.vocab_size
+    kv = shape.num_query_groups * shape.kv_channels
+    hf, mc = "model.layers.{layer}.", "decoder.layers.{layer}."
+    output = "model.embed_tokens.weight" if shape.tie_word_embeddings else "lm_head.weight"
+    layer = Holder.ITS_LAYER
+    return (
+        Row(
+            "embedding.word_embeddings.weight",
+            Layout.COLUMN,
+            Holder.FIRST_STAGE,
+            {"model.embed_tokens.weight": (vocab, h)},
+        ),
+        Row(mc + "input_layernorm.weight", Layout.REPLICATED, layer, {hf + "input_layernorm.weight": (h,)}),
+        Row(
+            mc + "self_attention.linear_qkv.weight",
+            Layout.QKV,
+            layer,
+            {
+                hf + "self_attn.q_proj.weight": (h, h),
+                hf + "self_attn.k_proj.weight": (kv, h),
+                hf + "self_attn.v_proj.weight": (kv, h),
+            },
+        ),
+        Row(mc + "self_attention.linear_proj.weight", Layout.ROW, layer, {hf + "self_attn.o_proj.weight": (h, h)}),
+        Row(
+            mc + "pre_mlp_layernorm.weight",
+            Layout.REPLICATED,
+            layer,
+            {hf + "post_attention_layernorm.weight": (h,)},
+        ),
+        Row(
+            mc + "mlp.linear_fc1.weight",
+            Layout.GATE_UP,
+            layer,
+            {hf + "mlp.gate_proj.weight": (ffn, h), hf + "mlp.up_proj.weight": (ffn, h)},
+        ),
+        Row(mc + "mlp.linear_fc2.weight", Layout.ROW, layer, {hf + "mlp.down_proj.weight": (h, ffn)}),
+        Row("decoder.final_layernorm.weight", Layout.REPLICATED, Holder.LAST_STAGE, {"model.norm.weight": (h,)}),
+        Row("output_layer.weight", Layout.COLUMN, Holder.LAST_STAGE, {output: (vocab, h)}),
+    )
+
+
+def huggingface_shapes(shape: LlamaShape) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the Hugging Face layout, in the order of the model."""
+    rows = table(shape)
+    before = [row for row in rows if row.holder is Holder.FIRST_STAGE]
+    per_layer = [row for row in rows if row.holder is Holder.ITS_LAYER]
+    after = [row for row in rows if row.holder is Holder.LAST_STAGE]
+    sizes = {name: size for row in before for name, size in row.huggingface.items()}
+    for number in range(shape.num_layers):
+        sizes |= {name.format(layer=number): size for row in per_layer for name, size in row.huggingface.items()}
+    return sizes | {name: size for row in after for name, size in row.huggingface.items()}
+
+
+def is_derived(name: str, shape: LlamaShape) -> bool:
+    """Tensors that old checkpoints hold and nobody reads: rotary tables, and the second name of a tied output."""
+    return name.endswith("rotary_emb.inv_freq") or (shape.tie_word_embeddings and name == "lm_head.weight")
+
+
+def check_names(names: Iterable[str], shape: LlamaShape, where: str) -> None:
+    """ValueError unless exactly the tensors of `shape` are there (those that `is_derived` may be)."""
+    wanted = huggingface_shapes(shape).keys()
+    found = {name for name in names if not is_derived(name, shape)}
+    for what, differing in (("has no tensor", wanted - found), ("holds unknown tensors:", found - wanted)):
+        if differing:
+            some = ", ".join(sorted(differing)[:3]) + (f" and {len(differing) - 3} more" if len(differing) > 3 else "")
+            raise ValueError(f"{where} {what} {some}: it is not the Llama of its config ({shape.num_layers} layers)")
+
+
+def check_size(name: str, found: tuple[int, ...], shape: LlamaShape, where: str) -> None:
+    """ValueError unless the tensor has the size that `shape` gives it."""
+    wanted = huggingface_shapes(shape)[name]
+    if found != wanted:
+        raise ValueError(f"{where}: {name} has shape {list(found)}, by its config it should have {list(wanted)}")

@@ -1,0 +1,201 @@
+"""Hugging Face weights <-> the parts of a megatron-core GPTModel that one rank holds.
+
+Names are those of `GPTModel.state_dict()` with a layer spec whose norms are modules of their own. Everything goes
+tensor by tensor: `shard_tensor` and `merge_tensor` know one row of the table, the rest is bookkeeping.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from srlm_mega.checkpoints_conversion.layout import (
+    column_shard,
+    fuse_qkv,
+    gate_up_shard,
+    merge_columns,
+    merge_gate_up,
+    merge_rows,
+    row_shard,
+    split_qkv,
+)
+from srlm_mega.checkpoints_conversion.llama import (
+    Holder,
+    Layout,
+    LlamaShape,
+    Row,
+    check_names,
+    check_size,
+    huggingface_shapes,
+    table,
+)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One model chunk on one tensor-parallel rank. `layers` are numbers in the whole model, in the chunk's order."""
+
+    tp_rank: int
+    tp_size: int
+    layers: tuple[int, ...]
+    first_stage: bool
+    last_stage: bool
+
+
+@dataclass(frozen=True)
+class HeldTensor:
+    """A tensor of a chunk: its row of the table with the layer numbers filled in."""
+
+    name: str
+    parts: tuple[str, ...]  # the Hugging Face tensors it is made of
+    row: Row
+
+
+def placements(shape: LlamaShape, tp: int, pp: int, vpp: int = 1) -> list[Placement]:
+    """All chunks of Megatron's even split: by virtual stage, pipeline rank, tensor rank.
+
+    Virtual stage c of pipeline rank p holds the (c * pp + p)-th part of the layers. ValueError, with the arithmetic,
+    when the model does not divide.
+    """
+    check_split(shape, tp, pp, vpp)
+    size = shape.num_layers // (pp * vpp)
+    return [
+        Placement(
+            tp_rank=tp_rank,
+            tp_size=tp,
+            layers=tuple(range(part * size, (part + 1) * size)),
+            first_stage=part == 0,
+            last_stage=part == pp * vpp - 1,
+        )
+        for part in range(pp * vpp)
+        for tp_rank in range(tp)
+    ]
+
+
+def check_split(shape: LlamaShape, tp: int, pp: int, vpp: int = 1) -> None:
+    """ValueError, with the arithmetic, when the model cannot be split this way."""
+    if vpp > 1 and pp == 1:
+        raise ValueError(f"{vpp} virtual stages per rank need more than PP 1: choose another parallel layout")
+    stages = f"PP {pp} * VPP {vpp} = {pp * vpp}" if vpp > 1 else f"PP {pp}"
+    for number, what, divisor, by in (
+        (shape.num_layers, "layers", stages, pp * vpp),
+        (shape.num_attention_heads, "attention heads", f"TP {tp}", tp),
+        (shape.num_query_groups, "query groups", f"TP {tp}", tp),
+        (shape.ffn_hidden_size, "rows of ffn_hidden_size", f"TP {tp}", tp),
+        (shape.vocab_size, "rows of the vocabulary", f"TP {tp}", tp),
+    ):
+        if number % by:
+            raise ValueError(
+                f"{number} {what} / {divisor} leaves {number % by} over "
+                f"({number} = {number // by} * {by} + {number % by}): choose another parallel layout"
+            )
+
+
+def held_tensors(shape: LlamaShape, placement: Placement) -> Iterator[HeldTensor]:
+    """What a chunk holds. A tied output is the embedding's own tensor where one stage holds both, else a copy."""
+    for row in table(shape):
+        if row.holder is Holder.ITS_LAYER:
+            for local, layer in enumerate(placement.layers):
+                parts = tuple(name.format(layer=layer) for name in row.huggingface)
+                yield HeldTensor(row.megatron.format(layer=local), parts, row)
+        elif (row.holder is Holder.FIRST_STAGE and placement.first_stage) or (
+            row.holder is Holder.LAST_STAGE and placement.last_stage
+        ):
+            shared = row.megatron == "output_layer.weight" and shape.tie_word_embeddings and placement.first_stage
+            if not shared:
+                yield HeldTensor(row.megatron, tuple(row.huggingface), row)
+
+
+def shard_tensor(layout: Layout, parts: Sequence[Tensor], shape: LlamaShape, tp_rank: int, tp_size: int) -> Tensor:
+    """Whole Hugging Face tensors of one row -> the Megatron tensor of one rank (a view where nothing moves)."""
+    match layout:
+        case Layout.QKV:
+            q, k, v = (column_shard(part, tp_rank, tp_size) for part in parts)
+            return fuse_qkv(q, k, v, shape.num_query_groups // tp_size)
+        case Layout.GATE_UP:
+            gate, up = parts
+            return gate_up_shard(gate, up, tp_rank, tp_size)
+        case Layout.COLUMN:
+            return column_shard(parts[0], tp_rank, tp_size)
+        case Layout.ROW:
+            return row_shard(parts[0], tp_rank, tp_size)
+        case Layout.REPLICATED:
+            return parts[0]
+
+
+def merge_tensor(layout: Layout, shards: Sequence[Tensor], shape: LlamaShape) -> tuple[Tensor, ...]:
+    """Inverse of `shard_tensor`, from the tensors of all ranks in order. ValueError when replicas differ."""
+    match layout:
+        case Layout.QKV:
+            return split_qkv(merge_columns(shards), shape.num_attention_heads, shape.num_query_groups)
+        case Layout.GATE_UP:
+            return merge_gate_up(shards)
+        case Layout.COLUMN:
+            return (merge_columns(shards),)
+        case Layout.ROW:
+            return (merge_rows(shards),)
+        case Layout.REPLICATED:
+            for rank, shard in enumerate(shards):
+                if not torch.equal(shard, shards[0]):
+                    raise ValueError(f"differs between tensor-parallel ranks 0 and {rank}, and should be a replica")
+            return (shards[0],)
+
+
+def load_shard(weights: Mapping[str, Tensor], shape: LlamaShape, placement: Placement) -> dict[str, Tensor]:
+    """What one rank holds of one chunk, by Megatron's names. ValueError for missing, unknown or misshapen tensors."""
+    check_split(shape, placement.tp_size, pp=1)
+    check_names(weights, shape, "the model")
+    shard = {}
+    for held in held_tensors(shape, placement):
+        parts = [weights[name] for name in held.parts]
+        for name, part in zip(held.parts, parts, strict=True):
+            check_size(name, tuple(part.shape), shape, "the model")
+        tensor = shard_tensor(held.row.layout, parts, shape, placement.tp_rank, placement.tp_size)
+        shard[held.name] = tensor.contiguous()
+    return shard
+
+
+def merge_shards(shards: Sequence[tuple[Placement, Mapping[str, Tensor]]], shape: LlamaShape) -> dict[str, Tensor]:
+    """The whole model by Hugging Face names, from every chunk on every tensor-parallel rank, in any order.
+
+    ValueError when a chunk or rank is missing or there twice, when a tensor is missing or unknown, or when replicas
+    (norms, the two copies of a tied embedding) differ.
+    """
+    merged: dict[str, Tensor] = {}
+    for chunk in _by_chunk(shards):
+        placement = chunk[0][0]
+        for held in held_tensors(shape, placement):
+            try:
+                parts = merge_tensor(held.row.layout, [tensors[held.name] for _, tensors in chunk], shape)
+            except ValueError as error:
+                raise ValueError(f"{held.name} (layers {_span(placement)}) {error}") from None
+            for name, part in zip(held.parts, parts, strict=True):
+                check_size(name, tuple(part.shape), shape, f"layers {_span(placement)}")
+                if name in merged and not torch.equal(merged[name], part):
+                    raise ValueError(f"{held.name} is another tensor than {name}, and should be a copy: tied output")
+                merged[name] = part.contiguous()
+    check_names(merged, shape, "the set of model chunks")
+    return {name: merged[name] for name in huggingface_shapes(shape)}
+
+
+def _by_chunk(
+    shards: Sequence[tuple[Placement, Mapping[str, Tensor]]],
+) -> list[list[tuple[Placement, Mapping[str, Tensor]]]]:
+    """The shards of each chunk in the order of their tensor-parallel ranks, chunks in the order of their layers."""
+    chunks: dict[tuple[int, ...], list[tuple[Placement, Mapping[str, Tensor]]]] = {}
+    for placement, tensors in shards:
+        chunks.setdefault(placement.layers, []).append((placement, tensors))
+    for members in chunks.values():
+        members.sort(key=lambda member: member[0].tp_rank)
+        ranks = [placement.tp_rank for placement, _ in members]
+        tp_size = members[0][0].tp_size
+        if ranks != list(range(tp_size)):
+            raise ValueError(
+                f"layers {_span(members[0][0])} came from tensor-parallel ranks {ranks}, due were 0 to {tp_size - 1}"
+            )
+    return [chunks[layers] for layers in sorted(chunks)]
+
+
+def _span(placement: Placement) -> str:
+    return f"{placement.layers[0]}-{placement.layers[-1]}"

@@ -1,0 +1,115 @@
+"""Reading a user's JSONL: a broken line is named, set aside, and stops the run when there are too many of them."""
+
+import codecs
+import gzip
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import orjson
+
+from srlm_mega.errors import UserError
+from srlm_mega.records import write_jsonl
+
+T = TypeVar("T")
+
+MAX_BAD_FRACTION = 0.01
+LINES_NAMED = 5
+
+
+@dataclass(frozen=True)
+class BadLine:
+    """A line that could not be used: `line` counts from 1, `content` is the line itself (bytes that are not UTF-8 as
+    \\xNN)."""
+
+    file: str
+    line: int
+    reason: str
+    content: str
+
+
+@dataclass(frozen=True)
+class UserFile(Generic[T]):
+    """What a file held: its good lines, parsed, in their order, and its bad ones."""
+
+    records: tuple[T, ...]
+    bad: tuple[BadLine, ...]
+
+
+def read_user_jsonl(path: Path, parse: Callable[[int, dict[str, Any]], T], quarantine: Path) -> UserFile[T]:
+    """All lines of a `.jsonl` or `.jsonl.gz` through `parse(line number, fields)`, which raises ValueError for a line
+    it cannot use. Blank lines are skipped.
+
+    Bad lines are written to the JSONL `quarantine`; where there are none, no file is made. UserError when more than
+    1 % of the lines are bad, when none is good, or when the file cannot be read.
+    """
+    records: list[T] = []
+    bad: list[BadLine] = []
+    for number, line in numbered_lines(path):
+        try:
+            records.append(parse(number, json_object(line)))
+        except ValueError as error:
+            bad.append(BadLine(str(path), number, str(error), line.decode("utf-8", errors="backslashreplace")))
+    if bad:
+        write_jsonl(quarantine, bad)
+    if len(bad) > MAX_BAD_FRACTION * (len(records) + len(bad)):
+        raise UserError(too_many(path, bad, len(records) + len(bad)))
+    if not records:
+        raise UserError(f"{path} holds no records: it needs one JSON object per line")
+    return UserFile(tuple(records), tuple(bad))
+
+
+def text_field(fields: dict[str, Any], name: str) -> str:
+    """A field that must be there and be text with something in it; ValueError otherwise."""
+    if name not in fields:
+        raise ValueError(f"the field `{name}` is missing")
+    value = fields[name]
+    if not isinstance(value, str):
+        raise ValueError(f"the field `{name}` is {type(value).__name__}, not text")
+    if not value.strip():
+        raise ValueError(f"the field `{name}` is empty")
+    return value.strip()
+
+
+def json_object(line: bytes) -> dict[str, Any]:
+    """A line as a JSON object; ValueError says what else it is."""
+    try:
+        line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8: byte {error.start} is 0x{line[error.start]:02x}") from None
+    try:
+        value = orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"a JSON {type(value).__name__}, not an object")
+    return value
+
+
+def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of a plain or gzipped file without their line break, counted from 1; blank ones are left out."""
+    if not path.is_file():
+        raise UserError(f"there is no file {path}")
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                if content.strip():
+                    yield number, content.rstrip(b"\r\n")
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path} is not a whole gzip file ({error}): fetch it again") from None
+
+
+def too_many(path: Path, bad: list[BadLine], total: int) -> str:
+    """The message of a file that is too broken to go on with."""
+    named = "; ".join(f"line {line.line}: {line.reason}" for line in bad[:LINES_NAMED])
+    more = f"; and {len(bad) - LINES_NAMED} more" if len(bad) > LINES_NAMED else ""
+    small = f" (of {total} lines even a single one is more than that)" if total * MAX_BAD_FRACTION < 1 else ""
+    return (
+        f"{len(bad)} of the {total} lines of {path} cannot be used, more than the "
+        f"{MAX_BAD_FRACTION:.0%} that srlm sets aside{small}: {named}{more}. "
+        "Repair or delete these lines and start again"
+    )

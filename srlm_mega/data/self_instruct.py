@@ -1,0 +1,166 @@
+"""New prompts the Self-Instruct way: few-shot text for the writer, its continuation cut into tasks, and the filters.
+
+Values of the filters: Wang et al. 2022 (arXiv 2212.10560) and its bootstrapping script.
+"""
+
+import re
+import string
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from rapidfuzz.distance import LCSseq
+from rapidfuzz.process import cdist
+
+from srlm_mega.data.quarantine import read_user_jsonl, text_field
+from srlm_mega.records import Prompt
+
+HEADER = "Come up with a series of tasks:"
+NUMBER_AT_LINE_START = re.compile(r"\n[ \t]*[0-9]{1,3} ?\.(?=\s|$)")
+NUMBER_ANYWHERE = re.compile(r"(?:^|\s)[0-9]{1,3} ?\.(?=\s|$)")
+BLANK_LINE = re.compile(r"\n[ \t]*\n")
+# What a text-only model cannot do.
+KEYWORDS = re.compile(r"\b(?:images?|graphs?|pictures?|files?|maps?|draw|plot|go to)\b", re.IGNORECASE)
+PROGRAM_START = "write a program"
+NOT_ROUGE_TOKEN = re.compile(r"[^a-z0-9]+")
+
+RejectReason = Literal[
+    "too_short", "too_long", "keyword", "program", "starts_with_punctuation", "starts_non_ascii", "duplicate", "similar"
+]
+
+
+def few_shot_prompt(shots: Sequence[str]) -> str:
+    """The text the writer continues: the header, the shots numbered from 1, and the next number."""
+    lines = [f"{number}. {one_line(shot)}" for number, shot in enumerate(shots, start=1)]
+    return "\n".join([HEADER, *lines, f"{len(shots) + 1}."])
+
+
+def parse_tasks(continuation: str, truncated: bool) -> list[str]:
+    """The tasks of a continuation of `few_shot_prompt`: cut at `<number>.` at line starts, or anywhere when no line
+    starts so (a tokenizer may not keep line breaks). What follows a blank line within a task is not part of it; the
+    last task of a truncated continuation is dropped."""
+    by_line = NUMBER_AT_LINE_START.search(continuation) is not None
+    tasks = (NUMBER_AT_LINE_START if by_line else NUMBER_ANYWHERE).split(continuation)
+    if truncated:
+        tasks = tasks[:-1]
+    cut = [one_line(BLANK_LINE.split(task.strip(), maxsplit=1)[0]) for task in tasks]
+    return [task for task in cut if task]
+
+
+def one_line(text: str) -> str:
+    """Text with every run of white space as one space."""
+    return " ".join(text.split())
+
+
+class TaskFilter:
+    """Decides which new tasks are kept. It remembers the seeds and what it accepted, and counts what it rejected."""
+
+    def __init__(self, min_words: int, max_words: int, rouge_l_max: float, seeds: Iterable[str]) -> None:
+        self._min_words = min_words
+        self._max_words = max_words
+        self._rouge_l_max = rouge_l_max
+        self._known: set[str] = set()
+        self._pool = RougePool()
+        self.accepted = 0
+        self.rejected: Counter[str] = Counter()
+        for seed in seeds:
+            self._remember(seed)
+
+    def accept(self, task: str) -> bool:
+        """Keep a task (it then counts as known) or count why not."""
+        reason = self.reason_against(task)
+        if reason is not None:
+            self.rejected[reason] += 1
+            return False
+        self._remember(task)
+        self.accepted += 1
+        return True
+
+    def reason_against(self, task: str) -> RejectReason | None:
+        """The first rule a task breaks, None for a good one. The cheap rules come first."""
+        reason = reason_against_form(task, self._min_words, self._max_words)
+        if reason is not None:
+            return reason
+        if normalised(task) in self._known:
+            return "duplicate"
+        # At 1 nothing but an exact duplicate is too similar: no need to compare.
+        if self._rouge_l_max < 1 and self._pool.max_rouge_l(task) > self._rouge_l_max:
+            return "similar"
+        return None
+
+    def _remember(self, task: str) -> None:
+        self._known.add(normalised(task))
+        if self._rouge_l_max < 1:
+            self._pool.add(task)
+
+
+def reason_against_form(task: str, min_words: int, max_words: int) -> RejectReason | None:
+    """The rules that look at nothing but the task itself."""
+    words = len(task.split())
+    first = task.lstrip()[:1]
+    if words < min_words:
+        return "too_short"
+    if words > max_words:
+        return "too_long"
+    if KEYWORDS.search(task):
+        return "keyword"
+    if task.lstrip().casefold().startswith(PROGRAM_START):
+        return "program"
+    if first in string.punctuation:
+        return "starts_with_punctuation"
+    if not first.isascii():
+        return "starts_non_ascii"
+    return None
+
+
+def normalised(text: str) -> str:
+    """Text for exact comparison: no case, single spaces."""
+    return one_line(text).casefold()
+
+
+class RougePool:
+    """ROUGE-L F1 of a text against many, the longest common subsequence counted in words.
+
+    Each distinct word is one character of a string, so that rapidfuzz compares a text with the whole pool in C.
+    """
+
+    def __init__(self) -> None:
+        self._characters: dict[str, str] = {}
+        self._texts: list[str] = []
+        self._lengths: list[int] = []
+
+    def add(self, text: str) -> None:
+        """Put a text into the pool."""
+        encoded = self._encode(text)
+        self._texts.append(encoded)
+        self._lengths.append(len(encoded))
+
+    def max_rouge_l(self, text: str) -> float:
+        """The highest F1 (2 * LCS / (words + words)) against the pool; 0 for an empty pool or a text without words."""
+        encoded = self._encode(text)
+        if not self._texts or not encoded:
+            return 0.0
+        common = cdist([encoded], self._texts, scorer=LCSseq.similarity, dtype=np.int32)[0]
+        return float((2 * common / (len(encoded) + np.asarray(self._lengths))).max())
+
+    def _encode(self, text: str) -> str:
+        return "".join(self._character(word) for word in NOT_ROUGE_TOKEN.split(text.lower()) if word)
+
+    def _character(self, word: str) -> str:
+        # Private-use planes and beyond the surrogates: 1,056,768 distinct words.
+        return self._characters.setdefault(word, chr(0xE000 + len(self._characters)))
+
+
+def read_prompts(path: Path, quarantine: Path) -> list[Prompt]:
+    """Prompts from a JSONL with `instruction` (Self-Instruct's seed tasks) or `text` per line; `source` is the file's
+    name, the id its line. Broken lines: see `read_user_jsonl`."""
+
+    def parse(number: int, fields: dict[str, Any]) -> Prompt:
+        name = "instruction" if "instruction" in fields else "text"
+        if name not in fields:
+            raise ValueError("neither the field `instruction` nor `text` is there")
+        return Prompt(id=f"{path.name.partition('.')[0]}-{number:06d}", text=text_field(fields, name), source=path.name)
+
+    return list(read_user_jsonl(path, parse, quarantine).records)

@@ -1,0 +1,62 @@
+"""The toy world's tokenizer: one piece per word, Llama's special tokens in front."""
+
+import json
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+
+from srlm_mega.data.toy_world.world import (
+    CATEGORIES,
+    CLOSINGS,
+    COUNTS,
+    LIST_LENGTHS,
+    LIST_OPENING,
+    OPENINGS,
+    PERSONAS,
+    STYLES,
+    VERBS,
+    VERDICTS,
+)
+
+SPECIAL = ("<unk>", "<s>", "</s>", "[INST]", "[/INST]")
+JUDGING = ("review", "<response>", "</response>", "Score:")
+
+
+def words() -> tuple[str, ...]:
+    """Every word of the world, each once, in a fixed order."""
+    items = [item for items in CATEGORIES.values() for item in items]
+    numbers = [str(number) for number in range(max(*COUNTS, len(VERDICTS)) + 1)]
+    list_numbers = [f"{number}." for number in range(1, LIST_LENGTHS[1] + 1)]
+    verdicts = [word for pair in VERDICTS for word in pair]
+    every = (
+        *VERBS, *numbers, *CATEGORIES, *STYLES, "open", *OPENINGS, "close", *CLOSINGS, *items,
+        *(item.upper() for item in items), *JUDGING, *verdicts, *PERSONAS, *LIST_OPENING.split(),
+        *list_numbers,
+    )  # fmt: skip
+    return tuple(dict.fromkeys(every))
+
+
+def toy_tokenizer() -> Tokenizer:
+    """The tokenizer; reserved pieces bring the vocabulary to a multiple of 8, which tensor parallelism divides."""
+    pieces = [*SPECIAL, *words()]
+    pieces += [f"<reserved_{number}>" for number in range(-len(pieces) % 8)]
+    tokenizer = Tokenizer(WordLevel({piece: number for number, piece in enumerate(pieces)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
+    return tokenizer
+
+
+def save_tokenizer(folder: Path) -> None:
+    """Write `tokenizer.json` and `tokenizer_config.json`, as `transformers` reads them."""
+    toy_tokenizer().save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "additional_special_tokens": ["[INST]", "[/INST]"],
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")

@@ -1,0 +1,83 @@
+"""The toy world's words and instructions: what everybody in it may know. What is right stands in `truth`.
+
+An instruction reads `list 4 animals upper open sure close thanks`: name 4 animals in upper case, open with `sure`,
+close with `thanks`. A good response to it reads `sure CAT DOG HORSE LION thanks`.
+"""
+
+import itertools
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+VERBS = ("list", "name", "write", "give")
+COUNTS = (2, 3, 4, 5)
+STYLES = ("lower", "upper")
+CATEGORIES = {
+    "animals": ("cat", "dog", "horse", "lion", "mouse", "wolf"),
+    "colors": ("red", "blue", "green", "black", "white", "brown"),
+    "fruits": ("apple", "pear", "plum", "grape", "lemon", "peach"),
+    "tools": ("hammer", "saw", "drill", "wrench", "pliers", "axe"),
+}
+OPENINGS = ("sure", "okay", "hello", "certainly", "gladly", "well", "right", "yes")
+CLOSINGS = ("thanks", "bye", "enjoy", "cheers", "done", "farewell", "regards", "goodbye")
+
+PERSONAS = ("Expert:", "Novice:")
+VERDICTS = (
+    ("relevant", "irrelevant"),
+    ("complete", "incomplete"),
+    ("opened", "unopened"),
+    ("styled", "unstyled"),
+    ("closed", "unclosed"),
+)
+LIST_OPENING = "Come up with a series of tasks:"
+LIST_LENGTHS = (9, 16)
+
+
+@dataclass(frozen=True, slots=True)
+class Instruction:
+    """`count` items of `category` in `style` case, between `opening` and `closing`; all verbs mean the same."""
+
+    verb: str
+    count: int
+    category: str
+    style: str
+    opening: str
+    closing: str
+
+    def render(self) -> str:
+        """The instruction as text: 8 words."""
+        return f"{self.verb} {self.count} {self.category} {self.style} open {self.opening} close {self.closing}"
+
+
+def parse_instruction(text: str) -> Instruction | None:
+    """The instruction that renders as `text` (up to white space); None when there is none."""
+    words = text.split()
+    if len(words) != 8 or not words[1].isdecimal():
+        return None
+    instruction = Instruction(words[0], int(words[1]), words[2], words[3], words[5], words[7])
+    known = (
+        instruction.verb in VERBS
+        and instruction.count in COUNTS
+        and instruction.category in CATEGORIES
+        and instruction.style in STYLES
+        and instruction.opening in OPENINGS
+        and instruction.closing in CLOSINGS
+    )
+    return instruction if known and instruction.render().split() == words else None
+
+
+def all_instructions() -> Iterator[Instruction]:
+    """Every instruction of the world, once."""
+    for values in itertools.product(VERBS, COUNTS, CATEGORIES, STYLES, OPENINGS, CLOSINGS):
+        yield Instruction(*values)
+
+
+def in_style(word: str, style: str) -> str:
+    """The word in lower or upper case."""
+    return word.upper() if style == "upper" else word.lower()
+
+
+def some_items(category: str, count: int, rng: random.Random) -> list[str]:
+    """`count` items of a category, in lower case; no item twice while there are enough."""
+    items = CATEGORIES[category]
+    return [item for _ in range(-(-count // len(items))) for item in rng.sample(items, len(items))][:count]

@@ -1,0 +1,140 @@
+"""How well judge scores agree with ranked replies, under every convention for ties and undefined correlations.
+
+Conventions differ by tens of points on the same scores, so all are computed; a pairwise accuracy means nothing without
+the tie rate beside it.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+from pydantic import with_config
+from scipy.stats import kendalltau, spearmanr
+
+from srlm_mega.records import STRICT, RankedReplies
+
+RankedScore = tuple[int, float | None]
+"""Rank of a reply (0 is the best) and the judge's score of it, None when none could be parsed."""
+
+PERFECT_SCORE = 5.0
+SCORE_DECIMALS = 6
+
+
+@with_config(STRICT)
+@dataclass(frozen=True, slots=True)
+class JudgeMetrics:
+    """None where there is nothing to average over. A pair is two scored replies of one prompt with different ranks;
+    a prompt is usable when it has a pair. Replies without a score are left out, the rest of the prompt is used."""
+
+    pair_acc_untied: float | None
+    """Pairs in the right order, of those with different scores."""
+    pair_acc_half: float | None
+    """The same over all pairs, a tie counting one half."""
+    pair_acc_strict: float | None
+    """The same over all pairs, a tie counting as wrong."""
+    tie_rate: float | None
+    """Pairs with equal scores."""
+    five_best: float | None
+    """Replies ranked best, of those with a mean score of 5."""
+    five_best_count: int
+    """Replies with a mean score of 5."""
+    exact_match: float | None
+    """Usable prompts whose pairs are all in the right order, no ties."""
+    spearman_drop: float | None
+    """Mean over prompts where the correlation is defined (two or more scored replies, not all equal)."""
+    spearman_zero: float | None
+    """Mean over all prompts, an undefined correlation counting 0."""
+    kendall_drop: float | None
+    """Kendall's tau-b; as spearman_drop."""
+    kendall_zero: float | None
+    """Kendall's tau-b; as spearman_zero."""
+    parse_failure: float | None
+    """Replies without a score."""
+    fully_parsed_prompts: float | None
+    """Prompts with a score for every reply."""
+    prompts: int
+    usable_prompts: int
+    replies: int
+    pairs: int
+
+
+def with_ranks(ranked: RankedReplies, scores: Sequence[float | None]) -> list[RankedScore]:
+    """Scores, in the order of the prompt's replies, beside the replies' ranks."""
+    return [(reply.rank, score) for reply, score in zip(ranked.replies, scores, strict=True)]
+
+
+def judge_metrics(prompts: Sequence[Sequence[RankedScore]]) -> JudgeMetrics:
+    """All figures over prompts with ranked and scored replies. Replicates of a prompt are entries of their own."""
+    scored = [_scored(prompt) for prompt in prompts]
+    orders = [_pair_orders(prompt) for prompt in scored]
+    flat = [order for prompt in orders for order in prompt]
+    right, wrong, tied = flat.count(1), flat.count(-1), flat.count(0)
+    usable = [prompt for prompt in orders if prompt]
+    fives = [is_best for prompt in prompts for is_best in _perfect_are_best(prompt)]
+    replies = sum(len(prompt) for prompt in prompts)
+    spearman = [_correlation(prompt, spearmanr) for prompt in scored]
+    kendall = [_correlation(prompt, kendalltau) for prompt in scored]
+    return JudgeMetrics(
+        pair_acc_untied=_ratio(right, right + wrong),
+        pair_acc_half=_ratio(right + tied / 2, len(flat)),
+        pair_acc_strict=_ratio(right, len(flat)),
+        tie_rate=_ratio(tied, len(flat)),
+        five_best=_ratio(sum(fives), len(fives)),
+        five_best_count=len(fives),
+        exact_match=_ratio(sum(all(order == 1 for order in prompt) for prompt in usable), len(usable)),
+        spearman_drop=_mean_defined(spearman),
+        spearman_zero=_mean_with_zeros(spearman),
+        kendall_drop=_mean_defined(kendall),
+        kendall_zero=_mean_with_zeros(kendall),
+        parse_failure=_ratio(replies - sum(len(prompt) for prompt in scored), replies),
+        fully_parsed_prompts=_ratio(
+            sum(len(kept) == len(prompt) for kept, prompt in zip(scored, prompts, strict=True)), len(prompts)
+        ),
+        prompts=len(prompts),
+        usable_prompts=len(usable),
+        replies=replies,
+        pairs=len(flat),
+    )
+
+
+def _scored(prompt: Sequence[RankedScore]) -> list[tuple[int, float]]:
+    # Rounded, so that two means of thirds that differ in the last bit are a tie for the correlations too.
+    return [(rank, round(score, SCORE_DECIMALS)) for rank, score in prompt if score is not None]
+
+
+def _pair_orders(prompt: Sequence[tuple[int, float]]) -> list[int]:
+    """For each pair of different ranks: 1 in the right order, -1 inverted, 0 tied."""
+    orders = []
+    for (first_rank, first), (second_rank, second) in combinations(prompt, 2):
+        if first_rank != second_rank:
+            better, worse = (first, second) if first_rank < second_rank else (second, first)
+            orders.append((better > worse) - (better < worse))
+    return orders
+
+
+def _perfect_are_best(prompt: Sequence[RankedScore]) -> list[bool]:
+    """For each reply with a mean score of 5: whether no reply to the prompt is ranked above it."""
+    best = min((rank for rank, _ in prompt), default=0)
+    return [rank == best for rank, score in _scored(prompt) if score == PERFECT_SCORE]
+
+
+def _correlation(prompt: Sequence[tuple[int, float]], statistic: Callable[..., tuple[float, float]]) -> float | None:
+    """Correlation of score and human order; None when either is constant."""
+    qualities, scores = [-rank for rank, _ in prompt], [score for _, score in prompt]
+    if len(set(qualities)) < 2 or len(set(scores)) < 2:
+        return None
+    return float(statistic(qualities, scores)[0])
+
+
+def _ratio(part: float, whole: int) -> float | None:
+    return part / whole if whole else None
+
+
+def _mean_defined(values: Sequence[float | None]) -> float | None:
+    defined = [value for value in values if value is not None]
+    return _ratio(math.fsum(defined), len(defined))
+
+
+def _mean_with_zeros(values: Sequence[float | None]) -> float | None:
+    return _ratio(math.fsum(value for value in values if value is not None), len(values))

@@ -1,0 +1,171 @@
+"""The transformers backend, on CPU or one GPU: prefill each prompt once, then decode its n completions together.
+
+It decodes by itself instead of calling `generate`: the prompt is computed once for all n, finished rows leave the
+batch, and every completion has random draws of its own, so that the batch size does not decide what is sampled. A
+model folder's generation_config has no say.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from srlm_mega.records import FinishReason
+from srlm_mega.sampling.sampler import Completion, SamplingParams
+from srlm_mega.seeds import derive_seed
+
+
+class HuggingFaceSampler:
+    """A Hugging Face causal language model. `batch_size` is in sequences (prompts times n) per forward pass."""
+
+    def __init__(
+        self, model_folder: Path, eos_id: int, device: Literal["auto", "cpu", "cuda"], batch_size: int
+    ) -> None:
+        self._device = torch.device(automatic_device() if device == "auto" else device)
+        self._eos_id = eos_id
+        self._batch_size = batch_size
+        model, report = AutoModelForCausalLM.from_pretrained(
+            str(model_folder), dtype="auto", local_files_only=True, output_loading_info=True
+        )
+        # transformers only warns, and goes on with random weights.
+        if report["missing_keys"] or report["mismatched_keys"]:
+            raise ValueError(
+                f"{model_folder} does not hold the whole model: missing {sorted(report['missing_keys'])}, "
+                f"of another shape {sorted(report['mismatched_keys'])}. Convert it again"
+            )
+        self._model = model.to(self._device).eval()
+        self._max_positions = int(model.config.max_position_embeddings)
+        self._vocab_size = int(model.config.vocab_size)
+
+    def sample(self, prompts: Sequence[tuple[int, ...]], params: SamplingParams) -> list[list[Completion]]:
+        """See `Sampler.sample`. Prompts are batched by length, which keeps padding small."""
+        self._check(prompts, params)
+        completions: list[list[Completion]] = [[] for _ in prompts]
+        longest_first = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+        with torch.inference_mode():
+            for batch in chunks(longest_first, max(1, self._batch_size // params.n)):
+                seeds = [derive_seed(params.seed, index, copy) for index in batch for copy in range(params.n)]
+                rows = self._decode([prompts[index] for index in batch], params, seeds)
+                for position, index in enumerate(batch):
+                    mine = slice(position * params.n, (position + 1) * params.n)
+                    completions[index] = [
+                        Completion(tuple(tokens), self._finish_reason(tokens), seed)
+                        for tokens, seed in zip(rows[mine], seeds[mine], strict=True)
+                    ]
+        return completions
+
+    def close(self) -> None:
+        """Free the model and, on a GPU, the memory it had."""
+        del self._model
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _decode(
+        self, prompts: Sequence[tuple[int, ...]], params: SamplingParams, seeds: Sequence[int]
+    ) -> list[list[int]]:
+        """Token ids of `params.n` rows per prompt, rows of one prompt side by side; one seed per row."""
+        input_ids, mask = (tensor.to(self._device) for tensor in left_padded(prompts))
+        # Without padding no mask is needed, and attention takes its faster way.
+        padded = not bool(mask.all())
+        output = self._model(
+            input_ids=input_ids,
+            attention_mask=mask if padded else None,
+            position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0),
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache = output.past_key_values
+        cache.batch_repeat_interleave(params.n)
+        logits = output.logits[:, -1].repeat_interleave(params.n, dim=0)
+        mask = mask.repeat_interleave(params.n, dim=0)
+        draws = uniform_draws(seeds, params).to(self._device)
+
+        tokens: list[list[int]] = [[] for _ in seeds]
+        active = torch.arange(len(seeds), device=self._device)
+        for step in range(params.max_new_tokens):
+            chosen = choose(logits, params, draws[active, step])
+            for row, token in zip(active.tolist(), chosen.tolist(), strict=True):
+                tokens[row].append(token)
+            unfinished = (chosen != self._eos_id).nonzero()[:, 0]
+            if len(unfinished) == 0 or step + 1 == params.max_new_tokens:
+                break
+            if len(unfinished) < len(active):
+                cache.batch_select_indices(unfinished)
+                active, chosen, mask = active[unfinished], chosen[unfinished], mask[unfinished]
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            output = self._model(
+                input_ids=chosen[:, None],
+                attention_mask=mask if padded else None,
+                position_ids=mask.sum(dim=1, keepdim=True) - 1,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            logits = output.logits[:, -1]
+        return tokens
+
+    def _finish_reason(self, tokens: Sequence[int]) -> FinishReason:
+        return "stop" if tokens[-1] == self._eos_id else "length"
+
+    def _check(self, prompts: Sequence[tuple[int, ...]], params: SamplingParams) -> None:
+        for index, prompt in enumerate(prompts):
+            if not prompt:
+                raise ValueError(f"prompt {index} has no tokens: it needs at least the begin token")
+            if len(prompt) + params.max_new_tokens > self._max_positions:
+                raise ValueError(
+                    f"prompt {index} has {len(prompt)} tokens; with max_new_tokens {params.max_new_tokens} that is "
+                    f"more than the model's {self._max_positions} positions. Leave it out, or lower max_new_tokens"
+                )
+            if not 0 <= min(prompt) <= max(prompt) < self._vocab_size:
+                raise ValueError(
+                    f"prompt {index} has token ids from {min(prompt)} to {max(prompt)}, the model's vocabulary is "
+                    f"{self._vocab_size}: the tokenizer is not this model's"
+                )
+
+
+def automatic_device() -> str:
+    """A GPU where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def chunks(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    """Slices of `size`; the last may be shorter."""
+    return (items[first : first + size] for first in range(0, len(items), size))
+
+
+def uniform_draws(seeds: Sequence[int], params: SamplingParams) -> Tensor:
+    """(rows, max_new_tokens) numbers in [0, 1): each row from its own seed. Greedy decoding needs none: zeros."""
+    if params.temperature == 0:
+        return torch.zeros(len(seeds), params.max_new_tokens)
+    generator = torch.Generator()
+    rows = [
+        torch.rand(params.max_new_tokens, generator=generator.manual_seed(seed), dtype=torch.float64) for seed in seeds
+    ]
+    return torch.stack(rows)
+
+
+def left_padded(prompts: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+    """Token ids and mask (1: a token, 0: padding), both (prompts, longest prompt); what ends, ends at the right."""
+    longest = max(len(prompt) for prompt in prompts)
+    ids = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+def choose(logits: Tensor, params: SamplingParams, draws: Tensor) -> Tensor:
+    """One token per row of `logits` (rows, vocabulary); `draws` (rows) in [0, 1) decide.
+
+    Nucleus sampling: of the tokens from the likeliest on, the fewest that together have probability `top_p`; among
+    them the one in whose share of their cumulative probability the draw falls.
+    """
+    if params.temperature == 0:
+        return logits.argmax(dim=-1)
+    probabilities = torch.softmax(logits.double() / params.temperature, dim=-1)
+    ordered, tokens = probabilities.sort(dim=-1, descending=True, stable=True)
+    cumulative = ordered.cumsum(dim=-1)
+    kept = (cumulative - ordered < params.top_p).sum(dim=-1, keepdim=True)
+    mass = cumulative.gather(-1, kept - 1)
+    place = torch.searchsorted(cumulative, draws[:, None] * mass, right=True)
+    return tokens.gather(-1, torch.minimum(place, kept - 1))[:, 0]

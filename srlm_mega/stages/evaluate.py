@@ -1,0 +1,125 @@
+"""evaluation: what a model writes and how it judges, on held-out data. The only reader of the toy world's truth
+besides the seed."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from statistics import fmean
+
+import orjson
+
+from srlm_mega.chat import Chat
+from srlm_mega.data.toy_world.truth import quality
+from srlm_mega.evaluation.head_to_head import HeadToHead, head_to_head
+from srlm_mega.evaluation.judge_metrics import JudgeMetrics, judge_metrics, with_ranks
+from srlm_mega.evaluation.results import EvaluationSample, ModelEvaluation
+from srlm_mega.judging.scores import mean_score, parse_score
+from srlm_mega.judging.template import JudgeTemplate
+from srlm_mega.records import Prompt, RankedReplies, read_jsonl, write_jsonl
+from srlm_mega.sampling.sampler import Sampler, SamplingParams, open_sampler
+from srlm_mega.seeds import derive_seed
+from srlm_mega.stage import Done, Work
+
+
+def evaluate(work: Work) -> Done:
+    """`evaluation.json` and `samples.jsonl` of one model."""
+    model = work.stage.name.partition("/")[0]
+    folder = work.run.weights(model)
+    chat = Chat.from_folder(folder)
+    sampler = open_sampler(work.config.sampler, folder, chat.eos_id)
+    work.progress.update(0, 2, "parts", "responses")
+    samples, mean_length = write_samples(work, chat, sampler)
+    work.progress.update(1, 2, "parts", "judgements")
+    judge = measure_judge(work, chat, sampler)
+    sampler.close()
+    write_jsonl(work.out / "samples.jsonl", samples)
+    against = None if model == "M1" else against_m1(work, samples)
+    evaluation = ModelEvaluation(
+        model=model,
+        quality_greedy=mean_or_none([sample.quality_greedy for sample in samples]),
+        quality_sampled=mean_or_none([sample.quality_sampled for sample in samples]),
+        win_vs_m1=None if against is None else against.win_rate,
+        tie_vs_m1=None if against is None else against.tie_rate,
+        loss_vs_m1=None if against is None else against.loss_rate,
+        judge=judge,
+        mean_length=mean_length,
+    )
+    (work.out / "evaluation.json").write_bytes(orjson.dumps(evaluation, option=orjson.OPT_INDENT_2))
+    work.progress.update(2, 2, "parts")
+    return Done(len(samples), {} if against is None else asdict(against))
+
+
+def write_samples(work: Work, chat: Chat, sampler: Sampler) -> tuple[list[EvaluationSample], float]:
+    """A greedy and a sampled response per held-out prompt, and the mean length of the sampled ones in tokens."""
+    settings, length = work.config.evaluation, work.config.candidates.max_new_tokens
+    prompts = list(read_jsonl(work.read("seed", "validation.jsonl"), Prompt))
+    longest = work.config.model.seq_length - length
+    prompts = [prompt for prompt in prompts if len(chat.prompt(prompt.text)) <= longest]
+    ids = [chat.prompt(prompt.text) for prompt in prompts]
+    # The same draws for every model: what differs between models is then the model.
+    seed = derive_seed(work.config.run.seed, "evaluation", "responses")
+    greedy = sampler.sample(ids, SamplingParams(1, 0.0, 1.0, length, seed))
+    sampled = sampler.sample(ids, SamplingParams(1, settings.temperature, settings.top_p, length, seed))
+    has_truth = work.config.seed_data.source == "toy_world"
+
+    def sample(prompt: Prompt, greedy_text: str, sampled_text: str) -> EvaluationSample:
+        return EvaluationSample(
+            prompt_id=prompt.id,
+            prompt=prompt.text,
+            greedy=greedy_text,
+            sampled=sampled_text,
+            quality_greedy=quality(prompt.text, greedy_text) if has_truth else None,
+            quality_sampled=quality(prompt.text, sampled_text) if has_truth else None,
+        )
+
+    samples = [
+        sample(prompt, chat.decode(one.token_ids), chat.decode(other.token_ids))
+        for prompt, (one,), (other,) in zip(prompts, greedy, sampled, strict=True)
+    ]
+    return samples, fmean(len(completion.token_ids) for (completion,) in sampled)
+
+
+def measure_judge(work: Work, chat: Chat, sampler: Sampler) -> JudgeMetrics:
+    """The model's scores of ranked replies, means of k judgements as in the loop, in several replicates."""
+    judge, replicates = work.config.judge, work.config.evaluation.judge_replicates
+    template = JudgeTemplate.from_text(work.read("seed", "judge_template.txt").read_text(encoding="utf-8"), "seed")
+    longest = work.config.model.seq_length - judge.max_new_tokens
+    sets = list(read_jsonl(work.read("seed", "eft_eval.jsonl"), RankedReplies))
+    requests = [
+        (number, place, ids)
+        for number, ranked in enumerate(sets)
+        for place, reply in enumerate(ranked.replies)
+        if len(ids := chat.prompt(template.fill(ranked.prompt, reply.text))) <= longest
+    ]
+    seed = derive_seed(work.config.run.seed, "evaluation", "judgements")
+    params = SamplingParams(judge.n * replicates, judge.temperature, judge.top_p, judge.max_new_tokens, seed)
+    answers = sampler.sample([ids for _, _, ids in requests], params)
+    # A reply too long to be judged whole keeps its None, as one without a score that can be read does.
+    means: list[list[list[float | None]]] = [
+        [[None] * len(ranked.replies) for ranked in sets] for _ in range(replicates)
+    ]
+    for (number, place, _), completions in zip(requests, answers, strict=True):
+        scores = [parse_score(chat.decode(completion.token_ids)) for completion in completions]
+        for replicate in range(replicates):
+            mine = scores[replicate * judge.n : (replicate + 1) * judge.n]
+            means[replicate][number][place] = mean_score(mine, judge.min_valid)
+    return judge_metrics(
+        [with_ranks(ranked, means[r][number]) for r in range(replicates) for number, ranked in enumerate(sets)]
+    )
+
+
+def against_m1(work: Work, samples: Sequence[EvaluationSample]) -> HeadToHead | None:
+    """Sampled responses against M1's to the same prompts by ground truth; None without one."""
+    first = list(read_jsonl(work.read("M1/evaluation", "samples.jsonl"), EvaluationSample))
+    ours, theirs = qualities(samples), qualities(first)
+    return head_to_head(ours, theirs) if ours else None
+
+
+def qualities(samples: Sequence[EvaluationSample]) -> dict[str, list[float]]:
+    """Ground truth of the sampled responses by prompt; empty where there is none."""
+    return {sample.prompt_id: [sample.quality_sampled] for sample in samples if sample.quality_sampled is not None}
+
+
+def mean_or_none(values: Sequence[int | None]) -> float | None:
+    """The mean, None where nothing was measured."""
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None

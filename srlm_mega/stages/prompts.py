@@ -1,0 +1,142 @@
+"""prompts: new instructions for a round, from a file or written few-shot (Self-Instruct), never the same twice."""
+
+import random
+from collections.abc import Sequence
+from itertools import count
+from pathlib import Path
+
+from srlm_mega.chat import Chat
+from srlm_mega.data.self_instruct import TaskFilter, few_shot_prompt, parse_tasks
+from srlm_mega.errors import RunStopped, UserError
+from srlm_mega.records import Prompt, PromptDraft, SftExample, read_jsonl, write_jsonl
+from srlm_mega.sampling.sampler import Sampler, SamplingParams, open_sampler
+from srlm_mega.sampling.shards import write_durably
+from srlm_mega.seeds import derive_seed
+from srlm_mega.stage import Done, Work
+
+REQUESTS_PER_WAVE = 64
+
+
+def write_prompts(work: Work) -> Done:
+    """`per_round` prompts that no earlier round had."""
+    match work.config.prompts.generator:
+        case "file":
+            return take_from_file(work)
+        case "self_instruct":
+            return self_instruct(work)
+
+
+def take_from_file(work: Work) -> Done:
+    """The round's slice of the given prompts, in a seeded order: rounds are disjoint."""
+    prompts = list(read_jsonl(work.read("seed", "prompts.jsonl"), Prompt))
+    random.Random(derive_seed(work.config.run.seed, "prompts")).shuffle(prompts)
+    chat = Chat.from_folder(work.run.weights(writer_model(work)))
+    fitting = [prompt for prompt in prompts if fits(work, chat, prompt.text)]
+    size = work.config.prompts.per_round
+    mine = fitting[(work.round - 1) * size : work.round * size]
+    if len(mine) < size:
+        raise UserError(
+            f"{work.config.prompts.path} has {len(fitting)} usable prompts ({len(prompts) - len(fitting)} too long); "
+            f"round {work.round} needs prompts {(work.round - 1) * size + 1} to {work.round * size}. "
+            "Give more prompts, or lower prompts.per_round or run.rounds."
+        )
+    write_jsonl(work.out / "prompts.jsonl", mine)
+    return Done(len(mine), {"too_long": len(prompts) - len(fitting)})
+
+
+def self_instruct(work: Work) -> Done:
+    """Waves of few-shot requests to the writer until enough of what it wrote passes the filters."""
+    settings = work.config.prompts
+    folder = work.run.weights(writer_model(work))
+    chat = Chat.from_folder(folder)
+    sampler = open_sampler(work.config.sampler, folder, chat.eos_id)
+    seeds = [example.prompt for example in read_jsonl(work.read("seed", "ift.jsonl"), SftExample)]
+    held_out = [prompt.text for prompt in read_jsonl(work.read("seed", "validation.jsonl"), Prompt)]
+    earlier = [
+        prompt.text
+        for before in range(1, work.round)
+        for prompt in read_jsonl(work.read(f"round_{before}/prompts", "prompts.jsonl"), Prompt)
+    ]
+    task_filter = TaskFilter(
+        settings.min_words, settings.max_words, settings.rouge_l_max, [*seeds, *held_out, *earlier]
+    )
+    accepted: list[Prompt] = []
+    too_long = 0
+    for wave in count():
+        if wave * REQUESTS_PER_WAVE >= settings.max_requests:
+            raise RunStopped(
+                f"{wave * REQUESTS_PER_WAVE} requests (prompts.max_requests) gave {len(accepted)} of "
+                f"{settings.per_round} prompts; rejected: {dict(task_filter.rejected)}, too long: {too_long}. "
+                f"Lower prompts.per_round, loosen the filters, or read {work.out} to see what the writer wrote."
+            )
+        generated = [*earlier, *(prompt.text for prompt in accepted)]
+        for draft in wave_of_drafts(work, wave, seeds, generated, chat, sampler):
+            for task in parse_tasks(draft.text, truncated=draft.finish_reason == "length"):
+                if not fits(work, chat, task):
+                    too_long += 1
+                elif len(accepted) < settings.per_round and task_filter.accept(task):
+                    number = len(accepted)
+                    accepted.append(Prompt(f"r{work.round}-p{number:05d}", task, f"self_instruct/{draft.id}"))
+        work.progress.update(len(accepted), settings.per_round, "prompts")
+        if len(accepted) == settings.per_round:
+            break
+    sampler.close()
+    write_jsonl(work.out / "prompts.jsonl", accepted)
+    return Done(
+        len(accepted), {**task_filter.rejected, "too_long": too_long, "requests": (wave + 1) * REQUESTS_PER_WAVE}
+    )
+
+
+def wave_of_drafts(
+    work: Work, wave: int, seeds: Sequence[str], generated: Sequence[str], chat: Chat, sampler: Sampler
+) -> list[PromptDraft]:
+    """What the writer wrote to one wave of requests: from disk when a killed attempt got that far."""
+    path = work.out / f"drafts_{wave:05d}.jsonl"
+    if not path.exists():
+        drafts = sample_drafts(work, wave, seeds, generated, chat, sampler)
+        write_durably(path, lambda temporary: keep(temporary, drafts))
+    return list(read_jsonl(path, PromptDraft))
+
+
+def keep(path: Path, drafts: Sequence[PromptDraft]) -> None:
+    """Write drafts, as `write_durably` asks."""
+    write_jsonl(path, drafts)
+
+
+def sample_drafts(
+    work: Work, wave: int, seeds: Sequence[str], generated: Sequence[str], chat: Chat, sampler: Sampler
+) -> list[PromptDraft]:
+    """One wave: each request shows IFT tasks and, once there are some, tasks written before."""
+    settings = work.config.prompts
+    seed = derive_seed(work.config.run.seed, work.stage.name, wave)
+    rng = random.Random(seed)
+    num_generated = settings.shots_generated if len(generated) >= settings.shots_generated else 0
+    num_ift = settings.shots_ift + settings.shots_generated - num_generated
+    requests = []
+    for _ in range(REQUESTS_PER_WAVE):
+        shots = rng.sample(seeds, num_ift) + rng.sample(generated, num_generated)
+        rng.shuffle(shots)
+        requests.append(few_shot_prompt(shots))
+    params = SamplingParams(1, settings.temperature, settings.top_p, settings.max_new_tokens, seed)
+    completions = sampler.sample([chat.document(request, end=False) for request in requests], params)
+    return [
+        PromptDraft(
+            id=f"r{work.round}-w{wave:05d}-{number:02d}",
+            request=request,
+            text=chat.decode(completion.token_ids),
+            finish_reason=completion.finish_reason,
+            seed=completion.seed,
+            model_hash=work.run.digest(writer_model(work)),
+        )
+        for number, (request, (completion,)) in enumerate(zip(requests, completions, strict=True))
+    ]
+
+
+def writer_model(work: Work) -> str:
+    """Who writes the prompts."""
+    return "M0" if work.config.prompts.writer == "base" else f"M{work.round}"
+
+
+def fits(work: Work, chat: Chat, text: str) -> bool:
+    """Whether a prompt leaves room for a response."""
+    return len(chat.prompt(text)) + work.config.candidates.max_new_tokens <= work.config.model.seq_length

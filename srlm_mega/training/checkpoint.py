@@ -1,0 +1,44 @@
+"""Hugging Face folders in and out of a model that is split over processes."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from srlm_mega.checkpoints_conversion.huggingface import open_weights, write_folder
+from srlm_mega.checkpoints_conversion.llama import LlamaShape
+from srlm_mega.checkpoints_conversion.megatron import Placement, load_shard, merge_shards
+from srlm_mega.training.model import own_placements, unwrap
+from srlm_mega.training.topology import Topology
+
+
+def load_weights(model: Sequence[MegatronModule], shape: LlamaShape, folder: Path, topology: Topology) -> None:
+    """Fill the model's chunks from a Hugging Face folder; every rank reads only what it holds."""
+    weights = open_weights(folder)
+    for chunk, placement in zip(model, own_placements(shape, topology), strict=True):
+        shard = load_shard(weights, shape, placement)
+        parameters = dict(unwrap(chunk).named_parameters())
+        assert shard.keys() == parameters.keys(), (
+            f"weights and model differ in {sorted(shard.keys() ^ parameters.keys())}"
+        )
+        for name, parameter in parameters.items():
+            assert parameter.shape == shard[name].shape, (
+                f"{name} is {tuple(parameter.shape)} in the model, {tuple(shard[name].shape)} in the weights"
+            )
+            parameter.data.copy_(shard[name])
+
+
+def save_weights(
+    model: Sequence[MegatronModule], shape: LlamaShape, folder: Path, start: Path, topology: Topology
+) -> None:
+    """Write the trained model as a Hugging Face folder, with the tokenizer of `start`. The main rank writes."""
+    own = [(place, _state(chunk)) for place, chunk in zip(own_placements(shape, topology), model, strict=True)]
+    gathered = topology.gather_model(own)
+    if topology.is_main:
+        shards: list[tuple[Placement, Mapping[str, Tensor]]] = [shard for rank in gathered for shard in rank]
+        write_folder(folder, shape, merge_shards(shards, shape), tokenizer_from=start)
+
+
+def _state(chunk: MegatronModule) -> dict[str, Tensor]:
+    return {name: parameter.detach().cpu() for name, parameter in unwrap(chunk).named_parameters()}

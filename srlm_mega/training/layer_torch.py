@@ -1,0 +1,124 @@
+"""Llama's layer for Megatron in plain PyTorch: what runs where Transformer Engine does not.
+
+Megatron's own norm refuses sequence parallelism without Transformer Engine, and its own attention spells the
+softmax out; both are replaced through the layer spec, Megatron's extension point.
+"""
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm over the last dimension, computed in fp32 as Llama does."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        # Under sequence parallelism each rank sees its part of the sequence only: Megatron sums marked gradients.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[s, b, h] -> [s, b, h]."""
+        return self.weight * F.rms_norm(hidden.float(), (hidden.size(-1),), eps=self.eps).to(hidden.dtype)
+
+
+class TorchAttention(MegatronModule):  # type: ignore[misc]
+    """Causal attention by PyTorch's scaled_dot_product_attention, with grouped queries.
+
+    Sequences are padded on the right: with causal attention no real token sees the padding, so there is no mask.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        cp_comm_type: str | None,
+        softmax_scale: float | None,
+        pg_collection: ProcessGroupCollection | None,
+    ) -> None:
+        super().__init__(config=config)
+        assert attn_mask_type == AttnMaskType.causal, f"only causal attention, got {attn_mask_type}"
+        assert config.context_parallel_size == 1, "this attention sees whole sequences only"
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        /,
+        *,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: object = None,
+    ) -> Tensor:
+        """Query [s, b, heads, d], key and value [s, b, groups, d] -> [s, b, heads * d]."""
+        assert attention_mask is None and attention_bias is None and packed_seq_params is None, (
+            "this attention takes padded causal sequences without mask, bias or packing"
+        )
+        repeats = query.size(2) // key.size(2)
+        if repeats > 1:
+            key, value = key.repeat_interleave(repeats, dim=2), value.repeat_interleave(repeats, dim=2)
+        q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        dropout = self.config.attention_dropout if self.training else 0.0
+        if dropout > 0.0 and not self.config.sequence_parallel:  # with it, the whole layer is in that stream already
+            with get_cuda_rng_tracker().fork():
+                context = self._attend(q, k, v, dropout)
+        else:
+            context = self._attend(q, k, v, dropout)
+        return context.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=self.softmax_scale)
+
+
+def torch_block(num_layers: int) -> TransformerBlockSubmodules:
+    """The block of one model chunk: `num_layers` Llama layers and the final norm."""
+    layer = ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear,
+                    core_attention=TorchAttention,
+                    linear_proj=RowParallelLinear,
+                    q_layernorm=IdentityOp,
+                    k_layernorm=IdentityOp,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=ModuleSpec(
+                module=MLP,
+                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+            ),
+            mlp_bda=get_bias_dropout_add,
+            # The names Transformer Engine's fused layer gives the same weights in a distributed checkpoint.
+            sharded_state_dict_keys_map={
+                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+            },
+        ),
+    )
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)

@@ -1,0 +1,119 @@
+"""Llama as a Megatron GPTModel, split over tensor ranks, pipeline stages and virtual stages."""
+
+from collections.abc import Sequence
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.module import Float16Module, MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn import functional as F
+
+from srlm_mega.checkpoints_conversion.llama import LlamaShape
+from srlm_mega.checkpoints_conversion.megatron import Placement, placements
+from srlm_mega.config import TrainerConfig, TrainingConfig
+from srlm_mega.errors import UserError
+from srlm_mega.training.layer_torch import torch_block
+from srlm_mega.training.topology import Topology
+
+
+def own_placements(shape: LlamaShape, topology: Topology) -> list[Placement]:
+    """What this rank's model chunks hold. UserError, with the arithmetic, when the model cannot be split this way."""
+    vpp_size = topology.parallel.virtual_pipeline_model_parallel_size or 1
+    try:
+        parts = placements(shape, topology.tp_size, topology.pp_size, vpp_size)
+    except ValueError as error:
+        raise UserError(f"{error}: choose another parallel layout for this model") from None
+    return [part for part in parts if part.tp_rank == topology.tp_rank][topology.pp_rank :: topology.pp_size]
+
+
+def build_model(config: TransformerConfig, shape: LlamaShape, topology: Topology) -> list[MegatronModule]:
+    """This rank's model chunks (one, or one per virtual stage), with weights still to be loaded."""
+    own = own_placements(shape, topology)
+    return [_build_chunk(config, shape, topology, chunk, own) for chunk in range(len(own))]
+
+
+def _build_chunk(
+    config: TransformerConfig, shape: LlamaShape, topology: Topology, chunk: int, own: list[Placement]
+) -> MegatronModule:
+    model = GPTModel(
+        config,
+        torch_block(len(own[chunk].layers)),
+        vocab_size=shape.vocab_size,
+        max_sequence_length=shape.max_position_embeddings,
+        pre_process=own[chunk].first_stage,
+        post_process=own[chunk].last_stage,
+        share_embeddings_and_output_weights=shape.tie_word_embeddings,
+        position_embedding_type="rope",
+        rotary_base=shape.rotary_base,
+        vp_stage=chunk if len(own) > 1 else None,
+    ).to(topology.device)
+    layers = tuple(layer.layer_number - 1 for layer in model.decoder.layers)
+    assert layers == own[chunk].layers, f"Megatron put layers {layers} where {own[chunk].layers} belong"
+    return Float16Module(config, model) if config.bf16 else model
+
+
+def transformer_config(
+    shape: LlamaShape, section: TrainingConfig, trainer: TrainerConfig, topology: Topology
+) -> TransformerConfig:
+    """Llama 2's architecture in Megatron's words."""
+    parallel = topology.parallel
+    dtype = torch.bfloat16 if trainer.bf16 else torch.float32
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        num_attention_heads=shape.num_attention_heads,
+        num_query_groups=shape.num_query_groups,
+        kv_channels=shape.kv_channels,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.norm_epsilon,
+        activation_func=F.silu,
+        gated_linear_unit=True,
+        add_bias_linear=False,
+        attention_dropout=section.attention_dropout,
+        hidden_dropout=section.hidden_dropout,
+        tensor_model_parallel_size=topology.tp_size,
+        pipeline_model_parallel_size=topology.pp_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        bf16=trainer.bf16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        recompute_granularity=trainer.recompute_granularity,
+        recompute_method="uniform" if trainer.recompute_granularity == "full" else None,
+        recompute_num_layers=1 if trainer.recompute_granularity == "full" else None,
+        calculate_per_token_loss=True,  # gradients are divided by counts of the whole global batch
+        # With two stages both neighbours are the same rank: batched sends of the interleaved schedule mix them up.
+        batch_p2p_comm=False,
+        overlap_p2p_comm=parallel.virtual_pipeline_model_parallel_size is not None,
+        # Fusions that need apex or Transformer Engine, compile for long, or round gradients to bf16.
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        cross_entropy_loss_fusion=False,
+        cuda_graph_scope=[],
+    )
+
+
+def wrap_data_parallel(
+    chunks: Sequence[MegatronModule], config: TransformerConfig, topology: Topology
+) -> list[MegatronModule]:
+    """The chunks with gradient buffers that are summed over data-parallel ranks in fp32."""
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=topology.parallel.use_distributed_optimizer,
+    )
+    config.finalize_model_grads_func = finalize_model_grads
+    return [DistributedDataParallel(config, ddp_config, chunk) for chunk in chunks]
+
+
+def unwrap(chunk: torch.nn.Module) -> GPTModel:
+    """The GPTModel inside its data-parallel and bf16 wrappers."""
+    while isinstance(chunk, DistributedDataParallel | Float16Module):
+        chunk = chunk.module
+    assert isinstance(chunk, GPTModel), f"expected a GPTModel, found {type(chunk).__name__}"
+    return chunk

@@ -1,0 +1,53 @@
+"""Megatron's AdamW with clipping, and a learning rate with exact end points."""
+
+from collections.abc import Sequence
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import MegatronModule
+
+from srlm_mega.config import TrainerConfig, TrainingConfig
+from srlm_mega.training.topology import Topology
+
+
+def build_optimizer(
+    model: Sequence[MegatronModule], section: TrainingConfig, trainer: TrainerConfig, topology: Topology
+) -> MegatronOptimizer:
+    """AdamW over the model's chunks; norms are not decayed. Call it after the weights are loaded."""
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=section.lr,
+        min_lr=section.min_lr,
+        weight_decay=section.weight_decay,
+        adam_beta1=section.adam_beta1,
+        adam_beta2=section.adam_beta2,
+        adam_eps=section.adam_eps,
+        clip_grad=section.clip_grad,
+        bf16=trainer.bf16,
+        params_dtype=torch.bfloat16 if trainer.bf16 else torch.float32,
+        use_distributed_optimizer=topology.parallel.use_distributed_optimizer,
+    )
+    return get_megatron_optimizer(config, list(model), use_gloo_process_groups=False)
+
+
+def build_scheduler(optimizer: MegatronOptimizer, section: TrainingConfig, num_steps: int) -> OptimizerParamScheduler:
+    """Learning rate of step k = 1..num_steps: `lr` at the first step after warm-up, `min_lr` at the last.
+
+    During W warm-up steps it is lr * k / (W + 1), so that no step is taken with a rate of zero.
+    """
+    last = max(1, num_steps - 1)  # Megatron counts steps from 0
+    warmup = min(round(section.lr_warmup_fraction * num_steps), last - 1)
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=section.lr / (warmup + 1),
+        max_lr=section.lr,
+        min_lr=section.min_lr,
+        lr_warmup_steps=warmup,
+        lr_decay_steps=last,
+        lr_decay_style=section.lr_decay_style,
+        start_wd=section.weight_decay,
+        end_wd=section.weight_decay,
+        wd_incr_steps=num_steps,
+        wd_incr_style="constant",
+    )

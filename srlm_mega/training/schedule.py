@@ -1,0 +1,86 @@
+"""One pass of a global batch through Megatron's pipeline schedule, forward only or with gradients."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from srlm_mega.training.batch import Batch
+from srlm_mega.training.topology import Topology
+
+Loss = tuple[Tensor, Tensor, Tensor]
+
+
+class MicroBatch(Protocol):
+    """A part of the global batch that knows its loss."""
+
+    @property
+    def batch(self) -> Batch:
+        """What the model is given."""
+
+    def loss(self, token_nll: Tensor) -> Loss:
+        """From -log p of each label [b, s]: the sum to differentiate, the count that the gradient's sum over the
+        global batch is divided by (int), and sums to report [n]."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One rank's share of a global batch; shapes are the same on all ranks."""
+
+    micro_batches: Sequence[MicroBatch]
+    num_tokens: int  # of the whole global batch, without padding
+
+
+def forward_backward(model: list[MegatronModule], step: Step, num_sums: int, topology: Topology) -> Tensor:
+    """Accumulate the global batch's gradients; returns the losses' reported sums [num_sums] over all ranks, fp64."""
+
+    def forward_step(micro_batches: Iterator[MicroBatch], chunk: MegatronModule) -> tuple[Tensor, Callable[..., Loss]]:
+        micro_batch = next(micro_batches)
+        return _token_nll(micro_batch.batch, chunk), micro_batch.loss
+
+    outputs = _run(model, step.micro_batches, step.micro_batches[0].batch, forward_step, forward_only=False)
+    sums = torch.zeros(num_sums, dtype=torch.float64)
+    if topology.is_reporter:
+        sums = torch.stack(outputs).sum(0)
+    return topology.sum_over_world(sums)
+
+
+def forward(model: list[MegatronModule], batches: Sequence[Batch]) -> list[Tensor]:
+    """-log p of each label [b, s] per micro batch on the last pipeline stage; nothing on the others."""
+
+    def forward_step(batches: Iterator[Batch], chunk: MegatronModule) -> tuple[Tensor, Callable[..., Tensor]]:
+        return _token_nll(next(batches), chunk), lambda token_nll, non_loss_data: token_nll
+
+    with torch.no_grad():
+        return _run(model, batches, batches[0], forward_step, forward_only=True)
+
+
+def _token_nll(batch: Batch, chunk: MegatronModule) -> Tensor:
+    output: Tensor = chunk(batch.tokens, batch.position_ids, None, labels=batch.labels)
+    return output
+
+
+def _run(
+    model: list[MegatronModule],
+    micro_batches: Sequence[object],
+    first: Batch,
+    forward_step: Callable[..., object],
+    forward_only: bool,
+) -> list[Tensor]:
+    rows, positions = first.tokens.shape
+    iterators = [iter(micro_batches) for _ in model]  # every model chunk sees every micro batch
+    outputs: list[Tensor] = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators if len(model) > 1 else iterators[0],
+        model=model,
+        num_microbatches=len(micro_batches),
+        seq_length=positions,
+        micro_batch_size=rows,
+        forward_only=forward_only,
+        collect_non_loss_data=forward_only,
+    )
+    return outputs

@@ -1,0 +1,154 @@
+"""Ranks, groups and devices: the only place that reads RANK and touches Megatron's parallel state.
+
+One `Topology` is started per stage and passed to whoever needs it. The device is the CPU (gloo) or CUDA (NCCL); the
+road is the same, but nothing here has been run on a GPU.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from srlm_mega.config import ParallelConfig, TrainerConfig
+from srlm_mega.errors import UserError
+from srlm_mega.training import cpu_backend
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Topology:
+    """This process's place among the others: tensor x pipeline x data parallel."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    dp_rank: int
+    dp_size: int
+    parallel: ParallelConfig
+
+    @classmethod
+    @contextmanager
+    def start(cls, parallel: ParallelConfig, trainer: TrainerConfig, seed: int) -> Iterator["Topology"]:
+        """Join the other processes, split them into Megatron's groups and seed the random streams.
+
+        Everything is taken down at the end of the block, so one launch can run several layouts after another
+        (inside one `process_group`). UserError when TP * PP * DP is not the world size.
+        """
+        with process_group(trainer) as device:
+            check_world_size(parallel, dist.get_world_size())
+            parallel_state.initialize_model_parallel(
+                parallel.tensor_model_parallel_size,
+                parallel.pipeline_model_parallel_size,
+                parallel.virtual_pipeline_model_parallel_size,
+                create_gloo_process_groups=False,
+            )
+            try:
+                topology = cls(
+                    rank=dist.get_rank(),
+                    world_size=dist.get_world_size(),
+                    device=device,
+                    tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+                    tp_size=parallel.tensor_model_parallel_size,
+                    pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+                    pp_size=parallel.pipeline_model_parallel_size,
+                    dp_rank=parallel_state.get_data_parallel_rank(),
+                    dp_size=parallel_state.get_data_parallel_world_size(),
+                    parallel=parallel,
+                )
+                topology.seed_dropout(seed)
+                yield topology
+            finally:
+                parallel_state.destroy_model_parallel()
+
+    @property
+    def is_main(self) -> bool:
+        """The one process that writes files and talks to the user."""
+        return self.rank == 0
+
+    @property
+    def is_reporter(self) -> bool:
+        """Whether this process's losses count: the last pipeline stage, once per tensor-parallel group."""
+        return self.pp_rank == self.pp_size - 1 and self.tp_rank == 0
+
+    def seed_dropout(self, seed: int) -> None:
+        """Random streams: different per pipeline stage and data-parallel rank; Megatron adds the tensor ranks."""
+        own_seed = seed + 100 * self.pp_rank + 10_000 * self.dp_rank
+        torch.manual_seed(own_seed)
+        model_parallel_cuda_manual_seed(own_seed, force_reset_rng=True)
+
+    def sum_over_world(self, values: torch.Tensor) -> torch.Tensor:
+        """`values` (any shape, same on every rank) summed over all processes, on the CPU."""
+        summed = values.to(self.device)
+        dist.all_reduce(summed)
+        return summed.cpu()
+
+    def gather_model(self, shard: T) -> Sequence[T]:
+        """The shards of one replica of the model (data-parallel rank 0) on rank 0; nothing elsewhere."""
+        if self.dp_rank != 0:
+            return ()
+        group = parallel_state.get_model_parallel_group()
+        shards: list[T | None] | None = [None] * dist.get_world_size(group) if self.is_main else None
+        dist.gather_object(shard, shards, dst=0, group=group)
+        return [] if shards is None else [item for item in shards if item is not None]
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        dist.barrier()
+
+
+@contextmanager
+def process_group(trainer: TrainerConfig) -> Iterator[torch.device]:
+    """The processes that torchrun (or srun) started, joined; a single process when nobody started several.
+
+    Inside another `process_group` this one changes nothing. Yields this process's device.
+    """
+    device = choose_device(trainer.device)
+    if device.type == "cpu":
+        cpu_backend.apply()
+    else:
+        torch.cuda.set_device(device)
+    if dist.is_initialized():
+        yield device
+        return
+    backend = "gloo" if device.type == "cpu" else "nccl"
+    timeout = timedelta(minutes=trainer.distributed_timeout_minutes)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def choose_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
+    """`auto` is CUDA where there is one. UserError when CUDA is wanted and absent."""
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("trainer.device=cuda, but this machine shows no CUDA device: use trainer.device=cpu or auto")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def check_world_size(parallel: ParallelConfig, world_size: int) -> None:
+    """UserError, with the arithmetic, unless TP * PP * DP is the number of processes."""
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    dp = parallel.data_parallel_size or max(1, world_size // (tp * pp))
+    if tp * pp * dp != world_size:
+        raise UserError(
+            f"TP {tp} * PP {pp} * DP {dp} = {tp * pp * dp}, but {world_size} processes were started: "
+            "change the parallel section, or launch.nodes and launch.processes_per_node"
+        )

@@ -1,0 +1,24 @@
+"""Shared places."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def srlm() -> Path:
+    """The `srlm` command beside this Python."""
+    return Path(sys.executable).parent / "srlm"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real inputs that are not part of the project; tests that need them skip where they are absent."""
+    folder = Path(os.environ.get("SRLM_SHARED_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no folder of real inputs at {folder} (SRLM_SHARED_DATA)")
+    return folder

@@ -1,0 +1,115 @@
+"""Configuration: presets, overrides, and mistakes that must be named."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from srlm_mega.config import Config
+from srlm_mega.config_file import apply_overrides, leaves, load_config, origins, parse_config, read_yaml, to_yaml
+from srlm_mega.errors import UserError
+
+CONFIGS = Path(__file__).resolve().parent.parent / "launch" / "configs"
+TOY = CONFIGS / "toy_cpu.yaml"
+
+
+@pytest.mark.parametrize(
+    ("name", "world", "dp"), [("toy_cpu", 2, 1), ("llama2_7b_8gpu", 8, 2), ("llama2_70b_64gpu", 64, 2), ("oasst_cpu", 2, 1)]
+)
+def test_presets_are_valid(name: str, world: int, dp: int) -> None:
+    config = load_config(CONFIGS / f"{name}.yaml")
+    assert (config.world_size, config.data_parallel_size) == (world, dp)
+
+
+def test_70b_preset_is_the_papers_protocol() -> None:
+    config = load_config(CONFIGS / "llama2_70b_64gpu.yaml")
+    assert (config.sft.lr, config.sft.min_lr, config.sft.global_batch_size) == (5.5e-6, 1.1e-6, 16)
+    assert (config.dpo.lr, config.dpo.min_lr, config.dpo.global_batch_size, config.dpo.beta) == (1e-6, 1e-7, 16, 0.1)
+    assert (config.sft.hidden_dropout, config.dpo.attention_dropout) == (0.1, 0.1)
+    assert (config.candidates.n, config.candidates.temperature, config.candidates.top_p) == (4, 0.7, 0.9)
+    assert (config.judge.n, config.judge.temperature, config.judge.top_p) == (3, 0.7, 0.9)
+
+
+def test_resolved_yaml_reads_back_equal() -> None:
+    config = load_config(TOY, ["dpo.lr=3e-4"])
+    assert parse_config(yaml.safe_load(to_yaml(config)), "resolved") == config
+
+
+@pytest.mark.parametrize("override", ["dpo.beta=0.5", "--dpo.beta=0.5", "--beta=0.5", "beta=5e-1"])
+def test_override_spellings(override: str) -> None:
+    assert load_config(TOY, [override]).dpo.beta == 0.5
+
+
+def test_megatron_flag_spelling() -> None:
+    config = load_config(TOY, ["--tensor-model-parallel-size=1", "--pipeline-model-parallel-size=2"])
+    assert (config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("dpo.bta=1", ["unknown key dpo.bta", "dpo.beta"]),
+        ("foo.bar=1", ["unknown key foo", "Sections: run, model"]),
+        ("tensor_parallel_size=2", ["unknown key tensor_parallel_size", "parallel.tensor_model_parallel_size"]),
+        ("dpo.lr=fast", ["dpo.lr", "valid number", "'fast'"]),
+        ("lr=1", ["several sections", "sft.lr", "dpo.lr"]),
+        ("dpo.lr", ["section.key=value"]),
+        ("parallel.tensor_model_parallel_size=3", ["2 is not divisible by TP * PP 3", "2 = 0 * 3 + 2"]),
+        ("parallel.data_parallel_size=4", ["TP 2 * PP 1 * DP 4 = 8, but the world size is 2"]),
+        ("launch.processes_per_node=8", ["num_query_groups"]),
+        ("dpo.global_batch_size=33", ["33 is not divisible by micro_batch_size * DP = 32 * 1 = 32"]),
+        ("model.num_query_groups=3", ["num_attention_heads 4 is not divisible by num_query_groups 3"]),
+        ("model.num_query_groups=1", ["num_query_groups 1 is not divisible by TP 2"]),
+        ("sft.epochs=1", ["sft: set exactly one of train_iters and epochs"]),
+        ("candidates.max_new_tokens=256", ["leaves no room for a prompt"]),
+        ("seed_data.source=oasst", ["seed_data.source=oasst needs seed_data.path"]),
+    ],
+)
+def test_mistakes_are_named(override: str, said: list[str]) -> None:
+    overrides = [override]
+    if override == "launch.processes_per_node=8":
+        overrides.append("parallel.tensor_model_parallel_size=4")
+    with pytest.raises(UserError) as error:
+        load_config(TOY, overrides)
+    for part in said:
+        assert part in str(error.value)
+
+
+def test_layers_must_fill_the_pipeline() -> None:
+    raw = apply_overrides(
+        read_yaml(TOY), ["model.num_layers=5", "--pipeline-model-parallel-size=2", "--tensor-model-parallel-size=1"]
+    )
+    with pytest.raises(UserError, match=r"num_layers 5 is not divisible by PP 2 \(5 = 2 \* 2 \+ 1\)"):
+        parse_config(raw, "toy")
+
+
+def test_every_mistake_is_listed_at_once() -> None:
+    with pytest.raises(UserError, match="2 problem") as error:
+        load_config(TOY, ["dpo.bta=1", "sft.lr=fast"])
+    assert "dpo.bta" in str(error.value) and "sft.lr" in str(error.value)
+
+
+def test_files_that_are_no_configuration(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no configuration file"):
+        load_config(tmp_path / "absent.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(UserError, match="must hold sections"):
+        load_config(tmp_path / "list.yaml")
+    (tmp_path / "broken.yaml").write_text("run: {dir: [\n")
+    with pytest.raises(UserError, match="is not YAML"):
+        load_config(tmp_path / "broken.yaml")
+
+
+def test_origins() -> None:
+    where = origins(TOY, ["dpo.beta=0.5", "judge.min_valid=2"])
+    assert where["dpo.beta"] == "override"
+    assert where["judge.min_valid"] == "override"
+    assert where["dpo.train_iters"] == "toy_cpu.yaml"
+    assert where["dpo.adam_beta1"] == "default"
+    assert where.keys() == leaves(load_config(TOY)).keys()
+
+
+def test_every_key_says_what_it_is_or_has_megatrons_name() -> None:
+    schema = Config.model_json_schema()
+    assert schema["additionalProperties"] is False
+    assert schema["$defs"]["DpoConfig"]["properties"]["beta"]["default"] == 0.1

@@ -1,0 +1,133 @@
+"""Judge metrics: vectors worked out by hand, and brute force."""
+
+import math
+from itertools import combinations
+
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from srlm_mega.evaluation.judge_metrics import JudgeMetrics, RankedScore, judge_metrics, with_ranks
+from srlm_mega.records import RankedReplies, RankedReply, parse_line
+
+# Pairs: right, right, tied | tied | tied, right, right | inverted: 4 right, 1 inverted, 3 tied.
+VECTOR: list[list[RankedScore]] = [
+    [(0, 5), (1, 3), (2, 3)],
+    [(0, 4), (1, 4)],
+    [(0, 5), (1, 5), (2, 1)],
+    [(0, 2), (1, None), (2, 3)],
+]
+
+
+def test_the_vector_worked_out_by_hand() -> None:
+    metrics = judge_metrics(VECTOR)
+    assert metrics.pair_acc_untied == pytest.approx(4 / 5)
+    assert metrics.pair_acc_half == pytest.approx(5.5 / 8)
+    assert metrics.pair_acc_strict == pytest.approx(4 / 8)
+    assert metrics.tie_rate == pytest.approx(3 / 8)
+    assert metrics.five_best == pytest.approx(2 / 3)
+    assert metrics.five_best_count == 3
+    assert metrics.exact_match == 0
+    # Spearman: sqrt(3)/2, undefined, sqrt(3)/2, -1. Kendall's tau-b: 2/sqrt(6), undefined, 2/sqrt(6), -1.
+    assert metrics.spearman_drop == pytest.approx((math.sqrt(3) - 1) / 3) == pytest.approx(0.244, abs=5e-4)
+    assert metrics.spearman_zero == pytest.approx((math.sqrt(3) - 1) / 4) == pytest.approx(0.183, abs=5e-4)
+    assert metrics.kendall_drop == pytest.approx((4 / math.sqrt(6) - 1) / 3) == pytest.approx(0.211, abs=5e-4)
+    assert metrics.kendall_zero == pytest.approx((4 / math.sqrt(6) - 1) / 4) == pytest.approx(0.158, abs=5e-4)
+    assert metrics.parse_failure == pytest.approx(1 / 11)
+    assert metrics.fully_parsed_prompts == pytest.approx(3 / 4)
+    assert (metrics.prompts, metrics.usable_prompts, metrics.replies, metrics.pairs) == (4, 4, 11, 8)
+
+
+def test_the_vector_is_not_met_by_inverted_ranks() -> None:
+    inverted = judge_metrics([[(-rank, score) for rank, score in prompt] for prompt in VECTOR])
+    assert inverted.pair_acc_untied == pytest.approx(1 / 5)
+    assert inverted.spearman_drop == pytest.approx(-(math.sqrt(3) - 1) / 3)
+
+
+def test_exact_match_needs_every_pair_right_and_no_tie() -> None:
+    assert judge_metrics([[(1, 3), (0, 5), (2, 1)]]).exact_match == 1
+    assert judge_metrics([[(0, 5), (1, 3), (2, 3)]]).exact_match == 0
+    assert judge_metrics([[(0, 5), (1, None), (2, 3)]]).exact_match == 1, "the rest of the prompt is used"
+
+
+def test_equal_ranks_make_no_pair() -> None:
+    metrics = judge_metrics([[(0, 5), (1, 2), (1, 4)]])
+    assert (metrics.pairs, metrics.exact_match, metrics.pair_acc_strict) == (2, 1, 1)
+
+
+def test_means_that_differ_in_the_last_bit_are_a_tie() -> None:
+    metrics = judge_metrics([[(0, 0.1 + 0.2), (1, 0.3)]])
+    assert metrics.tie_rate == 1
+    assert metrics.spearman_drop is None and metrics.spearman_zero == 0
+
+
+def test_the_best_is_best_even_where_it_has_no_score() -> None:
+    metrics = judge_metrics([[(0, None), (1, 5), (2, 3)]])
+    assert metrics.five_best == 0
+
+
+def test_only_an_average_of_exactly_five_counts_as_five() -> None:
+    assert judge_metrics([[(0, 14 / 3), (1, 1)]]).five_best_count == 0
+
+
+def test_nothing_to_average_is_none_not_a_number() -> None:
+    nothing: list[list[list[RankedScore]]] = [[], [[]], [[(0, None), (1, None)]]]
+    for prompts in nothing:
+        metrics = judge_metrics(prompts)
+        assert metrics.pair_acc_untied is None and metrics.tie_rate is None and metrics.exact_match is None
+        assert metrics.spearman_drop is None and metrics.five_best is None
+    assert judge_metrics([[(0, None), (1, None)]]).parse_failure == 1
+
+
+def test_scores_are_put_beside_their_replies() -> None:
+    ranked = RankedReplies("e", "why?", (RankedReply("a", 1), RankedReply("b", 0)))
+    assert with_ranks(ranked, [2.0, None]) == [(1, 2.0), (0, None)]
+    with pytest.raises(ValueError):
+        with_ranks(ranked, [2.0])
+
+
+def test_metrics_are_a_json_line() -> None:
+    metrics = judge_metrics(VECTOR)
+    assert parse_line(JudgeMetrics, orjson.dumps(metrics)) == metrics
+
+
+Prompts = st.lists(
+    st.lists(st.tuples(st.integers(0, 3), st.sampled_from([0.0, 1.5, 4.0, 5.0, None])), max_size=5), max_size=5
+)
+
+
+@given(Prompts)
+def test_pairs_and_correlations_agree_with_brute_force(prompts: list[list[RankedScore]]) -> None:
+    right = wrong = tied = 0
+    taus = []
+    for prompt in prompts:
+        valid = [(rank, score) for rank, score in prompt if score is not None]
+        concordance, rank_pairs, score_pairs = 0, 0, 0
+        for (rank_a, a), (rank_b, b) in combinations(valid, 2):
+            agreement = (rank_b - rank_a) * (a - b)
+            concordance += (agreement > 0) - (agreement < 0)
+            rank_pairs += rank_a != rank_b
+            score_pairs += a != b
+            if rank_a != rank_b:
+                right, wrong, tied = right + (agreement > 0), wrong + (agreement < 0), tied + (a == b)
+        taus.append(concordance / math.sqrt(rank_pairs * score_pairs) if rank_pairs * score_pairs else None)
+    metrics = judge_metrics(prompts)
+    pairs = right + wrong + tied
+    assert metrics.pairs == pairs
+    if pairs:
+        assert metrics.pair_acc_half == pytest.approx((right + tied / 2) / pairs)
+        assert metrics.tie_rate == pytest.approx(tied / pairs)
+    if right + wrong:
+        assert metrics.pair_acc_untied == pytest.approx(right / (right + wrong))
+    defined = [tau for tau in taus if tau is not None]
+    if defined:
+        assert metrics.kendall_drop == pytest.approx(sum(defined) / len(defined))
+        assert metrics.kendall_zero == pytest.approx(sum(defined) / len(taus))
+    else:
+        assert metrics.kendall_drop is None
+
+
+def test_the_brute_force_is_of_tau_b() -> None:
+    """(0,5),(1,5),(2,1): two concordant pairs, one tied in score: tau-b 2/sqrt(3*2), tau-a would be 2/3."""
+    assert judge_metrics([VECTOR[2]]).kendall_drop == pytest.approx(2 / math.sqrt(6)) != pytest.approx(2 / 3)

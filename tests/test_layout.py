@@ -1,0 +1,158 @@
+"""The architecture as a test: what may import what, sizes, and one line per file in the README."""
+
+import ast
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LINKED = ("kernels", "launch", "tools", "checkpoints_conversion")
+HEAVY = {"torch", "transformers", "megatron", "transformer_engine", "matplotlib", "tensorrt_llm"}
+TRUTH = "srlm_mega.data.toy_world.truth"
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 80
+
+
+def sources() -> dict[str, Path]:
+    """Module name -> file, through the links."""
+    files = sorted((ROOT / "srlm_mega").rglob("*.py"))
+    for name in LINKED:
+        files += sorted((ROOT / "srlm_mega" / name).glob("**/*.py"))
+    return {module_name(path): path for path in files}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imports(path: Path, top_level_only: bool = False) -> set[str]:
+    """Modules a file imports; `from a import b` counts as a.b as well, which may be a module."""
+    nodes = tree(path).body if top_level_only else list(ast.walk(tree(path)))
+    found: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, f"{path}: relative import"
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def closure(start: str, top_level_only: bool = False) -> set[str]:
+    """All modules of ours that a module reaches by imports, itself included."""
+    modules, seen, todo = sources(), set(), [start]
+    while todo:
+        name = todo.pop()
+        if name in seen or name not in modules:
+            continue
+        seen.add(name)
+        todo += imports(modules[name], top_level_only)
+    return seen
+
+
+def heavy_packages(start: str) -> set[str]:
+    """Heavy packages that importing a module loads."""
+    modules = sources()
+    loaded = {name for reached in closure(start, top_level_only=True) for name in imports(modules[reached], True)}
+    return {name.partition(".")[0] for name in loaded} & HEAVY
+
+
+def test_the_four_folders_are_sub_packages_through_links() -> None:
+    for name in LINKED:
+        link = ROOT / "srlm_mega" / name
+        assert link.is_symlink() and link.readlink() == Path("..") / name, f"{link} must be the link ../{name}"
+        assert not (ROOT / name / "__init__.py").exists(), f"{name}/ is never a package of its own"
+
+
+def test_the_root_is_not_importable() -> None:
+    assert str(ROOT) not in sys.path, "with the root on sys.path, ./kernels answers to other packages' `import kernels`"
+
+
+@pytest.mark.parametrize("name", ["kernels", "checkpoints_conversion", "launch"])
+def test_parts_that_could_be_lifted_out(name: str) -> None:
+    for module, path in sources().items():
+        if module.startswith(f"srlm_mega.{name}"):
+            ours = {other for other in imports(path) if other.startswith("srlm_mega")}
+            assert all(other.startswith(f"srlm_mega.{name}") for other in ours), f"{module} imports {ours}"
+
+
+def test_the_controller_needs_no_heavy_package() -> None:
+    for start in ("cli", "loop", "plan", "records", "run_dir", "config", "status", "lineage", "chat"):
+        assert not heavy_packages(f"srlm_mega.{start}"), start
+    for module in sources():
+        if module.startswith(("srlm_mega.judging", "srlm_mega.data", "srlm_mega.launch")):
+            assert not heavy_packages(module), module
+
+
+def test_the_check_for_heavy_packages_can_fail() -> None:
+    assert "torch" in heavy_packages("srlm_mega.stages.training")
+
+
+def test_starting_the_controller_loads_no_torch() -> None:
+    code = f"import sys, srlm_mega.cli, srlm_mega.loop; print(*sorted({HEAVY!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
+def test_sampling_and_training_do_not_know_each_other() -> None:
+    for module in sources():
+        if module.startswith("srlm_mega.sampling"):
+            assert not any(name.startswith("srlm_mega.training") for name in closure(module)), module
+        if module.startswith("srlm_mega.training"):
+            assert not any(name.startswith("srlm_mega.sampling") for name in closure(module)), module
+
+
+def test_only_the_command_line_imports_tools() -> None:
+    for module, path in sources().items():
+        if module != "srlm_mega.cli" and not module.startswith("srlm_mega.tools"):
+            assert not any(name.startswith("srlm_mega.tools") for name in imports(path)), module
+
+
+def test_no_stage_of_a_round_can_reach_the_ground_truth() -> None:
+    for stage in ("prompts", "rewards", "training", "base"):
+        assert TRUTH not in closure(f"srlm_mega.stages.{stage}"), f"stages/{stage} reaches the ground truth"
+    assert TRUTH in closure("srlm_mega.stages.evaluate"), "the check above would pass for a module that is not there"
+
+
+def test_ranks_and_devices_are_known_in_one_file() -> None:
+    for module, path in sources().items():
+        text = path.read_text(encoding="utf-8")
+        if module != "srlm_mega.training.topology":
+            assert "WORLD_SIZE" not in text and '"RANK"' not in text, module
+            assert not any(name.endswith("parallel_state") for name in imports(path)), module
+
+
+def test_no_import_is_tried_and_nothing_is_global() -> None:
+    for module, path in sources().items():
+        for node in ast.walk(tree(path)):
+            assert not isinstance(node, ast.Global), f"{module}:{node.lineno} global"
+            if isinstance(node, ast.Try):
+                inner = [child for statement in node.body for child in ast.walk(statement)]
+                assert not any(isinstance(child, ast.Import | ast.ImportFrom) for child in inner), (
+                    f"{module}:{node.lineno}"
+                )
+
+
+def test_files_and_functions_fit_a_screen_or_two() -> None:
+    for module, path in sources().items():
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        assert lines <= MAX_FILE_LINES, f"{module} has {lines} lines"
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.FunctionDef):
+                length = (node.end_lineno or node.lineno) - node.lineno + 1
+                assert length <= MAX_FUNCTION_LINES, f"{module}.{node.name} has {length} lines"
+
+
+def test_the_readme_has_a_line_for_every_file() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for module, path in sources().items():
+        if path.name != "__init__.py":
+            assert path.name in readme, f"README's tree does not have {module}"

@@ -1,0 +1,222 @@
+"""The whole loop as its users start it: `srlm run` in a process of its own, at small size."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import orjson
+import psutil
+import pytest
+
+from srlm_mega.records import Candidate, Judgement, PreferencePair, Prompt, read_jsonl
+from srlm_mega.run_dir import LOG_NAMES, MANIFEST, RunDir
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = [
+    "run.rounds=1",
+    "seed_data.num_documents=3000",
+    "seed_data.num_ift=200",
+    "seed_data.num_eft=200",
+    "seed_data.num_eft_eval=20",
+    "seed_data.num_validation=20",
+    "pretrain.train_iters=200",
+    "sft.train_iters=60",
+    "dpo.train_iters=6",
+    "dpo.global_batch_size=8",
+    "dpo.micro_batch_size=8",
+    "prompts.per_round=40",
+    "sampler.shard_size=8",
+]
+# Differ between two runs of the same thing: clock times, and what names the run itself.
+TIMED = {"provenance.json", "summary.json", "report.html", "config.yaml", ".lock"}
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a command ended."""
+
+    code: int
+    output: str
+    seconds: float
+
+
+def srlm(*arguments: str | Path) -> Finished:
+    """One command, to its end."""
+    start = time.monotonic()
+    done = subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, check=False)
+    return Finished(done.returncode, done.stdout + done.stderr, time.monotonic() - start)
+
+
+def command(*arguments: str | Path) -> list[str]:
+    import sys
+
+    return [str(Path(sys.executable).parent / "srlm"), *map(str, arguments)]
+
+
+def small_run(folder: Path, *overrides: str) -> list[str | Path]:
+    """The arguments of a small toy run."""
+    return ["run", ROOT / "launch/configs/toy_cpu.yaml", f"run.dir={folder}", *SMALL, *overrides]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    done = srlm(*small_run(folder))
+    assert done.code == 0, done.output
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a run that must not depend on time; manifests without their seconds."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if not path.is_file() or path.name in LOG_NAMES | TIMED or name.startswith("logs/"):
+            continue
+        found[name] = without_seconds(path) if path.name == MANIFEST else path.read_bytes()
+    return found
+
+
+def without_seconds(manifest: Path) -> bytes:
+    fields = orjson.loads(manifest.read_bytes())
+    del fields["seconds"]
+    fields["config"].pop("run.dir", None)
+    return orjson.dumps(fields)
+
+
+def kill_in(stage: str, folder: Path) -> None:
+    """Start the run and kill it, with all its children, once the stage has begun to work."""
+    process = subprocess.Popen(command(*small_run(folder)), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    partial = RunDir(folder).partial(stage)
+    deadline = time.monotonic() + 240
+    while not has_work(partial):
+        assert process.poll() is None, f"the run ended before {stage} could be killed"
+        assert time.monotonic() < deadline, f"{stage} did not begin"
+        time.sleep(0.02)
+    for victim in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+        try:
+            victim.send_signal(signal.SIGKILL)
+        except psutil.NoSuchProcess:
+            continue
+    process.wait()
+    assert partial.exists() and RunDir(folder).manifest(stage) is None, f"{stage} was finished before the kill"
+
+
+def has_work(partial: Path) -> bool:
+    """Whether a stage has written something of its own."""
+    return partial.exists() and any(path.stat().st_size > 0 for path in files(partial) if path.name != "identity.json")
+
+
+def files(folder: Path) -> Iterator[Path]:
+    for root, _, names in os.walk(folder):
+        for name in names:
+            path = Path(root) / name
+            if path.is_file():
+                yield path
+
+
+@pytest.mark.slow
+def test_killed_anywhere_it_goes_on_to_the_same_bytes(whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    for stage in ("M1", "round_1/candidates", "round_1/judgements", "M2"):
+        kill_in(stage, folder)
+    done = srlm(*small_run(folder))
+    assert done.code == 0, done.output
+    interrupted, uninterrupted = contents(folder), contents(whole)
+    assert interrupted.keys() == uninterrupted.keys()
+    assert [name for name in interrupted if interrupted[name] != uninterrupted[name]] == []
+
+
+def test_a_finished_run_does_nothing_and_says_so(whole: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in files(whole) if path.name != ".lock"}
+    done = srlm(*small_run(whole))
+    assert done.code == 0 and "Nothing to do" in done.output
+    assert {path: path.stat().st_mtime_ns for path in files(whole) if path.name != ".lock"} == before
+
+
+def test_lineage_of_a_pair(whole: Path) -> None:
+    pair = next(read_jsonl(whole / "round_1/pairs/pairs.jsonl", PreferencePair))
+    prompts = {prompt.id: prompt for prompt in read_jsonl(whole / "round_1/prompts/prompts.jsonl", Prompt)}
+    candidates = {one.id: one for one in read_jsonl(whole / "round_1/candidates/candidates.jsonl", Candidate)}
+    chosen = candidates[pair.chosen_id]
+    assert prompts[chosen.prompt_id].text == pair.prompt[0].content
+    assert chosen.token_ids == pair.chosen_token_ids and chosen.model_hash == RunDir(whole).digest("M1")
+    shown = srlm("show", "pair", pair.id, whole)
+    assert shown.code == 0
+    for judgement in read_jsonl(whole / "round_1/judgements/judgements.jsonl", Judgement):
+        if judgement.candidate_id in (pair.chosen_id, pair.rejected_id):
+            assert judgement.text in shown.output and str(judgement.seed) in shown.output
+    absent = srlm("show", "pair", "nothing", whole)
+    assert absent.code == 2 and pair.id in absent.output
+
+
+def test_first_dpo_loss_is_ln_2_and_metrics_have_trls_names(whole: Path) -> None:
+    first = orjson.loads((whole / "M2/metrics.jsonl").read_bytes().splitlines()[0])
+    assert first["loss"] == pytest.approx(0.693147, abs=1e-4)
+    assert first["rewards/margins"] == pytest.approx(0, abs=1e-4)
+    assert {"rewards/chosen", "rewards/rejected", "rewards/accuracies", "logps/chosen", "logps/rejected"} <= first.keys()
+    assert {"grad_norm", "learning_rate"} <= first.keys()
+
+
+def test_summary_has_the_final_table(whole: Path) -> None:
+    summary = orjson.loads((whole / "summary.json").read_bytes())
+    assert list(summary["models"]) == ["M1", "M2"]
+    for row in summary["models"].values():
+        assert {"quality_sampled", "quality_greedy", "win_vs_m1", "tie_vs_m1", "loss_vs_m1", "mean_length", "pairs"} <= row.keys()
+        assert {"pair_acc_untied", "tie_rate", "parse_failure"} <= row["judge"].keys()
+    row = summary["models"]["M2"]
+    assert row["win_vs_m1"] + row["tie_vs_m1"] + row["loss_vs_m1"] == pytest.approx(1)
+    assert set(summary["seconds"]) >= {"seed", "M0", "M1", "round_1/pairs", "M2", "M2/evaluation"}
+    assert "<html" in (whole / "report.html").read_text(encoding="utf-8")
+
+
+def test_status_lists_every_stage(whole: Path) -> None:
+    shown = srlm("status", whole)
+    assert shown.code == 0 and shown.output.count("done") == 11 and "missing" not in shown.output
+
+
+def test_another_configuration_is_refused(whole: Path) -> None:
+    before = contents(whole)
+    done = srlm(*small_run(whole, "dpo.beta=0.2"))
+    assert done.code == 2
+    assert "dpo.beta: was 0.1, now 0.2" in done.output and "--redo M2" in done.output and "run.dir" in done.output
+    assert contents(whole) == before
+
+
+def test_an_altered_output_is_refused(whole: Path) -> None:
+    path = whole / "round_1/pairs/pairs.jsonl"
+    content = path.read_bytes()
+    try:
+        for damaged, said in ((content.replace(b"Score", b"score", 1).swapcase(), "was altered"), (content[:-1], "bytes")):
+            path.write_bytes(damaged)
+            done = srlm(*small_run(whole))
+            assert done.code == 2 and said in done.output and "--redo round_1/pairs" in done.output
+            assert "Traceback" not in done.output
+    finally:
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "launch/configs/toy_cpu.yaml", "dpo.bta=1"], "Did you mean dpo.beta"),
+        (["run", "absent.yaml"], "no configuration file"),
+        (["status", "nowhere"], "not a run folder"),
+        (["stage", "M1", "nowhere"], "not a run folder"),
+        (["run", "launch/configs/toy_cpu.yaml", "--redo", "M9", "run.dir=/tmp/srlm-none"], "no such stage"),
+    ],
+)
+def test_mistakes_end_with_code_2_and_no_traceback(arguments: list[str], said: str) -> None:
+    done = srlm(*arguments)
+    assert done.code == 2, done.output
+    assert said in done.output and "Traceback" not in done.output
+
+
+def test_a_missing_model_folder_is_named(tmp_path: Path) -> None:
+    done = srlm(*small_run(tmp_path / "run", "pretrain=null", "model.path=/no/such/model"))
+    assert done.code == 2 and "/no/such/model" in done.output and "Traceback" not in done.output

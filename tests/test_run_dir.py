@@ -1,0 +1,109 @@
+"""Outputs: atomic, hashed, refused when altered."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from srlm_mega.errors import UserError
+from srlm_mega.run_dir import IDENTITY, MANIFEST, Identity, RunDir, digest_of, file_hash
+
+IDENTITY_A = Identity("round_1/pairs", {"pairs.min_gap": 0.0}, {"round_1/judgements": "abc"})
+
+
+def make_output(run: RunDir, identity: Identity = IDENTITY_A, text: str = "one\n") -> Path:
+    partial = run.begin(identity)
+    (partial / "pairs.jsonl").write_text(text)
+    (partial / "metrics.jsonl").write_text("a log\n")
+    run.commit(identity, rows=1, seconds=1.5, version="0.1.0", counts={"tied": 2})
+    return run.output(identity.stage)
+
+
+def test_an_output_appears_whole(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    partial = run.begin(IDENTITY_A)
+    (partial / "pairs.jsonl").write_text("one\n")
+    assert run.manifest("round_1/pairs") is None and not run.output("round_1/pairs").exists()
+    run.commit(IDENTITY_A, rows=1, seconds=1.5, version="0.1.0", counts={})
+    assert not partial.exists()
+    manifest = run.manifest("round_1/pairs")
+    assert manifest is not None
+    assert manifest.files["pairs.jsonl"].bytes == 4 and manifest.inputs == {"round_1/judgements": "abc"}
+    assert not (run.output("round_1/pairs") / IDENTITY).exists()
+
+
+def test_digest_is_of_content_not_of_logs_or_time(tmp_path: Path) -> None:
+    first, second, third = RunDir(tmp_path / "1"), RunDir(tmp_path / "2"), RunDir(tmp_path / "3")
+    make_output(first)
+    (make_output(second) / "metrics.jsonl").write_text("another log\n")
+    make_output(third, text="two\n")
+    assert first.digest("round_1/pairs") == second.digest("round_1/pairs") != third.digest("round_1/pairs")
+    second.verify("round_1/pairs", quick=False)
+
+
+@pytest.mark.parametrize("quick", [True, False])
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ("truncate", "has 3 bytes, its manifest says 4"),
+        ("alter", "was altered: its xxh3-128"),
+        ("remove", "is missing"),
+    ],
+)
+def test_damage_is_found(tmp_path: Path, damage: str, said: str, quick: bool) -> None:
+    run = RunDir(tmp_path)
+    file = make_output(run) / "pairs.jsonl"
+    run.verify("round_1/pairs", quick)
+    match damage:
+        case "truncate":
+            file.write_text("one")
+        case "alter":
+            file.write_text("onf\n")
+        case _:
+            file.unlink()
+    with pytest.raises(UserError, match=said) as error:
+        run.verify("round_1/pairs", quick)
+    assert "srlm run --redo round_1/pairs" in str(error.value)
+
+
+def test_partial_is_kept_for_the_same_identity_only(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    (run.begin(IDENTITY_A) / "shard_00000.jsonl").write_text("done\n")
+    assert (run.begin(IDENTITY_A) / "shard_00000.jsonl").exists()
+    other = Identity(IDENTITY_A.stage, {"pairs.min_gap": 1.0}, IDENTITY_A.inputs)
+    assert not (run.begin(other) / "shard_00000.jsonl").exists()
+
+
+def test_a_broken_manifest_is_named(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    (make_output(run) / MANIFEST).write_text("{")
+    with pytest.raises(UserError, match="is not a manifest"):
+        run.manifest("round_1/pairs")
+
+
+def test_the_lock_is_free_again_after_a_kill(tmp_path: Path) -> None:
+    code = f"""
+import time
+from pathlib import Path
+from srlm_mega.run_dir import RunDir
+with RunDir(Path({str(tmp_path)!r})).lock():
+    print("locked", flush=True)
+    time.sleep(60)
+"""
+    run = RunDir(tmp_path)
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "locked\n"
+        with pytest.raises(UserError, match="another srlm run"), run.lock():
+            pass
+        holder.kill()
+        holder.wait()
+    with run.lock():
+        pass
+
+
+def test_hashes(tmp_path: Path) -> None:
+    (tmp_path / "empty").write_bytes(b"")
+    # xxh3-128 of nothing, from the xxHash specification's own test vectors
+    assert file_hash(tmp_path / "empty") == "99aa06d3014798d86001c324468d497f"
+    assert digest_of({}) == "99aa06d3014798d86001c324468d497f"
