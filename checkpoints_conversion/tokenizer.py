@@ -1,4 +1,4 @@
-"""Llama's SentencePiece model -> the `tokenizer.json` of a Hugging Face folder, with the same token ids.
+"""Llama's SentencePiece model -> a `tokenizers` tokenizer with the same token ids.
 
 transformers 5 derives the merges of such a model from the order of its ids. The whitespace runs of Llama 2 have low
 ids and the lowest scores, so indented text came out with other ids than SentencePiece gives. Here scores decide.
@@ -6,7 +6,6 @@ ids and the lowest scores, so indented text came out with other ids than Sentenc
 
 from pathlib import Path
 
-import orjson
 from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers
 from tokenizers.models import BPE
@@ -32,18 +31,3 @@ def tokenizer_from_sentencepiece(model_file: Path) -> Tokenizer:
     )
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
     return tokenizer
-
-
-def write_tokenizer(tokenizer: Tokenizer, folder: Path, model_max_length: int) -> None:
-    """`tokenizer.json` and the `tokenizer_config.json` that transformers reads beside it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-        "model_max_length": model_max_length,
-        "clean_up_tokenization_spaces": False,
-    }
-    (folder / "tokenizer_config.json").write_bytes(orjson.dumps(settings, option=orjson.OPT_INDENT_2))

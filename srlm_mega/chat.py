@@ -6,6 +6,7 @@ Training, sampling and judging use the same code, so a sequence has one spelling
 
 from pathlib import Path
 
+import orjson
 from tokenizers import Tokenizer
 
 BOS, EOS, UNK = "<s>", "</s>", "<unk>"
@@ -89,3 +90,18 @@ class Chat:
         if token_id is None:
             raise ValueError(f"the tokenizer has no {token}: srlm needs Llama's special tokens {BOS}, {EOS} and {UNK}")
         return int(token_id)
+
+
+def write_tokenizer(tokenizer: Tokenizer, folder: Path, model_max_length: int) -> None:
+    """`tokenizer.json`, and the `tokenizer_config.json` that transformers reads beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "unk_token": UNK,
+        "model_max_length": model_max_length,
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer_config.json").write_bytes(orjson.dumps(settings, option=orjson.OPT_INDENT_2))

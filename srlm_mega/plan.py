@@ -28,8 +28,9 @@ class Stage:
 
 def plan(config: Config) -> list[Stage]:
     """M0, then M1 by supervised training, then a model per self-rewarding round."""
+    outside = ("run.seed", "seed_data", "prompts.path", "judge.template", "model.tokenizer", "model.path")
     stages = [
-        Stage("seed", (), ("run.seed", "seed_data", "prompts.generator", "prompts.path", "judge.template")),
+        Stage("seed", (), outside),
         base_model(config),
         Stage("M1", ("M0", "seed"), (*TRAINER, "sft"), parallel=True),
         evaluation(1),

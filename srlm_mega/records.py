@@ -150,7 +150,7 @@ def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
 def parse_line(kind: type[T], line: str | bytes) -> T:
     """One JSON line as a record; ValueError says what is wrong in one line."""
     try:
-        record: T = _adapter(kind).validate_json(line)
+        record: T = _adapter(kind).validate_json(line)  # type: ignore[arg-type]  # mypy takes no class for hashable
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])

@@ -14,7 +14,8 @@ TOY = CONFIGS / "toy_cpu.yaml"
 
 
 @pytest.mark.parametrize(
-    ("name", "world", "dp"), [("toy_cpu", 2, 1), ("llama2_7b_8gpu", 8, 2), ("llama2_70b_64gpu", 64, 2), ("oasst_cpu", 2, 1)]
+    ("name", "world", "dp"),
+    [("toy_cpu", 2, 1), ("llama2_7b_8gpu", 8, 2), ("llama2_70b_64gpu", 64, 2), ("oasst_cpu", 2, 1)],
 )
 def test_presets_are_valid(name: str, world: int, dp: int) -> None:
     config = load_config(CONFIGS / f"{name}.yaml")

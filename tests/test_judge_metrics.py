@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from srlm_mega.evaluation.judge_metrics import JudgeMetrics, RankedScore, judge_metrics, with_ranks
+from srlm_mega.evaluation.judge_metrics import RankedScore, judge_metrics, with_ranks
+from srlm_mega.evaluation.results import JudgeMetrics
 from srlm_mega.records import RankedReplies, RankedReply, parse_line
 
 # Pairs: right, right, tied | tied | tied, right, right | inverted: 4 right, 1 inverted, 3 tied.

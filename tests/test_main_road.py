@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -52,8 +53,6 @@ def srlm(*arguments: str | Path) -> Finished:
 
 
 def command(*arguments: str | Path) -> list[str]:
-    import sys
-
     return [str(Path(sys.executable).parent / "srlm"), *map(str, arguments)]
 
 
@@ -91,7 +90,9 @@ def without_seconds(manifest: Path) -> bytes:
 
 def kill_in(stage: str, folder: Path) -> None:
     """Start the run and kill it, with all its children, once the stage has begun to work."""
-    process = subprocess.Popen(command(*small_run(folder)), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command(*small_run(folder)), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     partial = RunDir(folder).partial(stage)
     deadline = time.monotonic() + 240
     while not has_work(partial):
@@ -159,7 +160,13 @@ def test_first_dpo_loss_is_ln_2_and_metrics_have_trls_names(whole: Path) -> None
     first = orjson.loads((whole / "M2/metrics.jsonl").read_bytes().splitlines()[0])
     assert first["loss"] == pytest.approx(0.693147, abs=1e-4)
     assert first["rewards/margins"] == pytest.approx(0, abs=1e-4)
-    assert {"rewards/chosen", "rewards/rejected", "rewards/accuracies", "logps/chosen", "logps/rejected"} <= first.keys()
+    assert {
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/accuracies",
+        "logps/chosen",
+        "logps/rejected",
+    } <= first.keys()
     assert {"grad_norm", "learning_rate"} <= first.keys()
 
 
@@ -167,7 +174,15 @@ def test_summary_has_the_final_table(whole: Path) -> None:
     summary = orjson.loads((whole / "summary.json").read_bytes())
     assert list(summary["models"]) == ["M1", "M2"]
     for row in summary["models"].values():
-        assert {"quality_sampled", "quality_greedy", "win_vs_m1", "tie_vs_m1", "loss_vs_m1", "mean_length", "pairs"} <= row.keys()
+        assert {
+            "quality_sampled",
+            "quality_greedy",
+            "win_vs_m1",
+            "tie_vs_m1",
+            "loss_vs_m1",
+            "mean_length",
+            "pairs",
+        } <= row.keys()
         assert {"pair_acc_untied", "tie_rate", "parse_failure"} <= row["judge"].keys()
     row = summary["models"]["M2"]
     assert row["win_vs_m1"] + row["tie_vs_m1"] + row["loss_vs_m1"] == pytest.approx(1)
@@ -192,7 +207,10 @@ def test_an_altered_output_is_refused(whole: Path) -> None:
     path = whole / "round_1/pairs/pairs.jsonl"
     content = path.read_bytes()
     try:
-        for damaged, said in ((content.replace(b"Score", b"score", 1).swapcase(), "was altered"), (content[:-1], "bytes")):
+        for damaged, said in (
+            (content.replace(b"Score", b"score", 1).swapcase(), "was altered"),
+            (content[:-1], "bytes"),
+        ):
             path.write_bytes(damaged)
             done = srlm(*small_run(whole))
             assert done.code == 2 and said in done.output and "--redo round_1/pairs" in done.output

@@ -17,8 +17,7 @@ from markupsafe import Markup
 from rich.console import Console
 
 from srlm_mega.config_file import load_config, to_yaml
-from srlm_mega.evaluation.judge_metrics import JudgeMetrics
-from srlm_mega.evaluation.results import EvaluationSample, ModelEvaluation
+from srlm_mega.evaluation.results import EvaluationSample, JudgeMetrics, ModelEvaluation
 from srlm_mega.judging.pairs import PairCounts
 from srlm_mega.records import Judgement, Message, PreferencePair, write_jsonl
 from srlm_mega.report.page import duration, render, visible, write_report

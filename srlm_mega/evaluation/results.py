@@ -4,8 +4,45 @@ from dataclasses import dataclass
 
 from pydantic import with_config
 
-from srlm_mega.evaluation.judge_metrics import JudgeMetrics
 from srlm_mega.records import STRICT
+
+
+@with_config(STRICT)
+@dataclass(frozen=True, slots=True)
+class JudgeMetrics:
+    """None where there is nothing to average over. A pair is two scored replies of one prompt with different ranks;
+    a prompt is usable when it has a pair. Replies without a score are left out, the rest of the prompt is used."""
+
+    pair_acc_untied: float | None
+    """Pairs in the right order, of those with different scores."""
+    pair_acc_half: float | None
+    """The same over all pairs, a tie counting one half."""
+    pair_acc_strict: float | None
+    """The same over all pairs, a tie counting as wrong."""
+    tie_rate: float | None
+    """Pairs with equal scores."""
+    five_best: float | None
+    """Replies ranked best, of those with a mean score of 5."""
+    five_best_count: int
+    """Replies with a mean score of 5."""
+    exact_match: float | None
+    """Usable prompts whose pairs are all in the right order, no ties."""
+    spearman_drop: float | None
+    """Mean over prompts where the correlation is defined (two or more scored replies, not all equal)."""
+    spearman_zero: float | None
+    """Mean over all prompts, an undefined correlation counting 0."""
+    kendall_drop: float | None
+    """Kendall's tau-b; as spearman_drop."""
+    kendall_zero: float | None
+    """Kendall's tau-b; as spearman_zero."""
+    parse_failure: float | None
+    """Replies without a score."""
+    fully_parsed_prompts: float | None
+    """Prompts with a score for every reply."""
+    prompts: int
+    usable_prompts: int
+    replies: int
+    pairs: int
 
 
 @with_config(STRICT)

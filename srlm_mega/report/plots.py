@@ -127,9 +127,7 @@ def scores_plot(scores: Mapping[int, Sequence[float]]) -> Plot:
 
     means = [sum(values) / len(values) for values in scores.values() if values]
     title = f"The judges' mean score {movement(means[0], means[-1], 2)}" if means else "No judgement had a score"
-    return _plot(
-        "scores", title, "Share of a round's parsed judgements with each score; round t is judged by M(t).", paint
-    )
+    return _plot("scores", title, "Share of a round's judgements with each score, of those that have one.", paint)
 
 
 def lengths_plot(lengths: Mapping[str, Sequence[int]]) -> Plot:

@@ -6,8 +6,7 @@ from pathlib import Path
 import orjson
 
 from srlm_mega.config_file import load_config
-from srlm_mega.evaluation.judge_metrics import JudgeMetrics
-from srlm_mega.evaluation.results import ModelEvaluation
+from srlm_mega.evaluation.results import JudgeMetrics, ModelEvaluation
 from srlm_mega.plan import plan
 from srlm_mega.records import parse_line
 from srlm_mega.run_dir import RunDir, write_atomic

@@ -10,14 +10,14 @@ import orjson
 from srlm_mega.chat import Chat
 from srlm_mega.data.toy_world.truth import quality
 from srlm_mega.evaluation.head_to_head import HeadToHead, head_to_head
-from srlm_mega.evaluation.judge_metrics import JudgeMetrics, judge_metrics, with_ranks
-from srlm_mega.evaluation.results import EvaluationSample, ModelEvaluation
+from srlm_mega.evaluation.judge_metrics import judge_metrics, with_ranks
+from srlm_mega.evaluation.results import EvaluationSample, JudgeMetrics, ModelEvaluation
 from srlm_mega.judging.scores import mean_score, parse_score
 from srlm_mega.judging.template import JudgeTemplate
 from srlm_mega.records import Prompt, RankedReplies, read_jsonl, write_jsonl
 from srlm_mega.sampling.sampler import Sampler, SamplingParams, open_sampler
 from srlm_mega.seeds import derive_seed
-from srlm_mega.stage import Done, Work
+from srlm_mega.work import Done, Work
 
 
 def evaluate(work: Work) -> Done:

@@ -12,7 +12,7 @@ from srlm_mega.records import Prompt, PromptDraft, SftExample, read_jsonl, write
 from srlm_mega.sampling.sampler import Sampler, SamplingParams, open_sampler
 from srlm_mega.sampling.shards import write_durably
 from srlm_mega.seeds import derive_seed
-from srlm_mega.stage import Done, Work
+from srlm_mega.work import Done, Work
 
 REQUESTS_PER_WAVE = 64
 

@@ -14,7 +14,7 @@ from srlm_mega.records import Candidate, Judgement, Prompt, read_jsonl, write_js
 from srlm_mega.sampling.sampler import SamplingParams, open_sampler
 from srlm_mega.sampling.shards import Shard, cut_into_shards, run_shards
 from srlm_mega.seeds import derive_seed
-from srlm_mega.stage import Done, Work
+from srlm_mega.work import Done, Work
 
 R = TypeVar("R")
 

@@ -1,18 +1,25 @@
 """seed: everything that comes from outside, read once and kept in the run folder."""
 
-from srlm_mega.data.oasst import read_oasst
+from tokenizers import Tokenizer
+
+from srlm_mega.chat import Chat, write_tokenizer
+from srlm_mega.config import ModelConfig
+from srlm_mega.data.oasst import OasstSeed, read_oasst
 from srlm_mega.data.self_instruct import read_prompts
-from srlm_mega.data.toy_world.seed import make_toy_world
+from srlm_mega.data.toy_world.seed import ToyWorld, make_toy_world
+from srlm_mega.data.toy_world.tokenizer import toy_tokenizer
+from srlm_mega.errors import UserError
 from srlm_mega.judging.template import load_template
 from srlm_mega.records import write_jsonl
 from srlm_mega.seeds import derive_seed
-from srlm_mega.stage import Done, Work
+from srlm_mega.work import Done, Work
 
 
 def make_seed(work: Work) -> Done:
-    """IFT, EFT, the held-out sets and the judge template; with `prompts.generator=file` the prompts too."""
+    """IFT, EFT, the held-out sets, the judge template; the tokenizer of a model made here; prompts from a file."""
     config = work.config
     seed = derive_seed(config.run.seed, "seed")
+    data: ToyWorld | OasstSeed
     match config.seed_data.source:
         case "toy_world":
             data = make_toy_world(config.seed_data, seed)
@@ -29,4 +36,28 @@ def make_seed(work: Work) -> Done:
     if config.prompts.path is not None:
         prompts = read_prompts(config.prompts.path, quarantine=work.out / "prompts_quarantine.jsonl")
         rows["prompts.jsonl"] = write_jsonl(work.out / "prompts.jsonl", prompts)
+    if config.model.path is None:
+        write_tokenizer(load_tokenizer(config.model), work.out / "tokenizer", config.model.seq_length)
     return Done(sum(rows.values()), {**rows, **data.counts})
+
+
+def load_tokenizer(model: ModelConfig) -> Tokenizer:
+    """SentencePiece .model, tokenizer.json, a folder that holds one, or (none given) the toy world's."""
+    path = model.tokenizer
+    if path is None:
+        tokenizer = toy_tokenizer()
+    else:
+        path = path / "tokenizer.json" if path.is_dir() else path
+        if not path.is_file():
+            raise UserError(f"model.tokenizer {path} does not exist: give a SentencePiece .model or a tokenizer.json")
+        if path.suffix == ".model":
+            # transformers takes seconds to import, and nothing else of this stage needs it.
+            from srlm_mega.checkpoints_conversion.tokenizer import tokenizer_from_sentencepiece
+
+            tokenizer = tokenizer_from_sentencepiece(path)
+        else:
+            tokenizer = Tokenizer.from_file(str(path))
+    needed = Chat(tokenizer).vocab_size
+    if needed > model.vocab_size:
+        raise UserError(f"the tokenizer has {needed} pieces, model.vocab_size is {model.vocab_size}: raise it to that")
+    return tokenizer

@@ -8,12 +8,12 @@ from srlm_mega.chat import Chat
 from srlm_mega.config import TrainingConfig
 from srlm_mega.records import PreferencePair, ReferenceLogprobs, SftExample, read_jsonl, write_jsonl
 from srlm_mega.seeds import derive_seed
-from srlm_mega.stage import Done, Work
 from srlm_mega.stages.base import write_random
 from srlm_mega.training.batch import PairSequences, TokenSequence
-from srlm_mega.training.topology import Topology
 from srlm_mega.training.reference import compute_reference
+from srlm_mega.training.topology import Topology
 from srlm_mega.training.trainer import train_dpo, train_sft
+from srlm_mega.work import Done, Work
 
 
 def parallel_function(name: str) -> Callable[[Work, Topology], Done]:
@@ -34,7 +34,7 @@ def pretrain(work: Work, topology: Topology) -> Done:
     assert work.config.pretrain is not None, "M0 is parallel only when there is pre-training"
     start = work.out / "random"
     if topology.is_main:
-        write_random(work.config.model, derive_seed(work.config.run.seed, "M0"), start)
+        write_random(work, start)
     topology.barrier()
     done = train_on(work, topology, work.config.pretrain, start, ["documents.jsonl"])
     if topology.is_main:

@@ -1,0 +1,284 @@
+"""Every parallel layout against the slow twin, in one launch per world size.
+
+The bound is 1e-4 in fp32 for losses, gradient norms and logits; each kind of check is also seen to fail.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import twin
+from safetensors.torch import load_file, save_file
+from small_run import LAYOUTS, NAMES, NUM_LAYERS, STEPS, VOCAB_SIZE, Layout, config, pairs, sequences
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from srlm_mega.training.batch import TokenSequence
+
+pytestmark = pytest.mark.slow
+TOLERANCE = 1e-4
+FP32 = [name for name in NAMES if "bf16" not in name]
+UNTIED = [name for name in FP32 if "tied" not in name]
+DPO_NAMES = {"loss", "nll_loss", "grad_norm", "learning_rate", "epoch", "num_tokens", "rewards/chosen",
+             "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected"}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders `start`, `other` (another model of the same shape) and `tied`."""
+    root = tmp_path_factory.mktemp("models")
+    for seed, (name, tied) in enumerate({"start": False, "other": False, "tied": True}.items()):
+        torch.manual_seed(seed)
+        shape = LlamaConfig(
+            num_hidden_layers=NUM_LAYERS,
+            hidden_size=32,
+            intermediate_size=48,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=VOCAB_SIZE,
+            max_position_embeddings=64,
+            rms_norm_eps=1e-5,
+            initializer_range=0.15,
+            tie_word_embeddings=tied,
+        )
+        LlamaForCausalLM(shape).save_pretrained(root / name)
+    return root
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the launches write."""
+    return tmp_path_factory.mktemp("layouts")
+
+
+@pytest.fixture(scope="module")
+def results(models: Path, out: Path) -> dict[str, Any]:
+    """What every layout computed, by its name: one launch per world size, the smallest without torchrun."""
+    merged: dict[str, Any] = {}
+    worker = str(Path(__file__).parent / "worker.py")
+    for world_size in LAYOUTS:
+        folder = out / str(world_size)
+        folder.mkdir()
+        torchrun = [str(Path(sys.executable).parent / "torchrun"), "--standalone", f"--nproc-per-node={world_size}"]
+        command = [sys.executable] if world_size == 1 else torchrun
+        done = subprocess.run(
+            [*command, worker, str(models), str(folder)],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        merged |= json.loads((folder / "results.json").read_text())
+    return merged
+
+
+@pytest.fixture(scope="module")
+def sft_twin(models: Path) -> list[twin.TwinStep]:
+    """Five plain SFT steps."""
+    return plain_sft(models / "start", sequences())
+
+
+@pytest.fixture(scope="module")
+def dpo_twin(models: Path) -> list[twin.TwinStep]:
+    """Five plain DPO steps."""
+    return plain_dpo(models / "start")
+
+
+def plain_sft(start: Path, items: list[TokenSequence]) -> list[twin.TwinStep]:
+    """SFT by the twin."""
+    section = config(Layout(""), 1).sft
+    return twin.train(
+        start, section, len(items), lambda model, batch: twin.sft_loss(model, [items[index] for index in batch])
+    )
+
+
+def plain_dpo(start: Path) -> list[twin.TwinStep]:
+    """DPO by the twin, its reference recomputed at every step by a frozen second model."""
+    section, items = config(Layout(""), 1).dpo, pairs()
+    reference = LlamaForCausalLM.from_pretrained(start)
+    return twin.train(
+        start,
+        section,
+        len(items),
+        lambda model, batch: twin.dpo_loss(model, [items[index] for index in batch], section, reference),
+    )
+
+
+def difference(metrics: list[dict[str, float]], steps: list[twin.TwinStep]) -> float:
+    """Largest difference in loss or gradient norm over all steps."""
+    assert len(metrics) == len(steps) == STEPS
+    return max(
+        max(abs(got["loss"] - want.loss), abs(got["grad_norm"] - want.grad_norm))
+        for got, want in zip(metrics, steps, strict=True)
+    )
+
+
+@pytest.mark.parametrize("name", UNTIED)
+def test_sft_equals_the_twin(name: str, results: dict[str, Any], sft_twin: list[twin.TwinStep]) -> None:
+    assert difference(results[name]["sft"], sft_twin) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", UNTIED)
+def test_dpo_equals_the_twin(name: str, results: dict[str, Any], dpo_twin: list[twin.TwinStep]) -> None:
+    assert difference(results[name]["dpo"], dpo_twin) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", [name for name in FP32 if "tied" in name and name not in UNTIED])
+def test_tied_embeddings_equal_the_twin(name: str, results: dict[str, Any], models: Path) -> None:
+    assert difference(results[name]["sft"], plain_sft(models / "tied", sequences())) < TOLERANCE
+    assert difference(results[name]["dpo"], plain_dpo(models / "tied")) < TOLERANCE
+
+
+def test_bf16_stays_near_the_twin(results: dict[str, Any], sft_twin: list[twin.TwinStep]) -> None:
+    """bf16 rounds to 8 bits: the losses agree to about 2 in 1000, and are not the fp32 ones."""
+    assert TOLERANCE < difference(results["single, bf16"]["sft"], sft_twin) < 5e-2
+
+
+def test_wrong_masks_would_be_seen(results: dict[str, Any], models: Path) -> None:
+    """Negative control: a mask that starts one token late."""
+    shifted = [
+        TokenSequence(item.id, item.tokens, max(item.num_prompt, 1) + 1)
+        if item.num_targets > 1 else item
+        for item in sequences()
+    ]  # fmt: skip
+    assert difference(results["single"]["sft"], plain_sft(models / "start", shifted)) > 10 * TOLERANCE
+
+
+def test_means_of_means_would_be_seen(results: dict[str, Any], models: Path) -> None:
+    """Negative control: each sequence's mean, averaged, instead of the mean over all tokens."""
+    section, items = config(Layout(""), 1).sft, sequences()
+    wrong = twin.train(
+        models / "start",
+        section,
+        len(items),
+        lambda model, batch: torch.stack([twin.sft_loss(model, [items[index]]) for index in batch]).mean(),
+    )
+    assert difference(results["single"]["sft"], wrong) > 10 * TOLERANCE
+
+
+def test_mean_log_probabilities_would_be_seen(
+    results: dict[str, Any], models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Negative control: DPO over means of log p instead of sums."""
+    summed = twin.target_logps
+    monkeypatch.setattr(twin, "target_logps", lambda model, item: summed(model, item) / item.num_targets)
+    assert difference(results["single"]["dpo"], plain_dpo(models / "start")) > 10 * TOLERANCE
+
+
+def logits_of(folder: Path) -> Tensor:
+    """Plain transformers' logits of the first four sequences, unpadded, in a padded tensor [4, 32, v]."""
+    model = LlamaForCausalLM.from_pretrained(folder)
+    logits = torch.zeros(4, 32, VOCAB_SIZE)
+    for row, item in enumerate(sequences()[:4]):
+        inputs = torch.tensor([item.tokens[:-1]])
+        with torch.no_grad():
+            logits[row, : inputs.size(1)] = model(input_ids=inputs).logits[0]
+    return logits
+
+
+def logit_difference(got: Tensor, want: Tensor) -> float:
+    """Largest difference at real positions."""
+    return max(
+        (got[row, : len(item.tokens) - 1] - want[row, : len(item.tokens) - 1]).abs().max().item()
+        for row, item in enumerate(sequences()[:4])
+    )
+
+
+def case_folder(name: str, out: Path) -> Path:
+    """What a layout wrote."""
+    world_size = next(size for size, layouts in LAYOUTS.items() if name in [layout.name for layout in layouts])
+    return out / str(world_size) / name
+
+
+@pytest.mark.parametrize("name", FP32)
+def test_logits_equal_transformers(name: str, results: dict[str, Any], models: Path, out: Path) -> None:
+    want = logits_of(models / ("start" if name in UNTIED else "tied"))
+    assert logit_difference(torch.load(case_folder(name, out) / "logits.pt"), want) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", FP32)
+def test_trained_exports_hold_what_was_trained(name: str, results: dict[str, Any], out: Path) -> None:
+    """The exported folders of all layouts are one model, up to rounding that Adam's first steps enlarge."""
+    single = "single" if name in UNTIED else "single, tied"
+    got = load_file(case_folder(name, out) / "sft/huggingface/model.safetensors")
+    want = load_file(case_folder(single, out) / "sft/huggingface/model.safetensors")
+    assert got.keys() == want.keys()
+    assert max((got[key] - want[key]).abs().max().item() for key in got) < 1e-3
+
+
+def test_swapped_weights_would_be_seen(results: dict[str, Any], models: Path, out: Path, tmp_path: Path) -> None:
+    """Negative control: keys and values of one layer in each other's place."""
+    weights = load_file(models / "start/model.safetensors")
+    key, value = (f"model.layers.1.self_attn.{part}_proj.weight" for part in "kv")
+    weights[key], weights[value] = weights[value], weights[key]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_bytes((models / "start/config.json").read_bytes())
+    got = torch.load(case_folder("single", out) / "logits.pt")
+    assert logit_difference(got, logits_of(tmp_path)) > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("name", FP32)
+def test_round_trip_is_bit_identical(name: str, results: dict[str, Any], models: Path, out: Path) -> None:
+    want = load_file(models / ("start" if name in UNTIED else "tied") / "model.safetensors")
+    got = load_file(case_folder(name, out) / "round_trip/model.safetensors")
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[key], want[key]) for key in want)
+
+
+@pytest.mark.parametrize("name", UNTIED)
+def test_reference_equals_the_twin(name: str, results: dict[str, Any], models: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(models / "start")
+    got = results[name]["reference"]
+    assert [record["pair_id"] for record in got] == [pair.id for pair in pairs()]
+    with torch.no_grad():
+        for record, pair in zip(got, pairs(), strict=True):
+            assert record["chosen"] == pytest.approx(twin.target_logps(model, pair.chosen).sum().item(), abs=1e-3)
+            assert record["rejected"] == pytest.approx(twin.target_logps(model, pair.rejected).sum().item(), abs=1e-3)
+
+
+@pytest.mark.parametrize("name", FP32)
+def test_first_dpo_step_is_ln_2(name: str, results: dict[str, Any]) -> None:
+    first, last = results[name]["dpo"][0], results[name]["dpo"][-1]
+    assert first["loss"] - 0.3 * first["nll_loss"] == pytest.approx(math.log(2), abs=TOLERANCE)
+    assert first["rewards/margins"] == pytest.approx(0.0, abs=TOLERANCE)
+    assert last["rewards/margins"] > 0.1
+
+
+def test_metrics_have_trl_names(results: dict[str, Any]) -> None:
+    assert results["TP2"]["dpo"][0].keys() >= DPO_NAMES
+    assert results["TP2"]["sft"][0].keys() >= {"loss", "grad_norm", "learning_rate", "epoch", "num_tokens"}
+    tokens = sum(len(item.tokens) for item in sequences())
+    last = results["TP2"]["sft"][-1]
+    assert last["epoch"] == pytest.approx(STEPS * 8 / 19)
+    assert 2 * tokens < last["num_tokens"] < 3 * tokens  # 40 items are two passes of 19 and 2 more
+
+
+def test_learning_rate_ends(results: dict[str, Any]) -> None:
+    rates = [step["learning_rate"] for step in results["TP2"]["sft"]]
+    assert rates[0] == pytest.approx(1e-2) and rates[-1] == pytest.approx(1e-3)
+
+
+def test_reference_of_another_model_is_refused(results: dict[str, Any]) -> None:
+    assert "not the starting model's" in results["refusals"]["messages"]["reference of another model"]
+
+
+def test_exploding_training_stops_without_export(results: dict[str, Any]) -> None:
+    assert "Nothing was exported" in results["refusals"]["messages"]["not finite"]
+    assert not results["refusals"]["exported"]
+
+
+def test_too_long_sequences_are_left_out_and_counted(results: dict[str, Any]) -> None:
+    assert results["refusals"]["excluded"] == 1
+
+
+def test_same_seed_same_bytes(results: dict[str, Any]) -> None:
+    first, again, other_seed = results["determinism"]["hashes"]
+    assert first == again
+    assert first != other_seed

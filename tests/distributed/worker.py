@@ -1,0 +1,135 @@
+"""What each rank of a launch runs: every layout of this world size, one after another; the main rank writes results.
+
+torchrun --nproc-per-node N worker.py MODELS OUT
+"""
+
+import hashlib
+import json
+import math
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from small_run import LAYOUTS, SEED, Layout, config, pairs, sequences
+
+from srlm_mega.checkpoints_conversion.huggingface import read_shape
+from srlm_mega.config import Config
+from srlm_mega.errors import RunStopped, UserError
+from srlm_mega.training.batch import TokenSequence, collate
+from srlm_mega.training.checkpoint import load_weights, save_weights
+from srlm_mega.training.model import build_model, transformer_config
+from srlm_mega.training.topology import Topology, process_group
+from srlm_mega.training.trainer import compute_reference, train_dpo, train_sft
+
+Results = dict[str, Any]
+
+
+def main(models: Path, out: Path) -> None:
+    """All layouts of the world that was launched."""
+    single = Layout("")
+    with process_group(config(single, 1).trainer):
+        world_size = torch.distributed.get_world_size()
+        results = {layout.name: run(layout, world_size, models, out / layout.name) for layout in LAYOUTS[world_size]}
+        if world_size == 1:
+            results["refusals"] = refusals(models, out)
+        if world_size == 2:
+            results["determinism"] = determinism(models, out)
+        if torch.distributed.get_rank() == 0:
+            (out / "results.json").write_text(json.dumps(results))
+
+
+def run(layout: Layout, world_size: int, models: Path, out: Path) -> Results:
+    """Round trip of the weights, logits, five SFT steps, reference log-probabilities and five DPO steps."""
+    settings, start = config(layout, world_size), models / layout.model
+    with Topology.start(settings.parallel, settings.trainer, SEED) as topology:
+        save_logits(topology, settings, start, out)
+        train_sft(topology, settings, settings.sft, start, sequences(), out / "sft", SEED)
+        reference = compute_reference(topology, settings, start, pairs())
+        train_dpo(topology, settings, settings.dpo, start, pairs(), reference, out / "dpo", SEED)
+        if not topology.is_main:
+            return {}
+        return {
+            "sft": read_metrics(out / "sft"),
+            "dpo": read_metrics(out / "dpo"),
+            "reference": [asdict(record) for record in reference],
+        }
+
+
+def save_logits(topology: Topology, settings: Config, start: Path, out: Path) -> None:
+    """Load, write the weights out again, and save the logits of the first four sequences to `logits.pt` [4, s, v]."""
+    shape = read_shape(start)
+    model = build_model(transformer_config(shape, settings.sft, settings.trainer, topology), shape, topology)
+    load_weights(model, shape, start, topology)
+    save_weights(model, shape, out / "round_trip", start, topology)
+    for chunk in model:
+        chunk.eval()
+    batch = collate(sequences()[:4], 32, topology.device)
+
+    def forward_step(data: object, chunk: Any) -> Any:
+        logits = chunk(batch.tokens, batch.position_ids, None, runtime_gather_output=True)
+        return logits, lambda logits, non_loss_data: logits
+
+    # The interleaved schedule wants as many micro batches as there are stages.
+    with torch.no_grad():
+        outputs = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=[None] * len(model) if len(model) > 1 else None,
+            model=model,
+            num_microbatches=topology.pp_size,
+            seq_length=32,
+            micro_batch_size=4,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+    counts = topology.is_reporter and topology.dp_rank == 0
+    logits = topology.sum_over_world(outputs[0].float() if counts else torch.zeros(4, 32, shape.vocab_size))
+    if topology.is_main:
+        torch.save(logits, out / "logits.pt")
+
+
+def determinism(models: Path, out: Path) -> Results:
+    """Hashes of the weights of three trainings with dropout on TP2: the same seed twice, then another."""
+    settings = config(Layout("", tp=2), 2, attention_dropout=0.1, hidden_dropout=0.1)
+    hashes = []
+    for number, seed in enumerate((SEED, SEED, SEED + 1)):
+        folder = out / f"determinism_{number}"
+        with Topology.start(settings.parallel, settings.trainer, SEED) as topology:
+            train_sft(topology, settings, settings.sft, models / "start", sequences(), folder, seed)
+            if topology.is_main:
+                hashes.append(hashlib.sha256((folder / "huggingface/model.safetensors").read_bytes()).hexdigest())
+    return {"hashes": hashes}
+
+
+def refusals(models: Path, out: Path) -> Results:
+    """What the trainer says to input that does not fit, in a single process."""
+    settings = config(Layout(""), 1)
+    messages = {}
+    with Topology.start(settings.parallel, settings.trainer, SEED) as topology:
+        reference = compute_reference(topology, settings, models / "other", pairs())
+        try:
+            train_dpo(topology, settings, settings.dpo, models / "start", pairs(), reference, out / "wrong", SEED)
+        except UserError as error:
+            messages["reference of another model"] = str(error)
+        exploding = config(Layout(""), 1, lr=1e20, min_lr=1e20)
+        try:
+            train_sft(topology, exploding, exploding.sft, models / "start", sequences(), out / "explodes", SEED)
+        except RunStopped as stop:
+            messages["not finite"] = str(stop)
+        long = TokenSequence("long", tuple(range(40)), 1)
+        summary = train_sft(
+            topology, settings, settings.sft, models / "start", [*sequences(), long], out / "too_long", SEED
+        )
+    assert math.isfinite(read_metrics(out / "too_long")[-1]["loss"])
+    return {"messages": messages, "excluded": summary.excluded, "exported": (out / "explodes/huggingface").exists()}
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """metrics.jsonl, one dictionary per step."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
