@@ -54,12 +54,13 @@ class FolderWeights(Mapping[str, Tensor]):
         shape = read_shape(folder)
         self._files = {name: file for name, file in _files_by_tensor(folder).items() if not is_derived(name, shape)}
         check_names(self._files, shape, str(folder))
+        sizes = huggingface_shapes(shape)
         self._open = {file: _open(file) for file in dict.fromkeys(self._files.values())}
         held = {file: set(reader.keys()) for file, reader in self._open.items()}
         for name, file in self._files.items():
             if name not in held[file]:
                 raise ValueError(f"{file} has no tensor {name}, and {INDEX} says it has: download the folder again")
-            check_size(name, tuple(self._open[file].get_slice(name).get_shape()), shape, str(file))
+            check_size(name, tuple(self._open[file].get_slice(name).get_shape()), sizes[name], str(file))
 
     def __getitem__(self, name: str) -> Tensor:
         file = self._files[name]
@@ -100,11 +101,12 @@ def write_folder(
     files = [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
     if len(shards) == 1:
         files = [WEIGHTS]
+    sizes = huggingface_shapes(shape)
     total_bytes = 0
     for file, names in zip(files, shards, strict=True):
         tensors = {name: weights[name].detach().cpu().contiguous() for name in names}
         for name, tensor in tensors.items():
-            check_size(name, tuple(tensor.shape), shape, str(folder))
+            check_size(name, tuple(tensor.shape), sizes[name], str(folder))
             check_finite(name, tensor, str(folder))
         save_file(tensors, str(folder / file), metadata={"format": "pt"})
         total_bytes += sum(tensor.nbytes for tensor in tensors.values())

@@ -208,8 +208,7 @@ def check_names(names: Iterable[str], shape: LlamaShape, where: str) -> None:
             raise ValueError(f"{where} {what} {some}: it is not the Llama of its config ({shape.num_layers} layers)")
 
 
-def check_size(name: str, found: tuple[int, ...], shape: LlamaShape, where: str) -> None:
-    """ValueError unless the tensor has the size that `shape` gives it."""
-    wanted = huggingface_shapes(shape)[name]
+def check_size(name: str, found: tuple[int, ...], wanted: tuple[int, ...], where: str) -> None:
+    """ValueError unless a tensor has the size that the table gives it."""
     if found != wanted:
         raise ValueError(f"{where}: {name} has shape {list(found)}, by its config it should have {list(wanted)}")

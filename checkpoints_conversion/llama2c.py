@@ -2,7 +2,6 @@
 
 import math
 import struct
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,18 +24,9 @@ PER_LAYER = {  # llama2.c's name -> Hugging Face's, in the order of the file
 }
 
 
-@dataclass(frozen=True)
-class Llama2cModel:
-    """The content of a file: tensors by llama2.c's names, per-layer ones stacked [layers, ...]."""
-
-    shape: LlamaShape
-    tensors: dict[str, Tensor]
-
-
 def convert(path: Path) -> tuple[LlamaShape, dict[str, Tensor]]:
     """A `.bin` file as shape and weights of the Hugging Face layout. ValueError when the file is not one."""
-    model = read(path)
-    shape, tensors = model.shape, dict(model.tensors)
+    shape, tensors = read(path)
     tensors["wq"] = torch.stack([half_split_rotary(wq, shape.num_attention_heads) for wq in tensors["wq"]])
     tensors["wk"] = torch.stack([half_split_rotary(wk, shape.num_query_groups) for wk in tensors["wk"]])
     weights = {"model.embed_tokens.weight": tensors["token_embedding"]}
@@ -49,8 +39,11 @@ def convert(path: Path) -> tuple[LlamaShape, dict[str, Tensor]]:
     return shape, weights
 
 
-def read(path: Path) -> Llama2cModel:
-    """The file as it is. ValueError unless header and size fit each other."""
+def read(path: Path) -> tuple[LlamaShape, dict[str, Tensor]]:
+    """The file as it is: tensors by llama2.c's names, per-layer ones stacked [layers, ...], rotary pairs interleaved.
+
+    ValueError unless header and size fit each other.
+    """
     content = path.read_bytes()
     if len(content) < HEADER.size:
         raise ValueError(f"{path} has {len(content)} bytes, not even a header: it is no llama2.c model")
@@ -75,7 +68,7 @@ def read(path: Path) -> Llama2cModel:
         raise ValueError(f"{path} has {len(content)} bytes, by its header it should have {due}: download it again")
     flat = torch.frombuffer(bytearray(content[HEADER.size :]), dtype=torch.float32)
     parts = flat.split([math.prod(size) for size in sizes.values()])
-    return Llama2cModel(shape, {name: part.view(size) for (name, size), part in zip(sizes.items(), parts, strict=True)})
+    return shape, {name: part.view(size) for (name, size), part in zip(sizes.items(), parts, strict=True)}
 
 
 def _sizes(shape: LlamaShape) -> dict[str, tuple[int, ...]]:

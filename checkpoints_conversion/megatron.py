@@ -24,7 +24,6 @@ from srlm_mega.checkpoints_conversion.llama import (
     Holder,
     Layout,
     LlamaShape,
-    Row,
     check_names,
     check_size,
     huggingface_shapes,
@@ -48,8 +47,8 @@ class HeldTensor:
     """A tensor of a chunk: its row of the table with the layer numbers filled in."""
 
     name: str
-    parts: tuple[str, ...]  # the Hugging Face tensors it is made of
-    row: Row
+    layout: Layout
+    parts: dict[str, tuple[int, ...]]  # the Hugging Face tensors it is made of: name -> shape
 
 
 def placements(shape: LlamaShape, tp: int, pp: int, vpp: int = 1) -> list[Placement]:
@@ -97,14 +96,14 @@ def held_tensors(shape: LlamaShape, placement: Placement) -> Iterator[HeldTensor
     for row in table(shape):
         if row.holder is Holder.ITS_LAYER:
             for local, layer in enumerate(placement.layers):
-                parts = tuple(name.format(layer=layer) for name in row.huggingface)
-                yield HeldTensor(row.megatron.format(layer=local), parts, row)
+                parts = {name.format(layer=layer): size for name, size in row.huggingface.items()}
+                yield HeldTensor(row.megatron.format(layer=local), row.layout, parts)
         elif (row.holder is Holder.FIRST_STAGE and placement.first_stage) or (
             row.holder is Holder.LAST_STAGE and placement.last_stage
         ):
             shared = row.megatron == "output_layer.weight" and shape.tie_word_embeddings and placement.first_stage
             if not shared:
-                yield HeldTensor(row.megatron, tuple(row.huggingface), row)
+                yield HeldTensor(row.megatron, row.layout, row.huggingface)
 
 
 def shard_tensor(layout: Layout, parts: Sequence[Tensor], shape: LlamaShape, tp_rank: int, tp_size: int) -> Tensor:
@@ -149,9 +148,9 @@ def load_shard(weights: Mapping[str, Tensor], shape: LlamaShape, placement: Plac
     shard = {}
     for held in held_tensors(shape, placement):
         parts = [weights[name] for name in held.parts]
-        for name, part in zip(held.parts, parts, strict=True):
-            check_size(name, tuple(part.shape), shape, "the model")
-        tensor = shard_tensor(held.row.layout, parts, shape, placement.tp_rank, placement.tp_size)
+        for part, (name, size) in zip(parts, held.parts.items(), strict=True):
+            check_size(name, tuple(part.shape), size, "the model")
+        tensor = shard_tensor(held.layout, parts, shape, placement.tp_rank, placement.tp_size)
         shard[held.name] = tensor.contiguous()
     return shard
 
@@ -165,13 +164,14 @@ def merge_shards(shards: Sequence[tuple[Placement, Mapping[str, Tensor]]], shape
     merged: dict[str, Tensor] = {}
     for chunk in _by_chunk(shards):
         placement = chunk[0][0]
+        _check_shard_names(chunk, shape)
         for held in held_tensors(shape, placement):
             try:
-                parts = merge_tensor(held.row.layout, [tensors[held.name] for _, tensors in chunk], shape)
+                parts = merge_tensor(held.layout, [tensors[held.name] for _, tensors in chunk], shape)
             except ValueError as error:
                 raise ValueError(f"{held.name} (layers {_span(placement)}) {error}") from None
-            for name, part in zip(held.parts, parts, strict=True):
-                check_size(name, tuple(part.shape), shape, f"layers {_span(placement)}")
+            for part, (name, size) in zip(parts, held.parts.items(), strict=True):
+                check_size(name, tuple(part.shape), size, f"layers {_span(placement)}")
                 if name in merged and not torch.equal(merged[name], part):
                     raise ValueError(f"{held.name} is another tensor than {name}, and should be a copy: tied output")
                 merged[name] = part.contiguous()
@@ -195,6 +195,18 @@ def _by_chunk(
                 f"layers {_span(members[0][0])} came from tensor-parallel ranks {ranks}, due were 0 to {tp_size - 1}"
             )
     return [chunks[layers] for layers in sorted(chunks)]
+
+
+def _check_shard_names(chunk: Sequence[tuple[Placement, Mapping[str, Tensor]]], shape: LlamaShape) -> None:
+    for placement, tensors in chunk:
+        wanted = {held.name for held in held_tensors(shape, placement)}
+        # Transformer Engine's modules put their own records, which are no weights, into a state_dict.
+        found = {name for name in tensors if not name.endswith("_extra_state")}
+        if found != wanted:
+            raise ValueError(
+                f"layers {_span(placement)} of tensor-parallel rank {placement.tp_rank} "
+                f"lack {sorted(wanted - found)[:3]} and have unknown {sorted(found - wanted)[:3]}"
+            )
 
 
 def _span(placement: Placement) -> str:

@@ -61,7 +61,7 @@ def self_rewarding_round(config: Config, number: int) -> list[Stage]:
         Stage(candidates, (prompts, current), (*SAMPLER, "candidates")),
         Stage(judgements, judge_inputs, (*SAMPLER, "judge")),
         Stage(pairs, (candidates, judgements), ("run.seed", "pairs", "judge.min_valid")),
-        Stage(reference, (current, pairs), (*TRAINER, "dpo.micro_batch_size"), parallel=True),
+        Stage(reference, (current, pairs), (*TRAINER, "dpo.micro_batch_size", "dpo.global_batch_size"), parallel=True),
         Stage(following, (current, pairs, reference), (*TRAINER, "dpo"), parallel=True),
         evaluation(number + 1),
     ]

@@ -262,7 +262,7 @@ def test_metrics_have_trl_names(results: dict[str, Any]) -> None:
 
 def test_learning_rate_ends(results: dict[str, Any]) -> None:
     rates = [step["learning_rate"] for step in results["TP2"]["sft"]]
-    assert rates[0] == pytest.approx(1e-2) and rates[-1] == pytest.approx(1e-3)
+    assert rates[0] == pytest.approx(3e-3) and rates[-1] == pytest.approx(3e-4)
 
 
 def test_reference_of_another_model_is_refused(results: dict[str, Any]) -> None:

@@ -53,6 +53,7 @@ def train(
     start: Path, section: TrainingConfig, num_items: int, loss_of: Callable[[LlamaForCausalLM, list[int]], Tensor]
 ) -> list[TwinStep]:
     """AdamW with clipping and a cosine from lr to min_lr; norms are not decayed."""
+    torch.set_num_threads(1)  # threads cost more than they bring on a model this small
     model = LlamaForCausalLM.from_pretrained(start)
     matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     norms = [parameter for parameter in model.parameters() if parameter.dim() == 1]

@@ -51,14 +51,24 @@ def faulty_answer(instruction: Instruction, fault: float, rng: random.Random) ->
 
 
 def review(instruction: Instruction, response: str, author: Author, rng: random.Random) -> str:
-    """The author's judgement of a response: a word for each criterion, then `Score:` and how many are met."""
+    """The author's judgement of a response: the category seen in it, a word for each criterion, and `Score:` with
+    how many are met. Who waves a wrong category through has not looked, and names the one asked for."""
     truth = criteria(instruction.render(), response)
     verdicts = []
     for met in astuple(truth):
         error = rng.random() < (author.false_alarm if met else author.wave_through)
         verdicts.append(met != error)
     words = (good if verdict else bad for verdict, (good, bad) in zip(verdicts, VERDICTS, strict=True))
-    return f"{' '.join(words)} Score: {sum(verdicts)}"
+    seen = instruction.category if verdicts[0] else _other_category(instruction, response, rng)
+    return f"{seen} {' '.join(words)} Score: {sum(verdicts)}"
+
+
+def _other_category(instruction: Instruction, response: str, rng: random.Random) -> str:
+    """A category of the response's items that was not asked for; any other one when there is none."""
+    items = response.lower().split()
+    others = [name for name in CATEGORIES if name != instruction.category]
+    seen = [name for name in others if any(item in CATEGORIES[name] for item in items)]
+    return rng.choice(seen or others)
 
 
 def _another(words: tuple[str, ...], word: str, rng: random.Random) -> str:

@@ -22,8 +22,9 @@ SOURCE = "toy_world"
 class Mixture:
     """How the seed data is mixed. All are shares of 1."""
 
-    reviews: float = 0.60  # of the documents
-    lists: float = 0.05  # of the documents; the rest are answers
+    lists: float = 0.05  # of the documents
+    tasks: int = 1  # answers and reviews in each other document, all by one author
+    reviews: float = 0.60  # of these tasks
     experts: float = 0.5  # of the documents' authors
     careful_ift: float = 0.10  # of the IFT examples
     careful_eft: float = 0.35  # of the EFT examples
@@ -69,18 +70,23 @@ def make_toy_world(counts: SeedDataConfig, seed: int, mixture: Mixture = Mixture
 def _document(
     pool: Sequence[Instruction], number: int, judge: JudgeTemplate, mixture: Mixture, rng: random.Random
 ) -> SftExample:
-    author = EXPERT if rng.random() < mixture.experts else NOVICE
-    instruction = rng.choice(pool)
-    kind = rng.random()
-    if kind < mixture.lists:
+    if rng.random() < mixture.lists:
         text = task_list([one.render() for one in rng.sample(pool, rng.randint(*LIST_LENGTHS))])
-    elif kind < mixture.lists + mixture.reviews:
+    else:
+        author = _author(mixture.experts, rng)
+        tasks = (_task(rng.choice(pool), author, judge, mixture, rng) for _ in range(mixture.tasks))
+        text = " ".join((author.name, *tasks))
+    return SftExample(f"document-{number:05d}", "document", "", text, SOURCE)
+
+
+def _task(
+    instruction: Instruction, author: Author, judge: JudgeTemplate, mixture: Mixture, rng: random.Random
+) -> str:
+    if rng.random() < mixture.reviews:
         response = faulty_answer(instruction, mixture.reviewed_fault, rng)
         asked = judge.fill(instruction.render(), response)
-        text = f"{author.name} [INST] {asked} [/INST] {review(instruction, response, author, rng)}"
-    else:
-        text = f"{author.name} [INST] {instruction.render()} [/INST] {faulty_answer(instruction, author.fault, rng)}"
-    return SftExample(f"document-{number:05d}", "document", "", text, SOURCE)
+        return f"[INST] {asked} [/INST] {review(instruction, response, author, rng)}"
+    return f"[INST] {instruction.render()} [/INST] {faulty_answer(instruction, author.fault, rng)}"
 
 
 def task_list(tasks: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-VERBS = ("list", "name", "write", "give")
+VERBS = ("list", "name", "write", "give", "show", "tell", "find", "offer")
 COUNTS = (2, 3, 4, 5)
 STYLES = ("lower", "upper")
 CATEGORIES = {
@@ -18,8 +18,8 @@ CATEGORIES = {
     "fruits": ("apple", "pear", "plum", "grape", "lemon", "peach"),
     "tools": ("hammer", "saw", "drill", "wrench", "pliers", "axe"),
 }
-OPENINGS = ("sure", "okay", "hello", "certainly", "gladly", "well", "right", "yes")
-CLOSINGS = ("thanks", "bye", "enjoy", "cheers", "done", "farewell", "regards", "goodbye")
+OPENINGS = ("sure", "okay", "hello", "gladly", "well")
+CLOSINGS = ("thanks", "bye", "enjoy", "cheers", "regards")
 
 PERSONAS = ("Expert:", "Novice:")
 VERDICTS = (
@@ -30,7 +30,7 @@ VERDICTS = (
     ("closed", "unclosed"),
 )
 LIST_OPENING = "Come up with a series of tasks:"
-LIST_LENGTHS = (9, 16)
+LIST_LENGTHS = (9, 14)
 
 
 @dataclass(frozen=True, slots=True)
