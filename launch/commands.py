@@ -1,21 +1,22 @@
-"""The command line of a stage: one process, or torchrun on one node. Pure functions."""
+"""The command line of stages: one process, or torchrun on one node. Pure functions."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 
-def one_process(bin_dir: Path, stage: str, run: Path) -> list[str]:
-    """A stage as one process of the `srlm` command in `bin_dir`."""
-    return [str(bin_dir / "srlm"), "stage", stage, str(run)]
+def one_process(bin_dir: Path, run: Path, stages: Sequence[str]) -> list[str]:
+    """Stages, one after another, in one process of the `srlm` command in `bin_dir`."""
+    return [str(bin_dir / "srlm"), "stage", str(run), *stages]
 
 
-def torchrun(bin_dir: Path, stage: str, run: Path, processes: int) -> list[str]:
-    """A stage as `processes` ranks on this node, joined by a rendezvous on a free port."""
+def torchrun(bin_dir: Path, run: Path, stages: Sequence[str], processes: int) -> list[str]:
+    """Stages, one after another, as `processes` ranks on this node, joined by a rendezvous on a free port."""
     return [
         str(bin_dir / "torchrun"),
         "--standalone",
         f"--nproc-per-node={processes}",
         "--no-python",
-        *one_process(bin_dir, stage, run),
+        *one_process(bin_dir, run, stages),
     ]
 
 

@@ -57,13 +57,16 @@ def run(
 
 
 @app.command()
-def stage(name: Annotated[str, typer.Argument(help="For example round_1/candidates.")], run: RunFolder) -> None:
-    """Make one output of a run, in this process. `srlm run` starts these, under torchrun where ranks are needed."""
+def stage(
+    run: RunFolder,
+    names: Annotated[list[str], typer.Argument(help="For example round_1/candidates.", metavar="NAME...")],
+) -> None:
+    """Make outputs of a run, in this process. `srlm run` starts these, under torchrun where ranks are needed."""
     from srlm_mega.run_dir import RunDir
-    from srlm_mega.stage import run_stage
+    from srlm_mega.stage import run_stages
 
     existing_run(run)
-    raise typer.Exit(run_stage(RunDir(run), name))
+    raise typer.Exit(run_stages(RunDir(run), names))
 
 
 @app.command()

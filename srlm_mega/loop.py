@@ -35,11 +35,25 @@ def run_loop(config: Config, run: RunDir, redo: tuple[str, ...], display: Displa
             return 0
         write_atomic(run.config_file, to_yaml(config).encode())
         write_atomic(run.provenance_file, provenance())
-        for stage in stages:
-            if stage in missing:
-                execute(stage, config, run, display)
-            check_unchanged(stage, config, run)
+        for group in together(stages, missing):
+            execute(group, config, run, display)
+        check_finished(stages, config, run)
         return len(missing)
+
+
+def together(stages: list[Stage], missing: list[Stage]) -> list[list[Stage]]:
+    """The missing stages in order; those that follow one another and start in the same way share their processes, so
+    that torch is loaded, and ranks meet, once for all of them."""
+    groups: list[list[Stage]] = []
+    previous: Stage | None = None
+    for stage in stages:
+        if stage in missing:
+            if previous in missing and previous is not None and previous.parallel == stage.parallel:
+                groups[-1].append(stage)
+            else:
+                groups.append([stage])
+        previous = stage
+    return groups
 
 
 def start_again(stages: list[Stage], name: str, run: RunDir, display: Display) -> None:
@@ -59,50 +73,62 @@ def check_finished(stages: list[Stage], config: Config, run: RunDir) -> None:
             check_unchanged(stage, config, run)
 
 
-def execute(stage: Stage, config: Config, run: RunDir, display: Display) -> None:
-    """Run one stage to its end, showing how far it is."""
-    progress_file, log_file = run.progress_file(stage.name), run.log_file(stage.name)
+def execute(group: list[Stage], config: Config, run: RunDir, display: Display) -> None:
+    """Run stages that share their processes to their end, showing how far each is."""
+    for stage in group:
+        run.progress_file(stage.name).unlink(missing_ok=True)
+    log_file = run.log_file(group[0].name)
     log_file.parent.mkdir(parents=True, exist_ok=True)
-    progress_file.unlink(missing_ok=True)
-    start = time.monotonic()
-    with log_file.open("ab") as log, display.stage(stage.name) as line:
+    with log_file.open("ab") as log:
         process = subprocess.Popen(
-            command(stage, config, run.root),
+            command(group, config, run.root),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment(dict(os.environ), config.launch.threads_per_process),
         )
         try:
-            while process.poll() is None:
-                line.update(read_progress(progress_file))
-                time.sleep(POLL_SECONDS)
+            for stage in group:
+                if not watch(stage, process, run, display):
+                    explain_failure(stage, process.wait(), log_file, run)
+            process.wait()
         finally:
             if process.poll() is None:
                 process.terminate()
                 process.wait()
-    if process.returncode != 0:
-        explain_failure(stage, process.returncode, run)
-    manifest = run.manifest(stage.name)
-    assert manifest is not None, f"{stage.name} ended well without an output: see {log_file}"
-    display.finished(stage.name, manifest.rows, time.monotonic() - start)
 
 
-def command(stage: Stage, config: Config, run: Path) -> list[str]:
-    """The argv of a stage; `srlm` and `torchrun` are the ones beside this Python."""
+def watch(stage: Stage, process: subprocess.Popen[bytes], run: RunDir, display: Display) -> bool:
+    """Show a stage's progress until its output is there; False when the process ended without it."""
+    start = time.monotonic()
+    with display.stage(stage.name) as line:
+        while True:
+            ended = process.poll() is not None  # asked before the output, which may appear in between
+            manifest = run.manifest(stage.name)
+            if manifest is not None or ended:
+                break
+            line.update(read_progress(run.progress_file(stage.name)))
+            time.sleep(POLL_SECONDS)
+    if manifest is not None:
+        display.finished(stage.name, manifest.rows, time.monotonic() - start)
+    return manifest is not None
+
+
+def command(group: list[Stage], config: Config, run: Path) -> list[str]:
+    """The argv of stages that share their processes; `srlm` and `torchrun` are the ones beside this Python."""
     bin_dir = Path(sys.executable).parent
-    if stage.parallel:
-        return torchrun(bin_dir, stage.name, run, config.launch.processes_per_node)
-    return one_process(bin_dir, stage.name, run)
+    names = [stage.name for stage in group]
+    if group[0].parallel:
+        return torchrun(bin_dir, run, names, config.launch.processes_per_node)
+    return one_process(bin_dir, run, names)
 
 
-def explain_failure(stage: Stage, code: int, run: RunDir) -> None:
+def explain_failure(stage: Stage, code: int, log_file: Path, run: RunDir) -> None:
     """Raise what the stage said about its end, or show the end of its log."""
     said = read_progress(run.progress_file(stage.name))
     if said.exit_code == STOPPED:
         raise RunStopped(f"{stage.name}: {said.message}")
     if said.exit_code == USER_ERROR:
         raise UserError(f"{stage.name}: {said.message}")
-    log_file = run.log_file(stage.name)
     tail = log_file.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
     raise StageCrashed(f"{stage.name} ended with exit code {code}. The end of {log_file}:\n" + "\n".join(tail))

@@ -1,14 +1,15 @@
-"""One stage as a process: begin its output, do its work, commit. The only file that knows which code makes which."""
+"""Stages as a process: begin an output, do its work, commit. The only file that knows which code makes which."""
 
 import ctypes
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.metadata import version
 
+from srlm_mega.config import Config
 from srlm_mega.config_file import load_config
 from srlm_mega.errors import STOPPED, USER_ERROR, RunStopped, UserError
-from srlm_mega.plan import find_stage, identity_of
+from srlm_mega.plan import Stage, find_stage, identity_of
 from srlm_mega.progress import Progress
 from srlm_mega.run_dir import RunDir, stopwatch
 from srlm_mega.work import Done, Work
@@ -16,16 +17,32 @@ from srlm_mega.work import Done, Work
 PR_SET_PDEATHSIG = 1
 
 
-def run_stage(run: RunDir, name: str) -> int:
-    """Make one output. Returns the exit code; a mistake or a stop leaves its message in the progress file too."""
+def run_stages(run: RunDir, names: Sequence[str]) -> int:
+    """Make outputs, in this order, until one cannot be made. Returns the exit code."""
     die_with_parent()
-    progress = Progress(run.progress_file(name))
+    config = load_config(run.config_file)
+    stages = [find_stage(config, name) for name in names]
+    with joined_ranks(config, stages):
+        codes = (run_stage(run, config, stage) for stage in stages)
+        return next((code for code in codes if code), 0)
+
+
+def joined_ranks(config: Config, stages: Sequence[Stage]) -> AbstractContextManager[object]:
+    """The ranks that torchrun started meet once, for all their stages."""
+    if not any(stage.parallel for stage in stages):
+        return nullcontext()
+    from srlm_mega.training.topology import process_group
+
+    return process_group(config.trainer)
+
+
+def run_stage(run: RunDir, config: Config, stage: Stage) -> int:
+    """Make one output. Returns the exit code; a mistake or a stop leaves its message in the progress file too."""
+    progress = Progress(run.progress_file(stage.name))
     try:
-        config = load_config(run.config_file)
-        stage = find_stage(config, name)
-        if run.manifest(name) is not None:
-            raise UserError(f"{run.output(name)} is finished. To make it again: srlm run --redo {name}")
-        work = Work(run, config, stage, run.partial(name), progress)
+        if run.manifest(stage.name) is not None:
+            raise UserError(f"{run.output(stage.name)} is finished. To make it again: srlm run --redo {stage.name}")
+        work = Work(run, config, stage, run.partial(stage.name), progress)
         if stage.parallel:
             run_parallel(work)
         else:

@@ -225,7 +225,7 @@ def test_an_altered_output_is_refused(whole: Path) -> None:
         (["run", "launch/configs/toy_cpu.yaml", "dpo.bta=1"], "Did you mean dpo.beta"),
         (["run", "absent.yaml"], "no configuration file"),
         (["status", "nowhere"], "not a run folder"),
-        (["stage", "M1", "nowhere"], "not a run folder"),
+        (["stage", "nowhere", "M1"], "not a run folder"),
         (["run", "launch/configs/toy_cpu.yaml", "--redo", "M9", "run.dir=/tmp/srlm-none"], "no such stage"),
     ],
 )

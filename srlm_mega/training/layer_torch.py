@@ -74,9 +74,6 @@ class TorchAttention(MegatronModule):  # type: ignore[misc]
         assert attention_mask is None and attention_bias is None and packed_seq_params is None, (
             "this attention takes padded causal sequences without mask, bias or packing"
         )
-        repeats = query.size(2) // key.size(2)
-        if repeats > 1:
-            key, value = key.repeat_interleave(repeats, dim=2), value.repeat_interleave(repeats, dim=2)
         q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         dropout = self.config.attention_dropout if self.training else 0.0
         if dropout > 0.0 and not self.config.sequence_parallel:  # with it, the whole layer is in that stream already
@@ -87,7 +84,9 @@ class TorchAttention(MegatronModule):  # type: ignore[misc]
         return context.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=self.softmax_scale)
+        return F.scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout, is_causal=True, scale=self.softmax_scale, enable_gqa=True
+        )
 
 
 def torch_block(num_layers: int) -> TransformerBlockSubmodules:

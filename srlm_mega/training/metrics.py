@@ -36,7 +36,7 @@ class MetricsLog:
 def metrics_log(path: Path, num_steps: int, report: Report | None) -> Iterator[MetricsLog]:
     """A log of `num_steps` steps; `report`, if any, hears of every step as well."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file, _for_people() as shown:
+    with path.open("wb", buffering=0) as file, _for_people() as shown:
         yield MetricsLog(file, num_steps, (shown,) if report is None else (shown, report))
 
 

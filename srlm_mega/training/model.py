@@ -56,7 +56,11 @@ def _build_chunk(
 def transformer_config(
     shape: LlamaShape, section: TrainingConfig, trainer: TrainerConfig, topology: Topology
 ) -> TransformerConfig:
-    """Llama 2's architecture in Megatron's words."""
+    """Llama 2's architecture in Megatron's words.
+
+    `hidden_dropout` acts on the embeddings and on what each attention and MLP adds to the residual stream,
+    `attention_dropout` on the attention probabilities. Llama 2 itself was published without them.
+    """
     parallel = topology.parallel
     dtype = torch.bfloat16 if trainer.bf16 else torch.float32
     return TransformerConfig(

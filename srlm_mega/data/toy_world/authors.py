@@ -9,11 +9,12 @@ from dataclasses import astuple, dataclass
 
 from srlm_mega.data.toy_world.truth import Criteria, criteria
 from srlm_mega.data.toy_world.world import (
+    ANSWER_COUNTS,
     CATEGORIES,
     CLOSINGS,
-    COUNTS,
     OPENINGS,
     PERSONAS,
+    STYLES,
     VERDICTS,
     Instruction,
     in_style,
@@ -35,10 +36,19 @@ EXPERT = Author(PERSONAS[0], fault=0.02, wave_through=0.02, false_alarm=0.01)
 NOVICE = Author(PERSONAS[1], fault=0.65, wave_through=0.75, false_alarm=0.05)
 
 
+CHOICES: tuple[tuple[str, ...], ...] = (
+    tuple(CATEGORIES),
+    tuple(str(count) for count in ANSWER_COUNTS),
+    OPENINGS,
+    STYLES,
+    CLOSINGS,
+)
+
+
 def faulty_answer(instruction: Instruction, fault: float, rng: random.Random) -> str:
     """A response that violates each criterion with probability `fault`, independently of the others."""
     wrong = Criteria(*(rng.random() < fault for _ in range(5)))
-    count = rng.choice([number for number in (1, *COUNTS, 6) if number != instruction.count])
+    count = rng.choice([number for number in ANSWER_COUNTS if number != instruction.count])
     items = some_items(instruction.category, count if wrong.complete else instruction.count, rng)
     if wrong.relevant:
         strangers = [name for name in CATEGORIES if name != instruction.category]
@@ -51,24 +61,36 @@ def faulty_answer(instruction: Instruction, fault: float, rng: random.Random) ->
 
 
 def review(instruction: Instruction, response: str, author: Author, rng: random.Random) -> str:
-    """The author's judgement of a response: the category seen in it, a word for each criterion, and `Score:` with
-    how many are met. Who waves a wrong category through has not looked, and names the one asked for."""
-    truth = criteria(instruction.render(), response)
-    verdicts = []
-    for met in astuple(truth):
+    """The author's judgement of a `faulty_answer`: what is seen in it and a verdict, criterion by criterion, then
+    `Score:` and how many are met. Who waves a fault through has not looked, and names what was asked for."""
+    judgement, score = [], 0
+    truth = astuple(criteria(instruction.render(), response))
+    for met, asked, seen, choices, (good, bad) in zip(
+        truth, _asked(instruction), _seen(response), CHOICES, VERDICTS, strict=True
+    ):
         error = rng.random() < (author.false_alarm if met else author.wave_through)
-        verdicts.append(met != error)
-    words = (good if verdict else bad for verdict, (good, bad) in zip(verdicts, VERDICTS, strict=True))
-    seen = instruction.category if verdicts[0] else _other_category(instruction, response, rng)
-    return f"{seen} {' '.join(words)} Score: {sum(verdicts)}"
+        if met != error:
+            judgement += [asked, good]
+            score += 1
+        else:
+            judgement += [_another(choices, asked, rng) if error else seen, bad]
+    return f"{' '.join(judgement)} Score: {score}"
 
 
-def _other_category(instruction: Instruction, response: str, rng: random.Random) -> str:
-    """A category of the response's items that was not asked for; any other one when there is none."""
-    items = response.lower().split()
-    others = [name for name in CATEGORIES if name != instruction.category]
-    seen = [name for name in others if any(item in CATEGORIES[name] for item in items)]
-    return rng.choice(seen or others)
+def _asked(instruction: Instruction) -> tuple[str, str, str, str, str]:
+    return (
+        instruction.category,
+        str(instruction.count),
+        instruction.opening,
+        instruction.style,
+        instruction.closing,
+    )
+
+
+def _seen(response: str) -> tuple[str, str, str, str, str]:
+    opening, *items, closing = response.split()
+    category = next(name for name, known in CATEGORIES.items() if items[0].lower() in known)
+    return category, str(len(items)), opening, "upper" if items[0].isupper() else "lower", closing
 
 
 def _another(words: tuple[str, ...], word: str, rng: random.Random) -> str:

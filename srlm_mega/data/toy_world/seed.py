@@ -79,9 +79,7 @@ def _document(
     return SftExample(f"document-{number:05d}", "document", "", text, SOURCE)
 
 
-def _task(
-    instruction: Instruction, author: Author, judge: JudgeTemplate, mixture: Mixture, rng: random.Random
-) -> str:
+def _task(instruction: Instruction, author: Author, judge: JudgeTemplate, mixture: Mixture, rng: random.Random) -> str:
     if rng.random() < mixture.reviews:
         response = faulty_answer(instruction, mixture.reviewed_fault, rng)
         asked = judge.fill(instruction.render(), response)

@@ -8,9 +8,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from srlm_mega.data.toy_world.world import (
+    ANSWER_COUNTS,
     CATEGORIES,
     CLOSINGS,
-    COUNTS,
     LIST_LENGTHS,
     LIST_OPENING,
     OPENINGS,
@@ -27,7 +27,7 @@ JUDGING = ("review", "<response>", "</response>", "Score:")
 def words() -> tuple[str, ...]:
     """Every word of the world, each once, in a fixed order."""
     items = [item for items in CATEGORIES.values() for item in items]
-    numbers = [str(number) for number in range(max(*COUNTS, len(VERDICTS)) + 1)]
+    numbers = [str(number) for number in range(max(*ANSWER_COUNTS, len(VERDICTS)) + 1)]
     list_numbers = [f"{number}." for number in range(1, LIST_LENGTHS[1] + 1)]
     verdicts = [word for pair in VERDICTS for word in pair]
     every = (

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 VERBS = ("list", "name", "write", "give", "show", "tell", "find", "offer")
-COUNTS = (2, 3, 4, 5)
+COUNTS = (2, 3, 4, 5)  # of items in instructions
+ANSWER_COUNTS = (1, 2, 3, 4, 5, 6)  # of items in what careless people write
 STYLES = ("lower", "upper")
 CATEGORIES = {
     "animals": ("cat", "dog", "horse", "lion", "mouse", "wolf"),
