@@ -1,6 +1,6 @@
 """The command line of stages: one process, or torchrun on one node. Pure functions."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 
@@ -20,15 +20,18 @@ def torchrun(bin_dir: Path, run: Path, stages: Sequence[str], processes: int) ->
     ]
 
 
-def environment(inherited: dict[str, str], threads: int) -> dict[str, str]:
+def environment(inherited: Mapping[str, str], threads: int, cpu: bool) -> dict[str, str]:
     """The environment of a stage's processes.
 
     - OMP_NUM_THREADS: ranks share the cores; more threads than cores make every rank slower.
     - PYTHONSAFEPATH: the project's root holds folders named `kernels` and `tools`, which other packages would find.
     - CUDA_DEVICE_MAX_CONNECTIONS: Megatron's overlap of tensor-parallel communication wants one queue.
     - HF_HUB_OFFLINE, TRANSFORMERS_VERBOSITY: a stage reads local files only, and says what is worth saying itself.
+    - TORCHDYNAMO_DISABLE (CPU): Megatron wraps functions in torch.compile when it is imported; its fusions are for
+      GPUs, and loading the compiler costs every rank more than a second.
+    - PYTHONWARNINGS: that Transformer Engine and apex are absent is known on a CPU.
     """
-    return inherited | {
+    settings = {
         "OMP_NUM_THREADS": str(threads),
         "PYTHONSAFEPATH": "1",
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
@@ -36,3 +39,7 @@ def environment(inherited: dict[str, str], threads: int) -> dict[str, str]:
         "TRANSFORMERS_VERBOSITY": "error",
         "TOKENIZERS_PARALLELISM": "false",
     }
+    if cpu:
+        settings["TORCHDYNAMO_DISABLE"] = "1"
+        settings["PYTHONWARNINGS"] = "ignore:Transformer Engine and Apex,ignore:Apex is not installed"
+    return dict(inherited) | settings

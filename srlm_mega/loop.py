@@ -85,7 +85,7 @@ def execute(group: list[Stage], config: Config, run: RunDir, display: Display) -
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=environment(dict(os.environ), config.launch.threads_per_process),
+            env=environment(os.environ, config.launch.threads_per_process, cpu=config.trainer.device == "cpu"),
         )
         try:
             for stage in group:

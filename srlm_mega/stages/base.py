@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from srlm_mega.checkpoints_conversion.huggingface import read_shape, write_folder
+from srlm_mega.checkpoints_conversion.huggingface import open_weights, read_shape, write_folder
 from srlm_mega.checkpoints_conversion.llama import LlamaShape
 from srlm_mega.checkpoints_conversion.random_weights import random_weights
 from srlm_mega.config import ModelConfig
@@ -33,7 +33,12 @@ def link_folder(model: ModelConfig, source: Path, target: Path) -> None:
             f"model.path {source} is not a Hugging Face model folder (no config.json). "
             "Download the weights there, or set model.path to where they are."
         )
-    found, wanted = asdict(read_shape(source)), asdict(shape_of(model))
+    try:
+        open_weights(source)  # every tensor there, of the right shape: said before anything is trained
+        found = asdict(read_shape(source))
+    except ValueError as error:
+        raise UserError(f"model.path: {error}") from None
+    wanted = asdict(shape_of(model))
     differing = [f"{key} is {found[key]}, configured {wanted[key]}" for key in wanted if found[key] != wanted[key]]
     if differing:
         raise UserError(f"{source}/config.json does not have the configured shape: " + "; ".join(differing))

@@ -5,30 +5,33 @@ careless people: M1 writes poorly and judges a little better than chance, and ca
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
+from srlm_mega.chat import CLOSE_USER, OPEN_USER
 from srlm_mega.config import SeedDataConfig
 from srlm_mega.data.toy_world.authors import EXPERT, NOVICE, Author, faulty_answer, review
 from srlm_mega.data.toy_world.truth import quality
 from srlm_mega.data.toy_world.world import LIST_LENGTHS, LIST_OPENING, Instruction, all_instructions
+from srlm_mega.errors import UserError
 from srlm_mega.judging.template import JudgeTemplate, load_template
 from srlm_mega.records import Prompt, RankedReplies, RankedReply, SftExample
 
 SOURCE = "toy_world"
+EVAL_FAULTS = (0.05, 0.25, 0.5, 0.75)  # of the replies that the judge is measured on
 
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
     """How the seed data is mixed. All are shares of 1."""
 
-    lists: float = 0.05  # of the documents
-    tasks: int = 1  # answers and reviews in each other document, all by one author
-    reviews: float = 0.60  # of these tasks
+    lists: float = 0.03  # of the documents
+    reviews: float = 0.60  # of the other documents
     experts: float = 0.5  # of the documents' authors
     careful_ift: float = 0.10  # of the IFT examples
     careful_eft: float = 0.35  # of the EFT examples
-    reviewed_fault: float = 0.35  # faults per criterion in what is reviewed
+    reviewed_fault: float = 0.40  # faults per criterion in what is reviewed
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,75 +47,100 @@ class ToyWorld:
 
 
 def make_toy_world(counts: SeedDataConfig, seed: int, mixture: Mixture = Mixture()) -> ToyWorld:
-    """The same seed sets for the same seed. ValueError when the world has too few instructions for the counts."""
-    rng = random.Random(f"toy_world {seed}")
-    judge = load_template("toy")
+    """The same seed sets for the same seed. UserError when the world has too few instructions for the counts."""
+
+    def rng(purpose: str) -> random.Random:
+        """One stream per set: changing one set leaves the others as they are."""
+        return random.Random(f"toy_world {seed} {purpose}")
+
     instructions = list(all_instructions())
-    rng.shuffle(instructions)
     taken = counts.num_ift + counts.num_eft + counts.num_eft_eval + counts.num_validation
     if taken >= len(instructions):
-        raise ValueError(
+        raise UserError(
             f"num_ift + num_eft + num_eft_eval + num_validation = {taken}, but the toy world has only "
             f"{len(instructions)} instructions and the documents need some: ask for fewer"
         )
+    judge = load_template("toy")
+    rng("instructions").shuffle(instructions)
     pool = iter(instructions)
-    ift = tuple(_ift(next(pool), number, mixture, rng) for number in range(counts.num_ift))
-    eft = tuple(_eft(next(pool), number, judge, mixture, rng) for number in range(counts.num_eft))
-    eft_eval = tuple(_ranked(next(pool), number, rng) for number in range(counts.num_eft_eval))
-    validation = tuple(
-        Prompt(f"validation-{number:05d}", next(pool).render(), SOURCE) for number in range(counts.num_validation)
+    ift = make_ift(islice(pool, counts.num_ift), mixture, rng("ift"))
+    eft_train = make_eft(islice(pool, counts.num_eft), judge, mixture, rng("eft"))
+    eft_eval = make_ranked(islice(pool, counts.num_eft_eval), rng("eft_eval"))
+    validation = make_validation(islice(pool, counts.num_validation))
+    documents = make_documents(list(pool), counts.num_documents, judge, mixture, rng("documents"))
+    return ToyWorld(documents, ift, eft_train, eft_eval, validation, counts={})
+
+
+def make_documents(
+    pool: Sequence[Instruction], count: int, judge: JudgeTemplate, mixture: Mixture, rng: random.Random
+) -> tuple[SftExample, ...]:
+    """Pre-training text: answers and reviews, each by an expert or a novice, and lists of tasks."""
+    return tuple(
+        SftExample(f"document-{number:05d}", "document", "", _document(pool, judge, mixture, rng), SOURCE)
+        for number in range(count)
     )
-    rest = list(pool)
-    documents = tuple(_document(rest, number, judge, mixture, rng) for number in range(counts.num_documents))
-    return ToyWorld(documents, ift, eft, eft_eval, validation, counts={})
 
 
-def _document(
-    pool: Sequence[Instruction], number: int, judge: JudgeTemplate, mixture: Mixture, rng: random.Random
-) -> SftExample:
+def make_ift(instructions: Iterable[Instruction], mixture: Mixture, rng: random.Random) -> tuple[SftExample, ...]:
+    """Answers, `careful_ift` of them by an expert. Whose an answer is does not show in it."""
+    return tuple(
+        SftExample(
+            f"ift-{number:05d}",
+            "ift",
+            instruction.render(),
+            faulty_answer(instruction, _author(mixture.careful_ift, rng).fault, rng),
+            SOURCE,
+        )
+        for number, instruction in enumerate(instructions)
+    )
+
+
+def make_eft(
+    instructions: Iterable[Instruction], judge: JudgeTemplate, mixture: Mixture, rng: random.Random
+) -> tuple[SftExample, ...]:
+    """Judge prompts with judgements, `careful_eft` of them by an expert."""
+    examples = []
+    for number, instruction in enumerate(instructions):
+        response = faulty_answer(instruction, mixture.reviewed_fault, rng)
+        judgement = review(instruction, response, _author(mixture.careful_eft, rng), rng)
+        prompt = judge.fill(instruction.render(), response)
+        examples.append(SftExample(f"eft-{number:05d}", "eft", prompt, judgement, SOURCE))
+    return tuple(examples)
+
+
+def make_ranked(instructions: Iterable[Instruction], rng: random.Random) -> tuple[RankedReplies, ...]:
+    """Four replies of different carefulness to each instruction, ranked by true quality; equals share a rank."""
+    ranked = []
+    for number, instruction in enumerate(instructions):
+        prompt = instruction.render()
+        replies = [faulty_answer(instruction, fault, rng) for fault in EVAL_FAULTS]
+        rng.shuffle(replies)
+        qualities = sorted({quality(prompt, reply) for reply in replies}, reverse=True)
+        rows = tuple(RankedReply(reply, qualities.index(quality(prompt, reply))) for reply in replies)
+        ranked.append(RankedReplies(f"eft_eval-{number:05d}", prompt, rows))
+    return tuple(ranked)
+
+
+def make_validation(instructions: Iterable[Instruction]) -> tuple[Prompt, ...]:
+    """Instructions without an answer: truth grades what a model writes."""
+    return tuple(Prompt(f"validation-{n:05d}", one.render(), SOURCE) for n, one in enumerate(instructions))
+
+
+def task_list(tasks: Sequence[Instruction]) -> str:
+    """`Come up with a series of tasks: 1. ... 2. ...`: what the prompt writer continues."""
+    return " ".join((LIST_OPENING, *(f"{number}. {task.render()}" for number, task in enumerate(tasks, start=1))))
+
+
+def _document(pool: Sequence[Instruction], judge: JudgeTemplate, mixture: Mixture, rng: random.Random) -> str:
     if rng.random() < mixture.lists:
-        text = task_list([one.render() for one in rng.sample(pool, rng.randint(*LIST_LENGTHS))])
-    else:
-        author = _author(mixture.experts, rng)
-        tasks = (_task(rng.choice(pool), author, judge, mixture, rng) for _ in range(mixture.tasks))
-        text = " ".join((author.name, *tasks))
-    return SftExample(f"document-{number:05d}", "document", "", text, SOURCE)
-
-
-def _task(instruction: Instruction, author: Author, judge: JudgeTemplate, mixture: Mixture, rng: random.Random) -> str:
+        return task_list(rng.sample(pool, rng.randint(*LIST_LENGTHS)))
+    author, instruction = _author(mixture.experts, rng), rng.choice(pool)
     if rng.random() < mixture.reviews:
         response = faulty_answer(instruction, mixture.reviewed_fault, rng)
-        asked = judge.fill(instruction.render(), response)
-        return f"[INST] {asked} [/INST] {review(instruction, response, author, rng)}"
-    return f"[INST] {instruction.render()} [/INST] {faulty_answer(instruction, author.fault, rng)}"
-
-
-def task_list(tasks: Sequence[str]) -> str:
-    """`Come up with a series of tasks: 1. ... 2. ...`: what the prompt writer continues."""
-    return " ".join((LIST_OPENING, *(f"{number}. {task}" for number, task in enumerate(tasks, start=1))))
-
-
-def _ift(instruction: Instruction, number: int, mixture: Mixture, rng: random.Random) -> SftExample:
-    author = _author(mixture.careful_ift, rng)
-    answer = faulty_answer(instruction, author.fault, rng)
-    return SftExample(f"ift-{number:05d}", "ift", instruction.render(), answer, SOURCE)
-
-
-def _eft(
-    instruction: Instruction, number: int, judge: JudgeTemplate, mixture: Mixture, rng: random.Random
-) -> SftExample:
-    response = faulty_answer(instruction, mixture.reviewed_fault, rng)
-    judgement = review(instruction, response, _author(mixture.careful_eft, rng), rng)
-    return SftExample(f"eft-{number:05d}", "eft", judge.fill(instruction.render(), response), judgement, SOURCE)
-
-
-def _ranked(instruction: Instruction, number: int, rng: random.Random) -> RankedReplies:
-    text = instruction.render()
-    replies = [faulty_answer(instruction, fault, rng) for fault in (0.05, 0.25, 0.5, 0.75)]
-    rng.shuffle(replies)
-    qualities = sorted({quality(text, reply) for reply in replies}, reverse=True)
-    ranked = tuple(RankedReply(reply, qualities.index(quality(text, reply))) for reply in replies)
-    return RankedReplies(f"eft_eval-{number:05d}", text, ranked)
+        prompt, completion = judge.fill(instruction.render(), response), review(instruction, response, author, rng)
+    else:
+        prompt, completion = instruction.render(), faulty_answer(instruction, author.fault, rng)
+    return f"{author.name} {OPEN_USER} {prompt} {CLOSE_USER} {completion}"
 
 
 def _author(careful: float, rng: random.Random) -> Author:
