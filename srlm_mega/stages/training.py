@@ -12,7 +12,7 @@ from srlm_mega.stages.base import write_random
 from srlm_mega.training.batch import PairSequences, TokenSequence
 from srlm_mega.training.reference import compute_reference
 from srlm_mega.training.topology import Topology
-from srlm_mega.training.trainer import train_dpo, train_sft
+from srlm_mega.training.trainer import TrainingSummary, train_dpo, train_sft
 from srlm_mega.work import Done, Work
 
 
@@ -36,10 +36,10 @@ def pretrain(work: Work, topology: Topology) -> Done:
     if topology.is_main:
         write_random(work, start)
     topology.barrier()
-    done = train_on(work, topology, work.config.pretrain, start, ["documents.jsonl"])
+    result = train_on(work, topology, work.config.pretrain, start, ["documents.jsonl"])
     if topology.is_main:
         shutil.rmtree(start)
-    return done
+    return result
 
 
 def supervised(work: Work, topology: Topology) -> Done:
@@ -53,8 +53,12 @@ def train_on(work: Work, topology: Topology, section: TrainingConfig, start: Pat
     examples = (example for file in files for example in read_jsonl(work.read("seed", file), SftExample))
     sequences = list(tokenized(examples, chat))
     seed = derive_seed(work.config.run.seed, work.stage.name)
-    train_sft(topology, work.config, section, start, sequences, work.out, seed, work.progress.update)
-    return Done(len(sequences))
+    return done(train_sft(topology, work.config, section, start, sequences, work.out, seed, work.progress.update))
+
+
+def done(summary: TrainingSummary) -> Done:
+    """What a training stage did, for its manifest."""
+    return Done(summary.items, {"steps": summary.steps, "excluded": summary.excluded})
 
 
 def tokenized(examples: Iterable[SftExample], chat: Chat) -> Iterable[TokenSequence]:
@@ -70,7 +74,8 @@ def tokenized(examples: Iterable[SftExample], chat: Chat) -> Iterable[TokenSeque
 def reference(work: Work, topology: Topology) -> Done:
     """Log-probabilities of the round's pairs under its starting model, once."""
     pairs = read_pairs(work)
-    records = compute_reference(topology, work.config, work.run.weights(f"M{work.round}"), pairs)
+    start, report = work.run.weights(f"M{work.round}"), work.progress.update
+    records = compute_reference(topology, work.config, start, pairs, report)
     if topology.is_main:
         write_jsonl(work.out / "reference.jsonl", records)
     return Done(len(pairs))
@@ -83,8 +88,8 @@ def preference(work: Work, topology: Topology) -> Done:
     logprobs = list(read_jsonl(path, ReferenceLogprobs))
     start = work.run.weights(f"M{work.round}")
     seed = derive_seed(work.config.run.seed, work.stage.name)
-    train_dpo(topology, work.config, work.config.dpo, start, pairs, logprobs, work.out, seed, work.progress.update)
-    return Done(len(pairs))
+    dpo, report = work.config.dpo, work.progress.update
+    return done(train_dpo(topology, work.config, dpo, start, pairs, logprobs, work.out, seed, report))
 
 
 def read_pairs(work: Work) -> list[PairSequences]:

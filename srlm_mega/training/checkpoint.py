@@ -9,15 +9,18 @@ from torch import Tensor
 from srlm_mega.checkpoints_conversion.huggingface import open_weights, write_folder
 from srlm_mega.checkpoints_conversion.llama import LlamaShape
 from srlm_mega.checkpoints_conversion.megatron import Placement, load_shard, merge_shards
+from srlm_mega.errors import UserError
 from srlm_mega.training.model import own_placements, unwrap
 from srlm_mega.training.topology import Topology
 
 
 def load_weights(model: Sequence[MegatronModule], shape: LlamaShape, folder: Path, topology: Topology) -> None:
     """Fill the model's chunks from a Hugging Face folder; every rank reads only what it holds."""
-    weights = open_weights(folder)
     for chunk, placement in zip(model, own_placements(shape, topology), strict=True):
-        shard = load_shard(weights, shape, placement)
+        try:
+            shard = load_shard(open_weights(folder), shape, placement)
+        except ValueError as error:  # the conversion package knows nothing of ours
+            raise UserError(str(error)) from None
         parameters = dict(unwrap(chunk).named_parameters())
         assert shard.keys() == parameters.keys(), (
             f"weights and model differ in {sorted(shard.keys() ^ parameters.keys())}"
