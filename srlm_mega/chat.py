@@ -9,6 +9,8 @@ from pathlib import Path
 import orjson
 from tokenizers import Tokenizer
 
+from srlm_mega.errors import UserError
+
 BOS, EOS, UNK = "<s>", "</s>", "<unk>"
 OPEN_USER, CLOSE_USER = "[INST]", "[/INST]"
 
@@ -33,7 +35,7 @@ class Chat:
         """The tokenizer of a Hugging Face folder (`tokenizer.json`)."""
         path = folder / "tokenizer.json"
         if not path.is_file():
-            raise FileNotFoundError(f"no tokenizer.json in {folder}: convert the tokenizer first (model.tokenizer)")
+            raise UserError(f"no tokenizer.json in {folder}: save the model's tokenizer there in its fast form")
         return cls(Tokenizer.from_file(str(path)))
 
     @property
@@ -88,7 +90,7 @@ class Chat:
     def _special_id(self, token: str) -> int:
         token_id = self._tokenizer.token_to_id(token)
         if token_id is None:
-            raise ValueError(f"the tokenizer has no {token}: srlm needs Llama's special tokens {BOS}, {EOS} and {UNK}")
+            raise UserError(f"the tokenizer has no {token}: srlm needs Llama's special tokens {BOS}, {EOS} and {UNK}")
         return int(token_id)
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from srlm_mega.errors import CRASHED, STOPPED, USER_ERROR, RunStopped, StageCrashed, UserError
+from srlm_mega.errors import CRASHED, STOPPED, USER_ERROR, RunStopped, StageCrashed, UserError, exit_code, reason
 
 app = typer.Typer(
     help="Train self-rewarding language models: one run is one folder, and what is on disk is what is done.",
@@ -23,6 +23,7 @@ show_app = typer.Typer(help="Look inside a run.", no_args_is_help=True, rich_mar
 app.add_typer(config_app, name="config")
 app.add_typer(show_app, name="show")
 
+WORDS = {CRASHED: "crashed", USER_ERROR: "error", STOPPED: "stopped"}
 OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file, for example launch/configs/toy_cpu.yaml.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value", metavar="[OVERRIDES]...")]
@@ -128,7 +129,7 @@ def existing_run(run: Path) -> Path:
 def write_report(run: Path) -> None:
     """`srlm report` in a process of its own: plots need packages that the controller does without."""
     argv = [str(Path(sys.executable).parent / "srlm"), "report", str(run)]
-    subprocess.run(argv, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(argv, check=False, stdout=subprocess.DEVNULL)
 
 
 def print_summary(run: Path, console: Console) -> None:
@@ -144,14 +145,11 @@ def main() -> None:
     """Entry point: a user's mistake is one message, never a traceback."""
     try:
         app()
-    except UserError as error:
-        exit_with(USER_ERROR, f"error: {error}")
-    except RunStopped as error:
-        exit_with(STOPPED, f"stopped: {error}")
-    except StageCrashed as error:
-        exit_with(CRASHED, f"crashed: {error}")
-    except KeyboardInterrupt:
-        exit_with(130, "interrupted: everything finished is kept, the same command goes on")
+    except (UserError, RunStopped, StageCrashed, OSError) as error:
+        code = exit_code(error)
+        if code == CRASHED and not isinstance(error, StageCrashed):
+            raise
+        exit_with(code, f"{WORDS[code]}: {reason(error)}")
 
 
 def exit_with(code: int, message: str) -> None:

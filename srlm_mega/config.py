@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 class Section(BaseModel):
     """Base of all sections: immutable, unknown keys refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class RunConfig(Section):
@@ -69,10 +69,10 @@ class TrainingConfig(Section):
     lr_decay_style: Literal["constant", "linear", "cosine"] = "cosine"
     lr_warmup_fraction: float = Field(0.0, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0)
-    clip_grad: float = Field(1.0, gt=0)
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    adam_eps: float = 1e-8
+    clip_grad: float = Field(1.0, gt=0, description="Largest gradient norm; a very large number never clips.")
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.95, ge=0, lt=1)
+    adam_eps: float = Field(1e-8, gt=0)
     attention_dropout: float = Field(0.1, ge=0, lt=1)
     hidden_dropout: float = Field(0.1, ge=0, lt=1)
 
@@ -279,6 +279,13 @@ def data_problems(config: Config) -> list[str]:
         problems.append("seed_data.source=oasst needs seed_data.path")
     if config.prompts.generator == "file" and config.prompts.path is None:
         problems.append("prompts.generator=file needs prompts.path")
+    if config.model.path is not None and config.model.tokenizer is not None:
+        problems.append(
+            "model.tokenizer is for a model made here; the tokenizer of model.path is the one in its folder"
+        )
+    shots = config.prompts.shots_ift + config.prompts.shots_generated
+    if config.prompts.generator == "self_instruct" and config.seed_data.num_ift < shots:
+        problems.append(f"seed_data.num_ift {config.seed_data.num_ift} is below the {shots} shots of a prompt request")
     if config.pretrain is not None and config.seed_data.num_documents == 0:
         problems.append("pretrain needs seed_data.num_documents > 0")
     if config.pretrain is not None and config.model.path is not None:

@@ -1,6 +1,7 @@
 """From a YAML file and `section.key=value` overrides to a Config, with every mistake named in one screen."""
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from pydantic import BaseModel, ValidationError
 
 from srlm_mega.config import Config
 from srlm_mega.errors import UserError
+
+EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -41,20 +44,28 @@ def apply_overrides(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[st
         key, equals, text = override.lstrip("-").partition("=")
         if not equals:
             raise UserError(f"override {override!r} is not of the form section.key=value, for example dpo.lr=1e-6")
-        section, key = split_key(key.replace("-", "_"), override)
+        key = key.replace("-", "_")
+        if key in Config.model_fields:  # a whole section, such as pretrain=null
+            merged[key] = scalar(text, override)
+            continue
+        section, key = split_key(key, override)
         target = merged.setdefault(section, {})
-        if not isinstance(target, dict):
+        if target is None:
             target = merged[section] = {}
-        target[key] = scalar(text)
+        if isinstance(target, dict):  # anything else is reported as what it is
+            target[key] = scalar(text, override)
     return merged
 
 
-def scalar(text: str) -> Any:
-    """An override's value. YAML 1.1 reads `1e-6` as text, so numbers are tried first."""
+def scalar(text: str, override: str) -> Any:
+    """An override's value, read as YAML. YAML 1.1 takes `1e-6` for text; it is a number here."""
     try:
-        return int(text) if text.lstrip("+-").isdigit() else float(text)
-    except ValueError:
-        return yaml.safe_load(text)
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(
+            f"override {override!r}: the value is not YAML; quote it, for example run.dir='\"[x\"'"
+        ) from None
+    return float(text) if isinstance(value, str) and EXPONENT.fullmatch(text) else value
 
 
 def split_key(key: str, override: str) -> tuple[str, str]:
@@ -78,7 +89,7 @@ def parse_config(raw: Mapping[str, Any], source: str) -> Config:
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        lines = [describe(item) for item in error.errors()]
+        lines = [line for item in error.errors() for line in describe(item).split("\n")]
         raise UserError(f"{source}: {len(lines)} problem(s)\n" + "\n".join(f"  - {line}" for line in lines)) from None
 
 
@@ -92,7 +103,7 @@ def describe(item: Mapping[str, Any]) -> str:
             return f"{where} is required and absent"
         case "value_error":
             message = str(item["msg"]).removeprefix("Value error, ")
-            return f"{where}: {message}" if where else message.replace("; ", "\n  - ")
+            return f"{where}: {message}" if where else message.replace("; ", "\n")
         case _:
             return f"{where}: {item['msg']}, got {item['input']!r}"
 
@@ -139,6 +150,8 @@ def origins(path: Path, overrides: Sequence[str]) -> dict[str, str]:
 
     def origin(dotted: str) -> str:
         section, _, key = dotted.partition(".")
+        if not key:
+            return "override" if section in raw and raw[section] is not None else "default"
         in_file, in_all = raw.get(section) or {}, merged.get(section) or {}
         if key in in_all and (key not in in_file or in_all[key] != in_file[key]):
             return "override"

@@ -1,6 +1,21 @@
 """The ways a run ends early, and their exit codes."""
 
+import errno
+
 CRASHED, USER_ERROR, STOPPED = 1, 2, 3
+NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
+NOT_USABLE = frozenset(
+    {
+        errno.ENOENT,
+        errno.EACCES,
+        errno.EPERM,
+        errno.EROFS,
+        errno.ENOTDIR,
+        errno.EISDIR,
+        errno.EEXIST,
+        errno.ENAMETOOLONG,
+    }
+)
 
 
 class UserError(ValueError):
@@ -13,3 +28,20 @@ class RunStopped(Exception):
 
 class StageCrashed(Exception):
     """A stage's process ended in a way it did not explain: shows the end of its log. Exit code 1."""
+
+
+def exit_code(error: Exception) -> int:
+    """The code a command ends with."""
+    if isinstance(error, UserError) or (isinstance(error, OSError) and error.errno in NOT_USABLE):
+        return USER_ERROR
+    if isinstance(error, RunStopped) or (isinstance(error, OSError) and error.errno in NO_SPACE):
+        return STOPPED
+    return CRASHED
+
+
+def reason(error: Exception) -> str:
+    """An error in words; of the system's, with the file and what to do."""
+    if not isinstance(error, OSError):
+        return str(error)
+    remedy = "free some space, the same command goes on" if error.errno in NO_SPACE else "give another path"
+    return f"{error.filename or 'a file'}: {error.strerror}: {remedy}"

@@ -16,6 +16,9 @@ def pair_text(folder: Path, pair_id: str) -> str:
     run = RunDir(folder)
     rounds = sorted(path.parent for path in folder.glob("round_*/pairs"))
     for round_folder in rounds:
+        for stage in ("prompts", "candidates", "judgements", "pairs"):
+            run.verify(f"{round_folder.name}/{stage}", quick=True)
+    for round_folder in rounds:
         name = round_folder.name
         for pair in read_jsonl(run.output(f"{name}/pairs") / "pairs.jsonl", PreferencePair):
             if pair.id == pair_id:

@@ -4,9 +4,11 @@ This is the controller. It needs no torch and holds no GPU.
 """
 
 import os
+import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from srlm_mega.config import Config
@@ -14,7 +16,8 @@ from srlm_mega.config_file import to_yaml
 from srlm_mega.display import Display
 from srlm_mega.errors import STOPPED, USER_ERROR, RunStopped, StageCrashed, UserError
 from srlm_mega.launch.commands import environment, one_process, torchrun
-from srlm_mega.plan import Stage, check_unchanged, downstream, plan
+from srlm_mega.launch.processes import die_with
+from srlm_mega.plan import Stage, check_unchanged, downstream, find_stage, plan
 from srlm_mega.progress import read_progress
 from srlm_mega.provenance import provenance
 from srlm_mega.run_dir import RunDir, write_atomic
@@ -25,16 +28,19 @@ LOG_TAIL_LINES = 15
 
 def run_loop(config: Config, run: RunDir, redo: tuple[str, ...], display: Display) -> int:
     """Make every output of the plan that is not there yet, in order; returns how many were made."""
+    stages = plan(config)
+    doomed = {name for chosen in redo for name in downstream(stages, find_stage(config, chosen).name)}
     with run.lock():
-        stages = plan(config)
-        for name in redo:
-            start_again(stages, name, run, display)
-        check_finished(stages, config, run)
+        check_finished([stage for stage in stages if stage.name not in doomed], config, run)
+        for stage in reversed(stages):  # what comes last goes first: a kill in between leaves a run that can go on
+            if stage.name in doomed and run.remove(stage.name):
+                display.say(f"removed {run.output(stage.name)}")
         missing = [stage for stage in stages if run.manifest(stage.name) is None]
         if not missing:
             return 0
         write_atomic(run.config_file, to_yaml(config).encode())
         write_atomic(run.provenance_file, provenance())
+        run.report_file.unlink(missing_ok=True)  # it will be out of date
         for group in together(stages, missing):
             execute(group, config, run, display)
         check_finished(stages, config, run)
@@ -56,15 +62,6 @@ def together(stages: list[Stage], missing: list[Stage]) -> list[list[Stage]]:
     return groups
 
 
-def start_again(stages: list[Stage], name: str, run: RunDir, display: Display) -> None:
-    """Remove a stage's output and everything made from it."""
-    if name not in {stage.name for stage in stages}:
-        raise UserError(f"--redo {name}: no such stage. Stages: " + ", ".join(stage.name for stage in stages))
-    for doomed in downstream(stages, name):
-        run.remove(doomed)
-        display.say(f"removed {run.output(doomed)}")
-
-
 def check_finished(stages: list[Stage], config: Config, run: RunDir) -> None:
     """Everything on disk must be whole, and be what this configuration makes."""
     for stage in stages:
@@ -80,17 +77,19 @@ def execute(group: list[Stage], config: Config, run: RunDir, display: Display) -
     log_file = run.log_file(group[0].name)
     log_file.parent.mkdir(parents=True, exist_ok=True)
     with log_file.open("ab") as log:
+        earlier_bytes = log.tell()
         process = subprocess.Popen(
             command(group, config, run.root),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
+            preexec_fn=partial(die_with, os.getpid()),
             env=environment(os.environ, config.launch.threads_per_process, cpu=config.trainer.device == "cpu"),
         )
         try:
             for stage in group:
                 if not watch(stage, process, run, display):
-                    explain_failure(stage, process.wait(), log_file, run)
+                    explain_failure(stage, process.wait(), log_file, earlier_bytes, run)
             process.wait()
         finally:
             if process.poll() is None:
@@ -123,12 +122,14 @@ def command(group: list[Stage], config: Config, run: Path) -> list[str]:
     return one_process(bin_dir, run, names)
 
 
-def explain_failure(stage: Stage, code: int, log_file: Path, run: RunDir) -> None:
-    """Raise what the stage said about its end, or show the end of its log."""
+def explain_failure(stage: Stage, code: int, log_file: Path, earlier_bytes: int, run: RunDir) -> None:
+    """Raise what the stage said about its end, or show the end of what it printed."""
     said = read_progress(run.progress_file(stage.name))
     if said.exit_code == STOPPED:
         raise RunStopped(f"{stage.name}: {said.message}")
     if said.exit_code == USER_ERROR:
         raise UserError(f"{stage.name}: {said.message}")
-    tail = log_file.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
-    raise StageCrashed(f"{stage.name} ended with exit code {code}. The end of {log_file}:\n" + "\n".join(tail))
+    printed = log_file.read_bytes()[earlier_bytes:].decode(errors="replace")
+    end = f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
+    tail = "\n".join(printed.splitlines()[-LOG_TAIL_LINES:])
+    raise StageCrashed(f"{stage.name} ended with {end}. The end of {log_file}:\n{tail}")

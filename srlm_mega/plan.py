@@ -10,6 +10,7 @@ from srlm_mega.errors import UserError
 from srlm_mega.run_dir import Identity, RunDir
 
 TRAINER = ("run.seed", "model", "parallel", "trainer", "launch")
+JUDGING = ("judge.backend", "judge.template", "judge.n", "judge.temperature", "judge.top_p", "judge.max_new_tokens")
 SAMPLER = ("run.seed", "model.seq_length", "sampler", "launch.threads_per_process")
 
 
@@ -28,7 +29,8 @@ class Stage:
 
 def plan(config: Config) -> list[Stage]:
     """M0, then M1 by supervised training, then a model per self-rewarding round."""
-    outside = ("run.seed", "seed_data", "prompts.path", "judge.template", "model.tokenizer", "model.path")
+    model = ("model.tokenizer", "model.path", "model.vocab_size", "model.seq_length")
+    outside = ("run.seed", "seed_data", "prompts.path", "judge.template", *model)
     stages = [
         Stage("seed", (), outside),
         base_model(config),
@@ -59,7 +61,7 @@ def self_rewarding_round(config: Config, number: int) -> list[Stage]:
     return [
         Stage(prompts, ("seed", writer, *earlier), (*SAMPLER, "prompts", "candidates.max_new_tokens")),
         Stage(candidates, (prompts, current), (*SAMPLER, "candidates")),
-        Stage(judgements, judge_inputs, (*SAMPLER, "judge")),
+        Stage(judgements, judge_inputs, (*SAMPLER, *JUDGING)),
         Stage(pairs, (candidates, judgements), ("run.seed", "pairs", "judge.min_valid")),
         Stage(reference, (current, pairs), (*TRAINER, "dpo.micro_batch_size", "dpo.global_batch_size"), parallel=True),
         Stage(following, (current, pairs, reference), (*TRAINER, "dpo"), parallel=True),
@@ -114,7 +116,7 @@ def check_unchanged(stage: Stage, config: Config, run: RunDir) -> None:
     """A finished output must be what this configuration and these inputs would make."""
     manifest = run.manifest(stage.name)
     assert manifest is not None, f"check of an unfinished stage {stage.name}"
-    remedy = f"Use another run folder (run.dir=...), or make it again: srlm run --redo {stage.name}"
+    remedy = f"Use another run folder (run.dir=...), or make it again: the same command with --redo {stage.name}"
     changes = changed(manifest.config, config_of(stage, config))
     if changes:
         lines = "\n".join(f"  - {key}: was {old!r}, now {new!r}" for key, (old, new) in changes.items())

@@ -13,6 +13,8 @@ from typing import Any, Literal, TypeVar
 import orjson
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
+from srlm_mega.errors import UserError
+
 FinishReason = Literal["stop", "length"]
 STRICT = ConfigDict(extra="forbid")
 T = TypeVar("T")
@@ -165,7 +167,7 @@ def read_jsonl(path: Path, kind: type[T]) -> Iterator[T]:
             try:
                 yield parse_line(kind, line)
             except ValueError as error:
-                raise ValueError(f"{path}:{number}: {error}") from None
+                raise UserError(f"{path}:{number}: {error}") from None
 
 
 def write_jsonl(path: Path, records: Iterable[Any]) -> int:

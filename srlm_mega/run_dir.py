@@ -21,6 +21,7 @@ from srlm_mega.errors import UserError
 
 MANIFEST = "manifest.json"
 IDENTITY = "identity.json"
+LOCK = ".lock"
 # Logs tell about time, so they differ between two runs of the same thing: named in a manifest, never hashed.
 LOG_NAMES = frozenset({"metrics.jsonl"})
 # `srlm run` re-hashes files up to this size at every start; larger ones by size only, and whole before a stage reads.
@@ -88,7 +89,7 @@ class RunDir:
         return self.root / "report.html"
 
     def log_file(self, stage: str) -> Path:
-        """What a stage's processes printed, all attempts."""
+        """What processes printed whose first stage is this one, all attempts."""
         return self.root / "logs" / f"{stage.replace('/', '-')}.log"
 
     def progress_file(self, stage: str) -> Path:
@@ -117,8 +118,8 @@ class RunDir:
             raw["files"] = {name: FileEntry(**entry) for name, entry in raw["files"].items()}
             raw["logs"] = tuple(raw["logs"])
             return Manifest(**raw)
-        except (orjson.JSONDecodeError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is not a manifest ({error}). Make it again: srlm run --redo {stage}") from None
+        except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is not a manifest ({error}). {remedy(stage)}") from None
 
     def digest(self, stage: str) -> str:
         """The hash that stands for a finished output in lineage."""
@@ -131,27 +132,35 @@ class RunDir:
         """Compare an output with its manifest; `quick` skips the hash of files above 256 MiB."""
         manifest = self.manifest(stage)
         assert manifest is not None, f"verify of an unfinished stage {stage}"
+        if digest_of(manifest.files) != manifest.digest:
+            raise UserError(f"{self.output(stage) / MANIFEST} was altered: its digest is another. {remedy(stage)}")
         for name, entry in manifest.files.items():
             path = self.output(stage) / name
-            remedy = f"Restore it, or make the stage again: srlm run --redo {stage}"
             if not path.is_file():
-                raise UserError(f"{path} is missing, but {stage}/{MANIFEST} lists it. {remedy}")
+                raise UserError(f"{path} is missing, but {stage}/{MANIFEST} lists it. {remedy(stage)}")
             size = path.stat().st_size
             if size != entry.bytes:
-                raise UserError(f"{path} has {size} bytes, its manifest says {entry.bytes}. {remedy}")
+                raise UserError(f"{path} has {size} bytes, its manifest says {entry.bytes}. {remedy(stage)}")
             if quick and size > QUICK_HASH_BYTES:
                 continue
             got = file_hash(path)
             if got != entry.xxh3_128:
                 raise UserError(
-                    f"{path} was altered: its xxh3-128 is {got}, its manifest says {entry.xxh3_128}. {remedy}"
+                    f"{path} was altered: its xxh3-128 is {got}, its manifest says {entry.xxh3_128}. {remedy(stage)}"
                 )
 
-    def begin(self, identity: Identity) -> Path:
-        """The partial folder of a stage: kept from a killed attempt of the same identity, else new and empty."""
+    def begin(self, identity: Identity, resumable: bool) -> Path:
+        """The partial folder of a stage: new and empty, or, where the stage can go on, a killed attempt's of the same
+        identity."""
+        if self.output(identity.stage).exists():
+            raise UserError(
+                f"{self.output(identity.stage)} is there without a {MANIFEST}, so it is not known to be whole: "
+                "restore the manifest, or move the folder away"
+            )
         partial = self.partial(identity.stage)
         wanted = orjson.dumps(asdict(identity), option=orjson.OPT_SORT_KEYS)
-        if partial.exists() and (not (partial / IDENTITY).is_file() or (partial / IDENTITY).read_bytes() != wanted):
+        mine = resumable and (partial / IDENTITY).is_file() and (partial / IDENTITY).read_bytes() == wanted
+        if partial.exists() and not mine:
             shutil.rmtree(partial)
         if not partial.exists():
             partial.mkdir(parents=True)
@@ -161,7 +170,7 @@ class RunDir:
     def commit(self, identity: Identity, rows: int, seconds: float, version: str, counts: Mapping[str, float]) -> None:
         """Give the partial folder its manifest and then its final name."""
         partial = self.partial(identity.stage)
-        (partial / IDENTITY).unlink()
+        (partial / MANIFEST).unlink(missing_ok=True)  # of an attempt that was killed in its commit
         names = sorted(str(path.relative_to(partial)) for path in files_below(partial))
         logs = tuple(name for name in names if Path(name).name in LOG_NAMES)
         files = {
@@ -181,25 +190,35 @@ class RunDir:
             logs=logs,
             counts=counts,
         )
-        for path in files_below(partial):
-            fsync(path)
+        for folder, _, found in os.walk(partial):  # not through links: what they point to is not ours
+            for name in found:
+                fsync(Path(folder) / name)
+            fsync(Path(folder))
         write_atomic(partial / MANIFEST, orjson.dumps(asdict(manifest), option=orjson.OPT_INDENT_2))
+        (partial / IDENTITY).unlink()
+        fsync(partial)
         os.rename(partial, self.output(identity.stage))
         fsync(self.output(identity.stage).parent)
 
-    def remove(self, stage: str) -> None:
-        """Take an output and everything nested in it away (for --redo)."""
+    def remove(self, stage: str) -> bool:
+        """Take an output and everything nested in it away (for --redo); whether there was one."""
+        existed = self.output(stage).exists()
         for path in (self.output(stage), self.partial(stage)):
             if path.exists():
                 doomed = path.with_name(f"{path.name}.removed")
+                shutil.rmtree(doomed, ignore_errors=True)  # of a removal that was killed
                 os.rename(path, doomed)
                 shutil.rmtree(doomed)
+        return existed
 
     @contextmanager
     def lock(self) -> Iterator[None]:
         """One controller per run folder. The lock goes with the process, however it ends."""
+        others = [path for path in self.root.iterdir() if path.name != LOCK] if self.root.is_dir() else []
+        if others and not self.config_file.is_file():
+            raise UserError(f"{self.root} is not empty and not a run folder: give another one (run.dir=...)")
         self.root.mkdir(parents=True, exist_ok=True)
-        with (self.root / ".lock").open("a+b") as file:
+        with (self.root / LOCK).open("a+b") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -207,6 +226,11 @@ class RunDir:
                     f"another srlm run works in {self.root}. Wait for it to end, or end it, then start again."
                 ) from None
             yield
+
+
+def remedy(stage: str) -> str:
+    """What to do about a damaged output."""
+    return f"Restore it, or make it again: the same `srlm run` command with --redo {stage}"
 
 
 @contextmanager
@@ -219,8 +243,13 @@ def stopwatch() -> Iterator[list[float]]:
 
 
 def files_below(folder: Path) -> list[Path]:
-    """All files below a folder, through links to folders too."""
-    return [Path(root) / name for root, _, names in os.walk(folder, followlinks=True) for name in names]
+    """All files of an output, through links to folders too; not the two that say what it is, nor temporary ones."""
+    return [
+        Path(root) / name
+        for root, _, names in os.walk(folder, followlinks=True)
+        for name in names
+        if name not in (MANIFEST, IDENTITY) and not name.startswith(".")
+    ]
 
 
 def file_hash(path: Path) -> str:

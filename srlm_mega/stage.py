@@ -1,30 +1,34 @@
 """Stages as a process: begin an output, do its work, commit. The only file that knows which code makes which."""
 
-import ctypes
-import signal
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.metadata import version
 
 from srlm_mega.config import Config
 from srlm_mega.config_file import load_config
-from srlm_mega.errors import STOPPED, USER_ERROR, RunStopped, UserError
+from srlm_mega.errors import CRASHED, RunStopped, UserError, exit_code, reason
+from srlm_mega.launch.processes import die_with
 from srlm_mega.plan import Stage, find_stage, identity_of
 from srlm_mega.progress import Progress
 from srlm_mega.run_dir import RunDir, stopwatch
 from srlm_mega.work import Done, Work
 
-PR_SET_PDEATHSIG = 1
+# Stages that go on where a killed attempt stopped; any other begins anew.
+RESUMABLE = frozenset({"prompts", "candidates", "judgements"})
 
 
 def run_stages(run: RunDir, names: Sequence[str]) -> int:
     """Make outputs, in this order, until one cannot be made. Returns the exit code."""
-    die_with_parent()
+    die_with(os.getppid())
     config = load_config(run.config_file)
     stages = [find_stage(config, name) for name in names]
-    with joined_ranks(config, stages):
-        codes = (run_stage(run, config, stage) for stage in stages)
-        return next((code for code in codes if code), 0)
+    try:
+        with joined_ranks(config, stages):
+            codes = (run_stage(run, config, stage) for stage in stages)
+            return next((code for code in codes if code), 0)
+    except UserError as error:
+        return explained(error, Progress(run.progress_file(stages[0].name)))
 
 
 def joined_ranks(config: Config, stages: Sequence[Stage]) -> AbstractContextManager[object]:
@@ -47,12 +51,19 @@ def run_stage(run: RunDir, config: Config, stage: Stage) -> int:
             run_parallel(work)
         else:
             run_single(work)
-    except (UserError, RunStopped) as error:
-        code = STOPPED if isinstance(error, RunStopped) else USER_ERROR
-        progress.failed(code, str(error))
-        print(error, flush=True)
-        return code
+    except (UserError, RunStopped, OSError) as error:
+        return explained(error, progress)
     return 0
+
+
+def explained(error: Exception, progress: Progress) -> int:
+    """Leave the reason where the controller looks for it; returns the exit code."""
+    code = exit_code(error)
+    if code == CRASHED:
+        raise error
+    progress.failed(code, reason(error))
+    print(reason(error), flush=True)
+    return code
 
 
 def run_single(work: Work) -> None:
@@ -81,10 +92,10 @@ def run_parallel(work: Work) -> None:
 def output(work: Work) -> Iterator[list[Done]]:
     """Verify the inputs, begin the output, and commit it with what the block appended."""
     done: list[Done] = []
+    identity = identity_of(work.stage, work.config, work.run)
     for name in work.stage.inputs:
         work.run.verify(name, quick=False)
-    identity = identity_of(work.stage, work.config, work.run)
-    work.run.begin(identity)
+    work.run.begin(identity, resumable=work.stage.name.rpartition("/")[2] in RESUMABLE)
     with stopwatch() as seconds:
         yield done
     work.run.commit(identity, done[0].rows, seconds[0], version("srlm-mega"), done[0].counts)
@@ -123,8 +134,3 @@ def single_function(name: str) -> Callable[[Work], Done]:
             return evaluate
         case other:
             raise AssertionError(f"no code makes {other}")
-
-
-def die_with_parent() -> None:
-    """Ask Linux to end this process with its parent: a killed controller must leave no stage writing behind it."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

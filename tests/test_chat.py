@@ -13,6 +13,7 @@ from tokenizers.models import WordLevel
 from srlm_mega.chat import Chat, write_tokenizer
 from srlm_mega.checkpoints_conversion.tokenizer import tokenizer_from_sentencepiece
 from srlm_mega.data.toy_world.tokenizer import toy_tokenizer
+from srlm_mega.errors import UserError
 
 TOY = Chat(toy_tokenizer())
 SPECIAL = {toy_tokenizer().token_to_id(token) for token in ("<s>", "</s>", "[INST]", "[/INST]")}
@@ -73,5 +74,5 @@ def test_a_tokenizer_without_llamas_specials_is_refused() -> None:
 
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no tokenizer\.json"):
+    with pytest.raises(UserError, match=r"no tokenizer\.json"):
         Chat.from_folder(tmp_path)

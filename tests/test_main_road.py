@@ -1,5 +1,6 @@
 """The whole loop as its users start it: `srlm run` in a process of its own, at small size."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -88,8 +89,9 @@ def without_seconds(manifest: Path) -> bytes:
     return orjson.dumps(fields)
 
 
-def kill_in(stage: str, folder: Path) -> None:
-    """Start the run and kill it, with all its children, once the stage has begun to work."""
+def kill_in(stage: str, folder: Path, only_controller: bool = False) -> None:
+    """Start the run and kill it once the stage has begun to work: with all its children, or the controller alone,
+    whose children must then end by themselves."""
     process = subprocess.Popen(
         command(*small_run(folder)), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -99,12 +101,16 @@ def kill_in(stage: str, folder: Path) -> None:
         assert process.poll() is None, f"the run ended before {stage} could be killed"
         assert time.monotonic() < deadline, f"{stage} did not begin"
         time.sleep(0.02)
-    for victim in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
-        try:
-            victim.send_signal(signal.SIGKILL)
-        except psutil.NoSuchProcess:
-            continue
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) > 0
+    process.send_signal(signal.SIGKILL)
+    if not only_controller:
+        for child in children:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.send_signal(signal.SIGKILL)
     process.wait()
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert alive == [], "a stage went on writing without its controller"
     assert partial.exists() and RunDir(folder).manifest(stage) is None, f"{stage} was finished before the kill"
 
 
@@ -124,13 +130,22 @@ def files(folder: Path) -> Iterator[Path]:
 @pytest.mark.slow
 def test_killed_anywhere_it_goes_on_to_the_same_bytes(whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    for stage in ("M1", "round_1/candidates", "round_1/judgements", "M2"):
-        kill_in(stage, folder)
+    kill_in("M0", folder)
+    kill_in("M1", folder, only_controller=True)
+    kill_in("round_1/candidates", folder)
+    kill_in("M2", folder)
     done = srlm(*small_run(folder))
     assert done.code == 0, done.output
     interrupted, uninterrupted = contents(folder), contents(whole)
     assert interrupted.keys() == uninterrupted.keys()
     assert [name for name in interrupted if interrupted[name] != uninterrupted[name]] == []
+
+
+def test_an_impossible_redo_loses_nothing(whole: Path) -> None:
+    before = contents(whole)
+    done = srlm(*small_run(whole, "--redo", "M2", "sft.lr=0.01"))
+    assert done.code == 2 and "sft.lr" in done.output
+    assert contents(whole) == before
 
 
 def test_a_finished_run_does_nothing_and_says_so(whole: Path) -> None:
@@ -226,7 +241,12 @@ def test_an_altered_output_is_refused(whole: Path) -> None:
         (["run", "absent.yaml"], "no configuration file"),
         (["status", "nowhere"], "not a run folder"),
         (["stage", "nowhere", "M1"], "not a run folder"),
-        (["run", "launch/configs/toy_cpu.yaml", "--redo", "M9", "run.dir=/tmp/srlm-none"], "no such stage"),
+        (["run", "launch/configs/toy_cpu.yaml", "--redo", "M9", "run.dir=runs/none"], "no stage M9"),
+        (["run", "launch/configs/toy_cpu.yaml", "run.dir=[x"], "not YAML"),
+        (["run", "launch/configs/toy_cpu.yaml", "run.dir=README.md"], "README.md"),
+        (["run", "launch/configs/toy_cpu.yaml", "run.dir=launch"], "not a run folder"),
+        (["run", "launch/configs/toy_cpu.yaml", "dpo.lr=fast"], "valid number"),
+        (["run", "launch/configs/toy_cpu.yaml", "parallel.data_parallel_size=3"], "the world size is 2"),
     ],
 )
 def test_mistakes_end_with_code_2_and_no_traceback(arguments: list[str], said: str) -> None:

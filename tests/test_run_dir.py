@@ -13,7 +13,7 @@ IDENTITY_A = Identity("round_1/pairs", {"pairs.min_gap": 0.0}, {"round_1/judgeme
 
 
 def make_output(run: RunDir, identity: Identity = IDENTITY_A, text: str = "one\n") -> Path:
-    partial = run.begin(identity)
+    partial = run.begin(identity, resumable=False)
     (partial / "pairs.jsonl").write_text(text)
     (partial / "metrics.jsonl").write_text("a log\n")
     run.commit(identity, rows=1, seconds=1.5, version="0.1.0", counts={"tied": 2})
@@ -22,7 +22,7 @@ def make_output(run: RunDir, identity: Identity = IDENTITY_A, text: str = "one\n
 
 def test_an_output_appears_whole(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
-    partial = run.begin(IDENTITY_A)
+    partial = run.begin(IDENTITY_A, resumable=False)
     (partial / "pairs.jsonl").write_text("one\n")
     assert run.manifest("round_1/pairs") is None and not run.output("round_1/pairs").exists()
     run.commit(IDENTITY_A, rows=1, seconds=1.5, version="0.1.0", counts={})
@@ -64,15 +64,65 @@ def test_damage_is_found(tmp_path: Path, damage: str, said: str, quick: bool) ->
             file.unlink()
     with pytest.raises(UserError, match=said) as error:
         run.verify("round_1/pairs", quick)
-    assert "srlm run --redo round_1/pairs" in str(error.value)
+    assert "--redo round_1/pairs" in str(error.value)
 
 
 def test_partial_is_kept_for_the_same_identity_only(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
-    (run.begin(IDENTITY_A) / "shard_00000.jsonl").write_text("done\n")
-    assert (run.begin(IDENTITY_A) / "shard_00000.jsonl").exists()
+    (run.begin(IDENTITY_A, resumable=True) / "shard_00000.jsonl").write_text("done\n")
+    assert (run.begin(IDENTITY_A, resumable=True) / "shard_00000.jsonl").exists()
     other = Identity(IDENTITY_A.stage, {"pairs.min_gap": 1.0}, IDENTITY_A.inputs)
-    assert not (run.begin(other) / "shard_00000.jsonl").exists()
+    assert not (run.begin(other, resumable=True) / "shard_00000.jsonl").exists()
+
+
+def test_a_stage_that_cannot_go_on_begins_anew(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    (run.begin(IDENTITY_A, resumable=False) / "quarantine.jsonl").write_text("of a broken seed file\n")
+    assert not (run.begin(IDENTITY_A, resumable=False) / "quarantine.jsonl").exists()
+
+
+def test_a_kill_in_the_commit_loses_no_shard_and_changes_no_byte(tmp_path: Path) -> None:
+    run, whole = RunDir(tmp_path / "killed"), RunDir(tmp_path / "whole")
+    make_output(whole)
+    partial = run.begin(IDENTITY_A, resumable=True)
+    (partial / "pairs.jsonl").write_text("one\n")
+    (partial / MANIFEST).write_text("{}")  # written, not renamed yet
+    assert (run.begin(IDENTITY_A, resumable=True) / "pairs.jsonl").exists()
+    make_output(run)
+    assert run.digest("round_1/pairs") == whole.digest("round_1/pairs")
+
+
+def test_a_removal_that_was_killed_does_not_stop_the_next(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    make_output(run)
+    left = tmp_path / "round_1/pairs.removed"
+    left.mkdir()
+    (left / "rest").write_text("")
+    assert run.remove("round_1/pairs") and not run.output("round_1/pairs").exists() and not left.exists()
+
+
+def test_a_folder_of_somebody_else_is_not_touched(tmp_path: Path) -> None:
+    (tmp_path / "seed").mkdir()
+    with pytest.raises(UserError, match="not empty and not a run folder"), RunDir(tmp_path).lock():
+        pass
+    with pytest.raises(UserError, match=r"is there without a manifest\.json"):
+        RunDir(tmp_path).begin(Identity("seed", {}, {}), resumable=False)
+
+
+def test_a_manifest_altered_with_its_file_is_found(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    folder = make_output(run)
+    (folder / "pairs.jsonl").write_text("two\n")
+    manifest = (folder / MANIFEST).read_text()
+    old = file_hash_of("one\n", tmp_path)
+    (folder / MANIFEST).write_text(manifest.replace(old, file_hash(folder / "pairs.jsonl")))
+    with pytest.raises(UserError, match="its digest is another"):
+        run.verify("round_1/pairs", quick=True)
+
+
+def file_hash_of(text: str, folder: Path) -> str:
+    (folder / "text").write_text(text)
+    return file_hash(folder / "text")
 
 
 def test_a_broken_manifest_is_named(tmp_path: Path) -> None:

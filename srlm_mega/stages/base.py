@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from srlm_mega.chat import Chat
 from srlm_mega.checkpoints_conversion.huggingface import open_weights, read_shape, write_folder
 from srlm_mega.checkpoints_conversion.llama import LlamaShape
 from srlm_mega.checkpoints_conversion.random_weights import random_weights
@@ -38,6 +39,7 @@ def link_folder(model: ModelConfig, source: Path, target: Path) -> None:
         found = asdict(read_shape(source))
     except ValueError as error:
         raise UserError(f"model.path: {error}") from None
+    Chat.from_folder(source)
     wanted = asdict(shape_of(model))
     differing = [f"{key} is {found[key]}, configured {wanted[key]}" for key in wanted if found[key] != wanted[key]]
     if differing:

@@ -9,6 +9,7 @@ import orjson
 
 from srlm_mega.chat import Chat
 from srlm_mega.data.toy_world.truth import quality
+from srlm_mega.errors import UserError
 from srlm_mega.evaluation.head_to_head import HeadToHead, head_to_head
 from srlm_mega.evaluation.judge_metrics import judge_metrics, with_ranks
 from srlm_mega.evaluation.results import EvaluationSample, JudgeMetrics, ModelEvaluation
@@ -54,6 +55,8 @@ def write_samples(work: Work, chat: Chat, sampler: Sampler) -> tuple[list[Evalua
     prompts = list(read_jsonl(work.read("seed", "validation.jsonl"), Prompt))
     longest = work.config.model.seq_length - length
     prompts = [prompt for prompt in prompts if len(chat.prompt(prompt.text)) <= longest]
+    if not prompts:
+        raise UserError(f"no held-out prompt has {longest} tokens or fewer: lower candidates.max_new_tokens")
     ids = [chat.prompt(prompt.text) for prompt in prompts]
     # The same draws for every model: what differs between models is then the model.
     seed = derive_seed(work.config.run.seed, "evaluation", "responses")

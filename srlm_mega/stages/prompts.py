@@ -51,6 +51,9 @@ def self_instruct(work: Work) -> Done:
     chat = Chat.from_folder(folder)
     sampler = open_sampler(work.config.sampler, folder, chat.eos_id)
     seeds = [example.prompt for example in read_jsonl(work.read("seed", "ift.jsonl"), SftExample)]
+    shots = settings.shots_ift + settings.shots_generated
+    if len(seeds) < shots:
+        raise UserError(f"{len(seeds)} IFT prompts are too few for requests of {shots} shots: lower prompts.shots_ift")
     held_out = [prompt.text for prompt in read_jsonl(work.read("seed", "validation.jsonl"), Prompt)]
     earlier = [
         prompt.text
@@ -61,19 +64,19 @@ def self_instruct(work: Work) -> Done:
         settings.min_words, settings.max_words, settings.rouge_l_max, [*seeds, *held_out, *earlier]
     )
     accepted: list[Prompt] = []
-    too_long = 0
+    no_room = 0
     for wave in count():
         if wave * REQUESTS_PER_WAVE >= settings.max_requests:
             raise RunStopped(
                 f"{wave * REQUESTS_PER_WAVE} requests (prompts.max_requests) gave {len(accepted)} of "
-                f"{settings.per_round} prompts; rejected: {dict(task_filter.rejected)}, too long: {too_long}. "
+                f"{settings.per_round} prompts; rejected: {dict(task_filter.rejected)}, too long to answer: {no_room}. "
                 f"Lower prompts.per_round, loosen the filters, or read {work.out} to see what the writer wrote."
             )
         generated = [*earlier, *(prompt.text for prompt in accepted)]
         for draft in wave_of_drafts(work, wave, seeds, generated, chat, sampler):
             for task in parse_tasks(draft.text, truncated=draft.finish_reason == "length"):
                 if not fits(work, chat, task):
-                    too_long += 1
+                    no_room += 1
                 elif len(accepted) < settings.per_round and task_filter.accept(task):
                     number = len(accepted)
                     accepted.append(Prompt(f"r{work.round}-p{number:05d}", task, f"self_instruct/{draft.id}"))
@@ -82,9 +85,7 @@ def self_instruct(work: Work) -> Done:
             break
     sampler.close()
     write_jsonl(work.out / "prompts.jsonl", accepted)
-    return Done(
-        len(accepted), {**task_filter.rejected, "too_long": too_long, "requests": (wave + 1) * REQUESTS_PER_WAVE}
-    )
+    return Done(len(accepted), {**task_filter.rejected, "no_room": no_room, "requests": (wave + 1) * REQUESTS_PER_WAVE})
 
 
 def wave_of_drafts(
@@ -112,13 +113,17 @@ def sample_drafts(
     rng = random.Random(seed)
     num_generated = settings.shots_generated if len(generated) >= settings.shots_generated else 0
     num_ift = settings.shots_ift + settings.shots_generated - num_generated
-    requests = []
+    longest = work.config.model.seq_length - settings.max_new_tokens
+    requests: list[tuple[str, tuple[int, ...]]] = []
     for _ in range(REQUESTS_PER_WAVE):
         shots = rng.sample(seeds, num_ift) + rng.sample(generated, num_generated)
         rng.shuffle(shots)
-        requests.append(few_shot_prompt(shots))
+        request = few_shot_prompt(shots)
+        ids = chat.document(request, end=False)
+        if len(ids) <= longest:  # a request that does not fit whole is not sent
+            requests.append((request, ids))
     params = SamplingParams(1, settings.temperature, settings.top_p, settings.max_new_tokens, seed)
-    completions = sampler.sample([chat.document(request, end=False) for request in requests], params)
+    completions = sampler.sample([ids for _, ids in requests], params)
     return [
         PromptDraft(
             id=f"r{work.round}-w{wave:05d}-{number:02d}",
@@ -128,7 +133,7 @@ def sample_drafts(
             seed=completion.seed,
             model_hash=work.run.digest(writer_model(work)),
         )
-        for number, (request, (completion,)) in enumerate(zip(requests, completions, strict=True))
+        for number, ((request, _), (completion,)) in enumerate(zip(requests, completions, strict=True))
     ]
 
 

@@ -1,5 +1,7 @@
 """seed: everything that comes from outside, read once and kept in the run folder."""
 
+from pathlib import Path
+
 from tokenizers import Tokenizer
 
 from srlm_mega.chat import Chat, write_tokenizer
@@ -48,16 +50,24 @@ def load_tokenizer(model: ModelConfig) -> Tokenizer:
         tokenizer = toy_tokenizer()
     else:
         path = path / "tokenizer.json" if path.is_dir() else path
+        wanted = "give a SentencePiece .model or a tokenizer.json"
         if not path.is_file():
-            raise UserError(f"model.tokenizer {path} does not exist: give a SentencePiece .model or a tokenizer.json")
-        if path.suffix == ".model":
-            # transformers takes seconds to import, and nothing else of this stage needs it.
-            from srlm_mega.checkpoints_conversion.tokenizer import tokenizer_from_sentencepiece
-
-            tokenizer = tokenizer_from_sentencepiece(path)
-        else:
-            tokenizer = Tokenizer.from_file(str(path))
+            raise UserError(f"model.tokenizer {path} does not exist: {wanted}")
+        try:
+            tokenizer = read_tokenizer(path)
+        except Exception as error:  # the readers raise bare Exception and RuntimeError for a broken file
+            raise UserError(f"model.tokenizer {path} cannot be read ({error}): {wanted}") from None
     needed = Chat(tokenizer).vocab_size
     if needed > model.vocab_size:
         raise UserError(f"the tokenizer has {needed} pieces, model.vocab_size is {model.vocab_size}: raise it to that")
     return tokenizer
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """A file in one of the two formats."""
+    if path.suffix != ".model":
+        return Tokenizer.from_file(str(path))
+    # transformers takes seconds to import, and nothing else of this stage needs it.
+    from srlm_mega.checkpoints_conversion.tokenizer import tokenizer_from_sentencepiece
+
+    return tokenizer_from_sentencepiece(path)

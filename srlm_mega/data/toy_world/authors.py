@@ -10,10 +10,10 @@ from dataclasses import astuple, dataclass
 from srlm_mega.data.toy_world.truth import Criteria, criteria
 from srlm_mega.data.toy_world.world import (
     ANSWER_COUNTS,
+    AUTHORS,
     CATEGORIES,
     CLOSINGS,
     OPENINGS,
-    PERSONAS,
     STYLES,
     VERDICTS,
     Instruction,
@@ -23,18 +23,31 @@ from srlm_mega.data.toy_world.world import (
 
 
 @dataclass(frozen=True, slots=True)
-class Author:
-    """How often somebody errs. All rates are probabilities per criterion."""
+class Care:
+    """How somebody works on one task. All rates are probabilities per criterion."""
 
-    name: str
     fault: float  # of violating a criterion in an answer
     wave_through: float  # of calling a fault fine in a review
     false_alarm: float  # of calling a fault what is fine
 
 
-EXPERT = Author(PERSONAS[0], fault=0.02, wave_through=0.02, false_alarm=0.01)
-NOVICE = Author(PERSONAS[1], fault=0.65, wave_through=0.75, false_alarm=0.05)
+CAREFUL = Care(fault=0.02, wave_through=0.02, false_alarm=0.01)
+CARELESS = Care(fault=0.65, wave_through=0.75, false_alarm=0.05)
 
+
+@dataclass(frozen=True, slots=True)
+class Author:
+    """Somebody who takes care of a task with probability `careful`, whether it is to answer or to review."""
+
+    name: str
+    careful: float
+
+    def care(self, rng: random.Random) -> Care:
+        """The care taken of the next task."""
+        return CAREFUL if rng.random() < self.careful else CARELESS
+
+
+EVERYBODY = tuple(Author(name, 1 - rank / (len(AUTHORS) - 1)) for rank, name in enumerate(AUTHORS))
 
 CHOICES: tuple[tuple[str, ...], ...] = (
     tuple(CATEGORIES),
@@ -60,20 +73,24 @@ def faulty_answer(instruction: Instruction, fault: float, rng: random.Random) ->
     return " ".join((opening, *items, closing))
 
 
-def review(instruction: Instruction, response: str, author: Author, rng: random.Random) -> str:
-    """The author's judgement of a `faulty_answer`: what is seen in it and a verdict, criterion by criterion, then
-    `Score:` and how many are met. Who waves a fault through has not looked, and names what was asked for."""
+def review(instruction: Instruction, response: str, care: Care, rng: random.Random) -> str:
+    """A judgement of a `faulty_answer`: what was asked for and whether it is there, criterion by criterion, then
+    `Score:` and how many are met.
+
+    Who waves a fault through has not read the instruction, and takes what is there for what was asked for. So care is
+    the same in a review as in an answer: to do what the instruction says.
+    """
     judgement, score = [], 0
     truth = astuple(criteria(instruction.render(), response))
     for met, asked, seen, choices, (good, bad) in zip(
         truth, _asked(instruction), _seen(response), CHOICES, VERDICTS, strict=True
     ):
-        error = rng.random() < (author.false_alarm if met else author.wave_through)
+        error = rng.random() < (care.false_alarm if met else care.wave_through)
         if met != error:
-            judgement += [asked, good]
+            judgement += [seen, good]
             score += 1
         else:
-            judgement += [_another(choices, asked, rng) if error else seen, bad]
+            judgement += [_another(choices, seen, rng) if error else asked, bad]
     return f"{' '.join(judgement)} Score: {score}"
 
 

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from srlm_mega.chat import CLOSE_USER, OPEN_USER
+from srlm_mega.chat import CLOSE_USER
 from srlm_mega.config import SeedDataConfig
-from srlm_mega.data.toy_world.authors import EXPERT, NOVICE, Author, faulty_answer, review
+from srlm_mega.data.toy_world.authors import EVERYBODY, Author, faulty_answer, review
 from srlm_mega.data.toy_world.truth import quality
 from srlm_mega.data.toy_world.world import LIST_LENGTHS, LIST_OPENING, Instruction, all_instructions
 from srlm_mega.errors import UserError
@@ -28,9 +28,8 @@ class Mixture:
 
     lists: float = 0.03  # of the documents
     reviews: float = 0.60  # of the other documents
-    experts: float = 0.5  # of the documents' authors
-    careful_ift: float = 0.10  # of the IFT examples
-    careful_eft: float = 0.35  # of the EFT examples
+    ift_careful: float = 0.20  # of the IFT examples
+    eft_careful: float = 0.20  # of the EFT examples
     reviewed_fault: float = 0.40  # faults per criterion in what is reviewed
 
 
@@ -83,12 +82,13 @@ def make_documents(
 
 def make_ift(instructions: Iterable[Instruction], mixture: Mixture, rng: random.Random) -> tuple[SftExample, ...]:
     """Answers, `careful_ift` of them by an expert. Whose an answer is does not show in it."""
+    assistant = Author("", mixture.ift_careful)
     return tuple(
         SftExample(
             f"ift-{number:05d}",
             "ift",
             instruction.render(),
-            faulty_answer(instruction, _author(mixture.careful_ift, rng).fault, rng),
+            faulty_answer(instruction, assistant.care(rng).fault, rng),
             SOURCE,
         )
         for number, instruction in enumerate(instructions)
@@ -99,10 +99,10 @@ def make_eft(
     instructions: Iterable[Instruction], judge: JudgeTemplate, mixture: Mixture, rng: random.Random
 ) -> tuple[SftExample, ...]:
     """Judge prompts with judgements, `careful_eft` of them by an expert."""
-    examples = []
+    author, examples = Author("", mixture.eft_careful), []
     for number, instruction in enumerate(instructions):
         response = faulty_answer(instruction, mixture.reviewed_fault, rng)
-        judgement = review(instruction, response, _author(mixture.careful_eft, rng), rng)
+        judgement = review(instruction, response, author.care(rng), rng)
         prompt = judge.fill(instruction.render(), response)
         examples.append(SftExample(f"eft-{number:05d}", "eft", prompt, judgement, SOURCE))
     return tuple(examples)
@@ -134,14 +134,13 @@ def task_list(tasks: Sequence[Instruction]) -> str:
 def _document(pool: Sequence[Instruction], judge: JudgeTemplate, mixture: Mixture, rng: random.Random) -> str:
     if rng.random() < mixture.lists:
         return task_list(rng.sample(pool, rng.randint(*LIST_LENGTHS)))
-    author, instruction = _author(mixture.experts, rng), rng.choice(pool)
+    author, instruction = rng.choice(EVERYBODY), rng.choice(pool)
     if rng.random() < mixture.reviews:
         response = faulty_answer(instruction, mixture.reviewed_fault, rng)
-        prompt, completion = judge.fill(instruction.render(), response), review(instruction, response, author, rng)
+        prompt, completion = (
+            judge.fill(instruction.render(), response),
+            review(instruction, response, author.care(rng), rng),
+        )
     else:
-        prompt, completion = instruction.render(), faulty_answer(instruction, author.fault, rng)
-    return f"{author.name} {OPEN_USER} {prompt} {CLOSE_USER} {completion}"
-
-
-def _author(careful: float, rng: random.Random) -> Author:
-    return EXPERT if rng.random() < careful else NOVICE
+        prompt, completion = instruction.render(), faulty_answer(instruction, author.care(rng).fault, rng)
+    return f"{author.name} {prompt} {CLOSE_USER} {completion}"

@@ -9,12 +9,12 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from srlm_mega.data.toy_world.world import (
     ANSWER_COUNTS,
+    AUTHORS,
     CATEGORIES,
     CLOSINGS,
     LIST_LENGTHS,
     LIST_OPENING,
     OPENINGS,
-    PERSONAS,
     STYLES,
     VERBS,
     VERDICTS,
@@ -32,7 +32,7 @@ def words() -> tuple[str, ...]:
     verdicts = [word for pair in VERDICTS for word in pair]
     every = (
         *VERBS, *numbers, *CATEGORIES, *STYLES, "open", *OPENINGS, "close", *CLOSINGS, *items,
-        *(item.upper() for item in items), *JUDGING, *verdicts, *PERSONAS, *LIST_OPENING.split(),
+        *(item.upper() for item in items), *JUDGING, *verdicts, *AUTHORS, *LIST_OPENING.split(),
         *list_numbers,
     )  # fmt: skip
     return tuple(dict.fromkeys(every))

@@ -22,7 +22,7 @@ CATEGORIES = {
 OPENINGS = ("sure", "okay", "hello", "gladly", "well")
 CLOSINGS = ("thanks", "bye", "enjoy", "cheers", "regards")
 
-PERSONAS = ("Expert:", "Novice:")
+AUTHORS = ("Ann:", "Ben:", "Cleo:", "Dan:", "Eve:", "Finn:", "Gus:", "Hal:")  # from the most careful to the least
 VERDICTS = (
     ("relevant", "irrelevant"),
     ("complete", "incomplete"),
