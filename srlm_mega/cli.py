@@ -89,6 +89,14 @@ def report(run: RunFolder) -> None:
     print(write_page(run))
 
 
+@app.command()
+def compare(runs: Annotated[list[Path], typer.Argument(help="Run folders, for example one per seed.")]) -> None:
+    """The final tables of several runs beside one another, as Markdown."""
+    from srlm_mega.tools.compare_runs import comparison
+
+    print(comparison([existing_run(run) for run in runs]))
+
+
 @show_app.command("pair")
 def show_pair(pair_id: Annotated[str, typer.Argument(metavar="ID")], run: RunFolder) -> None:
     """A preference pair with all it came from: prompt, candidates, scores, judge texts, model hash, seeds."""
@@ -138,7 +146,7 @@ def print_summary(run: Path, console: Console) -> None:
     from srlm_mega.report.terminal import summary_table
 
     console.print(summary_table(build_summary(run)))
-    console.print(f"Report: {run / 'report.html'}   Pairs and their history: srlm show pair ID {run}", highlight=False)
+    console.print(f"Report: {run / 'report.html'}\nA pair's history: srlm show pair ID {run}", highlight=False)
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from srlm_mega.errors import UserError
-from srlm_mega.records import Candidate, Judgement, PreferencePair, Prompt, read_jsonl
+from srlm_mega.records import Candidate, Judgement, PreferencePair, Prompt, PromptDraft, read_jsonl
 from srlm_mega.run_dir import RunDir
 
 T = TypeVar("T")
@@ -39,6 +39,9 @@ def describe(run: RunDir, round_name: str, pair: PreferencePair) -> Iterator[str
         judgements.setdefault(judgement.candidate_id, []).append(judgement)
     yield f"pair {pair.id}   {round_name}"
     yield f"prompt {prompt.id} ({prompt.source}): {prompt.text}"
+    for draft in drafts(run, round_name):
+        if prompt.source == f"self_instruct/{draft.id}":
+            yield f"  written in draft {draft.id} (seed {draft.seed}, model {draft.model_hash}): {draft.text}"
     for candidate in candidates.values():
         if candidate.prompt_id != prompt_id:
             continue
@@ -51,6 +54,12 @@ def describe(run: RunDir, round_name: str, pair: PreferencePair) -> Iterator[str
         for judgement in judgements.get(candidate.id, []):
             shown = "no score" if judgement.score is None else f"{judgement.score:g}"
             yield f"  judged {shown}: {judgement.text}  (seed {judgement.seed}, model {judgement.model_hash})"
+
+
+def drafts(run: RunDir, round_name: str) -> Iterator[PromptDraft]:
+    """What the prompt writer wrote in a round; nothing when the prompts came from a file."""
+    for path in sorted(run.output(f"{round_name}/prompts").glob("drafts_*.jsonl")):
+        yield from read_jsonl(path, PromptDraft)
 
 
 def read(run: RunDir, round_name: str, stage: str, kind: type[T]) -> Iterator[T]:

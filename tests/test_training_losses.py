@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from srlm_mega.config import DpoConfig, ParallelConfig, TrainingConfig
+from srlm_mega.kernels.reference import dpo_loss, dpo_margins
 from srlm_mega.records import ReferenceLogprobs
 from srlm_mega.training.batch import Batch, PairSequences, TokenSequence
-from srlm_mega.training.dpo import DpoMicroBatch, DpoObjective, check_reference_ids, dpo_loss, dpo_margins
+from srlm_mega.training.dpo import DpoMicroBatch, DpoObjective, check_reference_ids
 from srlm_mega.training.sft import SftMicroBatch, SftObjective
 from srlm_mega.training.topology import Topology
 

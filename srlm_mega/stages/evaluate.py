@@ -28,7 +28,7 @@ def evaluate(work: Work) -> Done:
     chat = Chat.from_folder(folder)
     sampler = open_sampler(work.config.sampler, folder, chat.eos_id)
     work.progress.update(0, 2, "parts", "responses")
-    samples, mean_length = write_samples(work, chat, sampler)
+    samples, mean_length, too_long = make_samples(work, chat, sampler)
     work.progress.update(1, 2, "parts", "judgements")
     judge = measure_judge(work, chat, sampler)
     sampler.close()
@@ -46,15 +46,16 @@ def evaluate(work: Work) -> Done:
     )
     (work.out / "evaluation.json").write_bytes(orjson.dumps(evaluation, option=orjson.OPT_INDENT_2))
     work.progress.update(2, 2, "parts")
-    return Done(len(samples), {} if against is None else asdict(against))
+    return Done(len(samples), {"too_long": too_long} | ({} if against is None else asdict(against)))
 
 
-def write_samples(work: Work, chat: Chat, sampler: Sampler) -> tuple[list[EvaluationSample], float]:
-    """A greedy and a sampled response per held-out prompt, and the mean length of the sampled ones in tokens."""
+def make_samples(work: Work, chat: Chat, sampler: Sampler) -> tuple[list[EvaluationSample], float, int]:
+    """A greedy and a sampled response per held-out prompt, the mean length of the sampled ones in tokens, and how many
+    prompts were left out because a response would not fit."""
     settings, length = work.config.evaluation, work.config.candidates.max_new_tokens
-    prompts = list(read_jsonl(work.read("seed", "validation.jsonl"), Prompt))
+    given = list(read_jsonl(work.read("seed", "validation.jsonl"), Prompt))
     longest = work.config.model.seq_length - length
-    prompts = [prompt for prompt in prompts if len(chat.prompt(prompt.text)) <= longest]
+    prompts = [prompt for prompt in given if len(chat.prompt(prompt.text)) <= longest]
     if not prompts:
         raise UserError(f"no held-out prompt has {longest} tokens or fewer: lower candidates.max_new_tokens")
     ids = [chat.prompt(prompt.text) for prompt in prompts]
@@ -78,7 +79,8 @@ def write_samples(work: Work, chat: Chat, sampler: Sampler) -> tuple[list[Evalua
         sample(prompt, chat.decode(one.token_ids), chat.decode(other.token_ids))
         for prompt, (one,), (other,) in zip(prompts, greedy, sampled, strict=True)
     ]
-    return samples, fmean(len(completion.token_ids) for (completion,) in sampled)
+    mean_length = fmean(len(completion.token_ids) for (completion,) in sampled)
+    return samples, mean_length, len(given) - len(prompts)
 
 
 def measure_judge(work: Work, chat: Chat, sampler: Sampler) -> JudgeMetrics:

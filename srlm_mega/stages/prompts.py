@@ -28,7 +28,8 @@ def write_prompts(work: Work) -> Done:
 
 def take_from_file(work: Work) -> Done:
     """The round's slice of the given prompts, in a seeded order: rounds are disjoint."""
-    prompts = list(read_jsonl(work.read("seed", "prompts.jsonl"), Prompt))
+    given = list(read_jsonl(work.read("seed", "prompts.jsonl"), Prompt))
+    prompts = list({prompt.text: prompt for prompt in reversed(given)}.values())  # of equal texts the first
     random.Random(derive_seed(work.config.run.seed, "prompts")).shuffle(prompts)
     chat = Chat.from_folder(work.run.weights(writer_model(work)))
     fitting = [prompt for prompt in prompts if fits(work, chat, prompt.text)]
@@ -36,12 +37,13 @@ def take_from_file(work: Work) -> Done:
     mine = fitting[(work.round - 1) * size : work.round * size]
     if len(mine) < size:
         raise UserError(
-            f"{work.config.prompts.path} has {len(fitting)} usable prompts ({len(prompts) - len(fitting)} too long); "
+            f"{work.config.prompts.path} has {len(fitting)} usable prompts ({len(given) - len(prompts)} repeated, "
+            f"{len(prompts) - len(fitting)} too long to answer); "
             f"round {work.round} needs prompts {(work.round - 1) * size + 1} to {work.round * size}. "
             "Give more prompts, or lower prompts.per_round or run.rounds."
         )
     write_jsonl(work.out / "prompts.jsonl", mine)
-    return Done(len(mine), {"too_long": len(prompts) - len(fitting)})
+    return Done(len(mine), {"repeated": len(given) - len(prompts), "no_room": len(prompts) - len(fitting)})
 
 
 def self_instruct(work: Work) -> Done:

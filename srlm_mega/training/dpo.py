@@ -7,10 +7,10 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from srlm_mega.config import DpoConfig
 from srlm_mega.errors import UserError
+from srlm_mega.kernels.reference import dpo_loss, dpo_margins, sequence_logps
 from srlm_mega.records import ReferenceLogprobs
 from srlm_mega.training.batch import (
     Batch,
@@ -24,21 +24,6 @@ from srlm_mega.training.schedule import Loss, Step
 from srlm_mega.training.topology import Topology
 
 FP32_TOLERANCE, BF16_TOLERANCE = 1e-4, 2e-2
-
-
-def sequence_logps(token_nll: Tensor, loss_mask: Tensor) -> Tensor:
-    """Summed log p of each response, end token included: [b, s], [b, s] -> [b]."""
-    return -(token_nll * loss_mask).sum(-1)
-
-
-def dpo_margins(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor) -> Tensor:
-    """(log pi(y+) - log ref(y+)) - (log pi(y-) - log ref(y-)) of each pair: four [b] -> [b]."""
-    return (chosen - ref_chosen) - (rejected - ref_rejected)
-
-
-def dpo_loss(margins: Tensor, beta: float) -> Tensor:
-    """-log sigmoid(beta * margin) of each pair: [b] -> [b]."""
-    return -F.logsigmoid(beta * margins)
 
 
 @dataclass(frozen=True)

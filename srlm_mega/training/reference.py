@@ -7,10 +7,11 @@ import torch
 
 from srlm_mega.checkpoints_conversion.huggingface import read_shape
 from srlm_mega.config import Config
+from srlm_mega.kernels.reference import sequence_logps
 from srlm_mega.records import ReferenceLogprobs
 from srlm_mega.training.batch import PairSequences, collate, own_share, padded_length, within
 from srlm_mega.training.checkpoint import load_weights
-from srlm_mega.training.dpo import sequence_logps, stacked
+from srlm_mega.training.dpo import stacked
 from srlm_mega.training.metrics import Report
 from srlm_mega.training.model import build_model, transformer_config
 from srlm_mega.training.schedule import forward

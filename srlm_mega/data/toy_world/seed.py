@@ -29,7 +29,7 @@ class Mixture:
     lists: float = 0.03  # of the documents
     reviews: float = 0.60  # of the other documents
     ift_careful: float = 0.20  # of the IFT examples
-    eft_careful: float = 0.20  # of the EFT examples
+    eft_careful: float = 0.15  # of the EFT examples
     reviewed_fault: float = 0.40  # faults per criterion in what is reviewed
 
 

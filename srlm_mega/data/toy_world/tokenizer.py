@@ -1,8 +1,5 @@
 """The toy world's tokenizer: one piece per word, Llama's special tokens in front."""
 
-import json
-from pathlib import Path
-
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -46,17 +43,3 @@ def toy_tokenizer() -> Tokenizer:
     tokenizer.pre_tokenizer = WhitespaceSplit()
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
     return tokenizer
-
-
-def save_tokenizer(folder: Path) -> None:
-    """Write `tokenizer.json` and `tokenizer_config.json`, as `transformers` reads them."""
-    toy_tokenizer().save(str(folder / "tokenizer.json"))
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-        "additional_special_tokens": ["[INST]", "[/INST]"],
-        "clean_up_tokenization_spaces": False,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")

@@ -31,7 +31,7 @@ VERDICTS = (
     ("closed", "unclosed"),
 )
 LIST_OPENING = "Come up with a series of tasks:"
-LIST_LENGTHS = (9, 14)
+LIST_LENGTHS = (3, 6)
 
 
 @dataclass(frozen=True, slots=True)
