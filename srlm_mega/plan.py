@@ -10,7 +10,7 @@ from srlm_mega.errors import UserError
 from srlm_mega.run_dir import Identity, RunDir
 
 TRAINER = ("run.seed", "model", "parallel", "trainer", "launch")
-JUDGING = ("judge.backend", "judge.template", "judge.n", "judge.temperature", "judge.top_p", "judge.max_new_tokens")
+JUDGING = ("judge.template", "judge.n", "judge.temperature", "judge.top_p", "judge.max_new_tokens")
 SAMPLER = ("run.seed", "model.seq_length", "sampler", "launch.threads_per_process")
 
 
@@ -61,7 +61,7 @@ def self_rewarding_round(config: Config, number: int) -> list[Stage]:
     return [
         Stage(prompts, ("seed", writer, *earlier), (*SAMPLER, "prompts", "candidates.max_new_tokens")),
         Stage(candidates, (prompts, current), (*SAMPLER, "candidates")),
-        Stage(judgements, judge_inputs, (*SAMPLER, *JUDGING)),
+        Stage(judgements, judge_inputs, (*SAMPLER, *JUDGING, "judge.backend")),
         Stage(pairs, (candidates, judgements), ("run.seed", "pairs", "judge.min_valid")),
         Stage(reference, (current, pairs), (*TRAINER, "dpo.micro_batch_size", "dpo.global_batch_size"), parallel=True),
         Stage(following, (current, pairs, reference), (*TRAINER, "dpo"), parallel=True),
@@ -76,7 +76,7 @@ def evaluation(number: int) -> Stage:
     return Stage(
         f"{model}/evaluation",
         (model, "seed", *against),
-        (*SAMPLER, "evaluation", "seed_data.source", "candidates.max_new_tokens", "judge"),
+        (*SAMPLER, "evaluation", "seed_data.source", "candidates.max_new_tokens", *JUDGING, "judge.min_valid"),
     )
 
 

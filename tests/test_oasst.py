@@ -7,7 +7,8 @@ import orjson
 import pytest
 
 from srlm_mega.config import SeedDataConfig
-from srlm_mega.data.oasst import OasstSeed, normalised, parse_tree, read_oasst
+from srlm_mega.data.oasst import normalised, parse_tree, read_oasst
+from srlm_mega.data.seed_sets import SeedSets
 from srlm_mega.errors import UserError
 
 SAMPLE = "oasst_sample.trees.jsonl"
@@ -23,7 +24,7 @@ def tree(name: str, **changes: Any) -> dict[str, Any]:
     return {"message_tree_id": name, "tree_state": "ready_for_export", "prompt": root}
 
 
-def draw(path: Path, trees: list[dict[str, Any]], seed: int = 0, **counts: int) -> OasstSeed:
+def draw(path: Path, trees: list[dict[str, Any]], seed: int = 0, **counts: int) -> SeedSets:
     path.write_bytes(b"\n".join(orjson.dumps(each) for each in trees))
     sizes = {"num_ift": 100, "num_eft_eval": 1, "num_validation": 1} | counts
     section = SeedDataConfig(source="oasst", path=path, **sizes)

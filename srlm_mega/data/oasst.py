@@ -7,13 +7,14 @@ tree and no text.
 import random
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from srlm_mega.config import SeedDataConfig
 from srlm_mega.data.quarantine import read_user_jsonl, text_field
+from srlm_mega.data.seed_sets import SeedSets
 from srlm_mega.errors import UserError
 from srlm_mega.records import Prompt, RankedReplies, RankedReply, SftExample
 
@@ -44,20 +45,7 @@ class Tree:
         return len({reply.rank for reply in self.replies}) >= 2
 
 
-@dataclass(frozen=True)
-class OasstSeed:
-    """The seed sets, disjoint, and where the file's trees went. EFT examples need a model to write them, and
-    OpenAssistant has no pre-training documents: both are empty here."""
-
-    ift: tuple[SftExample, ...]
-    eft_train: tuple[SftExample, ...]
-    eft_eval: tuple[RankedReplies, ...]
-    validation: tuple[Prompt, ...]
-    documents: tuple[SftExample, ...]
-    counts: Mapping[str, int]
-
-
-def read_oasst(section: SeedDataConfig, seed: int, quarantine: Path) -> OasstSeed:
+def read_oasst(section: SeedDataConfig, seed: int, quarantine: Path) -> SeedSets:
     """Draw the sets from the `*.trees.jsonl(.gz)` at `section.path`. The held-out sets are filled first; `num_ift` is
     an upper limit.
 
@@ -83,7 +71,7 @@ def read_oasst(section: SeedDataConfig, seed: int, quarantine: Path) -> OasstSee
         raise UserError(f"{section.path}: no tree with a reply of rank 0 is left for IFT: lower the held-out sets")
 
     states = Counter(tree.state for tree in file.records)
-    return OasstSeed(
+    return SeedSets(
         ift=tuple(draw.sample(ift, min(section.num_ift, len(ift)))),
         eft_train=(),
         eft_eval=tuple(RankedReplies(f"{SOURCE}-{tree.id}", tree.prompt, tree.replies) for tree in eft_eval),

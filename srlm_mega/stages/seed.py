@@ -6,9 +6,9 @@ from tokenizers import Tokenizer
 
 from srlm_mega.chat import Chat, write_tokenizer
 from srlm_mega.config import ModelConfig
-from srlm_mega.data.oasst import OasstSeed, read_oasst
+from srlm_mega.data.oasst import read_oasst
 from srlm_mega.data.self_instruct import read_prompts
-from srlm_mega.data.toy_world.seed import ToyWorld, make_toy_world
+from srlm_mega.data.toy_world.seed import make_toy_world
 from srlm_mega.data.toy_world.tokenizer import toy_tokenizer
 from srlm_mega.errors import UserError
 from srlm_mega.judging.template import load_template
@@ -21,7 +21,6 @@ def make_seed(work: Work) -> Done:
     """IFT, EFT, the held-out sets, the judge template; the tokenizer of a model made here; prompts from a file."""
     config = work.config
     seed = derive_seed(config.run.seed, "seed")
-    data: ToyWorld | OasstSeed
     match config.seed_data.source:
         case "toy_world":
             data = make_toy_world(config.seed_data, seed)

@@ -1,16 +1,18 @@
 """The toy world's seed data: what M0 is pre-trained on, what M1 learns from, what all models are measured on.
 
-M0 reads documents by experts and novices, so it knows good work and bad. The IFT and EFT examples are mostly by
-careless people: M1 writes poorly and judges a little better than chance, and can still find out what care is.
+M0 reads documents by authors from the most careful to the least, so it knows good work and bad. An author's name
+stands where a chat has [INST]: to M0 the assistant is one more author, whose care it has yet to learn. The IFT and EFT
+examples show a mostly careless one: M1 writes poorly, judges better than chance, and can still find out what care is.
 """
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
 from srlm_mega.chat import CLOSE_USER
 from srlm_mega.config import SeedDataConfig
+from srlm_mega.data.seed_sets import SeedSets
 from srlm_mega.data.toy_world.authors import EVERYBODY, Author, faulty_answer, review
 from srlm_mega.data.toy_world.truth import quality
 from srlm_mega.data.toy_world.world import LIST_LENGTHS, LIST_OPENING, Instruction, all_instructions
@@ -33,20 +35,8 @@ class Mixture:
     reviewed_fault: float = 0.40  # faults per criterion in what is reviewed
 
 
-@dataclass(frozen=True, slots=True)
-class ToyWorld:
-    """All seed sets. No instruction is in two of them."""
-
-    documents: tuple[SftExample, ...]
-    ift: tuple[SftExample, ...]
-    eft_train: tuple[SftExample, ...]
-    eft_eval: tuple[RankedReplies, ...]
-    validation: tuple[Prompt, ...]
-    counts: Mapping[str, int]
-
-
-def make_toy_world(counts: SeedDataConfig, seed: int, mixture: Mixture = Mixture()) -> ToyWorld:
-    """The same seed sets for the same seed. UserError when the world has too few instructions for the counts."""
+def make_toy_world(counts: SeedDataConfig, seed: int, mixture: Mixture = Mixture()) -> SeedSets:
+    """Seed sets of which no two share an instruction, the same for the same seed. UserError when the world has too few instructions for the counts."""
 
     def rng(purpose: str) -> random.Random:
         """One stream per set: changing one set leaves the others as they are."""
@@ -67,13 +57,13 @@ def make_toy_world(counts: SeedDataConfig, seed: int, mixture: Mixture = Mixture
     eft_eval = make_ranked(islice(pool, counts.num_eft_eval), rng("eft_eval"))
     validation = make_validation(islice(pool, counts.num_validation))
     documents = make_documents(list(pool), counts.num_documents, judge, mixture, rng("documents"))
-    return ToyWorld(documents, ift, eft_train, eft_eval, validation, counts={})
+    return SeedSets(ift, eft_train, eft_eval, validation, documents, counts={})
 
 
 def make_documents(
     pool: Sequence[Instruction], count: int, judge: JudgeTemplate, mixture: Mixture, rng: random.Random
 ) -> tuple[SftExample, ...]:
-    """Pre-training text: answers and reviews, each by an expert or a novice, and lists of tasks."""
+    """Pre-training text: answers and reviews, each by one of the authors, and lists of tasks."""
     return tuple(
         SftExample(f"document-{number:05d}", "document", "", _document(pool, judge, mixture, rng), SOURCE)
         for number in range(count)
@@ -81,7 +71,7 @@ def make_documents(
 
 
 def make_ift(instructions: Iterable[Instruction], mixture: Mixture, rng: random.Random) -> tuple[SftExample, ...]:
-    """Answers, `careful_ift` of them by an expert. Whose an answer is does not show in it."""
+    """Answers, `ift_careful` of them with care. Which ones does not show in them."""
     assistant = Author("", mixture.ift_careful)
     return tuple(
         SftExample(
@@ -98,7 +88,7 @@ def make_ift(instructions: Iterable[Instruction], mixture: Mixture, rng: random.
 def make_eft(
     instructions: Iterable[Instruction], judge: JudgeTemplate, mixture: Mixture, rng: random.Random
 ) -> tuple[SftExample, ...]:
-    """Judge prompts with judgements, `careful_eft` of them by an expert."""
+    """Judge prompts with judgements, `eft_careful` of them with care."""
     author, examples = Author("", mixture.eft_careful), []
     for number, instruction in enumerate(instructions):
         response = faulty_answer(instruction, mixture.reviewed_fault, rng)
