@@ -160,6 +160,23 @@ def origins(path: Path, overrides: Sequence[str]) -> dict[str, str]:
     return {key: origin(key) for key in leaves(parse_config(merged, str(path)))}
 
 
+def check_outside_files(config: Config) -> None:
+    """UserError that lists every file the configuration names and that is not there, before anything is written."""
+    template = config.judge.template
+    named = {
+        "model.path": config.model.path,
+        "model.tokenizer": config.model.tokenizer,
+        "seed_data.path": config.seed_data.path,
+        "prompts.path": config.prompts.path,
+        "judge.template": template if isinstance(template, Path) else None,
+    }
+    missing = [
+        f"\n  - {key}: there is no {path}" for key, path in named.items() if path is not None and not path.exists()
+    ]
+    if missing:
+        raise UserError("files that the configuration names are missing; correct these paths:" + "".join(missing))
+
+
 def to_yaml(config: Config) -> str:
     """The resolved configuration as a file that `load_config` reads back to an equal Config."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

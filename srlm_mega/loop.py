@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from srlm_mega.config import Config
-from srlm_mega.config_file import to_yaml
+from srlm_mega.config_file import check_outside_files, to_yaml
 from srlm_mega.display import Display
 from srlm_mega.errors import STOPPED, USER_ERROR, RunStopped, StageCrashed, UserError
 from srlm_mega.launch.commands import environment, one_process, torchrun
@@ -30,6 +30,8 @@ def run_loop(config: Config, run: RunDir, redo: tuple[str, ...], display: Displa
     """Make every output of the plan that is not there yet, in order; returns how many were made."""
     stages = plan(config)
     doomed = {name for chosen in redo for name in downstream(stages, find_stage(config, chosen).name)}
+    if run.manifest("seed") is None:
+        check_outside_files(config)
     with run.lock():
         check_finished([stage for stage in stages if stage.name not in doomed], config, run)
         for stage in reversed(stages):  # what comes last goes first: a kill in between leaves a run that can go on

@@ -258,3 +258,4 @@ def test_mistakes_end_with_code_2_and_no_traceback(arguments: list[str], said: s
 def test_a_missing_model_folder_is_named(tmp_path: Path) -> None:
     done = srlm(*small_run(tmp_path / "run", "pretrain=null", "model.path=/no/such/model"))
     assert done.code == 2 and "/no/such/model" in done.output and "Traceback" not in done.output
+    assert not (tmp_path / "run").exists()

@@ -51,7 +51,7 @@ class FakeRun:
         self, stage: str, files: dict[str, list[object]], seconds: float, counts: dict[str, float] | None = None
     ) -> None:
         identity = Identity(stage, {}, {})
-        partial = self.folder.begin(identity)
+        partial = self.folder.begin(identity, resumable=False)
         for name, records in files.items():
             write_jsonl(partial / name, records)
         self.folder.commit(identity, len(next(iter(files.values()))), seconds, "0.1.0", counts or {})
@@ -89,7 +89,7 @@ class FakeRun:
             half + 0.04, half, half - 0.05, 0.18, 0.6, 80, 0.3, 0.66, 0.6, 0.58, 0.55, 0.0, 1.0, 200, 190, 800, 2400
         )
         greedy = None if truth is None else truth + 0.15
-        return ModelEvaluation(f"M{number}", greedy, truth, *outcomes, judge, 7.5 + 0.2 * number)
+        return ModelEvaluation(f"M{number}", greedy, truth, *outcomes, judge, judge, 7.5 + 0.2 * number)
 
     def sample(self, index: int, number: int) -> EvaluationSample:
         truth = self.random.randint(0, 5) if self.ground_truth else None

@@ -47,7 +47,7 @@ class Tree:
 
 def read_oasst(section: SeedDataConfig, seed: int, quarantine: Path) -> SeedSets:
     """Draw the sets from the `*.trees.jsonl(.gz)` at `section.path`. The held-out sets are filled first; `num_ift` is
-    an upper limit.
+    an upper limit. EFT examples need a model to write them, and there are no pre-training documents: both are empty.
 
     UserError when the held-out sets cannot be filled or no IFT example remains; broken lines: see `read_user_jsonl`.
     """

@@ -71,5 +71,7 @@ class ModelEvaluation:
     tie_vs_m1: float | None
     loss_vs_m1: float | None
     judge: JudgeMetrics
+    judge_single: JudgeMetrics
+    """The same by one judgement instead of the mean of k."""
     mean_length: float
     """Tokens of a sampled response."""

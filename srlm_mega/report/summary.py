@@ -25,6 +25,7 @@ class ModelSummary:
     tie_vs_m1: float | None
     loss_vs_m1: float | None
     judge: JudgeMetrics
+    judge_single: JudgeMetrics
     mean_length: float
     pairs: int | None
 
@@ -80,6 +81,7 @@ def _model_summary(folder: RunDir, name: str) -> ModelSummary:
         tie_vs_m1=evaluation.tie_vs_m1,
         loss_vs_m1=evaluation.loss_vs_m1,
         judge=evaluation.judge,
+        judge_single=evaluation.judge_single,
         mean_length=evaluation.mean_length,
         pairs=None if pairs is None else pairs.rows,
     )

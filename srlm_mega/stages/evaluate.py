@@ -30,7 +30,7 @@ def evaluate(work: Work) -> Done:
     work.progress.update(0, 2, "parts", "responses")
     samples, mean_length, too_long = make_samples(work, chat, sampler)
     work.progress.update(1, 2, "parts", "judgements")
-    judge = measure_judge(work, chat, sampler)
+    judge, judge_single = measure_judge(work, chat, sampler)
     sampler.close()
     write_jsonl(work.out / "samples.jsonl", samples)
     against = None if model == "M1" else against_m1(work, samples)
@@ -42,6 +42,7 @@ def evaluate(work: Work) -> Done:
         tie_vs_m1=None if against is None else against.tie_rate,
         loss_vs_m1=None if against is None else against.loss_rate,
         judge=judge,
+        judge_single=judge_single,
         mean_length=mean_length,
     )
     (work.out / "evaluation.json").write_bytes(orjson.dumps(evaluation, option=orjson.OPT_INDENT_2))
@@ -83,12 +84,32 @@ def make_samples(work: Work, chat: Chat, sampler: Sampler) -> tuple[list[Evaluat
     return samples, mean_length, len(given) - len(prompts)
 
 
-def measure_judge(work: Work, chat: Chat, sampler: Sampler) -> JudgeMetrics:
-    """The model's scores of ranked replies, means of k judgements as in the loop, in several replicates."""
+def measure_judge(work: Work, chat: Chat, sampler: Sampler) -> tuple[JudgeMetrics, JudgeMetrics]:
+    """Agreement of the model's scores with ranked replies: by means of k judgements as in the loop, and by single
+    ones; both in several replicates."""
+    judge, replicates = work.config.judge, work.config.evaluation.judge_replicates
+    sets = list(read_jsonl(work.read("seed", "eft_eval.jsonl"), RankedReplies))
+    scores = score_replies(work, chat, sampler, sets)
+
+    def metrics(size: int, min_valid: int) -> JudgeMetrics:
+        return judge_metrics(
+            [
+                with_ranks(ranked, [mean_score(one[first : first + size], min_valid) for one in replies])
+                for first in range(0, judge.n * replicates, judge.n)
+                for ranked, replies in zip(sets, scores, strict=True)
+            ]
+        )
+
+    return metrics(judge.n, judge.min_valid), metrics(1, 1)
+
+
+def score_replies(
+    work: Work, chat: Chat, sampler: Sampler, sets: Sequence[RankedReplies]
+) -> list[list[list[float | None]]]:
+    """Scores by set, reply and judgement. A reply too long to be judged whole has none, as if none could be read."""
     judge, replicates = work.config.judge, work.config.evaluation.judge_replicates
     template = JudgeTemplate.from_text(work.read("seed", "judge_template.txt").read_text(encoding="utf-8"), "seed")
     longest = work.config.model.seq_length - judge.max_new_tokens
-    sets = list(read_jsonl(work.read("seed", "eft_eval.jsonl"), RankedReplies))
     requests = [
         (number, place, ids)
         for number, ranked in enumerate(sets)
@@ -98,18 +119,10 @@ def measure_judge(work: Work, chat: Chat, sampler: Sampler) -> JudgeMetrics:
     seed = derive_seed(work.config.run.seed, "evaluation", "judgements")
     params = SamplingParams(judge.n * replicates, judge.temperature, judge.top_p, judge.max_new_tokens, seed)
     answers = sampler.sample([ids for _, _, ids in requests], params)
-    # A reply too long to be judged whole keeps its None, as one without a score that can be read does.
-    means: list[list[list[float | None]]] = [
-        [[None] * len(ranked.replies) for ranked in sets] for _ in range(replicates)
-    ]
+    scores: list[list[list[float | None]]] = [[[] for _ in ranked.replies] for ranked in sets]
     for (number, place, _), completions in zip(requests, answers, strict=True):
-        scores = [parse_score(chat.decode(completion.token_ids)) for completion in completions]
-        for replicate in range(replicates):
-            mine = scores[replicate * judge.n : (replicate + 1) * judge.n]
-            means[replicate][number][place] = mean_score(mine, judge.min_valid)
-    return judge_metrics(
-        [with_ranks(ranked, means[r][number]) for r in range(replicates) for number, ranked in enumerate(sets)]
-    )
+        scores[number][place] = [parse_score(chat.decode(completion.token_ids)) for completion in completions]
+    return scores
 
 
 def against_m1(work: Work, samples: Sequence[EvaluationSample]) -> HeadToHead | None:

@@ -36,7 +36,7 @@ class Mixture:
 
 
 def make_toy_world(counts: SeedDataConfig, seed: int, mixture: Mixture = Mixture()) -> SeedSets:
-    """Seed sets of which no two share an instruction, the same for the same seed. UserError when the world has too few instructions for the counts."""
+    """The same sets for the same seed; no two share an instruction. UserError when the world has too few of them."""
 
     def rng(purpose: str) -> random.Random:
         """One stream per set: changing one set leaves the others as they are."""
