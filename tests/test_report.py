@@ -172,7 +172,7 @@ def test_summary_has_the_keys_of_the_final_table(finished: Path) -> None:
     for row in content["models"].values():
         assert set(row) == {
             *("quality_sampled", "quality_greedy", "win_vs_m1", "tie_vs_m1", "loss_vs_m1"),
-            *("judge", "mean_length", "pairs"),
+            *("judge", "judge_single", "mean_length", "pairs"),
         }
         assert {"pair_acc_untied", "pair_acc_half", "tie_rate", "parse_failure"} <= set(row["judge"])
     assert [row["quality_sampled"] for row in content["models"].values()] == [3.27, 4.28, 4.68]
