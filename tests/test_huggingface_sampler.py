@@ -197,6 +197,7 @@ def test_the_configured_backend_is_opened(folder: Path, prompts: Prompts, sample
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_greedy_on_a_gpu_is_greedy_on_a_cpu(folder: Path, sampler: HuggingFaceSampler, prompts: Prompts) -> None:
     gpu = HuggingFaceSampler(folder, EOS, "cuda", batch_size=16)
     assert gpu.sample(prompts, GREEDY) == sampler.sample(prompts, GREEDY)
