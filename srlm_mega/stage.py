@@ -45,7 +45,7 @@ def run_stage(run: RunDir, config: Config, stage: Stage) -> int:
     progress = Progress(run.progress_file(stage.name))
     try:
         if run.manifest(stage.name) is not None:
-            raise UserError(f"{run.output(stage.name)} is finished. To make it again: `srlm run` with --redo {stage.name}")
+            raise UserError(f"{run.output(stage.name)} is finished. Make it again: srlm run ... --redo {stage.name}")
         work = Work(run, config, stage, run.partial(stage.name), progress)
         if stage.parallel:
             run_parallel(work)
