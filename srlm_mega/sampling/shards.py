@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from srlm_mega.records import write_jsonl
+from srlm_mega.run_dir import fsync
 from srlm_mega.seeds import derive_seed
 
 R = TypeVar("R")
@@ -85,15 +86,6 @@ def write_durably(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary file, bring it to the disk, and only then give it its name."""
     temporary = path.with_name(f".{path.name}.tmp")
     write(temporary)
-    sync(temporary)
+    fsync(temporary)
     os.rename(temporary, path)
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Make a file's content or a folder's entries durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    fsync(path.parent)
