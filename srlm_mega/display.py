@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from srlm_mega.progress import ProgressState
 
@@ -20,7 +20,8 @@ class StageLine:
     def update(self, state: ProgressState) -> None:
         """Show the newest state."""
         if state.total:
-            self._bars.update(self._task, completed=state.done, total=state.total, note=f"{state.unit} {state.note}")
+            note = f"{state.done:,} of {state.total:,} {state.unit}  {state.note}"
+            self._bars.update(self._task, completed=state.done, total=state.total, note=note)
 
 
 class Display:
@@ -36,7 +37,6 @@ class Display:
             SpinnerColumn(),
             TextColumn(f"{{task.description:<{STAGE_WIDTH}}}"),
             BarColumn(bar_width=24),
-            MofNCompleteColumn(),
             TextColumn("{task.fields[note]}"),
             TimeElapsedColumn(),
         )
