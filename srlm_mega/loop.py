@@ -30,6 +30,10 @@ def run_loop(config: Config, run: RunDir, redo: tuple[str, ...], display: Displa
     """Make every output of the plan that is not there yet, in order; returns how many were made."""
     stages = plan(config)
     doomed = {name for chosen in redo for name in downstream(stages, find_stage(config, chosen).name)}
+    if config.launch.nodes > 1:
+        raise UserError(
+            f"launch.nodes={config.launch.nodes}: srlm run starts its stages on this node only. Give a layout for one node"
+        )
     if run.manifest("seed") is None:
         check_outside_files(config)
     with run.lock():
