@@ -32,7 +32,7 @@ def run_loop(config: Config, run: RunDir, redo: tuple[str, ...], display: Displa
     doomed = {name for chosen in redo for name in downstream(stages, find_stage(config, chosen).name)}
     if config.launch.nodes > 1:
         raise UserError(
-            f"launch.nodes={config.launch.nodes}: srlm run starts its stages on this node only. Give a layout for one node"
+            f"launch.nodes={config.launch.nodes}: srlm run starts its stages on this node only; give a layout for one"
         )
     if run.manifest("seed") is None:
         check_outside_files(config)

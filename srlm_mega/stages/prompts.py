@@ -8,7 +8,7 @@ from pathlib import Path
 from srlm_mega.chat import Chat
 from srlm_mega.data.self_instruct import TaskFilter, few_shot_prompt, parse_tasks
 from srlm_mega.errors import RunStopped, UserError
-from srlm_mega.records import Prompt, PromptDraft, SftExample, read_jsonl, write_jsonl
+from srlm_mega.records import Prompt, PromptDraft, RankedReplies, SftExample, read_jsonl, write_jsonl
 from srlm_mega.sampling.sampler import Sampler, SamplingParams, open_sampler
 from srlm_mega.sampling.shards import write_durably
 from srlm_mega.seeds import derive_seed
@@ -57,6 +57,7 @@ def self_instruct(work: Work) -> Done:
     if len(seeds) < shots:
         raise UserError(f"{len(seeds)} IFT prompts are too few for requests of {shots} shots: lower prompts.shots_ift")
     held_out = [prompt.text for prompt in read_jsonl(work.read("seed", "validation.jsonl"), Prompt)]
+    held_out += [ranked.prompt for ranked in read_jsonl(work.read("seed", "eft_eval.jsonl"), RankedReplies)]
     earlier = [
         prompt.text
         for before in range(1, work.round)
