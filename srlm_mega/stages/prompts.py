@@ -2,15 +2,15 @@
 
 import random
 from collections.abc import Sequence
+from functools import partial
 from itertools import count
-from pathlib import Path
 
 from srlm_mega.chat import Chat
 from srlm_mega.data.self_instruct import TaskFilter, few_shot_prompt, parse_tasks
 from srlm_mega.errors import RunStopped, UserError
 from srlm_mega.records import Prompt, PromptDraft, RankedReplies, SftExample, read_jsonl, write_jsonl
 from srlm_mega.sampling.sampler import Sampler, SamplingParams, open_sampler
-from srlm_mega.sampling.shards import write_durably
+from srlm_mega.sampling.shards import write_durably, write_records
 from srlm_mega.seeds import derive_seed
 from srlm_mega.work import Done, Work
 
@@ -98,13 +98,8 @@ def wave_of_drafts(
     path = work.out / f"drafts_{wave:05d}.jsonl"
     if not path.exists():
         drafts = sample_drafts(work, wave, seeds, generated, chat, sampler)
-        write_durably(path, lambda temporary: keep(temporary, drafts))
+        write_durably(path, partial(write_records, drafts))
     return list(read_jsonl(path, PromptDraft))
-
-
-def keep(path: Path, drafts: Sequence[PromptDraft]) -> None:
-    """Write drafts, as `write_durably` asks."""
-    write_jsonl(path, drafts)
 
 
 def sample_drafts(
