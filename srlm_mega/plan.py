@@ -36,6 +36,12 @@ class Stage:
         """Whether it makes a model step by step: it leaves a checkpoint when it is asked to stop."""
         return self.parallel and not self.name.endswith("/reference")
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether it goes on with what a killed attempt left: checkpoints, shards, prompts' drafts, an evaluation's
+        verdicts. Any other begins anew."""
+        return self.trains or self.in_shards or self.name.endswith(("/prompts", "/evaluation"))
+
 
 def plan(config: Config) -> list[Stage]:
     """M0, then M1 by supervised training, then a model per self-rewarding round."""
@@ -65,14 +71,15 @@ def base_model(config: Config) -> Stage:
 def first_model(config: Config) -> list[Stage]:
     """M1: M0 trained on IFT and EFT. Where EFT is built, M0 trained on IFT alone judges ranked replies before."""
     learnt = (*TRAINER, "sft", "eft.enabled", *(EARLY_STOPPING if stops_early(config, "sft") else ()))
+    first = Stage("M1", ("M0", *seed_sets(config)), learnt, parallel=True)
     if not config.builds_eft:
-        return [Stage("M1", ("M0", "seed"), learnt, parallel=True)]
+        return [first]
     building = (*SAMPLER, "eft", "seed_data.num_eft", "judge.template", "judge.max_new_tokens")
     return [
         Stage("sft_baseline", ("M0", "seed"), (*TRAINER, "sft"), parallel=True),
         *sampler_weights(config, "sft_baseline"),
         Stage("eft", (*loaded(config, "sft_baseline"), "seed"), building, samples=True, in_shards=True),
-        Stage("M1", ("M0", *seed_sets(config)), learnt, parallel=True),
+        first,
     ]
 
 

@@ -158,14 +158,7 @@ def disk_need(config: Config) -> DiskNeed:
     model, candidates, judge = config.model, config.candidates, config.judge
     per_prompt = candidates.n * (candidates.max_new_tokens + judge.n * judge.max_new_tokens)
     return DiskNeed(
-        parameters=llama_parameters(
-            model.num_layers,
-            model.hidden_size,
-            model.ffn_hidden_size,
-            model.num_attention_heads,
-            model.num_query_groups,
-            model.vocab_size,
-        ),
+        parameters=llama_parameters(*model.sizes),
         bf16=config.trainer.bf16,
         exports=exports_of(config),
         kept_checkpoints=config.trainer.keep_checkpoints,

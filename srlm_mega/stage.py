@@ -20,26 +20,10 @@ from srlm_mega.errors import (
 )
 from srlm_mega.identity import identity_of
 from srlm_mega.launch.processes import die_with, show_stacks_when_asked
-from srlm_mega.plan import ANCHOR_JUDGEMENTS, ANCHORS, META_JUDGEMENTS, PREVIOUS_JUDGEMENTS, Stage, find_stage
+from srlm_mega.plan import Stage, find_stage
 from srlm_mega.progress import Progress
 from srlm_mega.run_dir import RunDir, stopwatch
 from srlm_mega.work import Done, Work
-
-# Stages that go on with the shards of a killed attempt. Those that train go on from their checkpoints; any other begins
-# anew.
-SHARDED = frozenset(
-    {
-        "eft",
-        "prompts",
-        "candidates",
-        "judgements",
-        ANCHORS,
-        ANCHOR_JUDGEMENTS,
-        PREVIOUS_JUDGEMENTS,
-        META_JUDGEMENTS,
-        "evaluation",
-    }
-)
 
 
 def run_stages(run: RunDir, names: Sequence[str]) -> int:
@@ -132,7 +116,7 @@ def output(work: Work) -> Iterator[list[Done]]:
     identity = identity_of(work.stage, work.config, work.run)
     for name in work.stage.inputs:
         work.run.verify(name, quick=False)
-    work.run.begin(identity, resumable=work.stage.trains or work.stage.name.rpartition("/")[2] in SHARDED)
+    work.run.begin(identity, resumable=work.stage.goes_on)
     with stopwatch() as seconds:
         yield done
     work.run.commit(identity, done[0].rows, seconds[0], version("srlm-mega"), done[0].counts)

@@ -34,6 +34,18 @@ class ModelConfig(Section):
         "auto", description="Who computes the layers in training; auto: Transformer Engine on CUDA where installed."
     )
 
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int, int]:
+        """Layers, hidden, feed-forward, heads, key/value heads, vocabulary: what the number of weights follows from."""
+        return (
+            self.num_layers,
+            self.hidden_size,
+            self.ffn_hidden_size,
+            self.num_attention_heads,
+            self.num_query_groups,
+            self.vocab_size,
+        )
+
 
 class TrainingConfig(Section):
     """One training stage. Exactly one of `train_iters` and `epochs`."""

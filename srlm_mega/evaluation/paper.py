@@ -136,14 +136,7 @@ TABLES: dict[str, tuple[Any, ...]] = {
 
 def is_llama2_70b(model: ModelConfig) -> bool:
     """Whether a configured shape is that of the paper's model."""
-    return (
-        model.num_layers,
-        model.hidden_size,
-        model.ffn_hidden_size,
-        model.num_attention_heads,
-        model.num_query_groups,
-        model.vocab_size,
-    ) == (80, 8192, 28672, 64, 8, 32000)
+    return model.sizes == (80, 8192, 28672, 64, 8, 32000)
 
 
 def as_markdown() -> str:

@@ -103,11 +103,12 @@ class ShardFiles(Generic[R]):
         try:
             os.link(draft, path)  # it appears with its content, and for one replica only
         except FileExistsError:
-            return self._take_over(path, replica, take_over_seconds)
+            if not self._take_over(path, replica, take_over_seconds):
+                return False
         finally:
             draft.unlink()
-        if self._file(shard, ".jsonl").exists():  # finished, and its lease gone, since the caller looked
-            path.unlink()
+        if self._file(shard, ".jsonl").exists():  # finished since the caller looked
+            path.unlink(missing_ok=True)
             return False
         return True
 

@@ -30,7 +30,7 @@ from srlm_mega.work import Done, Work
 
 def evaluate(work: Work) -> Done:
     """`evaluation.json` and `samples.jsonl` of one model."""
-    model = work.stage.name.partition("/")[0]
+    model = work.folder
     is_compared = work.config.evaluation.pairwise and model != "M1"
     samples, measured = measure(work, model, keep=is_compared)
     judge, judge_single, *judge_means = measured.judged
@@ -145,7 +145,9 @@ def measure_judge(work: Work, chat: Chat, sampler: PatientSampler) -> list[Judge
         ]
         return JudgedBy(size, judge_metrics(prompts))
 
-    return [metrics(size) for size in (judge.n, 1, *evaluation.judge_means)]
+    sizes = (judge.n, 1, *evaluation.judge_means)
+    by_size = {size: metrics(size) for size in set(sizes)}  # a size may be wanted twice
+    return [by_size[size] for size in sizes]
 
 
 def score_replies(

@@ -1,6 +1,6 @@
 """Head to head by a judge, where no ground truth is: two models' responses to the same prompts, in both orders."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -14,11 +14,9 @@ from srlm_mega.records import Candidate, FailedRequest, PairwiseJudgement, read_
 from srlm_mega.sampling.shards import FAILED, ShardFiles, cut_into_shards, run_shards
 from srlm_mega.sampling.throughput import ShardWatch
 from srlm_mega.stages.judges import LocalJudge, OpenJudge, Question, open_judge
+from srlm_mega.stages.responses import Say
 from srlm_mega.stages.sampler_weights import loaded_folder
 from srlm_mega.work import Work
-
-Say = Callable[[int, int, str], None]
-"""Questions that are answered, of how many, and a few words."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +46,11 @@ def compare_with_m1(work: Work, samples: Sequence[EvaluationSample]) -> Comparis
 
     allow_unverified = config.model.allow_unverified
     opened: OpenJudge = m1 if settings is None else partial(open_judge, settings, config.sampler, allow_unverified)
-    model = work.stage.name.partition("/")[0]
 
     def say(done: int, total: int, note: str) -> None:
         work.progress.update(done, total, "questions to the judge", note)
 
-    return compare((model, "M1"), matches, opened, work.out / "pairwise.jsonl", say)
+    return compare((work.folder, "M1"), matches, opened, work.out / "pairwise.jsonl", say)
 
 
 def compare(names: tuple[str, str], matches: Sequence[Match], opened: OpenJudge, file: Path, say: Say) -> Comparison:

@@ -17,7 +17,7 @@ from srlm_mega.sampling.throughput import ShardWatch
 from srlm_mega.seeds import derive_seed
 
 Say = Callable[[int, int, str], None]
-"""Requests that are answered, of how many, and a few words."""
+"""Requests (or questions) that are answered, of how many, and a few words."""
 
 
 @dataclass(frozen=True)

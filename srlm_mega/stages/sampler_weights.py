@@ -52,7 +52,7 @@ def loaded_folder(work: Work, model: str) -> Path:
 def make_sampler_weights(work: Work) -> Done:
     """Convert a model for the sampler, prove it, and build its engine where the backend runs engines."""
     settings = work.config.sampler
-    source = work.run.weights(model_of(work))
+    source = work.run.weights(work.folder)
     is_engine = settings.backend == "trtllm_engine"
     destination = work.out / (CHECKPOINT if is_engine else FOLDER)
     counts: dict[str, float] = {}
@@ -114,11 +114,6 @@ def build(work: Work, checkpoint: Path) -> None:
     cache = work.run.root / "engines"
     engine, _ = build_engine(checkpoint, cache, limits, runtime, settings.devices_per_replica)
     os.symlink(os.path.relpath(engine.resolve(), work.out.resolve()), work.out / ENGINE)
-
-
-def model_of(work: Work) -> str:
-    """M0, M1, ..."""
-    return work.stage.name.partition("/")[0]
 
 
 @contextmanager

@@ -60,14 +60,7 @@ class Shape:
 
 def shape_of(model: ModelConfig) -> Shape:
     """The configured model's."""
-    return Shape(
-        model.num_layers,
-        model.hidden_size,
-        model.ffn_hidden_size,
-        model.num_attention_heads,
-        model.num_query_groups,
-        model.vocab_size,
-    )
+    return Shape(*model.sizes)
 
 
 PUBLISHED = {  # from each model's config.json or paper
