@@ -18,6 +18,7 @@ from srlm_mega.errors import UserError
 FinishReason = Literal["stop", "length"]
 STRICT = ConfigDict(extra="forbid")
 T = TypeVar("T")
+BUFFER = 1024**2  # bytes: lines are a few thousand long, and a system call for each would cost more than copying it
 
 
 @with_config(STRICT)
@@ -248,7 +249,7 @@ def complaint(kind: type[Any], error: ValidationError) -> str:
 def read_jsonl(path: Path, kind: type[T]) -> Iterator[T]:
     """The records of a file that srlm wrote. A bad line is an error that names file and line."""
     validate = _adapter(kind).validator.validate_json  # type: ignore[arg-type]  # as in parse_line; without its layers
-    with path.open("rb") as file:
+    with path.open("rb", BUFFER) as file:
         for number, line in enumerate(file, start=1):
             try:
                 record: T = validate(line)
@@ -260,7 +261,7 @@ def read_jsonl(path: Path, kind: type[T]) -> Iterator[T]:
 def write_jsonl(path: Path, records: Iterable[Any]) -> int:
     """Write records one JSON line each (keys in the order of their class); returns how many."""
     count = 0
-    with path.open("wb") as file:
+    with path.open("wb", BUFFER) as file:
         for record in records:
             file.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
             count += 1

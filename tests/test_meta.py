@@ -15,6 +15,7 @@ from srlm_mega.judging.meta import (
     most_pairs,
     position_weights,
 )
+from srlm_mega.judging.rewards import reward_of
 from srlm_mega.judging.scored import score_candidate
 from srlm_mega.records import Candidate, Decoding, FinishReason, Judgement, MetaJudgement
 
@@ -31,7 +32,7 @@ def judgement(of: str, number: int, score: float | None, finish: FinishReason = 
 
 def judged(of: Candidate, *scores: float | None) -> tuple[object, list[Judgement]]:
     own = [judgement(of.id, number, score) for number, score in enumerate(scores)]
-    return score_candidate(of, own, 1, []), own
+    return score_candidate(of, reward_of(of.id, own, 1)), own
 
 
 def battle(first: str, second: str, verdict: str | None) -> MetaJudgement:
@@ -49,7 +50,7 @@ def test_the_response_whose_scores_vary_most_is_asked_about() -> None:
 
 def test_judgements_that_were_cut_are_not_compared() -> None:
     own = [judgement("p-c0", 0, 5.0, "length"), judgement("p-c0", 1, 1.0), judgement("p-c0", 2, 1.0)]
-    assert contest_of([(score_candidate(candidate(0), own, 1, []), own)]) is None
+    assert contest_of([(score_candidate(candidate(0), reward_of("p-c0", own, 1)), own)]) is None
 
 
 def test_all_pairs_in_both_orders() -> None:

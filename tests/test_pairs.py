@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from srlm_mega.judging.pairs import PairRules
+from srlm_mega.judging.rewards import rewards_of
 from srlm_mega.judging.scored import ScoredCandidate, scored_prompts
 from srlm_mega.judging.tally import PairCounts, Tally, pairs_of
 from srlm_mega.records import Candidate, FinishReason, Judgement, PreferencePair
@@ -49,7 +50,7 @@ class Selection:
 def prompts(*scored: Scored, min_valid: int = 1) -> list[list[ScoredCandidate]]:
     candidates = [item for item, _ in scored]
     judged = [judgement for item, scores in scored for judgement in judgements(item, *scores)]
-    return list(scored_prompts(candidates, judged, min_valid))
+    return list(scored_prompts(candidates, rewards_of(judged, min_valid)))
 
 
 def select(
@@ -145,14 +146,14 @@ def test_files_that_do_not_belong_together_are_refused() -> None:
 
     def refused(match: str, candidates: list[Candidate], judged: list[Judgement]) -> None:
         with pytest.raises(ValueError, match=match):
-            list(scored_prompts(candidates, judged, 1))
+            list(scored_prompts(candidates, rewards_of(judged, 1)))
 
     refused("p-c1 is unknown", [first], both)
     refused("prompt p occurs twice", [first, first], [])
     refused("prompt p occurs twice", [first, candidate(0, prompt="q"), second], [])
     refused("p-c0 occurs twice", [first], judgements(first, 3.0) * 2)
     refused("out of order", [first, second], both[::-1])
-    assert len(list(scored_prompts([first, second], both, 1))) == 1, "the files themselves are fine"
+    assert len(list(scored_prompts([first, second], rewards_of(both, 1)))) == 1, "the files themselves are fine"
 
 
 # The vectors of length control: (score, length).
@@ -223,7 +224,7 @@ def test_anchored_rejection_takes_the_anchors_worst() -> None:
 
 
 def weighed(candidates: list[Candidate], now: list[Judgement], before: list[Judgement]) -> dict[str, float]:
-    groups = scored_prompts(candidates, now, 1, before)
+    groups = scored_prompts(candidates, rewards_of(now, 1), rewards_of(before, 1))
     return {pair.id: pair.consistency for pair in pairs_of(groups, PairRules(weigh_by_consistency=True), Tally())}
 
 

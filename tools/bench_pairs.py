@@ -7,14 +7,16 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from srlm_mega.evaluation.judge_metrics import RankedScore, judge_metrics
 from srlm_mega.judging.pairs import PairRules
+from srlm_mega.judging.rewards import read_rewards
 from srlm_mega.judging.scored import scored_prompts
 from srlm_mega.judging.tally import Tally, pairs_of
-from srlm_mega.records import Candidate, Decoding, Judgement, JudgementScore, read_jsonl, write_jsonl
+from srlm_mega.records import Candidate, Decoding, Judgement, read_jsonl, write_jsonl
 from srlm_mega.tools.bench_record import make_record, make_row, write_record
 
 PER_PROMPT, PER_CANDIDATE = 4, 3
@@ -25,11 +27,12 @@ TOKENS = tuple(random.Random(2).choices(range(32000), k=100_000))
 
 @dataclass(frozen=True)
 class Measured:
-    """One part, in a process of its own; the peak counts everything it holds, Python and its libraries too."""
+    """One part, in a process of its own, with those that it starts; the peaks count everything they hold, Python and
+    its libraries too."""
 
     seconds: float
-    processor_seconds: float  # of its one thread: what it would take on a machine that does nothing else
-    peak_mib: float
+    processor_seconds: float  # of all its processes: on a busy machine it waits besides
+    peak_mib: float  # of all its processes together, were their peaks at one time
     rows: int
 
 
@@ -111,25 +114,24 @@ def some_tokens(rng: random.Random, number: int) -> tuple[int, ...]:
 
 def measured(work: Callable[[Path, int], int], folder: Path, num_candidates: int) -> Measured:
     """A part in a fresh process, so that its memory is its own."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(measure, (work, folder, num_candidates))
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
+        return executor.submit(measure, work, folder, num_candidates).result()
 
 
 def measure(work: Callable[[Path, int], int], folder: Path, num_candidates: int) -> Measured:
-    """In this process."""
-    start, processor = time.perf_counter(), time.process_time()
+    """In this process, which has done nothing before."""
+    start, processor = time.perf_counter(), sum(os.times()[:4])
     rows = work(folder, num_candidates)
-    seconds, processor = time.perf_counter() - start, time.process_time() - processor
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return Measured(round(seconds, 2), round(processor, 2), round(peak, 1), rows)
+    seconds, processor = time.perf_counter() - start, sum(os.times()[:4]) - processor
+    kib = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return Measured(round(seconds, 2), round(processor, 2), round(kib / 1024, 1), rows)
 
 
 def make_pairs(folder: Path, num_candidates: int) -> int:
     """What the stage pairs does: read, score, select, count, write."""
     tally = Tally()
-    prompts = scored_prompts(
-        read_jsonl(folder / "candidates.jsonl", Candidate), read_jsonl(folder / "judgements.jsonl", JudgementScore), 1
-    )
+    candidates = read_jsonl(folder / "candidates.jsonl", Candidate)
+    prompts = scored_prompts(candidates, read_rewards(folder / "judgements.jsonl", 1))
     rows = write_jsonl(folder / "pairs.jsonl", pairs_of(prompts, PairRules(rho=0.2), tally))
     counts = tally.counts()
     assert counts.candidates == num_candidates and counts.pairs == rows, "every candidate was read"

@@ -61,7 +61,7 @@ class Tally:
         self.usable += bool(orders)
         self.exact += bool(orders) and all(order == 1 for order in orders)
         self.orders.update(orders)
-        self.fives.update(_perfect_are_best(prompt))
+        self.fives.update(_perfect_are_best(prompt, kept))
         qualities, scores = [-float(rank) for rank, _ in kept], [score for _, score in kept]
         for defined, statistic in ((self.spearman, spearman), (self.kendall, kendall_tau)):
             value = statistic(qualities, scores)
@@ -108,10 +108,10 @@ def _pair_orders(prompt: Sequence[tuple[int, float]]) -> list[int]:
     return orders
 
 
-def _perfect_are_best(prompt: Sequence[RankedScore]) -> list[bool]:
-    """For each reply with a mean score of 5: whether no reply to the prompt is ranked above it."""
+def _perfect_are_best(prompt: Sequence[RankedScore], kept: Sequence[tuple[int, float]]) -> list[bool]:
+    """For each reply with a mean score of 5: whether no reply to the prompt, scored or not, is ranked above it."""
     best = min((rank for rank, _ in prompt), default=0)
-    return [rank == best for rank, score in _scored(prompt) if score == PERFECT_SCORE]
+    return [rank == best for rank, score in kept if score == PERFECT_SCORE]
 
 
 def _ratio(part: float, whole: int) -> float | None:

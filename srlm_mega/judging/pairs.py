@@ -43,7 +43,8 @@ def pair_of(
 ) -> PreferencePair | NoPair:
     """The pair of one prompt's candidates, or why there is none. With `anchors`, candidates of another model to the
     same prompt, the rejected one is of theirs. Truncated and unscored candidates take no part."""
-    best_first, worst_first = ranked(group), ranked(group if anchors is None else anchors)
+    best_first = ranked(group)
+    worst_first = best_first if anchors is None else ranked(anchors)
     if not best_first or not worst_first or (anchors is None and len(best_first) < 2):
         return "too_few"
     best, worst = max(one.score for one in best_first), min(one.score for one in worst_first)

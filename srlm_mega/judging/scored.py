@@ -1,17 +1,17 @@
 """Candidates with their rewards, prompt by prompt: files are read side by side, and none is held in memory."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
 from typing import Generic, Literal, TypeVar
 
-from srlm_mega.judging.scores import mean_score, score_variance
-from srlm_mega.records import Candidate, Judgement, JudgementScore
+from srlm_mega.judging.rewards import Reward
+from srlm_mega.records import Candidate, Judgement
 
 CandidateState = Literal["scored", "truncated", "unscored"]
 T = TypeVar("T")
-J = TypeVar("J", Judgement, JudgementScore)
+J = TypeVar("J", Judgement, Reward)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,22 +61,19 @@ class Beside(Generic[T]):
 
 
 def judgements_beside(judgements: Iterable[J]) -> Beside[J]:
-    """Judgements, in groups of one candidate."""
+    """Judgements, or what was made of them, in groups of one candidate."""
     return Beside(judgements, attrgetter("candidate_id"), "a judgement of candidate")
 
 
 def scored_prompts(
-    candidates: Iterable[Candidate],
-    judgements: Iterable[J],
-    min_valid: int,
-    earlier: Iterable[J] = (),
+    candidates: Iterable[Candidate], rewards: Iterable[Reward], earlier: Iterable[Reward] = ()
 ) -> Iterator[list[ScoredCandidate]]:
-    """The candidates of each prompt with their rewards. All files are in the candidates' order; a candidate may be
-    without judgements. `earlier` are the previous model's judgements of the same candidates.
+    """The candidates of each prompt with their rewards. All are in the candidates' order; a candidate may be without
+    judgements. `earlier` are the rewards that the previous model gives the same candidates.
 
     ValueError when the judgements are not those of the candidates, or something occurs twice.
     """
-    own, previous = judgements_beside(judgements), judgements_beside(earlier)
+    own, previous = judgements_beside(rewards), judgements_beside(earlier)
     seen: set[str] = set()
     for prompt_id, group in groupby(candidates, attrgetter("prompt_id")):
         members = list(group)
@@ -84,25 +81,26 @@ def scored_prompts(
             raise ValueError(f"a candidate of prompt {prompt_id} occurs twice, or the prompt's do not stand together")
         seen.add(prompt_id)
         yield [
-            score_candidate(candidate, own.take(candidate.id), min_valid, previous.take(candidate.id))
+            score_candidate(candidate, only(own.take(candidate.id)), only(previous.take(candidate.id)))
             for candidate in members
         ]
     own.finish()
     previous.finish()
 
 
-def score_candidate(
-    candidate: Candidate, judgements: Sequence[J], min_valid: int, earlier: Sequence[J]
-) -> ScoredCandidate:
+def only(rewards: list[Reward]) -> Reward | None:
+    """A candidate's; None where it has no judgements."""
+    return rewards[0] if rewards else None
+
+
+def score_candidate(candidate: Candidate, reward: Reward | None, earlier: Reward | None = None) -> ScoredCandidate:
     """A candidate's reward, or why it has none."""
-    if len({judgement.id for judgement in judgements}) < len(judgements):
-        raise ValueError(f"a judgement of candidate {candidate.id} occurs twice")
-    scores = tuple(judgement.score for judgement in judgements)
-    score = mean_score(scores, min_valid)
+    reward = reward or Reward(candidate.id)
+    score = reward.mean
     state: CandidateState = "scored"
     if candidate.finish_reason == "length":
         state, score = "truncated", None
     elif score is None:
         state = "unscored"
-    before = mean_score([judgement.score for judgement in earlier], min_valid) if earlier else None
-    return ScoredCandidate(candidate, state, score, scores, score_variance(scores), before)
+    before = None if earlier is None else earlier.mean
+    return ScoredCandidate(candidate, state, score, reward.scores, reward.variance, before)

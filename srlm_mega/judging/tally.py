@@ -63,7 +63,8 @@ class Tally:
         """One prompt."""
         for item in group:
             self.states[item.state] += 1
-            self.scores.update(item.scores)
+            for score in item.scores:
+                self.scores[score] += 1
         self.duplicates += len(group) - len({item.candidate.text for item in group})
         if not isinstance(found, PreferencePair):
             self.prompts[found] += 1

@@ -17,6 +17,7 @@ from srlm_mega.judging.meta import (
     position_weights,
 )
 from srlm_mega.judging.pairwise import parse_verdict
+from srlm_mega.judging.rewards import reward_of
 from srlm_mega.judging.scored import judgements_beside, score_candidate
 from srlm_mega.judging.template import JudgeTemplate
 from srlm_mega.records import Candidate, Judgement, Message, MetaJudgement, PreferencePair, read_jsonl, write_jsonl
@@ -108,7 +109,7 @@ def contests_of(work: Work) -> list[Contest]:
     for _, group in groupby(candidates, lambda candidate: candidate.prompt_id):
         judged = [(candidate, judgements.take(candidate.id)) for candidate in group]
         min_valid = work.config.judge.min_valid
-        contest = contest_of([(score_candidate(one, own, min_valid, []), own) for one, own in judged])
+        contest = contest_of([(score_candidate(one, reward_of(one.id, own, min_valid)), own) for one, own in judged])
         if contest is not None:
             found.append(contest)
     found.sort(key=lambda contest: -contest.variance)

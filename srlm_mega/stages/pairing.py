@@ -7,11 +7,12 @@ from dataclasses import asdict
 from srlm_mega.errors import RunStopped
 from srlm_mega.judging.agreement import SCORE_TOLERANCE
 from srlm_mega.judging.pairs import PairRules
+from srlm_mega.judging.rewards import read_rewards
 from srlm_mega.judging.scored import ScoredCandidate, scored_prompts
 from srlm_mega.judging.scores import MAX_SCORE
 from srlm_mega.judging.tally import PairCounts, Tally, pairs_of
 from srlm_mega.plan import ANCHOR_JUDGEMENTS, ANCHORS, PREVIOUS_JUDGEMENTS
-from srlm_mega.records import Candidate, JudgementScore, read_jsonl, write_jsonl
+from srlm_mega.records import Candidate, read_jsonl, write_jsonl
 from srlm_mega.seeds import derive_seed
 from srlm_mega.work import Done, Work
 
@@ -41,13 +42,11 @@ def select_pairs(work: Work) -> Done:
 
 def scored(work: Work, answers: str, judgements: str, earlier: str | None = None) -> Iterator[list[ScoredCandidate]]:
     """A round's candidates with their rewards, prompt by prompt."""
-    folder = f"round_{work.round}"
-    before = () if earlier is None else read_jsonl(work.read(f"{folder}/{earlier}", "judgements.jsonl"), JudgementScore)
+    folder, min_valid = f"round_{work.round}", work.config.judge.min_valid
     return scored_prompts(
         read_jsonl(work.read(f"{folder}/{answers}", "candidates.jsonl"), Candidate),
-        read_jsonl(work.read(f"{folder}/{judgements}", "judgements.jsonl"), JudgementScore),
-        work.config.judge.min_valid,
-        before,
+        read_rewards(work.read(f"{folder}/{judgements}", "judgements.jsonl"), min_valid),
+        () if earlier is None else read_rewards(work.read(f"{folder}/{earlier}", "judgements.jsonl"), min_valid),
     )
 
 

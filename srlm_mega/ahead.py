@@ -1,0 +1,53 @@
+"""An iterator that runs in a process of its own, ahead of who asks it."""
+
+import multiprocessing
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from multiprocessing.connection import Connection
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+BATCH = 2048  # items a message
+
+
+def ahead(make: Callable[P, Iterable[T]], *args: P.args, **kwargs: P.kwargs) -> Iterator[T]:
+    """What `make(...)` yields and raises, made by another process while this one works on what came before. `make`,
+    its arguments and the items are pickled: small tuples are cheap, records cost more than most work on them."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    maker = context.Process(target=_send, args=(theirs, make, args, kwargs), daemon=True)
+    maker.start()
+    theirs.close()  # so that the other process has the only one, and its death ends the pipe
+    try:
+        batch: list[T]
+        while batch := _receive(ours):
+            yield from batch
+    finally:
+        maker.kill()
+        maker.join()
+        ours.close()
+
+
+def _receive(connection: Connection) -> list[T]:
+    try:
+        message: list[T] | Exception = connection.recv()
+    except EOFError:
+        raise RuntimeError("a process that reads ahead was killed (out of memory?): start again") from None
+    if isinstance(message, Exception):
+        raise message
+    return message
+
+
+def _send(
+    connection: Connection, make: Callable[..., Iterable[T]], args: tuple[object, ...], kwargs: dict[str, object]
+) -> None:
+    try:
+        items = iter(make(*args, **kwargs))
+        while batch := list(islice(items, BATCH)):
+            connection.send(batch)
+        connection.send([])
+    except BrokenPipeError:
+        pass  # nobody reads any more
+    except Exception as error:  # raised again where it is read
+        connection.send(error)
