@@ -97,6 +97,8 @@ def pick(choices: Sequence[tuple[Ranked, Ranked]], rules: PairRules) -> tuple[Ra
     preferences = [preference(pair) for pair in choices]
     first = min(preferences)
     equals = [pair for pair, own in zip(choices, preferences, strict=True) if own == first]
+    if len(equals) == 1:
+        return equals[0]
     return random.Random(f"{rules.seed}/{choices[0][0].candidate.prompt_id}").choice(equals)
 
 
