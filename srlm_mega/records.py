@@ -128,7 +128,7 @@ class Judgement:
     decoding: Decoding | None = None
 
 
-@with_config(ConfigDict(extra="ignore"))
+@with_config(ConfigDict(extra="ignore", cache_strings=False))  # hardly a string comes twice
 @dataclass(frozen=True, slots=True)
 class JudgementScore:
     """What a reward needs of a Judgement's line. A round has millions of them: texts and tokens are not kept."""

@@ -42,6 +42,7 @@ def run_benchmark(num_candidates: int, json_file: Path | None) -> None:
         folder = Path(name)
         num_judgements = write_round(folder, num_candidates)
         size = sum(path.stat().st_size for path in folder.iterdir())
+        os.sync()  # a round's files were written long before; writing them out is not the work that is measured
         parts = {
             "pairs": measured(make_pairs, folder, num_candidates),
             "judge metrics": measured(measure_judge, folder, num_candidates),
