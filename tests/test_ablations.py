@@ -26,7 +26,7 @@ from srlm_mega.judging.template import Template
 from srlm_mega.lineage import pair_text
 from srlm_mega.plan import find_stage
 from srlm_mega.progress import read_progress
-from srlm_mega.records import Candidate, Judgement, MetaJudgement, PreferencePair, read_jsonl
+from srlm_mega.records import Candidate, Judgement, MetaJudgement, PreferencePair, Prompt, PromptDraft, read_jsonl
 from srlm_mega.run_dir import RunDir
 from srlm_mega.sampling.huggingface import HuggingFaceSampler
 from srlm_mega.sampling.sampler import SamplingParams
@@ -162,6 +162,23 @@ def test_anchored_rejection_takes_another_models_answers(other: Callable[..., Ru
     assert {one.model_hash for one in run.rows("round_1/anchors", Candidate, "candidates.jsonl")} == {
         run.folder.digest("M0")
     }
+
+
+def test_prompts_by_the_model_itself(base: Run, other: Callable[..., Run]) -> None:
+    """Of each round's own model: M1's in round 1, M2's in round 2; the fixed writer is M0."""
+    run = other("prompts.writer=current").make("round_1/prompts", "round_1/candidates", "round_1/judgements")
+    run.make("round_1/pairs", "round_1/reference", "M2", "round_2/prompts")
+    assert written_by(base, 1) == {base.folder.digest("M0")}
+    assert written_by(run, 1) == {run.folder.digest("M1")} and written_by(run, 2) == {run.folder.digest("M2")}
+    first, second = ({one.text for one in run.rows(f"round_{number}/prompts", Prompt)} for number in (1, 2))
+    assert len(first) == len(second) == 40 and not first & second, "what one round asked the next does not ask again"
+    assert first != {one.text for one in base.rows("round_1/prompts", Prompt)}
+
+
+def written_by(run: Run, number: int) -> set[str]:
+    """Digests of the models that drafted a round's prompts."""
+    folder = run.folder.output(f"round_{number}/prompts")
+    return {draft.model_hash for path in folder.glob("drafts_*.jsonl") for draft in read_jsonl(path, PromptDraft)}
 
 
 def test_positives_only_adds_perfect_answers_to_the_seed(base: Run, other: Callable[..., Run]) -> None:
