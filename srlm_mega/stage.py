@@ -49,6 +49,9 @@ def joined_ranks(config: Config, stages: Sequence[Stage]) -> AbstractContextMana
     """The ranks that torchrun started meet once, for all their stages."""
     if not any(stage.parallel for stage in stages):
         return nullcontext()
+    from srlm_mega.training.compiling import compile_on_gpus_only
+
+    compile_on_gpus_only()
     from srlm_mega.training.topology import process_group
 
     return process_group(config.trainer)

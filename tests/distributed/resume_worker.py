@@ -3,6 +3,9 @@
 torchrun --nproc-per-node N resume_worker.py LAUNCH MODELS OUT
 """
 
+import nothing_compiled  # noqa: F401
+
+# isort: split
 import json
 import os
 import shutil

@@ -3,6 +3,9 @@
 torchrun --nproc-per-node 4 stories_worker.py START PAIRS OUT; the main rank writes OUT/results.json.
 """
 
+import nothing_compiled  # noqa: F401
+
+# isort: split
 import json
 import sys
 from pathlib import Path

@@ -3,6 +3,9 @@
 torchrun --nproc-per-node 2 torch_dist_worker.py FOLDER, which holds tied/ and untied/ with model/ and checkpoint/
 """
 
+import nothing_compiled  # noqa: F401
+
+# isort: split
 import itertools
 import sys
 from pathlib import Path

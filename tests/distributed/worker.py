@@ -3,6 +3,9 @@
 torchrun --nproc-per-node N worker.py MODELS OUT
 """
 
+import nothing_compiled  # noqa: F401
+
+# isort: split
 import hashlib
 import json
 import math
