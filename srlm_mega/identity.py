@@ -6,7 +6,7 @@ from typing import Any
 from srlm_mega.config import Config
 from srlm_mega.config.file import leaves
 from srlm_mega.errors import UserError
-from srlm_mega.plan import Stage
+from srlm_mega.plan import SAMPLER, Stage
 from srlm_mega.run_dir import Identity, RunDir
 
 # How an external judge is reached: what it says, it says in any of these ways. Recorded, never compared.
@@ -51,6 +51,12 @@ def config_of(stage: Stage, config: Config) -> dict[str, Any]:
     """The values, by dotted key, that decide a stage's bytes."""
     layout = layout_of(stage, config)
     return {key: value for key, value in leaves(config).items() if within(key, stage.config) and key not in layout}
+
+
+def responding(config: Config) -> dict[str, Any]:
+    """The values, by dotted key, that decide what a model answers outside the plan: comparisons, exports."""
+    parts = (*SAMPLER, "candidates.max_new_tokens")
+    return {key: value for key, value in leaves(config).items() if within(key, parts) and not within(key, LIMITS)}
 
 
 def layout_of(stage: Stage, config: Config) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from sampling_run import begin_run, write_model
 from typer.testing import CliRunner
 
 from srlm_mega.cli import app
-from srlm_mega.config.file import load_config
+from srlm_mega.config.file import load_config, to_yaml
 from srlm_mega.data.toy_world.tokenizer import toy_tokenizer
 from srlm_mega.evaluation.results import Comparison
 from srlm_mega.records import Candidate, Prompt, parse_line, read_jsonl, write_jsonl
@@ -63,6 +63,10 @@ def test_a_folder_of_something_else_is_refused(models: tuple[Path, Path, Path], 
     assert call(models, tmp_path / "out", "--judge", str(tmp_path / "judge"))[0] == 0
     assert orjson.loads((tmp_path / "out/result.json").read_bytes())["result"]["ties"] == 6
     code, _, error = call(models, tmp_path / "out", "--judge", str(tmp_path / "judge"), "--temperature", "0.7")
+    assert code != 0 and "is of other models, prompts, settings" in str(error)
+    config_file = models[0].parent / "config.yaml"  # a run's sampler may be set anew after its end
+    config_file.write_text(to_yaml(load_config(config_file, ["sampler.batch_size=32"])))
+    code, _, error = call(models, tmp_path / "out", "--judge", str(tmp_path / "judge"))
     assert code != 0 and "is of other models, prompts, settings" in str(error)
 
 

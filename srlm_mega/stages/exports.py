@@ -11,6 +11,7 @@ from pathlib import Path
 from srlm_mega.chat import Chat
 from srlm_mega.errors import UserError
 from srlm_mega.evaluation.exports import AlpacaInstruction, AlpacaOutput, MtBenchQuestion, alpaca_json, mt_bench_line
+from srlm_mega.identity import responding
 from srlm_mega.records import Candidate, Prompt, read_jsonl
 from srlm_mega.run_dir import write_atomic
 from srlm_mega.sampling.retries import PatientSampler, none_failed, open_patient_sampler
@@ -29,9 +30,15 @@ def export_alpaca_eval(
     same command goes on."""
     prompts = [Prompt(str(number), one.instruction, one.dataset) for number, one in enumerate(instructions)]
     folder = out.with_name(f"{out.name}.partial")
-    begin(folder, {"model": model.writer.name, "instructions": [one.instruction for one in instructions],
-                   "temperature": temperature})  # fmt: skip
     file, top_p = folder / "responses.jsonl", model.config.evaluation.top_p
+    identity = {
+        "model": model.writer.name,
+        "instructions": [one.instruction for one in instructions],
+        "temperature": temperature,
+        "top_p": top_p,
+        "settings": responding(model.config),
+    }
+    begin(folder, identity)
     too_long = respond(model.config, model.writer, prompts, temperature, top_p, file, partial(show, "responses"))
     outputs = [
         AlpacaOutput(candidate.prompt, candidate.text, generator, instructions[int(candidate.prompt_id)].dataset)

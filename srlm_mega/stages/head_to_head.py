@@ -12,6 +12,7 @@ from srlm_mega.config.comparison import PairwiseJudgeConfig
 from srlm_mega.config.file import load_config
 from srlm_mega.errors import UserError
 from srlm_mega.evaluation.results import Comparison
+from srlm_mega.identity import responding
 from srlm_mega.records import Prompt, read_jsonl
 from srlm_mega.run_dir import RunDir, file_hash, write_atomic
 from srlm_mega.stages.judges import LocalJudge, OpenJudge, open_judge
@@ -78,16 +79,15 @@ def head_to_head(wish: HeadToHeadWish, out: Path) -> Comparison:
     model, theirs = RunModel.at(wish.ours), writer_at(wish.theirs)
     file = held_out(model.run) if wish.prompts is None else wish.prompts
     prompts = list(read_jsonl(file, Prompt))
-    judge = RunModel.at(model.run.output("M1")).writer.name if wish.judge is None else wish.judge.model
     identity = {
         "ours": model.writer.name,
         "theirs": theirs.name,
         "prompts": file_hash(file),
-        "judge": judge,
+        "judge": RunModel.at(model.run.output("M1")).writer.name if wish.judge is None else wish.judge.model,
+        "judge_tokens": (model.config.judge if wish.judge is None else wish.judge).max_new_tokens,
         "temperature": wish.temperature,
         "top_p": wish.top_p,
-        "max_new_tokens": model.config.candidates.max_new_tokens,
-        "shard_size": model.config.sampler.shard_size,
+        "settings": responding(model.config),
     }
     begin(out, identity)
     files = []
