@@ -21,7 +21,7 @@ from srlm_mega.ranks import allocation_for
 from srlm_mega.report.background import BackgroundReport
 from srlm_mega.run_dir import RunDir, write_atomic
 from srlm_mega.silence import Silence, longest_silence
-from srlm_mega.starts import command, comparison_commands, starts
+from srlm_mega.starts import check_sampler, command, comparison_commands, starts
 from srlm_mega.stop import PREEMPTION, on_signals
 
 POLL_SECONDS = 0.1
@@ -49,6 +49,7 @@ def run_loop(config: Config, run: RunDir, redo: tuple[str, ...], display: Displa
         if not missing:
             return 0
         check_endpoints(config)
+        check_sampler(missing, config)
         write_atomic(run.config_file, to_yaml(config).encode())
         write_atomic(run.provenance_file, provenance())
         run.report_file.unlink(missing_ok=True)  # it will be out of date

@@ -20,6 +20,12 @@ def starts(stage: Stage, config: Config) -> Literal["as ranks", "here", "in the 
     return "here"
 
 
+def check_sampler(missing: list[Stage], config: Config) -> None:
+    """UserError now, and not after hours of training, where the sampler's environment cannot be entered."""
+    if config.runtime.sampler.elsewhere and any(stage.samples for stage in missing):
+        sampler_place(config)
+
+
 def command(group: list[Stage], config: Config, run: RunDir) -> Start:
     """How stages that share their processes start; `srlm` and `torchrun` are the ones beside this Python."""
     names = [stage.name for stage in group]

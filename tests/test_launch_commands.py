@@ -219,6 +219,15 @@ def test_srlm_run_refuses_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert not config.run.dir.exists()
 
 
+def test_an_environment_that_cannot_be_entered_is_named_before_the_training(tmp_path: Path) -> None:
+    run, python = RunDir(tmp_path / "run"), tmp_path / "python"
+    python.touch()
+    config = load_config(TOY, [f"runtime.sampler.python={python}", f"run.dir={run.root}"])
+    with pytest.raises(UserError, match=r"runtime\.sampler\.python .*there is no srlm beside it"):
+        run_loop(config, run, (), display=None)  # type: ignore[arg-type]
+    assert not run.config_file.exists() and run.manifest("seed") is None
+
+
 def test_the_end_of_what_was_printed(tmp_path: Path) -> None:
     """Of every node; without torchrun's report, which would hide it."""
     log, nodes = tmp_path / "M1.log", tmp_path / "M1"
