@@ -141,6 +141,7 @@ class Dtype(StrEnum):
 def lm_eval(
     model: Model,
     dtype: Annotated[Dtype | None, typer.Option(help="None: bfloat16 where the run trains in it.")] = None,
+    cpu: Annotated[bool, typer.Option("--cpu", help="For a machine without a GPU.")] = False,
     output: Annotated[Path, typer.Option(help="Where lm-eval writes.")] = Path("lm_eval_results"),
 ) -> None:
     """Print the command lines of lm-eval for the paper's nine benchmarks, one per number of shots."""
@@ -149,7 +150,7 @@ def lm_eval(
 
     found = RunModel.at(model)
     chosen = dtype or (Dtype.BFLOAT16 if found.config.trainer.bf16 else Dtype.FLOAT32)
-    print("\n".join(lm_eval_commands(found.writer.folder.resolve(), chosen, output)))
+    print("\n".join(lm_eval_commands(found.writer.folder.resolve(), chosen, cpu, output)))
 
 
 def name_of(model: Path) -> str:

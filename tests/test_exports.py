@@ -124,9 +124,12 @@ def test_lm_evals_commands_have_nine_tasks_and_the_shots(run: RunDir) -> None:
         by_shots[named["--num_fewshot"]] = named["--tasks"].split(",")
         arguments = dict(part.split("=") for part in named["--model_args"].split(","))
         assert (Path(arguments["pretrained"]) / "config.json").is_file() and arguments["dtype"] == "float32"
+        assert arguments["parallelize"] == "True" and "--device" not in named
     assert by_shots["5"] == ["mmlu"] and by_shots["8"] == ["gsm8k"] and len(by_shots["0"]) == 7
     assert len(BENCHMARKS) == 9
-    assert "bfloat16" in lm_eval_commands(Path("a b"), "bfloat16", Path("o"))[0]
+    assert "bfloat16" in lm_eval_commands(Path("a b"), "bfloat16", False, Path("o"))[0]
+    for line in call("export", "lm_eval", run.root / "M1", "--cpu").splitlines():
+        assert "--device cpu" in line and "parallelize" not in line
 
 
 @pytest.mark.parametrize(

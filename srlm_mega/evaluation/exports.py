@@ -147,13 +147,15 @@ def mt_bench_line(question: MtBenchQuestion, model_id: str, turns: Sequence[str]
     return orjson.dumps(answer, option=orjson.OPT_APPEND_NEWLINE)
 
 
-def lm_eval_commands(model: Path, dtype: str, output: Path) -> list[str]:
-    """A command line per number of shots; `parallelize` splits the model over this node's GPUs. Training sequences
-    begin with the begin token, which lm-eval leaves out unless it is told."""
+def lm_eval_commands(model: Path, dtype: str, on_cpu: bool, output: Path) -> list[str]:
+    """A command line per number of shots, for this node's GPUs, over which `parallelize` splits the model, or for a
+    CPU. Training sequences begin with the begin token, which lm-eval leaves out unless it is told."""
+    place, device = ("", ["--device", "cpu"]) if on_cpu else (",parallelize=True", [])
     commands = []
     for shots in sorted({benchmark.shots for benchmark in BENCHMARKS}):
         tasks = ",".join(benchmark.task for benchmark in BENCHMARKS if benchmark.shots == shots)
-        arguments = f"pretrained={model},dtype={dtype},add_bos_token=True,parallelize=True"
-        argv = ["lm_eval", "--model", "hf", "--model_args", arguments, "--tasks", tasks, "--num_fewshot", str(shots)]
-        commands.append(shlex.join([*argv, "--batch_size", "auto", "--output_path", str(output)]))
+        arguments = f"pretrained={model},dtype={dtype},add_bos_token=True{place}"
+        argv = ["lm_eval", "--model", "hf", "--model_args", arguments, *device, "--tasks", tasks]
+        argv += ["--num_fewshot", str(shots), "--batch_size", "auto", "--output_path", str(output)]
+        commands.append(shlex.join(argv))
     return commands
