@@ -64,6 +64,6 @@ def start_stage(run: RunDir, stage: str) -> "subprocess.Popen[bytes]":
 
 def finish_stage(run: RunDir, stage: str) -> bytes:
     """The stage's records."""
-    code = start_stage(run, stage).wait(timeout=200)
+    code = start_stage(run, stage).wait(timeout=600)
     assert code == 0, run.log_file(stage).read_text()
     return (run.output(stage) / f"{stage.rpartition('/')[2]}.jsonl").read_bytes()

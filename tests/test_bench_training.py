@@ -97,6 +97,7 @@ def test_one_process_beside_the_baseline(srlm: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.extra
 def test_pipeline_stages_report_their_memory(srlm: Path, tmp_path: Path) -> None:
     record = bench(srlm, tmp_path / "result.json")
     assert record.devices == 2 and all("plain" not in row.name for row in record.rows)

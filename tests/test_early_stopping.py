@@ -194,15 +194,13 @@ def test_garbage_and_time_outs_stop_the_run_and_it_goes_on_where_it_was(
         return Reply(200, b"<html>") if mood[0] == "html" else Reply(hang=True)
 
     with fake_endpoint(reply) as fake:
-        run = paused(
-            "judge.model=j",
-            f"judge.endpoint={fake.url}",
-            "judge.attempts=2",
-            "judge.timeout_seconds=0.5",
-        )
+        run = paused("judge.model=j", f"judge.endpoint={fake.url}", "judge.attempts=2")
         folder.append(run.partial("M2"))
         responses = EarlyStoppingFiles(run.partial("M2")).responses(2)
-        for mood[0], cause in (("html", "not a chat completion: <html>"), ("hang", "no answer within 0.5 s")):
+        for mood[0], cause in (("html", "not a chat completion: <html>"), ("hang", "no answer within 2 s")):
+            if mood[0] == "hang":
+                patience = load_config(run.config_file, ["early_stopping.judge.timeout_seconds=2"])
+                run.config_file.write_text(to_yaml(patience))
             code, said = compare(run)
             assert code == STOPPED and "6 questions to the judge j" in said.message and cause in said.message
             assert "its `max_failed_share` allows 0" in said.message

@@ -186,7 +186,7 @@ class Stage:
 
     def ended(self, process: "subprocess.Popen[str]") -> tuple[int, str]:
         """Its exit code and what it printed."""
-        printed, _ = process.communicate(timeout=60)
+        printed, _ = process.communicate(timeout=240)
         return process.returncode, printed
 
     def asked_of_slurm(self) -> list[str]:

@@ -26,7 +26,7 @@ SMALL = [
     "seed_data.num_eft=200",
     "seed_data.num_eft_eval=80",
     "seed_data.num_validation=20",
-    "pretrain.train_iters=200",
+    "pretrain.train_iters=120",
     "sft.train_iters=60",
     "dpo.train_iters=6",
     "dpo.global_batch_size=8",
@@ -111,7 +111,7 @@ def kill_in(stage: str, folder: Path, only_controller: bool = False) -> None:
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.send_signal(signal.SIGKILL)
     process.wait()
-    _, alive = psutil.wait_procs(children, timeout=10)
+    _, alive = psutil.wait_procs(children, timeout=60)
     assert alive == [], "a stage went on writing without its controller"
     assert partial.exists() and RunDir(folder).manifest(stage) is None, f"{stage} was finished before the kill"
 
@@ -128,8 +128,8 @@ def interrupt_in(stage: str, folder: Path, number: signal.Signals) -> Finished:
         time.sleep(0.02)
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
-    _, alive = psutil.wait_procs(children, timeout=10)
+    output, _ = process.communicate(timeout=240)
+    _, alive = psutil.wait_procs(children, timeout=60)
     assert alive == [], "a stage goes on without its controller"
     return Finished(process.returncode, output, time.monotonic() - start)
 

@@ -431,7 +431,7 @@ def two_nodes(srlm: Path, out: Path, *overrides: str, second: dict[str, str] | N
     try:
         own = common | {"SLURM_PROCID": "0", "SLURMD_NODENAME": "n6"}
         done = subprocess.run(argv, env=own, capture_output=True, text=True)
-        _, said = other.communicate(timeout=60)
+        _, said = other.communicate(timeout=240)
     finally:
         other.kill()
     assert said == b"", "node 0 speaks for all"

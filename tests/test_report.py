@@ -191,7 +191,7 @@ def test_visible_spells_out_what_cannot_be_seen() -> None:
     assert shortened("abcdef", 4) == "abcd … (2 more characters)" and shortened("abcdef", 6) == "abcdef"
 
 
-@pytest.mark.parametrize("rounds", [0, 1, 5])
+@pytest.mark.parametrize("rounds", [0, 1, pytest.param(5, marks=pytest.mark.extra)])
 def test_any_number_of_rounds(tmp_path: Path, rounds: int) -> None:
     run = make_run(tmp_path / "toy", rounds)
     names = [f"M{number}" for number in range(1, rounds + 2)]

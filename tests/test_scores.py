@@ -90,9 +90,9 @@ def test_the_last_line_decides(text: str, tenths: int) -> None:
 
 @pytest.mark.parametrize("text", ["score" + " " * 50_000, "score: " * 20_000, "Score: " + "0" * 50_000 + "x"])
 def test_a_hostile_text_takes_no_time(text: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     parse_score(text)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_the_mean_is_over_valid_scores() -> None:

@@ -1,4 +1,4 @@
-"""Every parallel layout against the slow twin, in one launch per world size.
+"""Every parallel layout against the slow twin, in one launch per world size, when a test asks for one of its layouts.
 
 The bound is 1e-4 in fp32 for losses, gradient norms and logits; each kind of check is also seen to fail.
 """
@@ -25,6 +25,8 @@ pytestmark = pytest.mark.slow
 TOLERANCE = 1e-4
 FP32 = [name for name in NAMES if "bf16" not in name]
 UNTIED = [name for name in FP32 if "tied" not in name]
+WORLD_OF = {layout.name: size for size, layouts in LAYOUTS.items() for layout in layouts}
+WORLD_OF |= {"refusals": 1, "determinism": 2}
 DPO_NAMES = {"loss", "nll_loss", "grad_norm", "learning_rate", "epoch", "num_tokens", "rewards/chosen",
              "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected"}  # fmt: skip
 
@@ -38,32 +40,46 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module")
-def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the launches write."""
-    return tmp_path_factory.mktemp("layouts")
+class Results(dict[str, Any]):
+    """What every layout computed, by its name: one launch per world size, when somebody asks for one of it; the
+    smallest without torchrun."""
 
+    def __init__(self, models: Path, out: Path) -> None:
+        super().__init__()
+        self._models, self._out = models, out
 
-@pytest.fixture(scope="module")
-def results(models: Path, out: Path) -> dict[str, Any]:
-    """What every layout computed, by its name: one launch per world size, the smallest without torchrun."""
-    merged: dict[str, Any] = {}
-    worker = str(Path(__file__).parent / "worker.py")
-    for world_size in LAYOUTS:
-        folder = out / str(world_size)
+    def __missing__(self, name: str) -> Any:
+        world_size = WORLD_OF[name]
+        folder = self._out / str(world_size)
         folder.mkdir()
         torchrun = [str(Path(sys.executable).parent / "torchrun"), "--standalone", f"--nproc-per-node={world_size}"]
         command = [sys.executable] if world_size == 1 else torchrun
         done = subprocess.run(
-            [*command, worker, str(models), str(folder)],
+            [*command, str(Path(__file__).parent / "worker.py"), str(self._models), str(folder)],
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
             timeout=300,
         )
         assert done.returncode == 0, done.stderr[-4000:]
-        merged |= json.loads((folder / "results.json").read_text())
-    return merged
+        self.update(json.loads((folder / "results.json").read_text()))
+        return self[name]
+
+    def folder(self, name: str) -> Path:
+        """What a layout wrote."""
+        assert self[name]
+        return self._out / str(WORLD_OF[name]) / name
+
+
+def each(names: list[str]) -> list[Any]:
+    """A test's parameters; eight processes on two cores are for `make test-all`."""
+    return [pytest.param(name, marks=[pytest.mark.extra] if WORLD_OF[name] == 8 else []) for name in names]
+
+
+@pytest.fixture(scope="module")
+def results(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """Of the launches, as they are asked for."""
+    return Results(models, tmp_path_factory.mktemp("layouts"))
 
 
 @pytest.fixture(scope="module")
@@ -107,28 +123,28 @@ def difference(metrics: list[dict[str, float]], steps: list[twin.TwinStep]) -> f
     )
 
 
-@pytest.mark.parametrize("name", UNTIED)
-def test_sft_equals_the_twin(name: str, results: dict[str, Any], sft_twin: list[twin.TwinStep]) -> None:
+@pytest.mark.parametrize("name", each(UNTIED))
+def test_sft_equals_the_twin(name: str, results: Results, sft_twin: list[twin.TwinStep]) -> None:
     assert difference(results[name]["sft"], sft_twin) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", UNTIED)
-def test_dpo_equals_the_twin(name: str, results: dict[str, Any], dpo_twin: list[twin.TwinStep]) -> None:
+@pytest.mark.parametrize("name", each(UNTIED))
+def test_dpo_equals_the_twin(name: str, results: Results, dpo_twin: list[twin.TwinStep]) -> None:
     assert difference(results[name]["dpo"], dpo_twin) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", [name for name in FP32 if "tied" in name and name not in UNTIED])
-def test_tied_embeddings_equal_the_twin(name: str, results: dict[str, Any], models: Path) -> None:
+@pytest.mark.parametrize("name", each([name for name in FP32 if name not in UNTIED]))
+def test_tied_embeddings_equal_the_twin(name: str, results: Results, models: Path) -> None:
     assert difference(results[name]["sft"], plain_sft(models / "tied", sequences())) < TOLERANCE
     assert difference(results[name]["dpo"], plain_dpo(models / "tied")) < TOLERANCE
 
 
-def test_bf16_stays_near_the_twin(results: dict[str, Any], sft_twin: list[twin.TwinStep]) -> None:
+def test_bf16_stays_near_the_twin(results: Results, sft_twin: list[twin.TwinStep]) -> None:
     """bf16 rounds to 8 bits: the losses agree to about 2 in 1000, and are not the fp32 ones."""
     assert TOLERANCE < difference(results["single, bf16"]["sft"], sft_twin) < 5e-2
 
 
-def test_wrong_masks_would_be_seen(results: dict[str, Any], models: Path) -> None:
+def test_wrong_masks_would_be_seen(results: Results, models: Path) -> None:
     """Negative control: a mask that starts one token late."""
     shifted = [
         TokenSequence(item.id, item.tokens, max(item.num_prompt, 1) + 1)
@@ -138,7 +154,7 @@ def test_wrong_masks_would_be_seen(results: dict[str, Any], models: Path) -> Non
     assert difference(results["single"]["sft"], plain_sft(models / "start", shifted)) > 10 * TOLERANCE
 
 
-def test_means_of_means_would_be_seen(results: dict[str, Any], models: Path) -> None:
+def test_means_of_means_would_be_seen(results: Results, models: Path) -> None:
     """Negative control: each sequence's mean, averaged, instead of the mean over all tokens."""
     section, items = config(Layout(""), 1).sft, sequences()
     wrong = twin.train(
@@ -150,9 +166,7 @@ def test_means_of_means_would_be_seen(results: dict[str, Any], models: Path) -> 
     assert difference(results["single"]["sft"], wrong) > 10 * TOLERANCE
 
 
-def test_mean_log_probabilities_would_be_seen(
-    results: dict[str, Any], models: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mean_log_probabilities_would_be_seen(results: Results, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: DPO over means of log p instead of sums."""
     summed = twin.target_logps
     monkeypatch.setattr(twin, "target_logps", lambda model, item: summed(model, item) / item.num_targets)
@@ -178,35 +192,27 @@ def logit_difference(got: Tensor, want: Tensor) -> float:
     )
 
 
-def case_folder(name: str, out: Path) -> Path:
-    """What a layout wrote."""
-    world_size = next(size for size, layouts in LAYOUTS.items() if name in [layout.name for layout in layouts])
-    return out / str(world_size) / name
-
-
-@pytest.mark.parametrize("name", FP32)
-def test_logits_equal_transformers(name: str, results: dict[str, Any], models: Path, out: Path) -> None:
+@pytest.mark.parametrize("name", each(FP32))
+def test_logits_equal_transformers(name: str, results: Results, models: Path) -> None:
     want = logits_of(models / ("start" if name in UNTIED else "tied"))
-    assert logit_difference(torch.load(case_folder(name, out) / "logits.pt"), want) < TOLERANCE
+    assert logit_difference(torch.load(results.folder(name) / "logits.pt"), want) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", FP32)
-def test_trained_exports_hold_what_was_trained(name: str, results: dict[str, Any], out: Path) -> None:
+@pytest.mark.parametrize("name", each(FP32))
+def test_trained_exports_hold_what_was_trained(name: str, results: Results) -> None:
     """The exported folders of all layouts are one model, up to rounding that Adam's first steps enlarge.
 
     An export without the last update, or without other ranks' part of it, would be off by about its learning rate.
     """
     single = "single" if name in UNTIED else "single, tied"
-    got = load_file(case_folder(name, out) / "sft/huggingface/model.safetensors")
-    want = load_file(case_folder(single, out) / "sft/huggingface/model.safetensors")
+    got = load_file(results.folder(name) / "sft/huggingface/model.safetensors")
+    want = load_file(results.folder(single) / "sft/huggingface/model.safetensors")
     assert got.keys() == want.keys()
     assert max((got[key] - want[key]).abs().max().item() for key in got) < config(Layout(""), 1).sft.min_lr / 2
 
 
 @pytest.mark.parametrize("other", ["q", "v"])
-def test_swapped_weights_would_be_seen(
-    other: str, results: dict[str, Any], models: Path, out: Path, tmp_path: Path
-) -> None:
+def test_swapped_weights_would_be_seen(other: str, results: Results, models: Path, tmp_path: Path) -> None:
     """Negative control: the keys of one layer in the place of its values, or of its first queries."""
     weights = load_file(models / "start/model.safetensors")
     key, name = (f"model.layers.1.self_attn.{part}_proj.weight" for part in ("k", other))
@@ -215,20 +221,20 @@ def test_swapped_weights_would_be_seen(
     weights[name][: len(keys)] = keys
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "config.json").write_bytes((models / "start/config.json").read_bytes())
-    got = torch.load(case_folder("single", out) / "logits.pt")
+    got = torch.load(results.folder("single") / "logits.pt")
     assert logit_difference(got, logits_of(tmp_path)) > 10 * TOLERANCE
 
 
-@pytest.mark.parametrize("name", FP32)
-def test_round_trip_is_bit_identical(name: str, results: dict[str, Any], models: Path, out: Path) -> None:
+@pytest.mark.parametrize("name", each(FP32))
+def test_round_trip_is_bit_identical(name: str, results: Results, models: Path) -> None:
     want = load_file(models / ("start" if name in UNTIED else "tied") / "model.safetensors")
-    got = load_file(case_folder(name, out) / "round_trip/model.safetensors")
+    got = load_file(results.folder(name) / "round_trip/model.safetensors")
     assert got.keys() == want.keys()
     assert all(torch.equal(got[key], want[key]) for key in want)
 
 
-@pytest.mark.parametrize("name", UNTIED)
-def test_reference_equals_the_twin(name: str, results: dict[str, Any], models: Path) -> None:
+@pytest.mark.parametrize("name", each(UNTIED))
+def test_reference_equals_the_twin(name: str, results: Results, models: Path) -> None:
     model = LlamaForCausalLM.from_pretrained(models / "start")
     got = results[name]["reference"]
     assert [record["pair_id"] for record in got] == [pair.id for pair in pairs()]
@@ -238,15 +244,15 @@ def test_reference_equals_the_twin(name: str, results: dict[str, Any], models: P
             assert record["rejected"] == pytest.approx(twin.target_logps(model, pair.rejected).sum().item(), abs=1e-3)
 
 
-@pytest.mark.parametrize("name", FP32)
-def test_first_dpo_step_is_ln_2(name: str, results: dict[str, Any]) -> None:
+@pytest.mark.parametrize("name", each(FP32))
+def test_first_dpo_step_is_ln_2(name: str, results: Results) -> None:
     first, last = results[name]["dpo"][0], results[name]["dpo"][-1]
     assert first["loss"] - 0.3 * first["nll_loss"] == pytest.approx(math.log(2), abs=TOLERANCE)
     assert first["rewards/margins"] == pytest.approx(0.0, abs=TOLERANCE)
     assert last["rewards/margins"] > 0.1
 
 
-def test_metrics_have_trl_names(results: dict[str, Any]) -> None:
+def test_metrics_have_trl_names(results: Results) -> None:
     assert results["TP2"]["dpo"][0].keys() >= DPO_NAMES
     assert results["TP2"]["sft"][0].keys() >= {"loss", "grad_norm", "learning_rate", "epoch", "num_tokens"}
     tokens = sum(len(item.tokens) for item in sequences())
@@ -255,32 +261,32 @@ def test_metrics_have_trl_names(results: dict[str, Any]) -> None:
     assert 2 * tokens < last["num_tokens"] < 3 * tokens  # 40 items are two passes of 19 and 2 more
 
 
-def test_learning_rate_ends(results: dict[str, Any]) -> None:
+def test_learning_rate_ends(results: Results) -> None:
     rates = [step["learning_rate"] for step in results["TP2"]["sft"]]
     assert rates[0] == pytest.approx(3e-3) and rates[-1] == pytest.approx(3e-4)
 
 
-def test_reference_of_another_model_is_refused(results: dict[str, Any]) -> None:
+def test_reference_of_another_model_is_refused(results: Results) -> None:
     assert "not the starting model's" in results["refusals"]["messages"]["reference of another model"]
 
 
-def test_exploding_training_stops_without_export(results: dict[str, Any]) -> None:
+def test_exploding_training_stops_without_export(results: Results) -> None:
     assert "Nothing was exported" in results["refusals"]["messages"]["not finite"]
     assert not results["refusals"]["exported"]
 
 
-def test_an_export_is_read_back(results: dict[str, Any]) -> None:
+def test_an_export_is_read_back(results: Results) -> None:
     """4 layers of 6 tensors, the embedding, the last norm and the output; then one number of one of them altered."""
     assert results["refusals"]["verified"] == 4 * 6 + 3
     said = results["refusals"]["messages"]["altered export"]
     assert "does not hold what was trained: decoder.layers.2.mlp.linear_fc2.weight differ (of 1)" in said
 
 
-def test_too_long_sequences_are_left_out_and_counted(results: dict[str, Any]) -> None:
+def test_too_long_sequences_are_left_out_and_counted(results: Results) -> None:
     assert results["refusals"]["excluded"] == 1
 
 
-def test_same_seed_same_bytes(results: dict[str, Any]) -> None:
+def test_same_seed_same_bytes(results: Results) -> None:
     first, again, other_seed = results["determinism"]["hashes"]
     assert first == again
     assert first != other_seed

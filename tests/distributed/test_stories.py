@@ -20,7 +20,7 @@ from transformers import LlamaForCausalLM
 from srlm_mega.checkpoints_conversion.huggingface import open_weights, write_folder
 from srlm_mega.checkpoints_conversion.llama2c import convert
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.extra]
 TOLERANCE = 1e-4
 LAYOUTS = [f"TP{tp}" for tp in TENSOR_PARALLEL_SIZES]
 PROMPT = ONCE_UPON_A_TIME[:5]

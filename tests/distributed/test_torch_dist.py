@@ -19,7 +19,7 @@ from srlm_mega.checkpoints_conversion.verify import prove
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from test_conversion_huggingface import weights_of
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.extra]
 
 
 def test_megatron_and_the_converter_read_one_another(tmp_path: Path) -> None:
