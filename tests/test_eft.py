@@ -5,7 +5,7 @@ from collections import Counter
 from itertools import product
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from srlm_mega.data.eft import agrees, cap_modal_score, first_agreement, sample_in_order, yields
@@ -39,7 +39,6 @@ def test_agreement_with_a_ranking(
     assert agrees(ranks, scores, "strict") is strict
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 5)), min_size=2, max_size=6))
 def test_strict_agreement_is_agreement_and_mirrored_scores_never_agree(replies: list[tuple[int, int]]) -> None:
     ranks, scores = [rank for rank, _ in replies], [float(score) for _, score in replies]
@@ -70,7 +69,6 @@ def test_nothing_is_cut_without_a_single_most_common_score(scores: list[float]) 
     assert cap_modal_score(scores, seed=0) == list(range(len(scores)))
 
 
-@settings(deadline=None)
 @given(st.lists(st.sampled_from([0.0, 1.0, 2.5, 4.0, 5.0]), max_size=40), st.integers(0, 9))
 def test_the_cap_touches_one_score_only(scores: list[float], seed: int) -> None:
     before, after = Counter(scores), Counter(scores[place] for place in cap_modal_score(scores, seed))

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from srlm_mega.checkpoints_conversion.llama import LlamaShape
@@ -137,7 +137,6 @@ LAYOUTS = st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None, derandomize=True)
 @given(LAYOUTS)
 def test_more_of_an_axis_never_needs_more_of_what_it_shares(sizes: dict[str, int]) -> None:
     base = job(**sizes)
@@ -157,7 +156,6 @@ def test_more_of_an_axis_never_needs_more_of_what_it_shares(sizes: dict[str, int
     assert fullest_stage(replace(base, recompute="full")).activations < fullest_stage(base).activations
 
 
-@settings(deadline=None, derandomize=True)
 @given(LAYOUTS, st.integers(1, 64))
 def test_more_micro_batches_never_make_the_bubble_larger(sizes: dict[str, int], more: int) -> None:
     def share(micro_batches: int) -> float:
@@ -167,7 +165,6 @@ def test_more_micro_batches_never_make_the_bubble_larger(sizes: dict[str, int], 
     assert share(sizes["micro_batches"] + more) <= share(sizes["micro_batches"]) + 1e-12
 
 
-@settings(deadline=None, derandomize=True)
 @given(LAYOUTS)
 def test_time_grows_with_work_and_shrinks_with_better_parts(sizes: dict[str, int]) -> None:
     base = job(**sizes)

@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from srlm_mega.data.rouge import RougePool
@@ -27,14 +27,12 @@ def plainly_similar(pool: list[list[str]], words: list[str], threshold: float) -
     return any(words and text and 2 * lcs(text, words) / (len(text) + len(words)) > threshold for text in pool)
 
 
-@settings(deadline=None)
 @given(Texts, st.lists(st.sampled_from(["a", "bb", "c", "dd", "new", "e"]), max_size=14), Thresholds)
 def test_the_pool_agrees_with_all_pairs(pool: list[list[str]], words: list[str], threshold: float) -> None:
     rouge = RougePool(threshold, [" ".join(text).upper() for text in pool])
     assert rouge.has_similar(", ".join(words)) == plainly_similar(pool, words, threshold)
 
 
-@settings(deadline=None)
 @given(st.integers(0, 2**32), Thresholds)
 def test_a_filter_over_a_growing_pool_keeps_the_same_texts(seed: int, threshold: float) -> None:
     """Each text is compared with those kept before it; the pool orders its words anew on the way."""

@@ -133,7 +133,7 @@ def distance(got: tuple[float, Tensor], want: tuple[float, Tensor]) -> float:
 
 
 @pytest.mark.parametrize("make", [sft, dpo, weighed])
-@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(lengths=st.lists(LENGTHS, min_size=1, max_size=9))
 @example(lengths=[(1, 1, 1)])
 @example(lengths=[(2, 1, 20), (1, 20, 1), (3, 7, 7), (1, 1, 1), (2, 13, 5)])
