@@ -17,6 +17,8 @@ from srlm_mega.launch.processes import die_with
 NEEDED = ("slurmctld", "slurmd", "sbatch", "munged")
 PATIENCE = 120.0  # seconds for what takes a second or two on an idle machine
 GPUS = 2  # fake ones, of each node
+# MessageTimeout: the order to end a step that a busy node did not take in time is given again a minute later, and then
+# ends the step of that number in the job's next attempt.
 CONF = """\
 ClusterName=test
 SlurmctldHost=head
@@ -39,8 +41,9 @@ SchedulerParameters=sched_interval=2,bf_interval=2
 MpiDefault=none
 JobAcctGatherType=jobacct_gather/none
 ReturnToService=0
-SlurmctldTimeout=60
-SlurmdTimeout=60
+SlurmctldTimeout=300
+SlurmdTimeout=300
+MessageTimeout=60
 KillWait=10
 GresTypes=gpu
 NodeName={nodes} CPUs=2 RealMemory=2000 Gres=gpu:{gpus} State=UNKNOWN
