@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -45,20 +44,6 @@ def shard_reports(run: RunDir) -> list[dict[str, float]]:
     return reports
 
 
-def replicas_of(stage: "subprocess.Popen[bytes]") -> dict[int, psutil.Process]:
-    """The processes of both replicas, by number, as soon as they are there; they take seconds to begin."""
-    deadline = time.monotonic() + 300
-    found: dict[int, psutil.Process] = {}
-    while len(found) < 2:
-        assert time.monotonic() < deadline and stage.poll() is None, found
-        time.sleep(0.01)
-        for child in psutil.Process(stage.pid).children():
-            with contextlib.suppress(psutil.NoSuchProcess):  # others come and go
-                if child.cmdline()[-1:] in (["0"], ["1"]):
-                    found[int(child.cmdline()[-1])] = child
-    return found
-
-
 def first_to_finish(run: RunDir, count: int = 1) -> int:
     """The replica that finishes a shard first: on a busy machine it can be either, and long before the other. Waits
     for `count` shards of all."""
@@ -90,9 +75,9 @@ def test_kill_minus_nine_in_the_middle_changes_no_byte(tmp_path: Path, whole: by
 def test_the_shards_of_a_killed_replica_are_taken_over(tmp_path: Path, whole: bytes) -> None:
     run = begin_run(tmp_path / "run", PROMPTS, *TWO)
     process = start_stage(run, CANDIDATES)
-    replicas = replicas_of(process)
     first = first_to_finish(run)
-    replicas[first].send_signal(signal.SIGKILL)
+    replicas = {child.cmdline()[-1]: child for child in psutil.Process(process.pid).children(recursive=True)}
+    replicas[str(first)].send_signal(signal.SIGKILL)
     assert process.wait(timeout=300) == 0, run.log_file(CANDIDATES).read_text()
     assert (run.output(CANDIDATES) / "candidates.jsonl").read_bytes() == whole
     assert f"replica {first} ended with -9" in run.log_file(CANDIDATES).read_text()
@@ -107,10 +92,9 @@ def test_the_shards_of_a_killed_replica_are_taken_over(tmp_path: Path, whole: by
 def test_without_any_replica_the_stage_crashes_and_can_go_on(tmp_path: Path, whole: bytes) -> None:
     run = begin_run(tmp_path / "run", PROMPTS, *TWO)
     process = start_stage(run, CANDIDATES)
-    replicas = replicas_of(process)
     first_to_finish(run)
-    for replica in replicas.values():
-        replica.send_signal(signal.SIGKILL)
+    for child in psutil.Process(process.pid).children(recursive=True):
+        child.send_signal(signal.SIGKILL)
     assert process.wait(timeout=300) == 1
     assert "all 2 replicas ended" in run.log_file(CANDIDATES).read_text()
     assert finish_stage(run, CANDIDATES) == whole
