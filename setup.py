@@ -7,12 +7,6 @@ They are never installed under their own names: `kernels` and `tools` would coll
 from setuptools import find_namespace_packages, setup
 
 setup(
-    packages=find_namespace_packages(include=["srlm_mega*"]),
-    package_data={
-        "srlm_mega": ["py.typed"],
-        "srlm_mega.launch": ["*.sh", "*.j2", "*.toml", "configs/*.yaml", "containers/*"],
-        "srlm_mega.report": ["*.j2"],
-        "srlm_mega.judging": ["*.txt"],
-        "srlm_mega.tools.planner": ["*.json"],
-    },
+    packages=find_namespace_packages(include=["srlm_mega*"], exclude=["*.__pycache__*", "srlm_mega.tools.scripts*"]),
+    package_data={"": ["*"]},  # every file beside a module is part of its package: a list would forget one
 )

@@ -8,7 +8,7 @@ import typer
 from srlm_mega.errors import UserError
 
 OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
-ConfigFile = Annotated[Path, typer.Argument(help="YAML file, for example launch/configs/toy_cpu.yaml.")]
+ConfigFile = Annotated[Path, typer.Argument(help="YAML file, or a preset's name, for example toy_cpu.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value", metavar="[OVERRIDES]...")]
 RunFolder = Annotated[Path, typer.Argument(help="A run folder, for example runs/toy.")]
 

@@ -189,6 +189,7 @@ def sweep_training(text: str, json: Path | None) -> None:
 
 def start_again(config: "Config", config_file: Path) -> int:
     """This command in processes of its own, with `--started`, as many as the layout has; returns its exit code."""
+    from srlm_mega.config.file import find_file
     from srlm_mega.launch.commands import environment
     from srlm_mega.ranks import Start, start_ranks
     from srlm_mega.run_dir import RunDir
@@ -196,7 +197,7 @@ def start_again(config: "Config", config_file: Path) -> int:
     arguments = [*sys.argv[1:], "--started"]
     start = Start([str(Path(sys.executable).parent / "srlm"), *arguments])
     if config.world_size > 1:
-        start = start_ranks(config, RunDir(config.run.dir), "bench", arguments, config_file)
+        start = start_ranks(config, RunDir(config.run.dir), "bench", arguments, find_file(config_file))
     settings = environment(os.environ, config.launch.threads_per_process, cpu=config.trainer.device == "cpu")
     if start.logs is None:
         return subprocess.run(start.argv, check=False, env=settings).returncode

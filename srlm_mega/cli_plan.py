@@ -10,7 +10,7 @@ from srlm_mega.errors import UserError
 
 
 def plan(
-    config_file: Annotated[Path | None, typer.Argument(help="YAML file.", metavar="CONFIG")] = None,
+    config_file: Annotated[Path | None, typer.Argument(help="YAML file, or a preset's name.", metavar="CONFIG")] = None,
     overrides: Overrides = None,
     gpu: Annotated[str, typer.Option(help="a100, h100, h200, b200, ...")] = "h100",
     gpus: Annotated[int | None, typer.Option(min=1, help="Instead of the configured number.")] = None,

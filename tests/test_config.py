@@ -110,6 +110,17 @@ def test_files_that_are_no_configuration(tmp_path: Path) -> None:
         load_config(tmp_path / "broken.yaml")
 
 
+def test_a_preset_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_config(Path("toy_cpu")) == load_config(TOY)
+    assert origins(Path("toy_cpu"), [])["dpo.train_iters"] == "toy_cpu.yaml"
+    with pytest.raises(UserError, match=r"no configuration file toy\.yaml.* presets are .*oasst_cpu, toy_cpu"):
+        load_config(Path("toy.yaml"))
+    Path("toy_cpu").write_text("run: {dir: [\n")
+    with pytest.raises(UserError, match="toy_cpu is not YAML"):  # a file of that name comes first
+        load_config(Path("toy_cpu"))
+
+
 def test_origins() -> None:
     where = origins(TOY, ["dpo.beta=0.5", "judge.min_valid=2"])
     assert where["dpo.beta"] == "override"

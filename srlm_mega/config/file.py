@@ -16,6 +16,7 @@ from srlm_mega.config import Config
 from srlm_mega.errors import UserError
 
 EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
+PRESETS = Path(__file__).parent.parent / "launch" / "configs"
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -24,10 +25,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The sections of a configuration file."""
-    if not path.is_file():
-        presets = ", ".join(str(preset) for preset in sorted(Path("launch/configs").glob("*.yaml")))
-        raise UserError(f"no configuration file {path}." + (f" Presets here: {presets}" if presets else ""))
+    """The sections of a configuration file, or of a preset by its name."""
+    path = find_file(path)
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -35,6 +34,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise UserError(f"{path} must hold sections such as `run:` and `model:`, got {type(raw).__name__}")
     return raw
+
+
+def find_file(path: Path) -> Path:
+    """The configuration file at this path or, if there is none, the shipped preset of this name. UserError lists the
+    presets when it is neither."""
+    if path.is_file():
+        return path
+    presets = {preset.stem: preset for preset in sorted(PRESETS.glob("*.yaml"))}
+    if str(path) in presets:
+        return presets[str(path)]
+    raise UserError(f"no configuration file {path}, and no preset of this name; presets are {', '.join(presets)}")
 
 
 def apply_overrides(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -151,6 +161,7 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def origins(path: Path, overrides: Sequence[str]) -> dict[str, str]:
     """Where each resolved value came from: `override`, the file's name, or `default`."""
+    path = find_file(path)
     raw = read_yaml(path)
     merged = apply_overrides(raw, overrides)
     in_file, in_all = flat(raw), flat(merged)
