@@ -4,6 +4,8 @@ BIN := .venv/bin
 SET_UP := .venv/.set-up
 # Where pip has to be told of PyTorch's CPU builds: make demo PIP_FLAGS='--extra-index-url ...'
 PIP_FLAGS ?=
+# More for pytest: make test PYTEST_FLAGS='--durations=20'
+PYTEST_FLAGS ?=
 
 .PHONY: demo test test-all lint typecheck clean
 
@@ -12,11 +14,11 @@ demo: $(SET_UP)
 
 # One worker per core of a small machine; a file's tests share their launches, so they stay together.
 test: $(SET_UP) lint typecheck
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not extra"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not extra" $(PYTEST_FLAGS)
 
 # And what takes too long for every change: independent oracles, compiled kernels, a second environment.
 test-all: $(SET_UP) lint typecheck
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile $(PYTEST_FLAGS)
 
 lint: $(SET_UP)
 	$(BIN)/ruff check .

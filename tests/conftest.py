@@ -16,6 +16,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--gpu-results", default=str(ROOT / "docs/results/gpu_tests.json"), help="JSON file")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Notes in the results which tests .ci/rerun.py may start once more."""
+    for item in items:
+        if item.get_closest_marker("timing") is not None:
+            item.user_properties.append(("timing", item.nodeid))
+
+
 @pytest.fixture(scope="session")
 def srlm() -> Path:
     """The `srlm` command beside this Python."""

@@ -255,6 +255,7 @@ def test_another_source_starts_over(tmp_path: Path) -> None:
     assert prove(source, out, no_bar).num_tensors == 39
 
 
+@pytest.mark.timing
 def test_a_real_kill_and_a_second_process(tmp_path: Path) -> None:
     """SIGKILL of the command with two processes; while it runs, another one is refused."""
     source = model(tmp_path / "model", replace(GQA, num_layers=8))

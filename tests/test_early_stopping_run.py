@@ -21,7 +21,7 @@ from test_main_road import contents
 from srlm_mega.evaluation.early_stopping import EarlyStoppingFiles
 from srlm_mega.run_dir import RunDir
 
-pytestmark = pytest.mark.extra
+pytestmark = [pytest.mark.extra, pytest.mark.timing]
 KEY = "sk-a-very-secret-key-0123456789"
 
 

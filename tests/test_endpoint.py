@@ -76,6 +76,7 @@ def test_a_request_that_fails_for_good_is_named(reply: Reply, said: str, request
     assert len(fake.asked) == requests
 
 
+@pytest.mark.timing
 def test_an_endpoint_that_hangs_fails_after_its_time() -> None:
     hangs = fake_endpoint(lambda asked: Reply(hang=True))
     with hangs as fake, pytest.raises(RequestFailed, match=r"no answer within 0\.2 s"):

@@ -214,6 +214,7 @@ def stage(tmp_path: Path) -> Stage:
     return Stage(folder, job)
 
 
+@pytest.mark.timing
 def test_done(stage: Stage) -> None:
     """And every argument arrives as it is, whatever is in the path."""
     job = replace(stage.job, environment=(("NOTE", "it's $5"),), network_interface="ib0")
@@ -228,24 +229,28 @@ def test_done(stage: Stage) -> None:
     assert {"NOTE=it's $5", "NCCL_SOCKET_IFNAME=ib0", "GLOO_SOCKET_IFNAME=ib0", "PYTHONSAFEPATH=1"} <= set(settings)
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("code", [2, 3])
 def test_what_another_attempt_would_not_change(stage: Stage, code: int) -> None:
     assert stage.ended(stage.start(code=code, further=""))[0] == code
     assert stage.asked_of_slurm() == []
 
 
+@pytest.mark.timing
 def test_preempted(stage: Stage) -> None:
     code, printed = stage.ended(stage.start(code=4))
     assert code == 0 and "Queued again" in printed
     assert stage.asked_of_slurm() == ["requeue 5"]
 
 
+@pytest.mark.timing
 def test_a_person_who_makes_the_stop_file_means_it(stage: Stage) -> None:
     code, printed = stage.ended(stage.start(code=4, by_hand=""))
     assert code == 4 and "stopped by the file" in printed
     assert stage.asked_of_slurm() == []
 
 
+@pytest.mark.timing
 def test_crashed_with_and_without_progress(stage: Stage) -> None:
     assert stage.ended(stage.start(code=1))[0] == 1
     assert stage.asked_of_slurm() == []
@@ -253,6 +258,7 @@ def test_crashed_with_and_without_progress(stage: Stage) -> None:
     assert stage.asked_of_slurm() == ["requeue 5"]
 
 
+@pytest.mark.timing
 def test_restarts_are_bounded(stage: Stage) -> None:
     code, printed = stage.ended(stage.start(code=4, attempt=3))
     assert code == 4 and "3 restarts, launch.slurm.max_restarts=3" in printed
@@ -263,6 +269,7 @@ def test_restarts_are_bounded(stage: Stage) -> None:
     assert stage.asked_of_slurm() == ["requeue 5"]
 
 
+@pytest.mark.timing
 def test_a_bad_node_is_left_out(stage: Stage) -> None:
     """Besides those that were left out before. A waiting job takes it, a running one does not: requeue first."""
     code, printed = stage.ended(stage.start(preflight=2, bad="n1\nn2\n"))
@@ -271,12 +278,14 @@ def test_a_bad_node_is_left_out(stage: Stage) -> None:
     assert not (stage.folder / "arguments").exists(), "nothing was run"
 
 
+@pytest.mark.timing
 def test_nobody_to_blame(stage: Stage) -> None:
     code, printed = stage.ended(stage.start(preflight=2))
     assert code == 2 and "no node is to blame" in printed
     assert stage.asked_of_slurm() == []
 
 
+@pytest.mark.timing
 def test_the_warning_reaches_the_run(stage: Stage) -> None:
     process = stage.start(long="")
     stage.wait_for("begun")
@@ -285,6 +294,7 @@ def test_the_warning_reaches_the_run(stage: Stage) -> None:
     assert stage.asked_of_slurm() == ["requeue 5"]
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize(("second", "code", "asked"), [("USR1", 0, ["saved", "requeue 5"]), ("TERM", 4, ["saved"])])
 def test_a_second_signal_does_not_end_the_save(stage: Stage, second: str, code: int, asked: list[str]) -> None:
     process = stage.start(saves="")
@@ -296,6 +306,7 @@ def test_a_second_signal_does_not_end_the_save(stage: Stage, second: str, code: 
     assert stage.asked_of_slurm() == asked
 
 
+@pytest.mark.timing
 def test_the_warning_in_the_preflight(stage: Stage) -> None:
     process = stage.start(slow="")
     stage.wait_for("begun")
@@ -304,6 +315,7 @@ def test_the_warning_in_the_preflight(stage: Stage) -> None:
     assert stage.asked_of_slurm() == ["requeue 5"] and not (stage.folder / "arguments").exists()
 
 
+@pytest.mark.timing
 def test_what_slurm_ends_is_not_queued_again(stage: Stage) -> None:
     process = stage.start(long="")
     stage.wait_for("begun")

@@ -147,6 +147,7 @@ def files(folder: Path) -> Iterator[Path]:
                 yield path
 
 
+@pytest.mark.timing
 @pytest.mark.slow
 def test_killed_anywhere_it_goes_on_to_the_same_bytes(whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
@@ -227,6 +228,7 @@ def test_summary_has_the_final_table(whole: Path) -> None:
     assert "<html" in (whole / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.timing
 def test_the_report_opens_in_a_browser(whole: Path, tmp_path: Path, artifacts: Path) -> None:
     """Of a run that really ran: every prompt is in the explorer, and leads to its candidates."""
     with browser(tmp_path / "profile") as tab:

@@ -334,6 +334,7 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
+@pytest.mark.timing
 def test_nodes_report_over_the_network_and_clocks_are_compared() -> None:
     port = free_port()
     roll_call = RollCall(port, "attempt 1")
@@ -401,6 +402,7 @@ def test_gpus_are_trainings_or_else_samplings() -> None:
     assert preflight.gpus_of(load_config(TOY), 1) is None
 
 
+@pytest.mark.timing
 def test_a_missing_node_ends_the_preflight_with_its_name(tmp_path: Path, srlm: Path) -> None:
     """Alone where two are wanted; bad_nodes is there for the job's `--exclude`."""
     environment = os.environ | slurm(MASTER_ADDR="127.0.0.1", SLURM_PROCID="0", SLURM_JOB_NODELIST="n[7-8]")
@@ -413,6 +415,7 @@ def test_a_missing_node_ends_the_preflight_with_its_name(tmp_path: Path, srlm: P
     assert "n7" in done.stdout and (tmp_path / "n7.json").is_file()
 
 
+@pytest.mark.timing
 def test_a_node_that_cannot_reach_node_0_says_so(tmp_path: Path, srlm: Path) -> None:
     argv = [str(srlm), "launch", "preflight", str(TOY), "--out", str(tmp_path), "launch.nodes=2"]
     argv += ["launch.processes_per_node=1", "launch.preflight.report_seconds=1", f"--master-port={free_port()}"]
@@ -438,6 +441,7 @@ def two_nodes(srlm: Path, out: Path, *overrides: str, second: dict[str, str] | N
     return done.returncode, done.stdout, done.stderr
 
 
+@pytest.mark.timing
 @pytest.mark.extra
 def test_two_nodes_on_one_machine(srlm: Path, tmp_path: Path) -> None:
     code, said, wrong = two_nodes(srlm, tmp_path / "a")
@@ -446,6 +450,7 @@ def test_two_nodes_on_one_machine(srlm: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "a" / "bad_nodes").exists()
 
 
+@pytest.mark.timing
 @pytest.mark.extra
 def test_a_floor_that_no_network_reaches_is_missed(srlm: Path, tmp_path: Path) -> None:
     floor = "launch.preflight.floor_between_nodes=1e6"
@@ -453,6 +458,7 @@ def test_a_floor_that_no_network_reaches_is_missed(srlm: Path, tmp_path: Path) -
     assert code == 2 and "n6, n7: all-reduce, DP: got" in wrong and "wanted at least 1e+06 GB/s" in wrong
 
 
+@pytest.mark.timing
 @pytest.mark.extra
 def test_an_environment_that_differs_and_a_rank_that_cannot_start(srlm: Path, tmp_path: Path) -> None:
     """The second node finds another torch before the real one: an older one by its name, and it cannot be imported."""

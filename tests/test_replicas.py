@@ -18,6 +18,7 @@ from srlm_mega.config.file import load_config
 from srlm_mega.progress import read_progress
 from srlm_mega.run_dir import RunDir
 
+pytestmark = pytest.mark.timing
 STAND_IN = Path(__file__).parent / "tensorrt_llm_stand_in"
 
 PROMPTS = [f"list {number % 7 + 1} animals upper please" for number in range(200)]

@@ -10,6 +10,7 @@ from srlm_mega.report import background
 from srlm_mega.report.background import BackgroundReport
 
 
+@pytest.mark.timing
 def test_a_page_is_made_while_the_run_goes_on(tmp_path: Path) -> None:
     run = FakeRun(tmp_path / "toy").folder
     report = BackgroundReport(run, interval_seconds=0.0)
@@ -52,6 +53,7 @@ def test_never_two_at_once_and_not_too_often(tmp_path: Path, monkeypatch: pytest
     assert len(begun) == 2 and begun[0][:3] == ["nice", "-n", "19"] and begun[0][-2:] == ["report", str(run.root)]
 
 
+@pytest.mark.timing
 def test_a_report_that_fails_says_so_in_its_log_only(tmp_path: Path) -> None:
     run = FakeRun(tmp_path / "toy").folder
     run.config_file.write_text("nonsense: 1\n", encoding="utf-8")

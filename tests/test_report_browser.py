@@ -10,6 +10,7 @@ from fake_run import HOSTILE, BigRun, make_run
 
 from srlm_mega.report.page import write_report
 
+pytestmark = pytest.mark.timing
 READY = "document.querySelectorAll('.match').length > 0"
 
 

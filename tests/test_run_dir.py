@@ -191,6 +191,7 @@ def test_a_broken_manifest_is_named(tmp_path: Path) -> None:
         run.manifest("round_1/pairs")
 
 
+@pytest.mark.timing
 def test_the_lock_is_free_again_after_a_kill(tmp_path: Path) -> None:
     code = f"""
 import time

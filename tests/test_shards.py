@@ -216,6 +216,7 @@ def test_reports_of_this_attempt_and_of_the_one_before(tmp_path: Path) -> None:
     assert (earlier, now) == ([0, 1], [2, 3, 4])
 
 
+@pytest.mark.timing
 def test_two_take_every_shard_once(tmp_path: Path) -> None:
     """Two takers at once; the barrier proves that neither did all alone."""
     whole = run(tmp_path / "whole" / "out.jsonl")
@@ -305,6 +306,7 @@ run_shards(files, work, lambda report: None, lambda report: None)
 """
 
 
+@pytest.mark.timing
 def test_kill_minus_nine_changes_no_byte(tmp_path: Path) -> None:
     whole = run(tmp_path / "whole" / "out.jsonl")
     output = tmp_path / "killed" / "out.jsonl"

@@ -41,6 +41,7 @@ wait_for_an_answer()
 """
 
 
+@pytest.mark.timing
 def test_a_stage_and_its_replica_show_their_stacks_and_are_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -76,6 +77,7 @@ def test_progress_begins_the_time_anew(tmp_path: Path) -> None:
     assert silence._since > before
 
 
+@pytest.mark.timing
 def test_only_who_listens_is_asked() -> None:
     code = "import time; time.sleep(60)"
     deaf = subprocess.Popen([sys.executable, "-c", code])

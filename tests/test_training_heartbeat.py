@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import pytest
 from torch.distributed import TCPStore
 
 from srlm_mega.training.heartbeat import Beat, absent
@@ -58,6 +59,7 @@ def test_when_all_are_there_nobody_is_blamed() -> None:
     assert "All ranks are at this place" in absent(NAMES, beats(9, 9, 9, ticks=4), beats(9, 9, 9, ticks=7))
 
 
+@pytest.mark.timing
 def test_a_stopped_process_is_named_and_the_others_end() -> None:
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     ranks = [
@@ -92,6 +94,7 @@ time.sleep(120)
 """
 
 
+@pytest.mark.timing
 def test_a_store_that_does_not_answer_keeps_nobody() -> None:
     """As behind a cable that was cut: the question is never answered, and never refused."""
     server = subprocess.Popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE, text=True)

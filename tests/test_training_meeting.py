@@ -22,6 +22,7 @@ def test_who_did_not_come_is_named(capfd: pytest.CaptureFixture[str]) -> None:
     assert "in wait_for_all" in capfd.readouterr().err
 
 
+@pytest.mark.timing
 def test_when_all_come_it_goes_on() -> None:
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     other = TCPStore("localhost", store.port, is_master=False, timeout=timedelta(seconds=60))

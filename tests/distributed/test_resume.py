@@ -14,7 +14,7 @@ import pytest
 import twin
 from safetensors.torch import load_file
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timing]
 TOLERANCE = 1e-5
 WORKER = Path(__file__).parent / "resume_worker.py"
 

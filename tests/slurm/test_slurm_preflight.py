@@ -7,7 +7,7 @@ import pytest
 from cluster import Cluster, text
 from hosts import ETC
 
-pytestmark = pytest.mark.extra
+pytestmark = [pytest.mark.extra, pytest.mark.timing]
 ROOT = Path(__file__).resolve().parent.parent.parent
 SRLM = Path(sys.executable).parent / "srlm"
 CONFIG = [ROOT / "launch/configs/toy_cpu.yaml", "launch.nodes=2", "launch.processes_per_node=1"]

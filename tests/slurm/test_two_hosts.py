@@ -14,7 +14,7 @@ from hosts import Host, hosts, why_no_hosts
 from srlm_mega.run_dir import RunDir
 from srlm_mega.training.checkpoint_files import complete_steps
 
-pytestmark = pytest.mark.extra
+pytestmark = [pytest.mark.extra, pytest.mark.timing]
 ROOT = Path(__file__).resolve().parent.parent.parent
 SRLM = Path(sys.executable).parent / "srlm"
 LONG = 300.0  # seconds for what takes 30 on an idle machine

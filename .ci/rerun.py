@@ -1,0 +1,46 @@
+"""The second try of .ci/run: failed tests with the marker `timing` run once more, alone; any other failure is final.
+
+Usage: rerun.py RESULTS, the file that `pytest --junitxml` wrote. tests/conftest.py notes in it which tests are marked.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+MOST = 6  # more failures than these are no bad luck, and a second try of each takes minutes
+
+
+def failures(results: Path) -> tuple[list[str], list[str]]:
+    """Failed tests with the marker, by node id, and the names of all others that failed."""
+    timing: dict[str, None] = {}
+    others: dict[str, None] = {}
+    for test in ElementTree.parse(results).iter("testcase"):
+        if test.find("failure") is None and test.find("error") is None:
+            continue
+        marked = test.find("properties/property[@name='timing']")
+        if marked is None:
+            others[f"{test.get('classname')}.{test.get('name')}"] = None
+        else:
+            timing[marked.attrib["value"]] = None
+    return list(timing), list(others)
+
+
+def main(results: Path) -> int:
+    """Pytest's exit code of the second try; 1 when there is none."""
+    if not results.is_file():
+        print("no second try: no test has run", file=sys.stderr)
+        return 1
+    timing, others = failures(results)
+    if others:
+        print(f"no second try: these failed without the marker `timing`: {', '.join(others)}", file=sys.stderr)
+        return 1
+    if not 0 < len(timing) <= MOST:
+        print(f"no second try: {len(timing)} tests with the marker `timing` failed", file=sys.stderr)
+        return 1
+    print("these failed, have the marker `timing`, and run once more, alone:", *timing, sep="\n  ", flush=True)
+    return subprocess.run([Path(sys.executable).with_name("pytest"), "-n", "0", *timing], check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
