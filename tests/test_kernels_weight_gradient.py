@@ -37,7 +37,8 @@ def test_the_gradient_goes_to_megatron_s_buffer_in_fp32() -> None:
     buffer = vars(weight)["main_grad"]
     returned = add_all(weight)
     true = true_sum(torch.bfloat16) + 1
-    assert (buffer - true).abs().max() < 1e-6
+    # 12 products and the 1.0 are added up below 16, where fp32 numbers are 8 eps apart: 13 times half of that.
+    assert (buffer - true).abs().max() < 13 * 4 * torch.finfo(torch.float32).eps
     assert (buffer.bfloat16() - true).abs().max() > 1e-3, "the bound above sees a buffer of bf16"
     assert vars(weight)["grad_added_to_main_grad"] is True
     assert returned.shape == weight.shape and returned.dtype == weight.dtype, "Megatron's hook wants a gradient there"

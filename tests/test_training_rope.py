@@ -30,7 +30,9 @@ def megatron(scaled: bool) -> torch.Tensor:
 
 def test_frequencies_are_those_of_transformers() -> None:
     want = LlamaRotaryEmbedding(LlamaConfig(**SHAPE.to_huggingface())).inv_freq
-    assert torch.allclose(megatron(scaled=True), want, rtol=1e-6, atol=0)
+    # A power of the base is e^(x * ln base) with x below 1: rounding the exponent, up to ln 500000 = 13, is a relative
+    # error of up to 13 eps / 2 on either side. The scaling rounds a few more times.
+    assert torch.allclose(megatron(scaled=True), want, rtol=16 * torch.finfo(torch.float32).eps, atol=0)
     assert not torch.allclose(megatron(scaled=False), want, rtol=0.1, atol=0)
 
 

@@ -4,14 +4,14 @@ from typing import Any
 
 import pytest
 import torch
-from kernels_cases import CASES, CONSISTENCY, DPO_LOSSES, ONE_RANK_CASES, run, run_dpo
+from kernels_cases import CASES, CONSISTENCY, DPO_BOUND, DPO_LOSSES, LOGP_BOUND, ONE_RANK_CASES, run, run_dpo
 
 from srlm_mega.kernels import ops, reference
 from srlm_mega.tools.bench_kernels import SHAPES, bench_shape, find_device
 
 pytestmark = pytest.mark.gpu
 # As in test_kernels_interpreter.py; a GPU rounds to bf16 where the interpreter truncates.
-GRADIENT_MARGIN = {"float32": 2e-6, "bfloat16": 2.0**-9}
+GRADIENT_MARGIN = {"float32": LOGP_BOUND, "bfloat16": 2.0**-9}
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def device() -> torch.device:
 @pytest.mark.parametrize("case", [*CASES, *ONE_RANK_CASES], ids=lambda case: case.name)
 def test_head_is_as_exact_as_pytorch(case: Any, device: torch.device) -> None:
     found = run(case, ops.vp_linear_logprob, None, device)
-    assert found.ours.logp <= 1e-6 < found.wrong.logp
+    assert found.ours.logp <= LOGP_BOUND < found.wrong.logp
     assert found.ours.hidden <= found.eager.hidden + GRADIENT_MARGIN[case.dtype] < found.wrong.hidden
     assert found.ours.weight <= found.eager.weight + GRADIENT_MARGIN[case.dtype] < found.wrong.weight
 
@@ -30,13 +30,13 @@ def test_head_is_as_exact_as_pytorch(case: Any, device: torch.device) -> None:
 @pytest.mark.parametrize(("loss_type", "smoothing"), DPO_LOSSES)
 def test_dpo_kernel(loss_type: Any, smoothing: float, device: torch.device) -> None:
     found = run_dpo(ops.dpo_loss, loss_type, smoothing, device)
-    assert max(found[name] for name in ("loss", "sums", "seq_logp", "per_pair", "gradient")) <= 1e-6
+    assert max(found[name] for name in ("loss", "sums", "seq_logp", "per_pair", "gradient")) <= DPO_BOUND
     assert found["bit equal"] and found["unpaired"] == 0
 
 
 def test_dpo_kernel_with_a_consistency_for_each_pair(device: torch.device) -> None:
     found = run_dpo(ops.dpo_loss, "sigmoid", 0.0, device, CONSISTENCY)
-    assert max(found[name] for name in ("loss", "sums", "seq_logp", "per_pair", "gradient")) <= 1e-6
+    assert max(found[name] for name in ("loss", "sums", "seq_logp", "per_pair", "gradient")) <= DPO_BOUND
     assert found["bit equal"] and found["unpaired"] == 0 and found["without smoothing"] > 1e-3
 
 
@@ -72,7 +72,9 @@ def test_the_gradient_is_written_over_the_logits(device: torch.device) -> None:
     true = reference.vp_logprob(whole, target, vocab_start=0, tp_group=None)
     (true_grad,) = torch.autograd.grad(true.sum(), whole)
     assert grad.data_ptr() == leaf.data_ptr()
-    assert (logp - true).abs().max() <= 1e-6 and (grad - true_grad).abs().max() <= 1e-6
+    # log p is below 64, where fp32 numbers are 32 eps apart, and rounded three times; the gradient's error is relative.
+    bound = 3 * 16 * torch.finfo(torch.float32).eps
+    assert (logp - true).abs().max() <= bound and (grad - true_grad).abs().max() <= bound
 
 
 def test_every_provider_of_the_benchmark_is_right() -> None:
