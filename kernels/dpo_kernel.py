@@ -149,6 +149,7 @@ def pair_loss(
             value = unbiased * ((1 - label_smoothing) * softplus(-x) - label_smoothing * softplus(x))
             slope = -unbiased * ((1 - label_smoothing) * tl.sigmoid(-x) + label_smoothing * tl.sigmoid(x))
         else:
+            tl.static_assert(LOSS_TYPE == "hinge", "unknown LOSS_TYPE")
             value = tl.maximum(1 - x, 0.0)
             slope = tl.where(x < 1, -1.0, 0.0)
         by_chosen = beta * slope

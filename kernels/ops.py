@@ -3,7 +3,7 @@
 `kernels/reference.py` is the definition of every number here. Nothing of this ran on a GPU yet.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -121,7 +121,8 @@ def dpo_loss(
     if consistency is not None:
         _check_consistency(consistency, pairs, loss_type, label_smoothing)
     checks.require(beta > 0, "beta", beta, "a positive number")
-    checks.require(loss_type in ("sigmoid", "robust", "hinge", "ipo"), "loss_type", loss_type, "sigmoid, robust, ...")
+    known = get_args(LossType)
+    checks.require(loss_type in known, "loss_type", loss_type, f"{', '.join(known[:-1])} or {known[-1]}")
     limit = {"sigmoid": 1.0, "robust": 0.5}.get(loss_type, 0.0)
     fits = label_smoothing == 0 or 0 <= label_smoothing < limit
     checks.require(fits, "label_smoothing", label_smoothing, f"0, or up to (not including) {limit} with {loss_type}")

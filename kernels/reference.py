@@ -4,7 +4,7 @@ Small pure functions of tensors, differentiated by autograd. `kernels/ops.py` is
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, assert_never
 
 import torch
 from torch import Tensor
@@ -97,6 +97,8 @@ def dpo_loss(
         case "ipo":
             mean_ratios = ratios / lengths.clamp(min=1)
             per_pair = ipo_loss(mean_ratios[chosen] - mean_ratios[rejected], beta)
+        case _:
+            assert_never(loss_type)
     loss = per_pair.sum() / n_pairs_global
     if rpo_alpha > 0:
         loss = loss - rpo_alpha * seq_logp[chosen].sum() / n_nll_global

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import triton
+from triton.compiler.errors import CompilationError
 
 from srlm_mega.tools.compile_kernels import ARCHITECTURES, Resources, compile_all, compile_variant, shipped_variants
 
@@ -35,6 +36,13 @@ def test_a_configuration_that_spills_is_seen() -> None:
     variant = next(shipped_variants())
     wasteful = replace(variant, constants=variant.constants | {"BLOCK": 16384}, num_warps=4)
     assert compile_variant(wasteful, 90).spilled_bytes > 0
+
+
+def test_an_unknown_loss_does_not_compile() -> None:
+    variant = next(one for one in shipped_variants() if one.name == "dpo sigmoid")
+    with pytest.raises(CompilationError) as refused:
+        compile_variant(replace(variant, constants=variant.constants | {"LOSS_TYPE": "kto"}), 90)
+    assert "unknown LOSS_TYPE" in str(refused.value.__cause__)
 
 
 def test_an_interpreted_kernel_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:

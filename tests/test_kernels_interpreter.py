@@ -96,6 +96,10 @@ def test_dpo_kernel(results: Results, loss_type: str, smoothing: float) -> None:
     assert smoothing == 0 or found["without smoothing"] > 1e-3, "the bound sees a wrong label_smoothing"
 
 
+def test_an_unknown_loss_is_not_the_last_one(results: Results) -> None:
+    assert "unknown LOSS_TYPE" in results[1]["unknown loss"]
+
+
 def test_dpo_kernel_with_a_consistency_for_each_pair(results: Results) -> None:
     """The same bounds; the control leaves the consistency out."""
     found = results[1]["dpo per pair"]

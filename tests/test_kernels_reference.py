@@ -274,7 +274,7 @@ def test_head_refuses(changed: dict[str, Any], message: str) -> None:
         ({"pairs": torch.tensor([0, 1])}, r"pairs: got shape \[2\]"),
         ({"ref_logp": torch.zeros(3, dtype=torch.int64)}, "ref_logp: got torch.int64"),
         ({"beta": 0.0}, "beta: got 0.0"),
-        ({"loss_type": "kto"}, "loss_type: got kto"),
+        ({"loss_type": "kto"}, "loss_type: got kto, expected sigmoid, robust, hinge or ipo"),
         ({"loss_type": "robust", "label_smoothing": 0.5}, "label_smoothing: got 0.5"),
         ({"loss_type": "hinge", "label_smoothing": 0.1}, "label_smoothing: got 0.1"),
         ({"consistency": torch.ones(2)}, r"consistency: got shape \[2\], expected \[1\]"),

@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, assert_never
 
 from srlm_mega.chat import Chat
 from srlm_mega.config.training import TrainingConfig
@@ -124,11 +124,14 @@ def done(summary: TrainingSummary) -> Done:
 def tokenized(examples: Iterable[SftExample], chat: Chat) -> Iterable[TokenSequence]:
     """Prompt and target ids of each example; of a document every token after the first is a target."""
     for example in examples:
-        if example.kind == "document":
-            yield TokenSequence(example.id, chat.document(example.completion), num_prompt=1)
-        else:
-            prompt = chat.prompt(example.prompt)
-            yield TokenSequence(example.id, prompt + chat.completion(example.completion), len(prompt))
+        match example.kind:
+            case "document":
+                yield TokenSequence(example.id, chat.document(example.completion), num_prompt=1)
+            case "ift" | "eft":
+                prompt = chat.prompt(example.prompt)
+                yield TokenSequence(example.id, prompt + chat.completion(example.completion), len(prompt))
+            case _:
+                assert_never(example.kind)
 
 
 def reference(work: Work, topology: Topology) -> Done:

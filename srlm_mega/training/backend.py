@@ -5,7 +5,7 @@ What needs CUDA here has not been run on a GPU.
 
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any, Literal, assert_never
 
 import torch
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -57,7 +57,13 @@ def choose_backend(config: Config, device: torch.device) -> Backend:
     """`auto` takes Transformer Engine on CUDA where it is installed. UserError when what is asked for cannot be had."""
     wanted, on_cuda = config.model.layer_backend, device.type == "cuda"
     found = installed("transformer_engine")
-    use_engine = wanted != "torch" and on_cuda and found
+    match wanted:
+        case "torch":
+            use_engine = False
+        case "auto" | "transformer_engine":
+            use_engine = on_cuda and found
+        case _:
+            assert_never(wanted)
     needed_by = [f"model.layer_backend={wanted}"] if wanted == "transformer_engine" else []
     needed_by += [f"trainer.fp8={config.trainer.fp8}"] if config.trainer.fp8 is not None else []
     if needed_by and not use_engine:
@@ -95,6 +101,8 @@ def block(backend: Backend, num_layers: int) -> TransformerBlockSubmodules:
             return torch_block(num_layers, SdpaAttention)
         case "sdpa_of_gathered_keys":
             return torch_block(num_layers, ContextAttention)
+        case _:
+            assert_never(backend.attention)
 
 
 def fuse_gradients(backend: Backend, chunk: nn.Module) -> None:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import ClassVar, assert_never
 
 import torch
 from torch import Tensor
@@ -159,6 +159,8 @@ def loss_without_margin(section: DpoConfig) -> float:
             return 1 / (4 * section.beta**2)
         case "sigmoid" | "robust":
             return math.log(2)
+        case _:
+            assert_never(section.loss_type)
 
 
 def flat(pairs: Sequence[PairSequences]) -> list[TokenSequence]:

@@ -1,8 +1,8 @@
 """FP8 in Megatron's words, and the lengths that FP8 matrix products take. This has not been run on a GPU."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, assert_never
 
 from megatron.core.transformer.module import MegatronModule
 
@@ -30,9 +30,26 @@ def length_multiple(trainer: TrainerConfig, parallel: ParallelConfig) -> int:
     """
     if trainer.fp8 is None:
         return 1
-    block = 128 if trainer.fp8_recipe == "blockwise" else 16
+    match trainer.fp8_recipe:
+        case "blockwise":
+            block = 128
+        case "delayed" | "tensorwise":
+            block = 16
+        case _:
+            assert_never(trainer.fp8_recipe)
     parts = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
     return block * parts * parallel.context_parallel_size
+
+
+def precision_before_training(model: Sequence[MegatronModule], trainer: TrainerConfig) -> AbstractContextManager[None]:
+    """A block for passes that come before all others: bf16 where FP8 is scaled by earlier passes, else no change."""
+    match trainer.fp8_recipe:
+        case "delayed":
+            return without_fp8(model)
+        case "tensorwise" | "blockwise":
+            return nullcontext()
+        case _:
+            assert_never(trainer.fp8_recipe)
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """Log-probabilities of pairs under the model that a round starts from: one forward pass, before the first update."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -12,7 +11,7 @@ from srlm_mega.kernels.reference import segment_sums
 from srlm_mega.records import ReferenceLogprobs
 from srlm_mega.training.batch import PairSequences
 from srlm_mega.training.dpo import flat
-from srlm_mega.training.fp8 import without_fp8
+from srlm_mega.training.fp8 import precision_before_training
 from srlm_mega.training.metrics import Report
 from srlm_mega.training.model import build_model, transformer_config
 from srlm_mega.training.schedule import forward
@@ -43,7 +42,7 @@ def compute_reference(
         cut = split(items, section, topology)
         parts = cut.micro_batches
         batches = [cut.batch(flat([items[place] for place in part]), topology.device) for part in parts]
-        with without_fp8(model) if config.trainer.fp8_recipe == "delayed" else nullcontext():
+        with precision_before_training(model, config.trainer):
             outputs = forward(model, batches)
         for part, batch, token_logps in zip(parts, batches, outputs, strict=topology.is_reporter):
             if topology.is_reporter:

@@ -8,7 +8,7 @@ conventions cannot be compared, so the keys name this one: `TFLOP/s/GPU_causal`,
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, assert_never
 
 from srlm_mega.checkpoints_conversion.llama import LlamaShape
 from srlm_mega.config.training import TrainerConfig
@@ -44,10 +44,17 @@ def precision_of(trainer: TrainerConfig) -> Precision:
 def peak_tflops(device_name: str | None, precision: Precision) -> float | None:
     """Dense peak of one device, None where it is not known (CPUs, other GPUs, fp32)."""
     peaks = PEAK_TFLOPS.get(device_name or "")
-    if peaks is None or precision == "fp32":
+    if peaks is None:
         return None
-    bf16, fp8 = peaks
-    return bf16 if precision == "bf16" else fp8
+    match precision:
+        case "fp32":
+            return None
+        case "bf16":
+            return peaks[0]
+        case "fp8":
+            return peaks[1]
+        case _:
+            assert_never(precision)
 
 
 def linear_flops_per_token(shape: LlamaShape) -> float:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Literal, TypeVar, cast
+from typing import Literal, TypeVar, assert_never, cast
 
 import psutil
 import torch
@@ -219,11 +219,18 @@ def started_as() -> int:
 
 def choose_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
     """`auto` is CUDA where there is one. UserError when CUDA is wanted and absent."""
-    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise UserError("trainer.device=cuda, but this machine shows no CUDA device: use trainer.device=cpu or auto")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    cpu, cuda = torch.device("cpu"), torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    match wanted:
+        case "cpu":
+            return cpu
+        case "auto":
+            return cuda if torch.cuda.is_available() else cpu
+        case "cuda":
+            if torch.cuda.is_available():
+                return cuda
+            raise UserError("trainer.device=cuda, but there is no CUDA device here: use trainer.device=cpu or auto")
+        case _:
+            assert_never(wanted)
 
 
 def check_world_size(parallel: ParallelConfig, world_size: int) -> None:

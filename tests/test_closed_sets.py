@@ -1,0 +1,48 @@
+"""A value outside a closed set is an error that names it, never the last branch of a choice."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from srlm_mega.config.file import load_config
+from srlm_mega.config.training import DpoConfig, ParallelConfig, TrainerConfig
+from srlm_mega.kernels import reference
+from srlm_mega.training.backend import Backend, block, choose_backend
+from srlm_mega.training.dpo import loss_without_margin
+from srlm_mega.training.fp8 import length_multiple, precision_before_training
+from srlm_mega.training.throughput import peak_tflops
+from srlm_mega.training.topology import choose_device
+
+FP8 = TrainerConfig(bf16=True, fp8="hybrid").model_copy(update={"fp8_recipe": "kto"})
+TOY = load_config(Path(__file__).resolve().parent.parent / "launch/configs/toy_cpu.yaml")
+CONFIG = TOY.model_copy(update={"model": TOY.model.model_copy(update={"layer_backend": "kto"})})
+DPO = DpoConfig(train_iters=1, lr=1e-3, min_lr=0).model_copy(update={"loss_type": "kto"})
+
+
+def reference_loss() -> None:
+    logp, ref, bounds = torch.zeros(2), torch.zeros(2), torch.tensor([0, 1, 2])
+    options: dict[str, Any] = {"beta": 0.1, "loss_type": "kto", "label_smoothing": 0.0, "rpo_alpha": 0.0}
+    reference.dpo_loss(logp, bounds, torch.tensor([[0, 1]]), ref, n_pairs_global=1.0, n_nll_global=1.0, **options)
+
+
+@pytest.mark.parametrize(
+    "choose",
+    [
+        reference_loss,
+        lambda: loss_without_margin(DPO),
+        lambda: block(Backend("torch", "kto", False, False), 1),  # type: ignore[arg-type]
+        lambda: choose_backend(CONFIG, torch.device("cpu")),
+        lambda: length_multiple(FP8, ParallelConfig()),
+        lambda: precision_before_training([], FP8),
+        lambda: peak_tflops("NVIDIA H200", "kto"),  # type: ignore[arg-type]
+        lambda: choose_device("kto"),  # type: ignore[arg-type]
+    ],
+    ids=["loss", "first loss", "attention", "layers", "multiple", "reference", "precision", "device"],
+)
+def test_an_unknown_value_is_named(choose: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # where the devices end
+    with pytest.raises(AssertionError, match="kto"):
+        choose()
