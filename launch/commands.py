@@ -4,7 +4,9 @@ sampler's environment. Pure functions."""
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, assert_never
+
+from srlm_mega.errors import UserError
 
 # What `environment` sets; a container is given these by name, with whatever values they have.
 SETTINGS = (
@@ -124,19 +126,30 @@ def literal(path: Path) -> str:
 
 
 def pyxis(container: str | None, mounts: Sequence[Path], workdir: Path) -> list[str]:
-    """srun's options for a container: it sees the working directory and `mounts`, and nobody's home. ValueError for
+    """srun's options for a container: it sees the working directory and `mounts`, and nobody's home. UserError for
     folders whose names pyxis would take apart."""
     if container is None:
         return []
     seen = (workdir, *(path.resolve() for path in mounts))
     for folder in seen:
         if "," in str(folder) or ":" in str(folder):
-            raise ValueError(
+            raise UserError(
                 f"{folder}: a container cannot be given a folder with a comma or colon in its name; rename it"
             )
     folders = ",".join(f"{folder}:{folder}" for folder in seen)
     return [f"--container-image={container}", f"--container-mounts={folders}", f"--container-workdir={workdir}",
             "--no-container-mount-home"]  # fmt: skip
+
+
+def gpu_request(option: Literal["gpus-per-node", "gres"], number: int) -> str:
+    """How a cluster is asked for so many GPUs of each node."""
+    match option:
+        case "gpus-per-node":
+            return f"--gpus-per-node={number}"
+        case "gres":
+            return f"--gres=gpu:{number}"
+        case other:
+            assert_never(other)
 
 
 def port_of(job: int) -> int:
@@ -198,8 +211,7 @@ def srun(place: SamplerPlace) -> list[str]:
         "srun", "--exact", f"--nodes={nodes}", f"--ntasks={tasks}", f"--ntasks-per-node={-(-tasks // nodes)}",
         f"--cpus-per-task={place.cpus_per_task}", "--mem=0", "--kill-on-bad-exit=1", "--export=ALL",
     ]  # fmt: skip
-    gpus = "--gres=gpu:" if place.gpu_option == "gres" else "--gpus-per-node="
-    argv += [] if place.cpu else [f"{gpus}{min(place.devices, place.devices_per_node)}"]
+    argv += [] if place.cpu else [gpu_request(place.gpu_option, min(place.devices, place.devices_per_node))]
     argv += ["--mpi=pmix"] if place.mpi else []
     return [*argv, *pyxis(place.container, place.mounts, Path.cwd())]
 

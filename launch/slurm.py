@@ -1,58 +1,121 @@
-"""A Slurm job as a readable script: plain values in, the text of an sbatch file out."""
+"""From a configuration to a Slurm job: what it asks for, its script, what is refused before it is submitted."""
 
+import json
+import re
 import shlex
-from dataclasses import asdict, dataclass
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, assert_never
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from srlm_mega.launch.commands import literal, pyxis
+from srlm_mega.config import Config
+from srlm_mega.config.file import check_outside_files, load_config, to_yaml
+from srlm_mega.errors import UserError
+from srlm_mega.launch.commands import gpu_request, literal, pyxis
+from srlm_mega.run_dir import RunDir, write_atomic
 
 Template = Literal["run", "train", "sample", "bench"]
+PARTITION = re.compile(r"[^|]+\|\d+\|[^|]*")  # sites have sinfo and sbatch say other things as well
+JOB_NUMBER = re.compile(r"^(\d+)(?:;\S*)?\Z", re.MULTILINE)  # in the last line; its cluster's name may follow
+PATIENCE_SECONDS = 60.0
+GPUS = re.compile(r"gpu:(?:[^:,(]+:)?(\d+)")
 
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """What a job needs to know. Paths are absolute; `jobs` is the folder of its logs; `gpus_per_node` 0: a CPU job;
-    `preflight_nodes`, the first ones, are those that train, 0: the job has fewer.
-
-    `config` is the configuration as it was resolved when the job was written; `stages` are those of train and sample.
-    """
+    """A configuration as a job that does the whole run or one kind of work. `stages` are those of train and sample;
+    the job works in `workdir`, which is absolute."""
 
     template: Template
-    name: str
-    config: Path
-    run: Path
-    jobs: Path
-    workdir: Path
-    bin_dir: Path
-    nodes: int
-    preflight_nodes: int
-    gpus_per_node: int
-    gpu_option: Literal["gpus-per-node", "gres"]
-    partition: str | None
-    account: str | None
-    time: str | None
-    sbatch_options: tuple[str, ...]
-    signal_seconds: int
-    max_restarts: int
-    stages: tuple[str, ...]
-    modules: tuple[str, ...]
-    environment: tuple[tuple[str, str], ...]
-    network_interface: str | None
-    container: str | None
-    mounts: tuple[Path, ...]
+    config: Config
+    stages: tuple[str, ...] = ()
+    workdir: Path = field(default_factory=Path.cwd)
+
+    @property
+    def run(self) -> RunDir:
+        """The run folder, absolute."""
+        return RunDir(self.workdir / self.config.run.dir)
+
+    @property
+    def name(self) -> str:
+        """As squeue shows it."""
+        return f"srlm-{self.run.root.name}"
+
+    @property
+    def config_file(self) -> Path:
+        """The configuration as it was resolved when the job was written, which the job runs."""
+        return self.run.jobs / f"{self.template}.yaml"
+
+    @property
+    def bin_dir(self) -> Path:
+        """The folder of `srlm` on the nodes."""
+        return Path(self.config.launch.slurm.python or sys.executable).absolute().parent
+
+    @property
+    def nodes(self) -> int:
+        """Nodes that training and sampling need, whichever the job does."""
+        sampler = self.config.runtime.sampler
+        sampling = -(-sampler.num_devices // sampler.devices_per_node)
+        match self.template:
+            case "run":
+                return max(self.config.launch.nodes, sampling)
+            case "sample":
+                return sampling
+            case "train" | "bench":
+                return self.config.launch.nodes
+            case other:
+                assert_never(other)
+
+    @property
+    def gpus_per_node(self) -> int:
+        """GPUs that each node needs; 0 where everything runs on CPUs."""
+        config, sampler = self.config, self.config.runtime.sampler
+        training = 0 if config.trainer.device == "cpu" else config.launch.processes_per_node
+        sampling = 0 if config.sampler.device == "cpu" else min(sampler.num_devices, sampler.devices_per_node)
+        match self.template:
+            case "run":
+                return max(training, sampling)
+            case "sample":
+                return sampling
+            case "train" | "bench":
+                return training
+            case other:
+                assert_never(other)
+
+    @property
+    def preflight_nodes(self) -> int:
+        """The preflight looks at the job's first nodes, those that train; 0 where the job has fewer."""
+        return self.config.launch.nodes if self.config.launch.nodes <= self.nodes else 0
+
+
+def load_for_job(
+    path: Path, overrides: Sequence[str], template: Template, nodes: int | None, slurm: Mapping[str, str | None]
+) -> Config:
+    """The configuration as the command line's options change it. UserError, with the arithmetic, when the layout does
+    not come out even on so many nodes."""
+    options = [f"launch.slurm.{name}={json.dumps(value)}" for name, value in slurm.items() if value is not None]
+    changed = [*overrides, "launch.launcher=slurm", *options]
+    if nodes is None:
+        return load_config(path, changed)
+    if template == "sample":
+        devices = nodes * load_config(path, changed).runtime.sampler.devices_per_node
+        return load_config(path, [*changed, f"runtime.sampler.num_devices={devices}", "runtime.sampler.slurm=true"])
+    return load_config(path, [*changed, f"launch.nodes={nodes}"])
 
 
 def render(job: SlurmJob) -> str:
-    """The script. ValueError where a value would end its line."""
-    for name, value in asdict(job).items():
-        if has_line_break(value):
-            raise ValueError(f"{name} has a line break, which no line of a job can hold: {value!r}")
-    for name, _ in job.environment:
+    """The script. UserError where a value would end its line."""
+    slurm = job.config.launch.slurm
+    values = {f"launch.slurm.{name}": value for name, value in slurm}
+    check_lines(values | {"run.dir": job.run.root, "the working directory": job.workdir, "--stage": job.stages})
+    for name in slurm.environment:
         if not name.isidentifier():
-            raise ValueError(f"launch.slurm.environment: {name!r} is no name of a variable")
+            raise UserError(f"launch.slurm.environment: {name!r} is no name of a variable")
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         undefined=StrictUndefined,
@@ -61,20 +124,31 @@ def render(job: SlurmJob) -> str:
         keep_trailing_newline=True,
     )
     templates.filters |= {"quoted": quoted, "directive": directive}
-    options = [shlex.quote(option) for option in pyxis(job.container, (job.run, *job.mounts), job.workdir)]
-    return templates.get_template(f"{job.template}.sbatch.j2").render(
+    container = pyxis(slurm.container, (job.run.root, *slurm.mounts), job.workdir)
+    return templates.get_template("job.sbatch.j2").render(
         job=job,
-        log=f"{literal(job.jobs)}/%j.log",
+        slurm=slurm,
+        gpus=gpu_request(slurm.gpu_option, job.gpus_per_node) if job.gpus_per_node else None,
+        log=f"{literal(job.run.jobs)}/%j.log",
         env_file=Path(__file__).with_name("env.sh"),
-        container_options=options,
-        srlm="srlm" if job.container else shlex.quote(str(job.bin_dir / "srlm")),
+        container_options=[shlex.quote(option) for option in container],
+        srlm="srlm" if slurm.container else shlex.quote(str(job.bin_dir / "srlm")),
     )
 
 
+def check_lines(values: Mapping[str, object]) -> None:
+    """UserError for a value that no line of a job can hold."""
+    for name, value in values.items():
+        if has_line_break(value):
+            raise UserError(f"{name} has a line break, which no line of a job can hold: {value!r}")
+
+
 def has_line_break(value: object) -> bool:
-    """In a text, or anywhere in a tuple of them."""
+    """Whether a text, or one of several, has one."""
     if isinstance(value, tuple):
         return any(map(has_line_break, value))
+    if isinstance(value, dict):
+        return has_line_break(tuple(value.values()))
     return "".join(str(value).splitlines()) != str(value)
 
 
@@ -89,3 +163,97 @@ def directive(value: object) -> str:
     if text.isascii() and all(letter.isalnum() or letter in "/._-+:,=%@[]" for letter in text):
         return text
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Nodes of one kind in a partition, as sinfo lists them."""
+
+    name: str
+    is_default: bool
+    nodes: int
+    gpus_per_node: int
+
+
+def partitions() -> list[Partition]:
+    """The cluster's. UserError when Slurm does not answer."""
+    asked = ask(["sinfo", "--noheader", "--format=%P|%D|%G"])
+    if asked.returncode:
+        raise UserError(f"sinfo does not answer, so nothing can be submitted from here: {asked.stderr.strip()}")
+    kinds = [parse_partition(line) for line in asked.stdout.splitlines() if PARTITION.fullmatch(line.strip())]
+    if not kinds:
+        raise UserError(f"sinfo lists no partition, so nothing can be submitted from here: {asked.stdout.strip()!r}")
+    return kinds
+
+
+def ask(argv: list[str]) -> "subprocess.CompletedProcess[str]":
+    """What a command says. UserError when it says nothing for so long."""
+    try:
+        return subprocess.run(argv, capture_output=True, text=True, check=False, timeout=PATIENCE_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise UserError(f"{' '.join(argv)}: no answer in {PATIENCE_SECONDS:g} s: does Slurm answer (squeue)?") from None
+
+
+def parse_partition(line: str) -> Partition:
+    """A line of `sinfo --format=%P|%D|%G`, for example `gpu*|16|gpu:h100:8(S:0-1)`."""
+    name, nodes, resources = line.strip().split("|")
+    gpus = sum(int(number) for number in GPUS.findall(resources))
+    return Partition(name.rstrip("*"), name.endswith("*"), int(nodes), gpus)
+
+
+def check_fits(partition: str | None, nodes: int, gpus_per_node: int, kinds: Sequence[Partition]) -> None:
+    """UserError when the cluster has no such partition, or its nodes are too small or too few."""
+    names = sorted({kind.name for kind in kinds})
+    chosen = partition or next((kind.name for kind in kinds if kind.is_default), None)
+    if chosen is None:
+        raise UserError(f"this cluster has no default partition: give --partition, one of {', '.join(names)}")
+    own = [kind for kind in kinds if kind.name in chosen.split(",")]
+    if not own:
+        raise UserError(f"no partition {chosen}: this cluster has {', '.join(names)}")
+    most = max(kind.gpus_per_node for kind in own)
+    if gpus_per_node > most:
+        raise UserError(
+            f"{gpus_per_node} GPUs per node are more than a node of partition {chosen} has, {most}: change "
+            "launch.processes_per_node or runtime.sampler.devices_per_node, and --nodes"
+        )
+    enough = sum(kind.nodes for kind in own if kind.gpus_per_node >= gpus_per_node)
+    if nodes > enough:
+        with_gpus = f" with {gpus_per_node} GPUs" if gpus_per_node else ""
+        raise UserError(f"{nodes} nodes{with_gpus} are more than partition {chosen} has, {enough}")
+
+
+def write_job(job: SlurmJob) -> Path:
+    """The script, and beside it the configuration it runs; returns the script. Whatever can be known to be wrong with
+    them here is refused first (UserError)."""
+    check_outside_files(job.config)
+    text = render(job)
+    if shutil.which("sinfo") is not None:
+        check_fits(job.config.launch.slurm.partition, job.nodes, job.gpus_per_node, partitions())
+    job.run.jobs.mkdir(parents=True, exist_ok=True)
+    write_atomic(job.config_file, to_yaml(job.config).encode())
+    script = job.config_file.with_suffix(".sbatch")
+    write_atomic(script, text.encode())
+    check_by(["bash", "-n", str(script)])
+    if shutil.which("sbatch") is not None:
+        check_by(["sbatch", "--test-only", str(script)])
+    return script
+
+
+def check_by(argv: list[str]) -> None:
+    """UserError when a command does not like the script."""
+    done = ask(argv)
+    if done.returncode:
+        raise UserError(f"{' '.join(argv)}: {(done.stderr or done.stdout).strip()}")
+
+
+def submit(script: Path) -> int:
+    """Hand the script to Slurm; returns the job's number."""
+    if shutil.which("sbatch") is None:
+        raise UserError(f"there is no sbatch here. Submit it where there is: sbatch {script}")
+    done = ask(["sbatch", "--parsable", str(script)])
+    if done.returncode:
+        raise UserError(f"sbatch {script}: {done.stderr.strip()}")
+    number = JOB_NUMBER.search(done.stdout.strip())
+    if number is None:
+        raise UserError(f"sbatch {script}: it gave no number of a job, look with squeue: {done.stdout.strip()!r}")
+    return int(number[1])

@@ -3,6 +3,7 @@
 `python tests/test_launch_slurm.py` writes the golden files anew; read the difference before you commit it.
 """
 
+import json
 import re
 import shutil
 import signal
@@ -13,67 +14,74 @@ from pathlib import Path
 
 import pytest
 
+from srlm_mega.config.file import load_config
+from srlm_mega.errors import UserError
 from srlm_mega.launch import slurm
-from srlm_mega.launch.slurm import SlurmJob, directive, render
+from srlm_mega.launch.slurm import SlurmJob, Template, directive, render
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 LAUNCH = str(Path(slurm.__file__).parent)
-PLAIN = SlurmJob(
-    template="run",
-    name="srlm-toy",
-    config=Path("/data/runs/toy/slurm/run.yaml"),
-    run=Path("/data/runs/toy"),
-    jobs=Path("/data/runs/toy/slurm"),
-    workdir=Path("/data"),
-    bin_dir=Path("/opt/srlm/bin"),
-    nodes=2,
-    preflight_nodes=2,
-    gpus_per_node=8,
-    gpu_option="gpus-per-node",
-    partition=None,
-    account=None,
-    time=None,
-    sbatch_options=(),
-    signal_seconds=300,
-    max_restarts=20,
-    stages=(),
-    modules=(),
-    environment=(),
-    network_interface=None,
-    container=None,
-    mounts=(),
-)
-AWKWARD = Path('/data/Ann\'s "big" runs/100% $HOME `id`')
+TOY = Path(LAUNCH) / "configs/toy_cpu.yaml"
+TWO_NODES = ("launch.nodes=2", "launch.processes_per_node=8", "trainer.device=cuda")
+SAMPLED = ("sampler.device=cuda", "runtime.sampler.slurm=true")
+
+
+def job(template: Template, *overrides: str, stages: tuple[str, ...] = (), workdir: Path = Path("/data")) -> SlurmJob:
+    """A job of the toy's configuration, on two nodes of 8 GPUs unless told otherwise."""
+    own = ("run.dir=runs/toy", "launch.slurm.python=/opt/srlm/bin/python")
+    return SlurmJob(template, load_config(TOY, [*own, *TWO_NODES, *overrides]), stages, workdir)
+
+
+@dataclass(frozen=True)
+class AwkwardJob(SlurmJob):
+    """A job whose name has a quote, and its run folder other things."""
+
+    @property
+    def name(self) -> str:
+        return "srlm-it's"
+
+
+def awkward(*overrides: str) -> SlurmJob:
+    plain = job("run", "run.dir=" + json.dumps("100% $HOME `id`"), *overrides)
+    return AwkwardJob("run", plain.config, workdir=Path('/data/Ann\'s "big" runs'))
+
+
+def slurm_option(name: str, value: object) -> str:
+    return f"launch.slurm.{name}={json.dumps(value)}"
+
+
 JOBS = {
-    "run": PLAIN,
-    "train": replace(PLAIN, template="train", stages=("round_1/reference", "M2"), gpu_option="gres", partition="long"),
-    "sample": replace(PLAIN, template="sample", stages=("round_1/candidates",), nodes=4, time="24:00:00"),
-    "sample_few": replace(PLAIN, template="sample", stages=("M1/evaluation",), nodes=1, preflight_nodes=0),
-    "bench": replace(PLAIN, template="bench", gpus_per_node=0, network_interface="ib0"),
-    "run_awkward": replace(
-        PLAIN,
-        name="srlm-it's",
-        config=AWKWARD / "slurm/run.yaml",
-        run=AWKWARD,
-        jobs=AWKWARD / "slurm",
-        workdir=Path('/data/Ann\'s "big" runs'),
-        bin_dir=Path("/opt/my srlm/bin"),
-        partition="debug,long",
-        account='physics "A"',
-        time="2-00:00:00",
-        sbatch_options=("--qos=high", "--comment=two words"),
-        modules=("cuda/12.8", "gcc/13"),
-        environment=(("NCCL_IB_HCA", "mlx5_0,mlx5_1"), ("NOTE", "it's $5")),
+    "run": job("run"),
+    "train": job(
+        "train", "launch.slurm.gpu_option=gres", "launch.slurm.partition=long", stages=("round_1/reference", "M2")
     ),
-    "run_container": replace(
-        PLAIN, container="nvcr.io#nvidia/pytorch:25.09-py3", mounts=(Path("/models/Llama 2"),), account="physics"
+    "sample": job(
+        "sample", *SAMPLED, "runtime.sampler.num_devices=32", 'launch.slurm.time="24:00:00"',
+        stages=("round_1/candidates",),
     ),
-}
+    "sample_few": job("sample", *SAMPLED, "runtime.sampler.num_devices=8", stages=("M1/evaluation",)),
+    "bench": job("bench", "trainer.device=cpu", "launch.slurm.network_interface=ib0"),
+    "run_awkward": awkward(
+        slurm_option("python", "/opt/my srlm/bin/python"),
+        slurm_option("partition", "debug,long"),
+        slurm_option("account", 'physics "A"'),
+        slurm_option("time", "2-00:00:00"),
+        slurm_option("sbatch_options", ["--qos=high", "--comment=two words"]),
+        slurm_option("modules", ["cuda/12.8", "gcc/13"]),
+        slurm_option("environment", {"NCCL_IB_HCA": "mlx5_0,mlx5_1", "NOTE": "it's $5"}),
+    ),
+    "run_container": job(
+        "run",
+        slurm_option("container", "nvcr.io#nvidia/pytorch:25.09-py3"),
+        slurm_option("mounts", ["/models/Llama 2"]),
+        slurm_option("account", "physics"),
+    ),
+}  # fmt: skip
 
 
 def rendered(job: SlurmJob) -> str:
-    """The script, with the place of this checkout taken out."""
-    return render(job).replace(LAUNCH, "/opt/srlm/launch")
+    """The script as golden files have it: without the place of this checkout, and with run.yaml in all of them."""
+    return render(job).replace(LAUNCH, "/opt/srlm/launch").replace(f"{job.template}.yaml", "run.yaml")
 
 
 @pytest.mark.parametrize("name", JOBS)
@@ -116,16 +124,17 @@ def test_directives_are_read_back_by_slurms_rules() -> None:
 
 
 def test_a_line_break_is_refused() -> None:
-    with pytest.raises(ValueError, match="account has a line break"):
-        render(replace(PLAIN, account="a\n#SBATCH --nodes=99"))
-    with pytest.raises(ValueError, match="environment has a line break"):
-        render(replace(PLAIN, environment=(("A", "1\n2"),)))
+    with pytest.raises(UserError, match="account has a line break"):
+        render(job("run", slurm_option("account", "a\n#SBATCH --nodes=99")))
+    with pytest.raises(UserError, match="environment has a line break"):
+        render(job("run", slurm_option("environment", {"A": "1\n2"})))
     for other in "\r\v\f\x1c\x85\u2028":
-        with pytest.raises(ValueError, match="account has a line break"):
-            render(replace(PLAIN, account=f"a{other}b"))
-    with pytest.raises(ValueError, match="'A B' is no name of a variable"):
-        render(replace(PLAIN, environment=(("A B", "1"),)))
-    assert "export A='1\\n2'" in render(replace(PLAIN, environment=(("A", "1\\n2"),))), "no line break, as it stands"
+        with pytest.raises(UserError, match="account has a line break"):
+            render(job("run", slurm_option("account", f"a{other}b")))
+    with pytest.raises(UserError, match="'A B' is no name of a variable"):
+        render(job("run", slurm_option("environment", {"A B": "1"})))
+    script = render(job("run", slurm_option("environment", {"A": "1\\n2"})))
+    assert "export A='1\\n2'" in script, "no line break, as it stands"
 
 
 FAKES = {
@@ -176,7 +185,7 @@ class Stage:
         script = self.folder / "job.sbatch"
         script.write_text(render(self.job))
         settings = {
-            "PATH": f"{self.folder}:/usr/bin:/bin", "FAKES": str(self.folder), "RUN": str(self.job.run),
+            "PATH": f"{self.folder}:/usr/bin:/bin", "FAKES": str(self.folder), "RUN": str(self.job.run.root),
             "SLURM_JOB_ID": "5", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NNODES": "2",
             "SLURM_RESTART_COUNT": str(attempt),
         }  # fmt: skip
@@ -210,20 +219,24 @@ def stage(tmp_path: Path) -> Stage:
         (folder / name).chmod(0o755)
     run = folder / 'run "1" $HOME'
     run.mkdir()
-    job = replace(PLAIN, run=run, jobs=run / "slurm", config=run / "slurm/run.yaml", bin_dir=folder, max_restarts=3)
-    return Stage(folder, job)
+    settings = [f"run.dir={json.dumps(str(run))}", slurm_option("python", str(folder / "python"))]
+    return Stage(folder, job("run", *settings, slurm_option("max_restarts", 3)))
 
 
 @pytest.mark.timing
 def test_done(stage: Stage) -> None:
     """And every argument arrives as it is, whatever is in the path."""
-    job = replace(stage.job, environment=(("NOTE", "it's $5"),), network_interface="ib0")
+    own = stage.job.config.launch.slurm.model_copy(
+        update={"environment": {"NOTE": "it's $5"}, "network_interface": "ib0"}
+    )
+    launch = stage.job.config.launch.model_copy(update={"slurm": own})
+    job = replace(stage.job, config=stage.job.config.model_copy(update={"launch": launch}))
     code, printed = stage.ended(replace(stage, job=job).start())
     assert code == 0 and printed.endswith("done\n"), printed
     assert stage.asked_of_slurm() == []
-    assert (stage.folder / "arguments").read_text().splitlines() == ["run", str(job.config)]
+    assert (stage.folder / "arguments").read_text().splitlines() == ["run", str(job.config_file)]
     options = (stage.folder / "srun_arguments").read_text().splitlines()
-    assert options[-4:] == ["preflight", str(job.config), "--out", f"{job.jobs}/5/attempt_0/preflight"]
+    assert options[-4:] == ["preflight", str(job.config_file), "--out", f"{job.run.jobs}/5/attempt_0/preflight"]
     assert "--export=ALL" in options and "--nodes=2" in options
     settings = (stage.folder / "environment").read_text().splitlines()
     assert {"NOTE=it's $5", "NCCL_SOCKET_IFNAME=ib0", "GLOO_SOCKET_IFNAME=ib0", "PYTHONSAFEPATH=1"} <= set(settings)
@@ -322,7 +335,7 @@ def test_what_slurm_ends_is_not_queued_again(stage: Stage) -> None:
     process.send_signal(signal.SIGTERM)
     code, printed = stage.ended(process)
     assert code == 4 and "Queued again" not in printed
-    assert stage.asked_of_slurm() == [] and (stage.job.run / "stop").exists()
+    assert stage.asked_of_slurm() == [] and stage.job.run.stop_file.exists()
 
 
 if __name__ == "__main__":

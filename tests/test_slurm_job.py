@@ -3,19 +3,18 @@
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from srlm_mega import slurm_job
 from srlm_mega.cli import main
+from srlm_mega.cli_launch import check_stages
 from srlm_mega.config import Config
 from srlm_mega.config.file import load_config
 from srlm_mega.errors import UserError
-from srlm_mega.launch.slurm import Template
+from srlm_mega.launch import slurm
+from srlm_mega.launch.slurm import Partition, SlurmJob, Template, check_fits, load_for_job, parse_partition
 from srlm_mega.run_dir import RunDir
-from srlm_mega.slurm_job import Partition, check_fits, gpus_of, load_for_job, nodes_of, parse_partition
 from srlm_mega.status import progress_line
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,25 +27,26 @@ CLUSTER = [Partition("debug", True, 4, 2), Partition("gpu", False, 10, 8), Parti
     ("template", "nodes", "gpus"), [("run", 8, 8), ("train", 8, 8), ("sample", 8, 8), ("bench", 8, 8)]
 )
 def test_what_the_largest_preset_asks_for(template: Template, nodes: int, gpus: int) -> None:
-    config = load_config(BIG)
-    assert (nodes_of(config, template), gpus_of(config, template)) == (nodes, gpus)
+    job = SlurmJob(template, load_config(BIG))
+    assert (job.nodes, job.gpus_per_node) == (nodes, gpus)
 
 
 def test_nodes_are_what_training_and_sampling_need() -> None:
     """20 sampling GPUs on nodes of 8 are 3 nodes; training takes 2 of 4."""
     sampler = ["runtime.sampler.num_devices=20", "runtime.sampler.slurm=true", "sampler.device=cuda"]
     config = load_config(TOY, ["launch.nodes=2", "launch.processes_per_node=4", "trainer.device=cuda", *sampler])
-    asked = {name: (nodes_of(config, name), gpus_of(config, name)) for name in ("run", "train", "sample")}
+    jobs = [SlurmJob("run", config), SlurmJob("train", config), SlurmJob("sample", config)]
+    asked = {job.template: (job.nodes, job.gpus_per_node) for job in jobs}
     assert asked == {"run": (3, 8), "train": (2, 4), "sample": (3, 8)}
-    assert gpus_of(load_config(TOY), "run") == 0, "the toy runs on CPUs"
+    assert SlurmJob("run", load_config(TOY)).gpus_per_node == 0, "the toy runs on CPUs"
 
 
 def test_options_change_the_configuration() -> None:
     given = {"partition": "long", "account": 'the "A" team', "time": "1:00:00"}
     config = load_for_job(TOY, ["launch.processes_per_node=1"], "run", 2, given)
-    slurm = config.launch.slurm
+    options = config.launch.slurm
     assert (config.launch.launcher, config.launch.nodes) == ("slurm", 2)
-    assert (slurm.partition, slurm.account, slurm.time) == ("long", 'the "A" team', "1:00:00")
+    assert (options.partition, options.account, options.time) == ("long", 'the "A" team', "1:00:00")
     sampling = load_for_job(TOY, [], "sample", 2, {"time": None})
     assert sampling.runtime.sampler.num_devices == 16 and sampling.runtime.sampler.slurm
     assert sampling.launch.nodes == 1
@@ -79,20 +79,20 @@ def play(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, script: str) 
 
 def test_lines_of_sinfo_that_are_none_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     play(tmp_path, monkeypatch, "sinfo", "printf 'Welcome\\na|b|c|d\\nd|many|(null)\\ndebug*|4|(null)\\n'")
-    assert slurm_job.partitions() == [Partition("debug", True, 4, 0)]
+    assert slurm.partitions() == [Partition("debug", True, 4, 0)]
     play(tmp_path, monkeypatch, "sinfo", "echo Welcome")
     with pytest.raises(UserError, match=r"sinfo lists no partition.*Welcome"):
-        slurm_job.partitions()
+        slurm.partitions()
 
 
 def test_slurm_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slurm_job, "PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(slurm, "PATIENCE_SECONDS", 0.2)
     for name in ("sinfo", "sbatch"):
         play(tmp_path, monkeypatch, name, "exec sleep 60")
     for call in (
-        slurm_job.partitions,
-        lambda: slurm_job.submit(Path("s")),
-        lambda: slurm_job.check_by(["sbatch", "s"]),
+        slurm.partitions,
+        lambda: slurm.submit(Path("s")),
+        lambda: slurm.check_by(["sbatch", "s"]),
     ):
         with pytest.raises(UserError, match=r"no answer in 0\.2 s"):
             call()
@@ -101,39 +101,35 @@ def test_slurm_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("printed", ["12", "12;cluster", "sbatch: a word of the site\\n\\n12;cluster\\n\\n"])
 def test_the_number_of_a_submitted_job(printed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     play(tmp_path, monkeypatch, "sbatch", f"printf '{printed}'")
-    assert slurm_job.submit(Path("s")) == 12
+    assert slurm.submit(Path("s")) == 12
 
 
 @pytest.mark.parametrize("printed", ["", "12 jobs", "submitted\\n"])
 def test_no_number_of_a_job(printed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     play(tmp_path, monkeypatch, "sbatch", f"printf '{printed}'")
     with pytest.raises(UserError, match="sbatch s: it gave no number of a job"):
-        slurm_job.submit(Path("s"))
-
-
-def job(**changes: object) -> slurm_job.SlurmJob:
-    return replace(slurm_job.slurm_job(load_config(TOY), "run", ()), **changes)  # type: ignore[arg-type]
+        slurm.submit(Path("s"))
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("partition", "nodes", "gpus_per_node", "message"),
     [
-        ({"partition": "gpus"}, "no partition gpus: this cluster has debug, gpu"),
-        ({"gpus_per_node": 4}, "4 GPUs per node are more than a node of partition debug has, 2"),
-        ({"partition": "gpu", "gpus_per_node": 8, "nodes": 11}, "11 nodes with 8 GPUs are more than .* gpu has, 10"),
+        ("gpus", 1, 0, "no partition gpus: this cluster has debug, gpu"),
+        (None, 1, 4, "4 GPUs per node are more than a node of partition debug has, 2"),
+        ("gpu", 11, 8, "11 nodes with 8 GPUs are more than .* gpu has, 10"),
     ],
 )
-def test_refused_before_submission(changes: dict[str, object], message: str) -> None:
+def test_refused_before_submission(partition: str | None, nodes: int, gpus_per_node: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        check_fits(job(**changes), CLUSTER)
+        check_fits(partition, nodes, gpus_per_node, CLUSTER)
 
 
 def test_what_fits() -> None:
-    check_fits(job(nodes=4, gpus_per_node=2), CLUSTER)
-    check_fits(job(partition="gpu", nodes=110), CLUSTER)
-    check_fits(job(partition="debug,gpu", nodes=10, gpus_per_node=8), CLUSTER)
+    check_fits(None, 4, 2, CLUSTER)
+    check_fits("gpu", 110, 0, CLUSTER)
+    check_fits("debug,gpu", 10, 8, CLUSTER)
     with pytest.raises(UserError, match="no default partition: give --partition, one of gpu"):
-        check_fits(job(), CLUSTER[1:])
+        check_fits(None, 1, 0, CLUSTER[1:])
 
 
 @pytest.mark.parametrize(
@@ -148,14 +144,14 @@ def test_what_fits() -> None:
 )
 def test_stages_of_a_template(template: Template, stages: tuple[str, ...], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        slurm_job.slurm_job(load_config(TOY), template, stages)
+        check_stages(load_config(TOY), template, stages)
 
 
 def written(folder: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> tuple[Config, Path]:
     monkeypatch.setenv("PATH", "/usr/bin:/bin")  # without a cluster: `which` finds no Slurm
-    monkeypatch.setattr(slurm_job.shutil, "which", lambda name: None)
+    monkeypatch.setattr(slurm.shutil, "which", lambda name: None)
     config = load_config(TOY, [f'run.dir="{folder}"', "launch.launcher=slurm", *overrides])
-    return config, slurm_job.write_job(config, slurm_job.slurm_job(config, "run", ()))
+    return config, slurm.write_job(SlurmJob("run", config))
 
 
 def test_the_files_of_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +163,7 @@ def test_the_files_of_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with RunDir(config.run.dir).lock():
         pass
     with pytest.raises(UserError, match="no sbatch here"):
-        slurm_job.submit(script)
+        slurm.submit(script)
 
 
 def test_a_missing_file_is_said_before_submission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,11 +194,11 @@ def test_progress_in_one_line(tmp_path: Path) -> None:
 def test_the_preflight_looks_at_the_nodes_that_train() -> None:
     sampler = ["runtime.sampler.num_devices=16", "runtime.sampler.slurm=true", "launch.launcher=slurm"]
     config = load_config(TOY, [*sampler, "launch.nodes=1"])
-    whole = slurm_job.slurm_job(config, "run", ())
+    whole = SlurmJob("run", config)
     assert (whole.nodes, whole.preflight_nodes) == (2, 1)
     wide = load_config(TOY, [*sampler, "launch.nodes=4"])
-    assert slurm_job.slurm_job(wide, "run", ()).preflight_nodes == 4
-    sampling = slurm_job.slurm_job(wide, "sample", ("round_1/candidates",))
+    assert SlurmJob("run", wide).preflight_nodes == 4
+    sampling = SlurmJob("sample", wide, ("round_1/candidates",))
     assert (sampling.nodes, sampling.preflight_nodes) == (2, 0), "it would wait for nodes that are not there"
 
 
