@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # What every process of a run wants, with the reason for each; srlm sets the same for the stages it starts
-# (environment() in commands.py). Source this before you start ranks yourself.
+# (environment() in child_process.py). Source this before you start ranks yourself.
 
 # Ranks share the cores; more threads than cores make every rank slower.
 export OMP_NUM_THREADS=1

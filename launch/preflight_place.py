@@ -5,7 +5,7 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from srlm_mega.launch.commands import port_of
+from srlm_mega.launch.ranks import port_of
 
 TOP_LEVEL_COMMA = re.compile(r",(?![^\[]*\])")
 

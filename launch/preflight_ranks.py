@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from srlm_mega.launch.allreduce_findings import RankPlace, RanksOutcome
-from srlm_mega.launch.processes import die_with
+from srlm_mega.launch.child_process import die_with
 
 
 def run_ranks(

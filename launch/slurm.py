@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from srlm_mega.config import Config
 from srlm_mega.config.file import check_outside_files, load_config, to_yaml
 from srlm_mega.errors import UserError
-from srlm_mega.launch.commands import gpu_request, literal, pyxis
+from srlm_mega.launch.ranks import gpu_request, literal, pyxis
 from srlm_mega.run_dir import RunDir, write_atomic
 
 Template = Literal["run", "train", "sample", "bench"]

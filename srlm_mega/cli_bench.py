@@ -190,8 +190,8 @@ def sweep_training(text: str, json: Path | None) -> None:
 def start_again(config: "Config", config_file: Path) -> int:
     """This command in processes of its own, with `--started`, as many as the layout has; returns its exit code."""
     from srlm_mega.config.file import find_file
-    from srlm_mega.launch.commands import environment
-    from srlm_mega.ranks import Start, start_ranks
+    from srlm_mega.launch.child_process import environment
+    from srlm_mega.launch.ranks import Start, start_ranks
     from srlm_mega.run_dir import RunDir
 
     arguments = [*sys.argv[1:], "--started"]

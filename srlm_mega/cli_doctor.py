@@ -78,8 +78,8 @@ def preflight(
 ) -> None:
     """Look at all nodes before a job: run it on each (srun --ntasks-per-node=1 srlm launch preflight ...)."""
     from srlm_mega.config.file import load_config
-    from srlm_mega.launch.allocation import check_resolves
     from srlm_mega.launch.preflight_place import place_of
+    from srlm_mega.launch.ranks import check_resolves
     from srlm_mega.preflight import run_preflight
 
     config = load_config(config_file, overrides or [])

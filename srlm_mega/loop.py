@@ -13,11 +13,11 @@ from srlm_mega.controller import announced
 from srlm_mega.display import Display
 from srlm_mega.errors import RunPreempted, TrainingPaused, UserError
 from srlm_mega.identity import check_unchanged
+from srlm_mega.launch.ranks import allocation_for
 from srlm_mega.plan import Stage, downstream, find_stage, plan
 from srlm_mega.processes import StageProcess, explain_failure, started
 from srlm_mega.progress import read_progress
 from srlm_mega.provenance import provenance
-from srlm_mega.ranks import allocation_for
 from srlm_mega.report.background import BackgroundReport
 from srlm_mega.run_dir import RunDir, write_atomic
 from srlm_mega.silence import Silence, longest_silence

@@ -22,12 +22,13 @@ from rich.table import Table
 from srlm_mega.config import Config
 from srlm_mega.errors import UserError
 from srlm_mega.launch.allreduce_findings import Floors, GroupSpeed, RankPlace, RanksOutcome, check_ranks, check_speeds
-from srlm_mega.launch.commands import Meeting, environment, ranks_on_node
+from srlm_mega.launch.child_process import environment
 from srlm_mega.launch.disk_need import GIB, DiskNeed, llama_parameters
 from srlm_mega.launch.preflight import Finding, Gpu, NodeReport, Wanted, check_absent, findings, to_leave_out
 from srlm_mega.launch.preflight_node import local_report
 from srlm_mega.launch.preflight_place import Place
 from srlm_mega.launch.preflight_ranks import run_ranks
+from srlm_mega.launch.ranks import Rendezvous, ranks_on_node
 from srlm_mega.launch.roll_call import Caller, RollCall, call
 from srlm_mega.plan import plan
 from srlm_mega.run_dir import write_atomic
@@ -230,9 +231,10 @@ def own_ranks(config: Config, arguments: Sequence[str], out: Path, place: Place)
     folder, per_node = ranks_folder(out, place.name), config.launch.processes_per_node
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    meeting = Meeting(config.launch.nodes, per_node, place.head, place.port + 1, static=True, id="")
+    launch = config.launch.model_copy(update={"rendezvous": "static"})
     program = [sys.executable, "-m", "srlm_mega.training.preflight_allreduce", str(folder), *arguments]
-    argv = ranks_on_node(Path(sys.executable).parent, program, meeting, place.rank)
+    rendezvous = Rendezvous(place.head, place.port + 1, id="")
+    argv = ranks_on_node(Path(sys.executable).parent, program, launch, rendezvous, place.rank)
     settings = environment(os.environ, config.launch.threads_per_process, cpu=config.trainer.device == "cpu")
     seconds = config.launch.preflight.allreduce_seconds
     return run_ranks(argv, settings, place.name, place.rank * per_node, folder, out / f"{place.name}.log", seconds)

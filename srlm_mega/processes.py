@@ -21,10 +21,9 @@ from srlm_mega.errors import (
     TrainingPaused,
     UserError,
 )
-from srlm_mega.launch.commands import environment
-from srlm_mega.launch.processes import die_with
+from srlm_mega.launch.child_process import die_with, environment
+from srlm_mega.launch.ranks import Start
 from srlm_mega.progress import read_progress
-from srlm_mega.ranks import Start
 from srlm_mega.run_dir import RunDir
 from srlm_mega.sampling.replicas import end
 

@@ -13,7 +13,7 @@ import psutil
 
 from srlm_mega.config import Config
 from srlm_mega.errors import StageCrashed
-from srlm_mega.launch.processes import SHOW_STACKS
+from srlm_mega.launch.child_process import SHOW_STACKS
 from srlm_mega.plan import Stage
 from srlm_mega.progress import ProgressState
 from srlm_mega.sampling.shards import held_shards

@@ -19,7 +19,7 @@ from srlm_mega.errors import (
     reason,
 )
 from srlm_mega.identity import identity_of
-from srlm_mega.launch.processes import die_with, show_stacks_when_asked
+from srlm_mega.launch.child_process import die_with, show_stacks_when_asked
 from srlm_mega.plan import Stage, find_stage
 from srlm_mega.progress import Progress
 from srlm_mega.run_dir import RunDir, stopwatch

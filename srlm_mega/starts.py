@@ -3,11 +3,10 @@
 from typing import Literal
 
 from srlm_mega.config import Config
-from srlm_mega.launch.commands import sampler_process
+from srlm_mega.launch.ranks import Start, start_one, start_ranks
+from srlm_mega.launch.sampler_environment import check_sampler_environment, sampler_process
 from srlm_mega.plan import Stage
-from srlm_mega.ranks import Start, start_one, start_ranks
 from srlm_mega.run_dir import RunDir
-from srlm_mega.sampling.place import sampler_place
 
 
 def starts(stage: Stage, config: Config) -> Literal["as ranks", "here", "in the sampler's environment"]:
@@ -23,7 +22,7 @@ def starts(stage: Stage, config: Config) -> Literal["as ranks", "here", "in the 
 def check_sampler(missing: list[Stage], config: Config) -> None:
     """UserError now, and not after hours of training, where the sampler's environment cannot be entered."""
     if config.runtime.sampler.elsewhere and any(stage.samples for stage in missing):
-        sampler_place(config)
+        check_sampler_environment(config)
 
 
 def command(group: list[Stage], config: Config, run: RunDir) -> Start:
@@ -34,7 +33,7 @@ def command(group: list[Stage], config: Config, run: RunDir) -> Start:
         case "as ranks":
             return start_ranks(config, run, names[0], arguments, run.config_file)
         case "in the sampler's environment":
-            return Start(sampler_process(sampler_place(config), arguments))
+            return Start(sampler_process(config, arguments))
         case "here":
             replicated = config.sampler_replicas > 1 and any(stage.in_shards for stage in group)
             return start_one(config, run, names[0], arguments, starts_steps=replicated)
@@ -51,7 +50,7 @@ def comparison_commands(stage: Stage, config: Config, run: RunDir) -> list[Start
 
     if not config.runtime.sampler.elsewhere:
         return [here("responses", "verdict")]
-    there = sampler_process(sampler_place(config), words)
+    there = sampler_process(config, words)
     if config.early_stopping.judge.endpoint is None:
         return [Start([*there, "responses", "verdict"])]
     return [Start([*there, "responses"]), here("verdict")]

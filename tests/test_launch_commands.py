@@ -11,14 +11,17 @@ import pytest
 
 from srlm_mega.config import Config
 from srlm_mega.config.file import load_config
+from srlm_mega.config.launch import LaunchConfig
 from srlm_mega.errors import RunStopped, UserError
-from srlm_mega.launch import allocation, commands
-from srlm_mega.launch.allocation import Allocation, check_resolves, current_allocation
-from srlm_mega.launch.commands import (
+from srlm_mega.launch import ranks
+from srlm_mega.launch.child_process import environment
+from srlm_mega.launch.ranks import (
     TASK,
-    Meeting,
-    Step,
-    environment,
+    Allocation,
+    JobStep,
+    Rendezvous,
+    check_resolves,
+    current_allocation,
     port_of,
     process_in_step,
     pyxis,
@@ -31,33 +34,36 @@ from srlm_mega.processes import StageProcess
 from srlm_mega.run_dir import RunDir
 from srlm_mega.starts import command
 
-LAUNCH = Path(commands.__file__).parent
+LAUNCH = Path(ranks.__file__).parent
 ROOT = Path(__file__).resolve().parent.parent
 TOY = ROOT / "launch/configs/toy_cpu.yaml"
-MEETING = Meeting(nodes=2, processes_per_node=8, host="n1", port=10_005, static=True, id="5-0")
-STEP = Step(hosts=("n1", "n2"), logs=Path("/run/slurm/5/attempt_0/100%"), container=None, mounts=())
+TWO_NODES = LaunchConfig(nodes=2, processes_per_node=8)
+RENDEZVOUS = Rendezvous(host="n1", port=10_005, id="5-0")
+STEP = JobStep(hosts=("n1", "n2"), logs=Path("/run/slurm/5/attempt_0/100%"), container=None, mounts=())
 
 
 def test_static_and_c10d() -> None:
-    assert ranks_on_node(Path("/bin"), ["srlm", "stage"], MEETING, 1) == [
+    assert ranks_on_node(Path("/bin"), ["srlm", "stage"], TWO_NODES, RENDEZVOUS, 1) == [
         "/bin/torchrun", "--node-rank=1", "--nnodes=2", "--nproc-per-node=8", "--master-addr=n1", "--master-port=10005",
         "--max-restarts=0", "--no-python", "srlm", "stage",
     ]  # fmt: skip
-    dynamic = ranks_on_node(None, ["srlm"], Meeting(2, 8, "n1", 10_005, static=False, id="5-0"), 0)
+    dynamic = ranks_on_node(None, ["srlm"], TWO_NODES.model_copy(update={"rendezvous": "c10d"}), RENDEZVOUS, 0)
     assert dynamic[0] == "torchrun"
     assert {"--rdzv-backend=c10d", "--rdzv-endpoint=n1:10005", "--rdzv-id=5-0", "--max-restarts=0"} <= set(dynamic)
     assert not any(word.startswith("--master") for word in dynamic)
 
 
 def test_a_step_has_one_task_per_node() -> None:
-    argv = ranks_in_step(Path("/bin"), ["/bin/srlm", "stage", "a b"], MEETING, STEP, Path("/run/config.yaml"))
+    argv = ranks_in_step(
+        Path("/bin"), ["/bin/srlm", "stage", "a b"], TWO_NODES, RENDEZVOUS, STEP, Path("/run/config.yaml")
+    )
     assert argv[0] == "srun" and argv[-4:] == ["--no-python", "/bin/srlm", "stage", "a b"]
     assert {
         "--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--nodelist=n1,n2", "--kill-on-bad-exit=1", "--wait=60",
         "--export=ALL", "--output=/run/slurm/5/attempt_0/100%%/%N.log",
     } <= set(argv)  # fmt: skip
     assert not any(word.startswith("--container") for word in argv)
-    boxed = process_in_step(["srlm", "stage"], Step(("n1", "n2"), Path("/l"), "image", (Path("/models"),)))
+    boxed = process_in_step(["srlm", "stage"], JobStep(("n1", "n2"), Path("/l"), "image", (Path("/models"),)))
     assert {"--nodes=1", "--nodelist=n1", "--container-image=image", "--no-container-mount-home"} <= set(boxed)
     assert f"--container-mounts={Path.cwd()}:{Path.cwd()},/models:/models" in boxed
 
@@ -117,8 +123,9 @@ def multinode(*arguments: str) -> "subprocess.CompletedProcess[str]":
 def test_the_script_without_slurm_says_what_python_says(rendezvous: str) -> None:
     options = ["--nnodes=2", "--nproc-per-node=8", "--node-rank=1", "--master-addr=localhost", "--master-port=10005"]
     done = multinode(*options, f"--rendezvous={rendezvous}", "env", "stage", "a b")
-    meeting = Meeting(2, 8, "localhost", 10_005, rendezvous == "static", "srlm")
-    assert done.stdout.split() == " ".join(ranks_on_node(None, ["env", "stage", "a b"], meeting, 1)[1:]).split()
+    launch = TWO_NODES.model_copy(update={"rendezvous": rendezvous})
+    argv = ranks_on_node(None, ["env", "stage", "a b"], launch, Rendezvous("localhost", 10_005, "srlm"), 1)
+    assert done.stdout.split() == " ".join(argv[1:]).split()
 
 
 @pytest.mark.parametrize(
@@ -194,7 +201,7 @@ def test_several_nodes_without_slurm_are_explained(tmp_path: Path) -> None:
 def test_training_is_a_step_of_the_allocation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the first launch.nodes nodes; other stages stay here, unless training has a container."""
     here = Allocation(job=7, attempt=2, hosts=("localhost", "n2", "n3"))
-    monkeypatch.setattr("srlm_mega.ranks.current_allocation", lambda variables: here)
+    monkeypatch.setattr("srlm_mega.launch.ranks.current_allocation", lambda variables: here)
     config, run = two_nodes("launch.launcher=slurm"), RunDir(tmp_path / "run")
     start = command([find_stage(config, "round_1/reference")], config, run)
     assert start.logs == run.root / "slurm/7/attempt_2/round_1-reference"
@@ -251,4 +258,4 @@ def test_hosts_come_from_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     variables = {"SLURM_JOB_ID": "12", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_RESTART_COUNT": "3"}
-    assert current_allocation(variables) == allocation.Allocation(12, 3, ("n1", "n2"))
+    assert current_allocation(variables) == Allocation(12, 3, ("n1", "n2"))

@@ -1,6 +1,6 @@
 """The plan reads like the paper, and says what depends on what."""
 
-from dataclasses import replace
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,11 +10,12 @@ from srlm_mega.config.file import all_keys, load_config
 from srlm_mega.config.rounds import PairsConfig
 from srlm_mega.errors import UserError
 from srlm_mega.identity import LAYOUT, changed, check_unchanged, config_of, layout_of
-from srlm_mega.launch.commands import SamplerPlace, devices_of, environment, one_process, sampler_process, torchrun
+from srlm_mega.launch.child_process import environment
+from srlm_mega.launch.sampler_environment import check_sampler_environment, devices_of, is_tensorrt_llm, sampler_process
 from srlm_mega.loop import together
 from srlm_mega.plan import downstream, find_stage, plan
 from srlm_mega.run_dir import Identity, RunDir
-from srlm_mega.sampling.place import sampler_place
+from srlm_mega.starts import command
 
 TOY = Path(__file__).resolve().parent.parent / "launch/configs/toy_cpu.yaml"
 CONFIG = load_config(TOY)
@@ -184,10 +185,11 @@ def test_neighbours_share_their_processes() -> None:
     assert ["M1/evaluation", "round_1/prompts"] in names, "a finished stage in between ends a group"
 
 
-def test_command_lines() -> None:
-    bin_dir, run = Path("/opt/bin"), Path("runs/a b")
-    assert one_process(bin_dir, run, ["seed"]) == ["/opt/bin/srlm", "stage", "runs/a b", "seed"]
-    assert torchrun(bin_dir, run, ["M0", "M1"], 2) == [
+def test_command_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/opt/bin/python")
+    stages, run = {stage.name: stage for stage in plan(CONFIG)}, RunDir(Path("runs/a b"))
+    assert command([stages["seed"]], CONFIG, run).argv == ["/opt/bin/srlm", "stage", "runs/a b", "seed"]
+    assert command([stages["M0"], stages["M1"]], CONFIG, run).argv == [
         "/opt/bin/torchrun", "--standalone", "--nproc-per-node=2", "--no-python",
         "/opt/bin/srlm", "stage", "runs/a b", "M0", "M1",
     ]  # fmt: skip
@@ -196,37 +198,57 @@ def test_command_lines() -> None:
     assert "TORCHDYNAMO_DISABLE" not in environment({}, 1, cpu=False), "on a GPU Megatron's fusions are compiled"
 
 
-def place(**changes: object) -> SamplerPlace:
-    here = SamplerPlace(Path("/env/bin/python"), None, (), False, 1, 8, mpi=True)
-    return replace(here, **changes)  # type: ignore[arg-type]
+TENSORRT_LLM = ("sampler.backend=trtllm_torch", "sampler.device=cuda")
 
 
-def test_the_sampler_in_an_environment_of_its_own() -> None:
-    assert sampler_process(place(), ["stage", "r", "s"]) == ["/env/bin/srlm", "stage", "r", "s"]
-    assert devices_of(1, place(devices=4)) == {"CUDA_VISIBLE_DEVICES": "4,5,6,7"}
-    assert devices_of(1, place(devices=4, slurm=True)) == {}
+@pytest.fixture
+def own_python(tmp_path: Path) -> str:
+    """An environment with an `srlm`, as an override."""
+    (tmp_path / "srlm").touch()
+    return f"runtime.sampler.python={tmp_path}/python"
+
+
+def devices(number: int, *overrides: str, pipeline: int = 1, backend: tuple[str, ...] = TENSORRT_LLM) -> Config:
+    """A replica of so many."""
+    sizes = [f"sampler.tp_size={number // pipeline}", f"sampler.pp_size={pipeline}"]
+    return load_config(TOY, [*backend, *sizes, f"runtime.sampler.num_devices={number}", *overrides])
+
+
+def test_the_sampler_in_an_environment_of_its_own(own_python: str, tmp_path: Path) -> None:
+    assert sampler_process(devices(1, own_python), ["stage", "r", "s"]) == [f"{tmp_path}/srlm", "stage", "r", "s"]
+    assert devices_of(1, devices(4)) == {"CUDA_VISIBLE_DEVICES": "4,5,6,7"}
+    assert devices_of(1, devices(4, "runtime.sampler.slurm=true")) == {}
 
 
 def test_the_sampler_in_a_container() -> None:
-    argv = sampler_process(place(container="image:1", mounts=(Path("/models"),)), ["replica", "r", "s", "0"])
+    config = devices(1, "runtime.sampler.container=image:1", 'runtime.sampler.mounts=["/models"]')
+    argv = sampler_process(config, ["replica", "r", "s", "0"])
     assert argv[:2] == ["docker", "run"] and argv[-6:] == ["image:1", "srlm", "replica", "r", "s", "0"]
     assert {"--gpus=all", f"--volume={Path.cwd()}:{Path.cwd()}", "--volume=/models:/models"} <= set(argv)
     assert "--env=CUDA_VISIBLE_DEVICES" in argv and "--env=PYTHONSAFEPATH" in argv
 
 
-def test_the_sampler_in_steps_of_an_allocation() -> None:
+def test_the_sampler_in_steps_of_an_allocation(own_python: str, tmp_path: Path) -> None:
     """TP 8 x PP 2 on nodes of 8: two nodes, a task per device, the command in the first of them only."""
-    argv = sampler_process(place(slurm=True, devices=16), ["replica", "r", "s", "3"])
-    assert argv[0] == "srun" and argv[-6:] == ["trtllm-llmapi-launch", "/env/bin/srlm", "replica", "r", "s", "3"]
+    step = "runtime.sampler.slurm=true"
+    argv = sampler_process(devices(16, own_python, step, pipeline=2), ["replica", "r", "s", "3"])
+    assert argv[0] == "srun"
+    assert argv[-6:] == ["trtllm-llmapi-launch", f"{tmp_path}/srlm", "replica", "r", "s", "3"]
     assert {"--mpi=pmix", "--nodes=2", "--ntasks=16", "--gpus-per-node=8", "--exact", "--export=ALL"} <= set(argv)
-    small = sampler_process(place(slurm=True, devices=2, container="i"), [])
+    small = sampler_process(devices(2, step, "runtime.sampler.container=i"), [])
     assert {"--nodes=1", "--ntasks=2", "--gpus-per-node=2", "--container-image=i"} <= set(small)
-    by_gres = sampler_process(place(slurm=True, devices=16, gpu_option="gres"), [])
-    config = load_config(TOY, ["launch.slurm.gpu_option=gres"])
-    assert sampler_place(config).gpu_option == "gres"
+    by_gres = sampler_process(devices(16, own_python, step, "launch.slurm.gpu_option=gres", pipeline=2), [])
     assert "--gres=gpu:8" in by_gres and not any(word.startswith("--gpus") for word in by_gres)
-    plain = sampler_process(place(slurm=True, mpi=False), ["stage", "r", "s"])
+    plain = sampler_process(devices(1, own_python, step, backend=()), ["stage", "r", "s"])
     assert "--mpi=pmix" not in plain and "trtllm-llmapi-launch" not in plain and "--ntasks=1" in plain
+
+
+def test_a_backend_that_nobody_knows_is_named() -> None:
+    """It is not taken for TensorRT-LLM."""
+    config = load_config(TOY)
+    unknown = config.model_copy(update={"sampler": config.sampler.model_copy(update={"backend": "other"})})
+    with pytest.raises(AssertionError, match="'other'"):
+        is_tensorrt_llm(unknown)
 
 
 def test_which_stages_start_in_the_samplers_environment() -> None:
@@ -247,12 +269,12 @@ def test_which_stages_start_in_the_samplers_environment() -> None:
 def test_a_folder_that_a_container_cannot_see_is_named() -> None:
     """Docker has no such trouble with a comma."""
     options = ["runtime.sampler.container=i", 'runtime.sampler.mounts=["/data/a,b"]', "runtime.sampler.num_devices=2"]
-    sampler_place(load_config(TOY, options))
+    check_sampler_environment(load_config(TOY, options))
     with pytest.raises(UserError, match=r"runtime\.sampler\.mounts: /data/a,b: a container cannot"):
-        sampler_place(load_config(TOY, [*options, "runtime.sampler.slurm=true"]))
+        check_sampler_environment(load_config(TOY, [*options, "runtime.sampler.slurm=true"]))
 
 
 def test_an_environment_without_srlm_is_named(tmp_path: Path) -> None:
     config = load_config(TOY, [f"runtime.sampler.python={tmp_path}/bin/python"])
     with pytest.raises(UserError, match="pip install --no-deps"):
-        sampler_place(config)
+        check_sampler_environment(config)

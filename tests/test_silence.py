@@ -14,9 +14,9 @@ from srlm_mega import loop
 from srlm_mega.config.file import load_config
 from srlm_mega.display import Display
 from srlm_mega.errors import StageCrashed
+from srlm_mega.launch.ranks import Start
 from srlm_mega.plan import find_stage
 from srlm_mega.progress import ProgressState
-from srlm_mega.ranks import Start
 from srlm_mega.report.background import BackgroundReport
 from srlm_mega.run_dir import RunDir
 from srlm_mega.silence import Silence, listens, longest_silence
@@ -27,7 +27,7 @@ CANDIDATES = find_stage(CONFIG, "round_1/candidates")
 STUCK = """
 import os, subprocess, sys, time
 from pathlib import Path
-from srlm_mega.launch.processes import die_with, show_stacks_when_asked
+from srlm_mega.launch.child_process import die_with, show_stacks_when_asked
 
 def wait_for_an_answer():
     if len(sys.argv) > 2:
@@ -81,7 +81,9 @@ def test_progress_begins_the_time_anew(tmp_path: Path) -> None:
 def test_only_who_listens_is_asked() -> None:
     code = "import time; time.sleep(60)"
     deaf = subprocess.Popen([sys.executable, "-c", code])
-    code = "from srlm_mega.launch.processes import show_stacks_when_asked as show; show(); print(flush=True); " + code
+    code = (
+        "from srlm_mega.launch.child_process import show_stacks_when_asked as show; show(); print(flush=True); " + code
+    )
     hears = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert hears.stdout is not None and hears.stderr is not None

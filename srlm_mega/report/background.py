@@ -7,7 +7,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from srlm_mega.launch.processes import die_with
+from srlm_mega.launch.child_process import die_with
 from srlm_mega.run_dir import RunDir
 
 INTERVAL_SECONDS = 60.0

@@ -11,11 +11,10 @@ from typing import Generic, TypeVar
 from srlm_mega.chat import Chat
 from srlm_mega.errors import RunStopped, UserError, exit_code
 from srlm_mega.judging.scores import parse_score
-from srlm_mega.launch.commands import devices_of, sampler_process
-from srlm_mega.launch.processes import die_with, show_stacks_when_asked
+from srlm_mega.launch.child_process import die_with, show_stacks_when_asked
+from srlm_mega.launch.sampler_environment import devices_of, sampler_process
 from srlm_mega.progress import Progress
 from srlm_mega.records import Candidate, Decoding, FailedRequest, Judgement, MetaJudgement
-from srlm_mega.sampling.place import sampler_place
 from srlm_mega.sampling.replicas import replica_progress, run_replicas
 from srlm_mega.sampling.retries import PatientSampler
 from srlm_mega.sampling.sampler import Completion, SamplingParams
@@ -109,12 +108,11 @@ def that_fit(work: Work, requests: Sequence[Request[T]], max_new_tokens: int) ->
 
 def start_replica(work: Work, number: int) -> "subprocess.Popen[bytes]":
     """`srlm replica` in the sampler's environment; it ends with this process."""
-    place = sampler_place(work.config)
     return subprocess.Popen(
-        sampler_process(place, ["replica", str(work.run.root), work.stage.name, str(number)]),
+        sampler_process(work.config, ["replica", str(work.run.root), work.stage.name, str(number)]),
         stdin=subprocess.DEVNULL,
         preexec_fn=partial(die_with, os.getpid()),
-        env=dict(os.environ) | devices_of(number, place),
+        env=dict(os.environ) | devices_of(number, work.config),
     )
 
 

@@ -25,7 +25,7 @@ from megatron.core.transformer.module import MegatronModule
 
 from srlm_mega.config.training import TrainerConfig
 from srlm_mega.errors import UserError
-from srlm_mega.launch.processes import die_with
+from srlm_mega.launch.child_process import die_with
 from srlm_mega.training.checkpoint_files import (
     building_path,
     check_whole,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from hosts import Host, hosts, why_no_hosts
 
-from srlm_mega.launch.processes import die_with
+from srlm_mega.launch.child_process import die_with
 
 NEEDED = ("slurmctld", "slurmd", "sbatch", "munged")
 PATIENCE = 120.0  # seconds for what takes a second or two on an idle machine

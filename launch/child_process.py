@@ -1,0 +1,63 @@
+"""What every process that we start is given: its environment, an end with its parent, its stacks when it is asked."""
+
+import ctypes
+import faulthandler
+import os
+import signal
+from collections.abc import Mapping
+
+PR_SET_PDEATHSIG = 1
+SHOW_STACKS = signal.SIGUSR2
+# What `environment` sets; a container is given these by name, with whatever values they have.
+SETTINGS = (
+    "OMP_NUM_THREADS", "PYTHONSAFEPATH", "CUDA_DEVICE_MAX_CONNECTIONS", "HF_HUB_OFFLINE", "TRANSFORMERS_VERBOSITY",
+    "TOKENIZERS_PARALLELISM", "NCCL_DEBUG", "TORCH_NCCL_ASYNC_ERROR_HANDLING", "PYTORCH_CUDA_ALLOC_CONF",
+    "CUDA_VISIBLE_DEVICES",
+)  # fmt: skip
+PREFERENCES = {
+    "NCCL_DEBUG": "WARN",
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
+    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+}
+
+
+def environment(inherited: Mapping[str, str], threads: int, cpu: bool) -> dict[str, str]:
+    """The environment of a stage's processes; what several nodes need of it is in env.sh too, with the reasons.
+
+    - OMP_NUM_THREADS: ranks share the cores; more threads than cores make every rank slower.
+    - PYTHONSAFEPATH: the project's root holds folders named `kernels` and `tools`, which other packages would find.
+    - CUDA_DEVICE_MAX_CONNECTIONS: Megatron's overlap of tensor-parallel communication wants one queue.
+    - PREFERENCES: unless somebody set them. NCCL speaks when something is wrong; a rank whose partner is lost ends with
+      an error; the allocator grows what it has, as batches differ in length.
+    - HF_HUB_OFFLINE, TRANSFORMERS_VERBOSITY: a stage reads local files only, and says what is worth saying itself.
+    - TORCHDYNAMO_DISABLE (CPU): Megatron wraps functions in torch.compile when it is imported; its fusions are for
+      GPUs, and loading the compiler costs every rank more than a second.
+    - PYTHONWARNINGS: that Transformer Engine and apex are absent is known on a CPU.
+    """
+    settings = {
+        "OMP_NUM_THREADS": str(threads),
+        "PYTHONSAFEPATH": "1",
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if cpu:
+        settings["TORCHDYNAMO_DISABLE"] = "1"
+        settings["PYTHONWARNINGS"] = "ignore:Transformer Engine and Apex,ignore:Apex is not installed"
+    return PREFERENCES | dict(inherited) | settings
+
+
+def die_with(parent_pid: int) -> None:
+    """Ask Linux to kill this process when its parent ends, however it ends; for `preexec_fn`, it survives the exec.
+
+    A parent that is already gone is noticed too.
+    """
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:
+        os._exit(1)
+
+
+def show_stacks_when_asked() -> None:
+    """From now on this process writes the stacks of its threads to stderr when it gets SIGUSR2."""
+    faulthandler.register(SHOW_STACKS, all_threads=True)

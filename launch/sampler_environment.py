@@ -1,0 +1,102 @@
+"""Where the configuration has the sampler's processes run: beside another Python, in a container, as steps of the Slurm
+allocation; and the command line that starts them there. Containers and `srun --mpi` were never run so far."""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import assert_never
+
+from srlm_mega.config import Config
+from srlm_mega.errors import UserError
+from srlm_mega.launch.child_process import SETTINGS
+from srlm_mega.launch.ranks import gpu_request, pyxis
+
+
+def check_sampler_environment(config: Config) -> None:
+    """UserError when the environment has no `srlm`, or its container cannot be given the folders."""
+    runtime = config.runtime.sampler
+    if runtime.container is None and not Path(program(config)).is_file():
+        raise UserError(
+            f"runtime.sampler.python {runtime.python or sys.executable}: there is no srlm beside it. In that "
+            "environment: pip install --no-deps srlm-mega, and what docs/sampling.md lists"
+        )
+    if runtime.slurm:
+        try:
+            pyxis(runtime.container, runtime.mounts, Path.cwd())
+        except UserError as error:
+            raise UserError(f"runtime.sampler.mounts: {error}") from None
+
+
+def sampler_process(config: Config, arguments: Sequence[str]) -> list[str]:
+    """`srlm` with these arguments in the sampler's environment. UserError when it cannot be entered.
+
+    Under Slurm it is a step of this allocation: TP * PP tasks of which the first runs the command and the others wait
+    for it (trtllm-llmapi-launch), over several nodes where one is too small.
+    """
+    check_sampler_environment(config)
+    runtime = config.runtime.sampler
+    if runtime.slurm:
+        mpi = ["trtllm-llmapi-launch"] if is_tensorrt_llm(config) else []
+        return [*srun_replica(config), *mpi, program(config), *arguments]
+    container = [] if runtime.container is None else docker(config, runtime.container)
+    return [*container, program(config), *arguments]
+
+
+def program(config: Config) -> str:
+    """The `srlm` beside the Python, or on a container's PATH."""
+    runtime = config.runtime.sampler
+    if runtime.container is not None:
+        return "srlm"
+    return str(Path(runtime.python or sys.executable).absolute().parent / "srlm")
+
+
+def is_tensorrt_llm(config: Config) -> bool:
+    """Whether the sampler is TensorRT-LLM, which computes on GPUs and wants a task of MPI's for each of them."""
+    match config.sampler.backend:
+        case "huggingface":
+            return False
+        case "trtllm_torch" | "trtllm_engine":
+            return True
+        case other:
+            assert_never(other)
+
+
+def docker(config: Config, image: str) -> list[str]:
+    """A container on this node that sees the working directory, `mounts` and all GPUs, and ends with the process. Of
+    the environment it is given the processes' settings and the keys of external judges, by name."""
+    here = Path.cwd()
+    mounts = (path.resolve() for path in config.runtime.sampler.mounts)
+    judges = config.pairwise_judges.values()
+    keys = sorted({judge.api_key_variable for judge in judges if judge.api_key_variable is not None})
+    volumes = [f"--volume={folder}:{folder}" for folder in (here, *mounts)]
+    names = [f"--env={name}" for name in (*SETTINGS, *keys)]
+    return ["docker", "run", "--rm", "--init", "--gpus=all", "--ipc=host", *names, *volumes, f"--workdir={here}",
+            image]  # fmt: skip
+
+
+def srun_replica(config: Config) -> list[str]:
+    """A step of this allocation for one replica, in a container (pyxis) where one is given. --exact lets steps share a
+    node, --mem=0 its memory."""
+    runtime, devices = config.runtime.sampler, config.sampler.devices_per_replica
+    mpi = is_tensorrt_llm(config)
+    nodes = -(-devices // runtime.devices_per_node)
+    tasks = devices if mpi else 1
+    cpus = max(1, int(os.environ.get("SLURM_CPUS_ON_NODE", "1")) // runtime.devices_per_node)
+    argv = [
+        "srun", "--exact", f"--nodes={nodes}", f"--ntasks={tasks}", f"--ntasks-per-node={-(-tasks // nodes)}",
+        f"--cpus-per-task={cpus}", "--mem=0", "--kill-on-bad-exit=1", "--export=ALL",
+    ]  # fmt: skip
+    if config.sampler.device != "cpu":
+        argv.append(gpu_request(config.launch.slurm.gpu_option, min(devices, runtime.devices_per_node)))
+    argv += ["--mpi=pmix"] if mpi else []
+    return [*argv, *pyxis(runtime.container, runtime.mounts, Path.cwd())]
+
+
+def devices_of(replica: int, config: Config) -> dict[str, str]:
+    """CUDA_VISIBLE_DEVICES of a replica beside others on this node. Under Slurm the step decides."""
+    if config.runtime.sampler.slurm:
+        return {}
+    devices = config.sampler.devices_per_replica
+    first = replica * devices
+    return {"CUDA_VISIBLE_DEVICES": ",".join(str(device) for device in range(first, first + devices))}
