@@ -13,9 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from srlm_mega.cli_arguments import ConfigFile, Overrides
-from srlm_mega.errors import USER_ERROR, UserError
+from srlm_mega.errors import USER_ERROR
 
 if TYPE_CHECKING:
+    from srlm_mega.config import Config
     from srlm_mega.launch.doctor import Row
     from srlm_mega.launch.versions import VersionSet
 
@@ -78,15 +79,25 @@ def preflight(
 ) -> None:
     """Look at all nodes before a job: run it on each (srun --ntasks-per-node=1 srlm launch preflight ...)."""
     from srlm_mega.config.file import load_config
-    from srlm_mega.launch.preflight_place import place_of
+    from srlm_mega.launch.preflight.coordinator import run_preflight
+    from srlm_mega.launch.preflight.this_node import this_node
     from srlm_mega.launch.ranks import check_resolves
-    from srlm_mega.preflight import run_preflight
 
     config = load_config(config_file, overrides or [])
-    try:
-        if master_addr is not None:
-            check_resolves(master_addr)
-        place = place_of(os.environ, node_rank, nnodes, master_addr, master_port)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    run_preflight(config, [str(config_file), *(overrides or [])], out, place, Console(width=TABLE_WIDTH))
+    if master_addr is not None:
+        check_resolves(master_addr)
+    node = this_node(os.environ, node_rank, nnodes, master_addr, master_port)
+    arguments = [str(config_file), *(overrides or [])]
+    run_preflight(config, arguments, out, node, model_folders(config), Console(width=TABLE_WIDTH))
+
+
+def model_folders(config: "Config") -> int:
+    """Models that lie on the disk at once: those that the run makes, and what the sampler loads in their place (of an
+    engine its checkpoint too). Early stopping keeps two more, the newest and the best one before it."""
+    from srlm_mega.plan import plan
+
+    stages = plan(config)
+    made = sum(stage.trains or (stage.name == "M0" and config.model.path is None) for stage in stages)
+    converted = sum(stage.name.endswith("/sampler_weights") for stage in stages)
+    copies = 2 if config.sampler.backend == "trtllm_engine" else 1
+    return made + copies * converted + (0 if config.early_stopping is None else 2)

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from math import prod
@@ -14,36 +15,58 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from srlm_mega import preflight
 from srlm_mega.checkpoints_conversion.llama import LlamaShape, huggingface_shapes
+from srlm_mega.cli_doctor import model_folders
 from srlm_mega.config.file import load_config
+from srlm_mega.config.preflight import PreflightConfig
 from srlm_mega.errors import UserError
-from srlm_mega.launch.allreduce_findings import Floors, GroupSpeed, RankPlace, RanksOutcome, check_ranks, check_speeds
-from srlm_mega.launch.disk_need import DiskNeed, llama_parameters
-from srlm_mega.launch.preflight import Finding, Gpu, NodeReport, Wanted, check_absent, findings, to_leave_out
-from srlm_mega.launch.preflight_node import Question, free_bytes, is_own, local_report, parse_nvidia_smi
-from srlm_mega.launch.preflight_place import expand, place_of
-from srlm_mega.launch.preflight_ranks import run_ranks
-from srlm_mega.launch.roll_call import RollCall, call
+from srlm_mega.launch.preflight import coordinator
+from srlm_mega.launch.preflight.allreduce import (
+    GroupSpeed,
+    RankPlace,
+    RanksOutcome,
+    check_ranks,
+    check_speeds,
+    run_ranks,
+)
+from srlm_mega.launch.preflight.disk_need import DiskNeed, disk_need, llama_parameters
+from srlm_mega.launch.preflight.findings import Finding, check_absent, to_leave_out
+from srlm_mega.launch.preflight.findings import findings as all_findings
+from srlm_mega.launch.preflight.node_report import (
+    InstalledGpu,
+    NodeReport,
+    TimedCheck,
+    free_bytes,
+    is_own,
+    local_report,
+    parse_nvidia_smi,
+)
+from srlm_mega.launch.preflight.roll_call import RollCall, call
+from srlm_mega.launch.preflight.this_node import expand, this_node
 
 ROOT = Path(__file__).resolve().parent.parent
 TOY = ROOT / "launch/configs/toy_cpu.yaml"
 GIB = 1 << 30
-H200 = Gpu("NVIDIA H200", 0)
+H200 = InstalledGpu("NVIDIA H200", 0)
 WELL = NodeReport("", 0, {"torch": "2.13.0", "driver": "580.1"}, (H200,) * 8, ("10.0.0.1",), free_bytes=900 * GIB)
 NODES = tuple(replace(WELL, node=f"n{rank}", rank=rank, network=f"machine {rank}") for rank in range(4))
-WANTED = Wanted(gpus=8, disk_bytes=800 * GIB, disk_why="3 models", clock_skew=5.0)
+NEED = DiskNeed(parameters=100 * GIB, bf16=True, exports=4, kept_checkpoints=-1, sampled_tokens=0)  # 800 GiB
+
+
+def findings(nodes: Sequence[NodeReport]) -> list[Finding]:
+    """Of nodes that should have 8 GPUs, 800 GiB of free disk and clocks within 5 s."""
+    return all_findings(nodes, 8, NEED, 5.0)
 
 
 def changed(rank: int, **changes: object) -> list[Finding]:
     """Findings when one of four nodes is otherwise."""
     nodes = list(NODES)
     nodes[rank] = replace(nodes[rank], **changes)  # type: ignore[arg-type]
-    return findings(nodes, WANTED)
+    return findings(nodes)
 
 
 def test_well_nodes_are_well() -> None:
-    assert findings(NODES, WANTED) == []
+    assert findings(NODES) == []
 
 
 @pytest.mark.parametrize(
@@ -53,7 +76,8 @@ def test_well_nodes_are_well() -> None:
          "torch 2.13.0, as on 3 of 4 nodes", "environment"),
         ({"versions": {"driver": "580.1"}}, "versions", "torch absent", "torch 2.13.0", "environment"),
         ({"gpus": (H200,) * 7}, "GPUs", "7", "8, one for each of launch.processes_per_node", "processes_per_node"),
-        ({"gpus": (*(H200,) * 7, Gpu("NVIDIA H200", 3))}, "ECC", "3 uncorrected errors on GPU 7", "0", "reset"),
+        ({"gpus": (*(H200,) * 7, InstalledGpu("NVIDIA H200", 3))}, "ECC", "3 uncorrected errors on GPU 7", "0",
+         "reset"),
         ({"addresses": ()}, "host name", "does not resolve", "its own address", "/etc/hosts"),
         ({"addresses": ("10.9.9.9",), "foreign_addresses": ("10.9.9.9",)}, "host name", "an address of another",
          "its own address", "DNS"),
@@ -76,13 +100,13 @@ def test_a_finding_names_node_check_got_wanted_and_remedy(
 
 def test_a_full_disk_is_nobodys_fault() -> None:
     (finding,) = changed(1, free_bytes=799 * GIB)
-    assert str(finding).startswith("n1: free disk: got 799.0 GiB free, wanted 800.0 GiB (3 models). Free some space")
+    assert str(finding).startswith(f"n1: free disk: got 799.0 GiB free, wanted 800.0 GiB ({NEED}). Free some space")
     assert finding.blamed == ()
 
 
 def test_node_0_may_be_the_one_whose_clock_is_wrong() -> None:
     late = [NODES[0], *(replace(node, clock_ahead=60.0) for node in NODES[1:])]
-    (finding,) = findings(late, WANTED)
+    (finding,) = findings(late)
     assert (finding.node, finding.got) == ("n0", "60.0 s behind the others")
 
 
@@ -92,7 +116,7 @@ def test_a_clock_within_the_error_of_its_measurement_passes() -> None:
 
 def test_of_two_nodes_none_is_blamed_for_a_difference() -> None:
     other = replace(NODES[1], versions={"torch": "2.12.1", "driver": "580.1"}, clock_ahead=9.0)
-    versions, clock = findings([NODES[0], other], WANTED)
+    versions, clock = findings([NODES[0], other])
     assert versions.node == "n0, n1" and versions.got == "torch 2.13.0 on n0; torch 2.12.1 on n1"
     assert clock.got == "9.0 s ahead of node 0"
     assert versions.blamed == clock.blamed == ()
@@ -100,15 +124,15 @@ def test_of_two_nodes_none_is_blamed_for_a_difference() -> None:
 
 def test_no_shared_file_system_at_all_is_said_of_all_and_blamed_on_none() -> None:
     blind = [NODES[0], *(replace(node, sees_head=False, head_sees=False) for node in NODES[1:])]
-    found = findings(blind, WANTED)
+    found = findings(blind)
     assert [finding.node for finding in found] == ["n1", "n2", "n3"]
     assert all(finding.blamed == () and "run.dir" in finding.remedy for finding in found)
 
 
 def test_nodes_on_one_machine_meet_on_its_loopback_address() -> None:
     local = [replace(node, addresses=("127.0.0.1",)) for node in NODES[:2]]
-    assert findings([replace(node, network="one") for node in local], WANTED) == []
-    assert [finding.check for finding in findings(local, WANTED)] == ["host name", "host name"]
+    assert findings([replace(node, network="one") for node in local]) == []
+    assert [finding.check for finding in findings(local)] == ["host name", "host name"]
 
 
 def test_a_node_that_never_reports_is_named() -> None:
@@ -129,17 +153,17 @@ def test_when_nobody_reports_the_way_to_node_0_is_suspected() -> None:
 def test_nodes_to_leave_out() -> None:
     few = changed(1, gpus=()) + changed(2, addresses=())
     assert to_leave_out(few, 4) == ["n1", "n2"]
-    everywhere = findings([replace(node, gpus=(H200,) * 4) for node in NODES], WANTED)
+    everywhere = findings([replace(node, gpus=(H200,) * 4) for node in NODES])
     assert len(everywhere) == 4 and to_leave_out(everywhere, 4) == [], "the job asks for too many"
-    errors = (Gpu("NVIDIA H200", 1),) * 8
-    assert to_leave_out(findings([replace(NODES[0], gpus=errors)], WANTED), 1) == ["n0"]
+    errors = (InstalledGpu("NVIDIA H200", 1),) * 8
+    assert to_leave_out(findings([replace(NODES[0], gpus=errors)]), 1) == ["n0"]
 
 
 def speeds(axis: str, groups: dict[tuple[int, ...], float]) -> list[GroupSpeed]:
     return [GroupSpeed(axis, ranks, gbytes) for ranks, gbytes in groups.items()]
 
 
-FLOORS = Floors(within_node=100.0, between_nodes=10.0)
+FLOORS = PreflightConfig(floor_within_node=100.0, floor_between_nodes=10.0)
 NAMES = ("n0", "n1", "n2", "n3")
 
 
@@ -199,9 +223,9 @@ def test_ranks_that_ended_are_well() -> None:
 def test_gpus_as_nvidia_smi_lists_them() -> None:
     text = "NVIDIA H200, 580.1, 0\nNVIDIA H200, 580.1, 2\nNVIDIA T4, 580.1, [N/A]\n"
     gpus, same = parse_nvidia_smi(text, {})
-    assert gpus == (H200, Gpu("NVIDIA H200", 2), Gpu("NVIDIA T4", None))
+    assert gpus == (H200, InstalledGpu("NVIDIA H200", 2), InstalledGpu("NVIDIA T4", None))
     assert same == {"driver": "580.1", "GPU": "NVIDIA H200, NVIDIA T4"}
-    assert parse_nvidia_smi(text, {"CUDA_VISIBLE_DEVICES": "2"})[0] == (Gpu("NVIDIA T4", None),)
+    assert parse_nvidia_smi(text, {"CUDA_VISIBLE_DEVICES": "2"})[0] == (InstalledGpu("NVIDIA T4", None),)
     assert parse_nvidia_smi(text, {"CUDA_VISIBLE_DEVICES": ""})[0] == ()
     assert len(parse_nvidia_smi(text, {"CUDA_VISIBLE_DEVICES": "GPU-a,GPU-b"})[0]) == 2
 
@@ -232,9 +256,9 @@ def test_a_dead_driver_is_one_missing_answer(tmp_path: Path, monkeypatch: pytest
 
 def test_a_check_that_hangs_is_left_behind() -> None:
     never = threading.Event()
-    assert Question(never.wait).failure(time.monotonic() + 1) == "no answer in 1 s"
+    assert TimedCheck(never.wait).failure(time.monotonic() + 1) == "no answer in 1 s"
     never.set()
-    assert Question(never.wait).failure(time.monotonic() + 60) is None
+    assert TimedCheck(never.wait).failure(time.monotonic() + 60) is None
 
 
 def test_what_a_run_has_written_counts_as_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,7 +288,8 @@ def test_parameters_are_those_of_the_weight_table() -> None:
 
 
 def test_the_70b_preset_needs_terabytes() -> None:
-    need = preflight.disk_need(load_config(ROOT / "launch/configs/llama2_70b_64gpu.yaml"))
+    config = load_config(ROOT / "launch/configs/llama2_70b_64gpu.yaml")
+    need = disk_need(config, model_folders(config))
     assert round(need.parameters / 1e9) == 69
     assert 3.2e12 < need.total < 3.5e12
 
@@ -283,7 +308,7 @@ def test_the_70b_preset_needs_terabytes() -> None:
     ],
 )
 def test_every_model_that_is_written_needs_disk(overrides: list[str], models: int) -> None:
-    assert preflight.disk_need(load_config(ROOT / "launch/configs/toy_cpu.yaml", overrides)).exports == models
+    assert model_folders(load_config(ROOT / "launch/configs/toy_cpu.yaml", overrides)) == models
 
 
 def slurm(**more: str) -> dict[str, str]:
@@ -291,19 +316,19 @@ def slurm(**more: str) -> dict[str, str]:
 
 
 def test_slurm_says_which_node_this_is() -> None:
-    place = place_of(slurm(SLURM_JOB_ID="12345"), None, None, None, None)
+    place = this_node(slurm(SLURM_JOB_ID="12345"), None, None, None, None)
     assert (place.rank, place.name, place.names) == (1, "n7", ("node 0", "n7"))
     assert (place.head, place.port) == ("10.0.0.1", 10_000 + 12345)
 
 
 def test_options_come_before_slurm() -> None:
-    place = place_of(slurm(), 2, 3, "10.0.0.9", 4000)
+    place = this_node(slurm(), 2, 3, "10.0.0.9", 4000)
     assert (place.rank, len(place.names), place.head, place.port) == (2, 3, "10.0.0.9", 4000)
 
 
 def test_slurms_names_of_the_other_nodes() -> None:
     environment = {"SLURM_NNODES": "2", "SLURM_PROCID": "0", "SLURMD_NODENAME": "n7", "SLURM_JOB_NODELIST": "n[7-8]"}
-    place = place_of(environment, None, None, None, None)
+    place = this_node(environment, None, None, None, None)
     assert (place.names, place.named, place.head) == (("n7", "n8"), True, "n7")
 
 
@@ -326,7 +351,7 @@ def test_slurms_short_form_of_names(compact: str, names: str) -> None:
 )
 def test_an_unclear_place_is_refused(rank: int, nodes: int, said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        place_of({}, rank, nodes, None, None)
+        this_node({}, rank, nodes, None, None)
 
 
 def free_port() -> int:
@@ -385,21 +410,21 @@ def test_fewer_nodes_than_the_layout_takes_are_looked_at_without_it(tmp_path: Pa
     """As in a job that samples."""
     config = load_config(TOY, ["launch.nodes=2", "launch.processes_per_node=1", f"run.dir={tmp_path / 'run'}"])
     console = Console(record=True, width=200)
-    preflight.run_preflight(config, [], tmp_path, place_of({}, None, None, None, None), console)
+    coordinator.run_preflight(config, [], tmp_path, this_node({}, None, None, None, None), 4, console)
     said = console.export_text()
     assert "No all-reduce: the layout takes launch.nodes=2, and 1 take part" in said and "1 nodes are well" in said
 
 
 def test_a_port_that_is_taken_is_said() -> None:
     with socket.create_server(("", 0)) as taken, pytest.raises(UserError, match="give another --master-port"):
-        preflight.open_roll_call(taken.getsockname()[1], "attempt")
+        coordinator.open_roll_call(taken.getsockname()[1], "attempt")
 
 
 def test_gpus_are_trainings_or_else_samplings() -> None:
     presets = ROOT / "launch/configs"
     big = load_config(presets / "llama2_70b_64gpu.yaml", ["runtime.sampler.devices_per_node=4"])
-    assert (preflight.gpus_of(big, 8), preflight.gpus_of(big, 2)) == (8, 4)
-    assert preflight.gpus_of(load_config(TOY), 1) is None
+    assert (coordinator.gpus_of(big, 8), coordinator.gpus_of(big, 2)) == (8, 4)
+    assert coordinator.gpus_of(load_config(TOY), 1) is None
 
 
 @pytest.mark.timing

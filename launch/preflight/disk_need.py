@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from srlm_mega.config import Config
+
 GIB = 1 << 30
 JSON_BYTES_PER_TOKEN = 12  # its text (about 4) and its id in the token list (about 6), with room for the record's keys
 
@@ -52,6 +54,19 @@ class DiskNeed:
             f"{self._checkpoint_bytes_each} bytes = {self.checkpoint_bytes / GIB:.1f} GiB, "
             f"{self.sampled_tokens:,} sampled tokens * {JSON_BYTES_PER_TOKEN} bytes = {self.sample_bytes / GIB:.1f} GiB"
         )
+
+
+def disk_need(config: Config, exports: int) -> DiskNeed:
+    """What the whole run writes, with so many model folders."""
+    model, candidates, judge = config.model, config.candidates, config.judge
+    per_prompt = candidates.n * (candidates.max_new_tokens + judge.n * judge.max_new_tokens)
+    return DiskNeed(
+        parameters=llama_parameters(*model.sizes),
+        bf16=config.trainer.bf16,
+        exports=exports,
+        kept_checkpoints=config.trainer.keep_checkpoints,
+        sampled_tokens=config.run.rounds * config.prompts.per_round * per_prompt,
+    )
 
 
 def llama_parameters(layers: int, hidden: int, ffn: int, heads: int, groups: int, vocabulary: int) -> int:

@@ -11,10 +11,9 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
-
-from srlm_mega.launch.preflight import Gpu, NodeReport
 
 PACKAGES = (
     "srlm-mega", "torch", "megatron-core", "transformer-engine", "flash-attn", "triton", "transformers", "numpy",
@@ -27,12 +26,39 @@ NVIDIA_SMI = (
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class InstalledGpu:
+    """As nvidia-smi shows it. `ecc_errors`: uncorrected ones since the driver was loaded; None where it cannot say."""
+
+    name: str
+    ecc_errors: int | None = None
+
+
+@dataclass(frozen=True)
+class NodeReport:
+    """What a node found out about itself; None: it could not, and `unanswered` says which check and why."""
+
+    node: str
+    rank: int
+    versions: Mapping[str, str]  # package -> version; absent packages are not there
+    gpus: tuple[InstalledGpu, ...] | None = None
+    addresses: tuple[str, ...] | None = None  # what its own host name resolves to
+    foreign_addresses: tuple[str, ...] = ()  # those of them that are another machine's
+    free_bytes: int | None = None  # for the run folder
+    network: str = ""  # the same for nodes that are one machine
+    clock_ahead: float = 0.0  # seconds its clock is ahead of node 0's, and how far that may be off
+    clock_error: float = 0.0
+    sees_head: bool = True  # it read in the shared folder what node 0 wrote there
+    head_sees: bool = True  # and the other way
+    unanswered: Mapping[str, str] | None = None
+
+
 def local_report(node: str, rank: int, folder: Path, with_gpus: bool, seconds: float) -> NodeReport:
     """This node's report, but for what takes two nodes. `folder`: where the run will write."""
     deadline = time.monotonic() + seconds
-    versions, gpus = Question(installed_versions), Question(visible_gpus if with_gpus else no_gpus)
-    name, disk = Question(own_addresses), Question(lambda: free_bytes(folder))
-    asked: dict[str, Question[Any]] = {"versions": versions, "GPUs": gpus, "host name": name, "free disk": disk}
+    versions, gpus = TimedCheck(installed_versions), TimedCheck(visible_gpus if with_gpus else no_gpus)
+    name, disk = TimedCheck(own_addresses), TimedCheck(lambda: free_bytes(folder))
+    asked: dict[str, TimedCheck[Any]] = {"versions": versions, "GPUs": gpus, "host name": name, "free disk": disk}
     unanswered = {check: why for check, question in asked.items() if (why := question.failure(deadline)) is not None}
     devices, same = gpus.answer or (None, {})
     addresses, foreign = name.answer or (None, ())
@@ -49,7 +75,7 @@ def local_report(node: str, rank: int, folder: Path, with_gpus: bool, seconds: f
     )
 
 
-class Question(Generic[T]):
+class TimedCheck(Generic[T]):
     """A check at work in a thread of its own; one that hangs is left behind there."""
 
     def __init__(self, ask: Callable[[], T]) -> None:
@@ -87,7 +113,7 @@ def no_gpus() -> tuple[None, dict[str, str]]:
     return None, {}
 
 
-def visible_gpus() -> tuple[tuple[Gpu, ...], dict[str, str]]:
+def visible_gpus() -> tuple[tuple[InstalledGpu, ...], dict[str, str]]:
     """The GPUs this job may use, and what should be the same on all nodes: their kinds and the driver. OSError without
     nvidia-smi; it hangs on some broken GPUs. Not run on a GPU by this project."""
     done = subprocess.run(NVIDIA_SMI, capture_output=True, text=True, timeout=60)
@@ -97,10 +123,10 @@ def visible_gpus() -> tuple[tuple[Gpu, ...], dict[str, str]]:
     return parse_nvidia_smi(done.stdout, os.environ)
 
 
-def parse_nvidia_smi(text: str, environment: Mapping[str, str]) -> tuple[tuple[Gpu, ...], dict[str, str]]:
+def parse_nvidia_smi(text: str, environment: Mapping[str, str]) -> tuple[tuple[InstalledGpu, ...], dict[str, str]]:
     """From its lines `name, driver, errors` ([N/A] where a GPU counts none). CUDA_VISIBLE_DEVICES hides some."""
     rows = [[field.strip() for field in line.split(",")] for line in text.splitlines() if line.strip()]
-    gpus = [Gpu(name, int(errors) if errors.isdecimal() else None) for name, _, errors in rows]
+    gpus = [InstalledGpu(name, int(errors) if errors.isdecimal() else None) for name, _, errors in rows]
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         names = [name.strip() for name in visible.split(",") if name.strip()]

@@ -1,5 +1,5 @@
 """A timed all-reduce in every group of the layout, as a job's ranks before it. Started by torchrun on every node:
-`torchrun ... -m srlm_mega.training.preflight_allreduce FOLDER CONFIG [section.key=value ...]`.
+`torchrun ... -m srlm_mega.training.allreduce_check FOLDER CONFIG [section.key=value ...]`.
 
 Each rank writes FOLDER/rank_N, the place it has come to, so that a node can say which of its ranks the others wait
 for; rank 0 writes FOLDER/groups.json. On CUDA this was not run.
@@ -19,8 +19,8 @@ import torch.distributed as dist
 
 from srlm_mega.config import Config
 from srlm_mega.config.file import load_config
-from srlm_mega.launch.allreduce_findings import GroupSpeed
 from srlm_mega.launch.child_process import die_with
+from srlm_mega.launch.preflight.allreduce import GroupSpeed
 from srlm_mega.run_dir import write_atomic
 from srlm_mega.training.topology import Topology, started_as
 

@@ -5,15 +5,16 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from srlm_mega.errors import UserError
 from srlm_mega.launch.ranks import port_of
 
 TOP_LEVEL_COMMA = re.compile(r",(?![^\[]*\])")
 
 
 @dataclass(frozen=True)
-class Place:
-    """`names`: of all nodes by their rank; `named`: as Slurm knows them, else only this one's is the host's. Nodes call
-    node 0 at `head`:`port`; the ranks meet at the port behind it."""
+class ThisNode:
+    """Which of the job's nodes this is. `names`: of all nodes by their rank; `named`: as Slurm knows them, else only
+    this one's is the host's. Nodes call node 0 at `head`:`port`; the ranks meet at the port behind it."""
 
     rank: int
     names: tuple[str, ...]
@@ -27,23 +28,23 @@ class Place:
         return self.names[self.rank]
 
 
-def place_of(
+def this_node(
     environment: Mapping[str, str], rank: int | None, nodes: int | None, head: str | None, port: int | None
-) -> Place:
-    """What the options leave open is Slurm's: a task per node. ValueError when it is not clear who is who."""
+) -> ThisNode:
+    """What the options leave open is Slurm's: a task per node. UserError when it is not clear who is who."""
     own_name = environment.get("SLURMD_NODENAME", socket.gethostname())
     count = nodes or int(environment.get("SLURM_STEP_NUM_NODES", environment.get("SLURM_NNODES", "1")))
     own = rank if rank is not None else int(environment.get("SLURM_PROCID", "0"))
     if not 0 <= own < count:
-        raise ValueError(f"node rank {own} of {count} nodes: ranks go from 0 to {count - 1}; start one task per node")
+        raise UserError(f"node rank {own} of {count} nodes: ranks go from 0 to {count - 1}; start one task per node")
     listed = node_names(environment) if count > 1 else ()
     named = len(listed) == count
     names = list(listed) if named else [f"node {other}" for other in range(count)]
     names[own] = own_name
     address = head or environment.get("MASTER_ADDR") or (names[0] if named else None)
     if count > 1 and own > 0 and address is None:
-        raise ValueError(f"{own_name} does not know where node 0 is: give --master-addr (or MASTER_ADDR)")
-    return Place(
+        raise UserError(f"{own_name} does not know where node 0 is: give --master-addr (or MASTER_ADDR)")
+    return ThisNode(
         own, tuple(names), named, address or "127.0.0.1", port or port_of(int(environment.get("SLURM_JOB_ID", "0")))
     )
 

@@ -1,49 +1,14 @@
 """What is wrong with a set of nodes: pure functions from what each reports of itself to findings in words."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median_low
 
-GIB = 1 << 30
+from srlm_mega.launch.preflight.disk_need import GIB, DiskNeed
+from srlm_mega.launch.preflight.node_report import NodeReport
+
 ECC = "ECC"
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """As nvidia-smi shows it. `ecc_errors`: uncorrected ones since the driver was loaded; None where it cannot say."""
-
-    name: str
-    ecc_errors: int | None = None
-
-
-@dataclass(frozen=True)
-class NodeReport:
-    """What a node found out about itself; None: it could not, and `unanswered` says which check and why."""
-
-    node: str
-    rank: int
-    versions: Mapping[str, str]  # package -> version; absent packages are not there
-    gpus: tuple[Gpu, ...] | None = None
-    addresses: tuple[str, ...] | None = None  # what its own host name resolves to
-    foreign_addresses: tuple[str, ...] = ()  # those of them that are another machine's
-    free_bytes: int | None = None  # for the run folder
-    network: str = ""  # the same for nodes that are one machine
-    clock_ahead: float = 0.0  # seconds its clock is ahead of node 0's, and how far that may be off
-    clock_error: float = 0.0
-    sees_head: bool = True  # it read in the shared folder what node 0 wrote there
-    head_sees: bool = True  # and the other way
-    unanswered: Mapping[str, str] | None = None
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What the job needs of each node."""
-
-    gpus: int | None  # None: it computes on CPUs
-    disk_bytes: int
-    disk_why: str
-    clock_skew: float
 
 
 @dataclass(frozen=True)
@@ -61,16 +26,17 @@ class Finding:
         return f"{self.node}: {self.check}: got {self.got}, wanted {self.wanted}. {self.remedy}"
 
 
-def findings(reports: Sequence[NodeReport], wanted: Wanted) -> list[Finding]:
-    """Everything that is wrong with nodes that reported."""
+def findings(reports: Sequence[NodeReport], gpus: int | None, need: DiskNeed, max_clock_skew: float) -> list[Finding]:
+    """Everything that is wrong with nodes that reported. `gpus` of each node, None: the job computes on CPUs; the skew
+    in seconds."""
     return [
         *(finding for report in reports for finding in check_answers(report)),
         *check_versions(reports),
-        *(finding for report in reports for finding in check_gpus(report, wanted.gpus)),
+        *(finding for report in reports for finding in check_gpus(report, gpus)),
         *(finding for report in reports for finding in check_name(report, len({one.network for one in reports}) == 1)),
         *check_shared_folder(reports),
-        *(finding for report in reports for finding in check_disk(report, wanted)),
-        *check_clocks(reports, wanted.clock_skew),
+        *(finding for report in reports for finding in check_disk(report, need)),
+        *check_clocks(reports, max_clock_skew),
     ]
 
 
@@ -209,14 +175,14 @@ def check_shared_folder(reports: Sequence[NodeReport]) -> Iterator[Finding]:
         )
 
 
-def check_disk(report: NodeReport, wanted: Wanted) -> Iterator[Finding]:
+def check_disk(report: NodeReport, need: DiskNeed) -> Iterator[Finding]:
     """Room for what the run will still write. No node is to blame: the disk is everybody's."""
-    if report.free_bytes is not None and report.free_bytes < wanted.disk_bytes:
+    if report.free_bytes is not None and report.free_bytes < need.total:
         yield Finding(
             report.node,
             "free disk",
             f"{report.free_bytes / GIB:.1f} GiB free",
-            f"{wanted.disk_bytes / GIB:.1f} GiB ({wanted.disk_why})",
+            f"{need.total / GIB:.1f} GiB ({need})",
             "Free some space, take another run.dir, or lower trainer.keep_checkpoints",
         )
 

@@ -4,9 +4,6 @@ says in words what is wrong and where.
 One process per node. Nobody waits without a limit, and a node that does not come is named.
 """
 
-import os
-import shutil
-import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,16 +18,22 @@ from rich.table import Table
 
 from srlm_mega.config import Config
 from srlm_mega.errors import UserError
-from srlm_mega.launch.allreduce_findings import Floors, GroupSpeed, RankPlace, RanksOutcome, check_ranks, check_speeds
-from srlm_mega.launch.child_process import environment
-from srlm_mega.launch.disk_need import GIB, DiskNeed, llama_parameters
-from srlm_mega.launch.preflight import Finding, Gpu, NodeReport, Wanted, check_absent, findings, to_leave_out
-from srlm_mega.launch.preflight_node import local_report
-from srlm_mega.launch.preflight_place import Place
-from srlm_mega.launch.preflight_ranks import run_ranks
-from srlm_mega.launch.ranks import Rendezvous, ranks_on_node
-from srlm_mega.launch.roll_call import Caller, RollCall, call
-from srlm_mega.plan import plan
+from srlm_mega.launch.preflight.allreduce import (
+    GroupSpeed,
+    RankPlace,
+    RanksOutcome,
+    check_ranks,
+    check_speeds,
+    own_ranks,
+    ranks_folder,
+    read_speeds,
+)
+from srlm_mega.launch.preflight.disk_need import GIB, disk_need
+from srlm_mega.launch.preflight.findings import Finding, check_absent, findings, to_leave_out
+from srlm_mega.launch.preflight.node_report import InstalledGpu, NodeReport, local_report
+from srlm_mega.launch.preflight.roll_call import Caller, RollCall, call
+from srlm_mega.launch.preflight.this_node import ThisNode
+from srlm_mega.launch.sampler_environment import is_tensorrt_llm
 from srlm_mega.run_dir import write_atomic
 
 ATTEMPT = "attempt"
@@ -39,51 +42,55 @@ SHARED_SECONDS = 3.0  # network file systems show another node's new file after 
 PATIENCE_SECONDS = 5.0
 
 
-def run_preflight(config: Config, arguments: Sequence[str], out: Path, place: Place, console: Console) -> None:
-    """This node's part. `arguments`: the configuration file and its overrides. UserError, on node 0, names all that is
-    wrong; on another node that node 0 cannot be reached."""
-    if place.rank == 0:
-        lead(config, arguments, out, place, console)
+def run_preflight(
+    config: Config, arguments: Sequence[str], out: Path, node: ThisNode, models: int, console: Console
+) -> None:
+    """This node's part. `arguments`: the configuration file and its overrides; `models`: folders of models that the run
+    writes. UserError, on node 0, names all that is wrong; on another node that node 0 cannot be reached."""
+    if node.rank == 0:
+        lead(config, arguments, out, node, models, console)
     else:
-        follow(config, arguments, out, place)
+        follow(config, arguments, out, node)
 
 
-def lead(config: Config, arguments: Sequence[str], out: Path, place: Place, console: Console) -> None:
+def lead(config: Config, arguments: Sequence[str], out: Path, node: ThisNode, models: int, console: Console) -> None:
     """Node 0: gather, compare, print."""
     begin, settings, attempt = time.monotonic(), config.launch.preflight, uuid4().hex
     out.mkdir(parents=True, exist_ok=True)
     (out / "bad_nodes").unlink(missing_ok=True)
     write_atomic(out / ATTEMPT, attempt.encode())
-    others = len(place.names) - 1
-    roll_call = open_roll_call(place.port, attempt) if others else None
+    others = len(node.names) - 1
+    roll_call = open_roll_call(node.port, attempt) if others else None
     with ThreadPoolExecutor(1) as pool:
         called = pool.submit(roll_call.gather, others, settings.report_seconds) if roll_call else None
-        own = look(config, place)
+        own = look(config, node)
         write_report(out, own, attempt)
         callers = called.result() if called else []
     deadline = time.monotonic() + SHARED_SECONDS
     reports = [own, *(reported(caller, out, attempt, deadline) for caller in callers)]
-    wanted = wanted_of(config, len(place.names))
-    found = [*check_absent(place.names, place.named, reports, settings.report_seconds), *findings(reports, wanted)]
-    whole = len(place.names) >= config.launch.nodes
+    gpus, need = gpus_of(config, len(node.names)), disk_need(config, models)
+    found = [
+        *check_absent(node.names, node.named, reports, settings.report_seconds),
+        *findings(reports, gpus, need, settings.max_clock_skew_seconds),
+    ]
+    whole = len(node.names) >= config.launch.nodes
     go = whole and not any(finding.check in HOPELESS for finding in found)
-    outcomes = all_reduce(go, callers, config, arguments, out, place)
+    outcomes = all_reduce(go, callers, config, arguments, out, node)
     speeds: list[GroupSpeed] = []
     if not whole:
         console.print(
-            f"No all-reduce: the layout takes launch.nodes={config.launch.nodes}, and {len(place.names)} take part (to "
+            f"No all-reduce: the layout takes launch.nodes={config.launch.nodes}, and {len(node.names)} take part (to "
             "have it tried: srun --nodes=N --ntasks-per-node=1 srlm launch preflight ...)", highlight=False
         )  # fmt: skip
     if go:
         per_node = config.launch.processes_per_node
         logs = str(out / "*.log")
         found += check_ranks(outcomes, per_node, settings.allreduce_seconds, logs)
-        speeds = read_speeds(ranks_folder(out, place.name) / "groups.json")
-        floors = Floors(settings.floor_within_node, settings.floor_between_nodes)
-        found += check_speeds(speeds, [report.node for report in reports], per_node, floors)
+        speeds = read_speeds(ranks_folder(out, node.name) / "groups.json")
+        found += check_speeds(speeds, [report.node for report in reports], per_node, settings)
     show(reports, speeds, console)
     if found:
-        raise UserError(blame(found, len(place.names), out))
+        raise UserError(blame(found, len(node.names), out))
     console.print(f"Preflight: {len(reports)} nodes are well, {time.monotonic() - begin:.0f} s", highlight=False)
 
 
@@ -97,18 +104,18 @@ def open_roll_call(port: int, attempt: str) -> RollCall:
         ) from None
 
 
-def follow(config: Config, arguments: Sequence[str], out: Path, place: Place) -> None:
+def follow(config: Config, arguments: Sequence[str], out: Path, node: ThisNode) -> None:
     """Any other node: report to node 0, and do what it says."""
     settings = config.launch.preflight
     try:
-        line, greeting = call(place.head, place.port, place.rank, settings.report_seconds)
+        line, greeting = call(node.head, node.port, node.rank, settings.report_seconds)
     except OSError as error:
         raise UserError(
-            f"{place.name}: no answer of node 0 at {place.head}:{place.port} in {settings.report_seconds:g} s "
+            f"{node.name}: no answer of node 0 at {node.head}:{node.port} in {settings.report_seconds:g} s "
             f"({error}). Give its address as this node can reach it (--master-addr), and open the port between nodes"
         ) from None
     report = replace(
-        look(config, place),
+        look(config, node),
         clock_ahead=greeting.clock_ahead,
         clock_error=greeting.clock_error,
         sees_head=sees(out / ATTEMPT, greeting.attempt, time.monotonic() + SHARED_SECONDS),
@@ -119,29 +126,18 @@ def follow(config: Config, arguments: Sequence[str], out: Path, place: Place) ->
         line.tell({"report": asdict(report)})
         patience = settings.report_seconds + PATIENCE_SECONDS + SHARED_SECONDS
         if line.hear(time.monotonic() + patience)["go"]:
-            line.tell({"outcome": asdict(own_ranks(config, arguments, out, place))})
+            line.tell({"outcome": asdict(own_ranks(config, arguments, out, node))})
     except OSError as error:
-        raise UserError(f"{place.name}: node 0 went away during the preflight ({error}): see its messages") from None
+        raise UserError(f"{node.name}: node 0 went away during the preflight ({error}): see its messages") from None
     finally:
         line.close()
 
 
-def look(config: Config, place: Place) -> NodeReport:
+def look(config: Config, node: ThisNode) -> NodeReport:
     """This node's own checks."""
-    with_gpus = gpus_of(config, len(place.names)) is not None
+    with_gpus = gpus_of(config, len(node.names)) is not None
     seconds = config.launch.preflight.check_seconds
-    return local_report(place.name, place.rank, config.run.dir, with_gpus, seconds)
-
-
-def wanted_of(config: Config, nodes: int) -> Wanted:
-    """What the configuration needs of each of so many nodes."""
-    need = disk_need(config)
-    return Wanted(
-        gpus=gpus_of(config, nodes),
-        disk_bytes=need.total,
-        disk_why=str(need),
-        clock_skew=config.launch.preflight.max_clock_skew_seconds,
-    )
+    return local_report(node.name, node.rank, config.run.dir, with_gpus, seconds)
 
 
 def gpus_of(config: Config, nodes: int) -> int | None:
@@ -149,32 +145,9 @@ def gpus_of(config: Config, nodes: int) -> int | None:
     sampler = config.runtime.sampler
     if config.trainer.device == "cuda" and nodes >= config.launch.nodes:
         return config.launch.processes_per_node
-    if config.sampler.device == "cuda" or config.sampler.backend != "huggingface":
+    if config.sampler.device == "cuda" or is_tensorrt_llm(config):
         return min(sampler.num_devices, sampler.devices_per_node)
     return None
-
-
-def disk_need(config: Config) -> DiskNeed:
-    """What the whole run writes."""
-    model, candidates, judge = config.model, config.candidates, config.judge
-    per_prompt = candidates.n * (candidates.max_new_tokens + judge.n * judge.max_new_tokens)
-    return DiskNeed(
-        parameters=llama_parameters(*model.sizes),
-        bf16=config.trainer.bf16,
-        exports=exports_of(config),
-        kept_checkpoints=config.trainer.keep_checkpoints,
-        sampled_tokens=config.run.rounds * config.prompts.per_round * per_prompt,
-    )
-
-
-def exports_of(config: Config) -> int:
-    """Models that lie on the disk at once: those that the run makes, and what the sampler loads in their place (of an
-    engine its checkpoint too). Early stopping keeps two more, the newest and the best one before it."""
-    stages = plan(config)
-    made = sum(stage.trains or (stage.name == "M0" and config.model.path is None) for stage in stages)
-    converted = sum(stage.name.endswith("/sampler_weights") for stage in stages)
-    copies = 2 if config.sampler.backend == "trtllm_engine" else 1
-    return made + copies * converted + (0 if config.early_stopping is None else 2)
 
 
 def write_report(out: Path, report: NodeReport, attempt: str) -> None:
@@ -197,14 +170,14 @@ def sees(file: Path, attempt: str, deadline: float) -> bool:
 def reported(caller: Caller, out: Path, attempt: str, deadline: float) -> NodeReport:
     """A caller's report, and whether what it wrote is to be seen here."""
     values = dict(caller.report)
-    gpus = None if values["gpus"] is None else tuple(Gpu(**gpu) for gpu in values["gpus"])
+    gpus = None if values["gpus"] is None else tuple(InstalledGpu(**gpu) for gpu in values["gpus"])
     addresses = None if values["addresses"] is None else tuple(values["addresses"])
     report = NodeReport(**values | {"gpus": gpus, "addresses": addresses})
     return replace(report, head_sees=sees(out / f"{report.node}.json", attempt, deadline))
 
 
 def all_reduce(
-    go: bool, callers: Sequence[Caller], config: Config, arguments: Sequence[str], out: Path, place: Place
+    go: bool, callers: Sequence[Caller], config: Config, arguments: Sequence[str], out: Path, node: ThisNode
 ) -> list[RanksOutcome]:
     """Tell all nodes whether to start their ranks (those behind launch.nodes have none); how they ended, by node."""
     with_ranks = [caller for caller in callers if go and caller.rank < config.launch.nodes]
@@ -213,7 +186,7 @@ def all_reduce(
             caller.line.tell({"go": caller in with_ranks})
     if not go:
         return []
-    outcomes = [own_ranks(config, arguments, out, place)]
+    outcomes = [own_ranks(config, arguments, out, node)]
     deadline = time.monotonic() + PATIENCE_SECONDS
     for caller in with_ranks:
         try:
@@ -224,32 +197,6 @@ def all_reduce(
             outcomes.append(RanksOutcome(caller.report["node"], first, False, (), why))
         caller.line.close()
     return outcomes
-
-
-def own_ranks(config: Config, arguments: Sequence[str], out: Path, place: Place) -> RanksOutcome:
-    """This node's ranks of the all-reduce."""
-    folder, per_node = ranks_folder(out, place.name), config.launch.processes_per_node
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    launch = config.launch.model_copy(update={"rendezvous": "static"})
-    program = [sys.executable, "-m", "srlm_mega.training.preflight_allreduce", str(folder), *arguments]
-    rendezvous = Rendezvous(place.head, place.port + 1, id="")
-    argv = ranks_on_node(Path(sys.executable).parent, program, launch, rendezvous, place.rank)
-    settings = environment(os.environ, config.launch.threads_per_process, cpu=config.trainer.device == "cpu")
-    seconds = config.launch.preflight.allreduce_seconds
-    return run_ranks(argv, settings, place.name, place.rank * per_node, folder, out / f"{place.name}.log", seconds)
-
-
-def ranks_folder(out: Path, node: str) -> Path:
-    """Where a node's ranks say how far they are."""
-    return out / f"{node}.ranks"
-
-
-def read_speeds(file: Path) -> list[GroupSpeed]:
-    """What rank 0 measured; nothing when the ranks did not come to their end."""
-    if not file.is_file():
-        return []
-    return [GroupSpeed(**values | {"ranks": tuple(values["ranks"])}) for values in orjson.loads(file.read_bytes())]
 
 
 def show(reports: Sequence[NodeReport], speeds: Sequence[GroupSpeed], console: Console) -> None:
