@@ -1,15 +1,24 @@
-"""From what the probes found to a table with a remedy for everything that is wrong: pure functions."""
+"""Run the probes, each in a process of its own with a time limit, so that what is broken breaks only that; and turn
+what they found into a table with a remedy for everything that is wrong."""
 
+import json
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from packaging.requirements import Requirement
 
 from srlm_mega.launch.probe import MODULES, Answer
-from srlm_mega.launch.probing import Probed
 from srlm_mega.launch.versions import Package, VersionSet, fits
 
+SCRIPT = Path(__file__).with_name("probe.py")
+AT_ONCE = 4
 Status = Literal["ok", "untested", "bad", "absent", "not asked"]
 APEX = (
     "pip uninstall apex: this one is PyPI's, a toolkit for web sites. NVIDIA's is optional and comes with its PyTorch "
@@ -25,7 +34,16 @@ HUNG = "see where it hangs: timeout -s ABRT 60 python -X faulthandler -c 'import
 
 
 @dataclass(frozen=True)
-class Row:
+class Probed:
+    """What came of a probe: an answer, or a failure in words."""
+
+    name: str
+    answer: Answer | None
+    failure: str = ""
+
+
+@dataclass(frozen=True)
+class DoctorRow:
     """One part. `remedy` is empty when there is nothing to do."""
 
     name: str
@@ -35,40 +53,70 @@ class Row:
     remedy: str = ""
 
 
-def diagnose(probed: Sequence[Probed], chosen: VersionSet, under_slurm: bool) -> list[Row]:
+def run_probes(names: Sequence[str], seconds: float) -> list[Probed]:
+    """Some at a time: each may import torch."""
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return list(pool.map(lambda name: run_probe(name, seconds), names))
+
+
+def run_probe(name: str, seconds: float) -> Probed:
+    """One of them, by this Python. -P: the script's folder is not searched for packages."""
+    process = subprocess.Popen(
+        [sys.executable, "-P", str(SCRIPT), name],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        said, wrong = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        return Probed(name, None, f"no answer in {seconds:g} s")
+    if process.returncode < 0:
+        return Probed(name, None, f"ended by {signal.Signals(-process.returncode).name}")
+    if process.returncode:
+        lines = [line for line in wrong.splitlines() if line.strip()]
+        return Probed(name, None, lines[-1].strip() if lines else f"ended with {process.returncode}, nothing said")
+    return Probed(name, Answer(**json.loads(said.splitlines()[-1])))
+
+
+def diagnose(probed: Sequence[Probed], chosen: VersionSet, under_slurm: bool) -> list[DoctorRow]:
     """A row for each probe. Bad: what is needed and is not there, or is there and does not work."""
     found = {one.name: one.answer for one in probed if one.answer is not None and not one.answer.absent}
     packages = {"python": Package(chosen.python, chosen.python, PYTHON.format(chosen.python)), **chosen.packages}
     rows = []
     for one in probed:
         if under_slurm and one.name == "slurm" and not has_controller(one):
-            rows.append(Row(one.name, "bad", said(one), "srun, sbatch and a controller that answers", SLURM))
+            rows.append(DoctorRow(one.name, "bad", said(one), "srun, sbatch and a controller that answers", SLURM))
         elif one.name in packages:
             rows.append(row(one, packages[one.name], found, "cuda" in packages))
         else:
-            rows.append(Row(one.name, "not asked", said(one), ""))
+            rows.append(DoctorRow(one.name, "not asked", said(one), ""))
     return rows
 
 
-def row(one: Probed, package: Package, found: Mapping[str, Answer], on_gpus: bool) -> Row:
+def row(one: Probed, package: Package, found: Mapping[str, Answer], on_gpus: bool) -> DoctorRow:
     """What is to be said of a part that the set has; `found`: all parts that are there."""
     wanted = package.tested or package.needs or "any"
     answer = one.answer
     if answer is None:
-        return Row(one.name, "bad", one.failure, wanted, remedy_of_failure(one, package))
+        return DoctorRow(one.name, "bad", one.failure, wanted, remedy_of_failure(one, package))
     if answer.stranger:
-        return Row(one.name, "bad", f"{answer.version}, another project's", "NVIDIA's, or none", APEX)
+        return DoctorRow(one.name, "bad", f"{answer.version}, another project's", "NVIDIA's, or none", APEX)
     if answer.absent:
         status: Status = "absent" if package.optional else "bad"
-        return Row(one.name, status, said(one), wanted, "" if package.optional else package.install)
+        return DoctorRow(one.name, status, said(one), wanted, "" if package.optional else package.install)
     if not fits(answer.version, package.needs):
-        return Row(one.name, "bad", said(one), package.needs, package.install)
+        return DoctorRow(one.name, "bad", said(one), package.needs, package.install)
     clash = clash_with_torch(one.name, answer.version, found.get("torch"), on_gpus)
     if clash is not None:
-        return Row(one.name, "bad", said(one), *clash)
+        return DoctorRow(one.name, "bad", said(one), *clash)
     if not fits(answer.version, package.tested):
-        return Row(one.name, "untested", said(one), wanted, f"may work; tested: {package.install}")
-    return Row(one.name, "ok", said(one), wanted)
+        return DoctorRow(one.name, "untested", said(one), wanted, f"may work; tested: {package.install}")
+    return DoctorRow(one.name, "ok", said(one), wanted)
 
 
 def clash_with_torch(name: str, version: str, torch: Answer | None, on_gpus: bool) -> tuple[str, str] | None:
@@ -119,6 +167,6 @@ def said(one: Probed) -> str:
     return f"{version} ({detail})" if detail else version
 
 
-def is_well(rows: Sequence[Row]) -> bool:
+def is_well(rows: Sequence[DoctorRow]) -> bool:
     """Whether all that is needed is there and works."""
     return all(row.status != "bad" for row in rows)

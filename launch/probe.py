@@ -1,5 +1,6 @@
 """Try one part of an environment: `python probe.py NAME` prints an Answer as JSON, or ends in any way a broken package
-may end: a traceback, a crash, never. So it runs in a process of its own (probing.py), and imports nothing of ours.
+may end: a traceback, a crash, never. So it runs in a process of its own (run_probe in doctor.py), and imports nothing
+of ours.
 """
 
 import ctypes
@@ -56,8 +57,10 @@ def probe(name: str) -> Answer:
             return Answer(importlib.metadata.version("apex"), stranger=True)
         case "torch":
             return torch_build(package(name))
-        case _:
+        case _ if name in MODULES:
             return package(name)
+        case _:
+            raise ValueError(f"no probe {name!r}: there are {', '.join(NAMES)}")
 
 
 def package(name: str) -> Answer:

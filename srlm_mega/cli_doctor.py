@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, assert_never
 
 import orjson
 import typer
@@ -17,7 +17,7 @@ from srlm_mega.errors import USER_ERROR
 
 if TYPE_CHECKING:
     from srlm_mega.config import Config
-    from srlm_mega.launch.doctor import Row
+    from srlm_mega.launch.doctor import DoctorRow
     from srlm_mega.launch.versions import VersionSet
 
 TABLE_WIDTH = 120
@@ -36,9 +36,8 @@ def doctor(
     ] = 120,
 ) -> None:
     """Is this environment one that works? Each part is tried in a process of its own; a remedy for what is not."""
-    from srlm_mega.launch.doctor import diagnose, is_well
+    from srlm_mega.launch.doctor import diagnose, is_well, run_probes
     from srlm_mega.launch.probe import NAMES
-    from srlm_mega.launch.probing import run_probes
     from srlm_mega.launch.versions import version_set
 
     chosen = purpose or ("training" if Path("/dev/nvidiactl").exists() else "cpu")
@@ -51,7 +50,7 @@ def doctor(
     raise typer.Exit(0 if is_well(rows) else USER_ERROR)
 
 
-def show(rows: "Sequence[Row]", purpose: str, versions: "VersionSet") -> None:
+def show(rows: "Sequence[DoctorRow]", purpose: str, versions: "VersionSet") -> None:
     """The table, then what to do."""
     console = Console(width=None if os.isatty(1) else TABLE_WIDTH)
     table = Table("", "", "found", "wanted", box=None)
@@ -99,5 +98,11 @@ def model_folders(config: "Config") -> int:
     stages = plan(config)
     made = sum(stage.trains or (stage.name == "M0" and config.model.path is None) for stage in stages)
     converted = sum(stage.name.endswith("/sampler_weights") for stage in stages)
-    copies = 2 if config.sampler.backend == "trtllm_engine" else 1
+    match config.sampler.backend:
+        case "huggingface" | "trtllm_torch":
+            copies = 1
+        case "trtllm_engine":
+            copies = 2
+        case other:
+            assert_never(other)
     return made + copies * converted + (0 if config.early_stopping is None else 2)

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from srlm_mega.launch.doctor import Row, diagnose, is_well
+from srlm_mega.launch.doctor import DoctorRow, Probed, diagnose, is_well, run_probe
 from srlm_mega.launch.probe import Answer
-from srlm_mega.launch.probing import Probed, run_probe
 from srlm_mega.launch.versions import FILE, Purpose, VersionSet, fits, version_set
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,7 +33,7 @@ WELL = {
 }
 
 
-def rows(chosen: VersionSet = TRAINING, under_slurm: bool = False, **changes: Answer | str) -> dict[str, Row]:
+def rows(chosen: VersionSet = TRAINING, under_slurm: bool = False, **changes: Answer | str) -> dict[str, DoctorRow]:
     """Of a well environment in which some probes (by name, _ for -) answer otherwise; a text is a failure."""
     probed = WELL | {name.replace("_", "-"): answer for name, answer in changes.items()}
     found = [
@@ -44,7 +43,7 @@ def rows(chosen: VersionSet = TRAINING, under_slurm: bool = False, **changes: An
     return {row.name: row for row in diagnose(found, chosen, under_slurm)}
 
 
-def bad(chosen: VersionSet = TRAINING, under_slurm: bool = False, **changes: Answer | str) -> Row:
+def bad(chosen: VersionSet = TRAINING, under_slurm: bool = False, **changes: Answer | str) -> DoctorRow:
     """The only red row."""
     (row,) = [row for row in rows(chosen, under_slurm, **changes).values() if row.status == "bad"]
     return row
@@ -126,9 +125,13 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def probed(name: str, seconds: float = 60) -> Row:
+def probed(name: str, seconds: float = 60) -> DoctorRow:
     """The row of a part as it is found here, for training."""
     return {row.name: row for row in diagnose([run_probe(name, seconds)], TRAINING, False)}[name]
+
+
+def test_a_probe_that_is_none_is_named() -> None:
+    assert run_probe("pytorch", 60).failure.startswith("ValueError: no probe 'pytorch': there are python, torch, cuda")
 
 
 def test_the_apex_of_pypi(site: Path) -> None:
