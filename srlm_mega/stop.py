@@ -3,6 +3,8 @@
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
 PREEMPTION = (signal.SIGTERM, signal.SIGUSR1)  # what schedulers send before they take a machine away
@@ -27,3 +29,29 @@ def on_signals(numbers: tuple[signal.Signals, ...], react: Callable[[], None]) -
         yield
     finally:
         restore()
+
+
+@dataclass
+class StopRequest:
+    """Whether one rank was asked to stop: by a scheduler's signal, or by a file that a person or `srlm run` makes. The
+    ranks agree by asking one another."""
+
+    file: Path | None
+    signalled: bool = False
+
+    @classmethod
+    @contextmanager
+    def watch(cls, file: Path | None) -> Iterator["StopRequest"]:
+        """Listen to signals inside the block."""
+        request = cls(file)
+
+        def note() -> None:
+            request.signalled = True
+
+        with on_signals(PREEMPTION, note):
+            yield request
+
+    @property
+    def made(self) -> bool:
+        """Whether this process was asked by now."""
+        return self.signalled or (self.file is not None and self.file.exists())

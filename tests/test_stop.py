@@ -4,8 +4,7 @@ import os
 import signal
 from pathlib import Path
 
-from srlm_mega.stop import on_signals
-from srlm_mega.training.stop_request import StopRequest
+from srlm_mega.stop import StopRequest, on_signals
 
 
 def test_the_second_signal_acts_as_before() -> None:
