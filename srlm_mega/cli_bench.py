@@ -30,24 +30,6 @@ def bench_kernels(
     run_benchmark(json, rounds, shape or [], sweep)
 
 
-@bench_app.command("plot")
-def bench_plot(
-    json: Annotated[Path, typer.Argument(help="What `srlm bench kernels` or `training` wrote with --sweep --json.")],
-    image: Annotated[Path, typer.Argument(help="For example kernels.svg.")],
-) -> None:
-    """Draw a sweep: time and memory against tokens and vocabulary (kernels), or the swept setting (training)."""
-    from srlm_mega.tools import plot_kernels, plot_sweep
-    from srlm_mega.tools.bench_record import read_record
-
-    match read_record(json).bench:
-        case "kernels":
-            plot_kernels.plot(json, image)
-        case "training":
-            plot_sweep.plot(json, image)
-        case other:
-            raise UserError(f"{json} is of `srlm bench {other}`, which has no plot")
-
-
 @bench_app.command("compare")
 def bench_compare(
     first: Annotated[Path, typer.Argument(metavar="A.json", help="What `srlm bench ... --json` wrote: before.")],
@@ -59,30 +41,6 @@ def bench_compare(
     from srlm_mega.tools.bench_compare import compare
 
     print(compare(first, second, other_device, other_command))
-
-
-@bench_app.command("pairs")
-def bench_pairs(
-    candidates: Annotated[int, typer.Option(min=4, help="Four to a prompt, with three judgements each.")] = 1_000_000,
-    json: Annotated[Path | None, typer.Option(help="Write what was measured to this file.")] = None,
-) -> None:
-    """Seconds and memory to make pairs of many candidates, and to measure a judge on as many replies. A million take
-    8 GB of disk in the temporary folder, and several minutes to write."""
-    from srlm_mega.tools.bench_pairs import run_benchmark
-
-    run_benchmark(candidates, json)
-
-
-@bench_app.command("compile")
-def bench_compile(
-    json: Annotated[Path, typer.Option(help="The table, by version of Triton.")] = Path(
-        "docs/results/kernels_compiled.json"
-    ),
-) -> None:
-    """Compile every Triton kernel for sm_80, sm_90 and sm_100, without a GPU: registers, spills, shared memory."""
-    from srlm_mega.tools.compile_kernels import update_table
-
-    print(update_table(json))
 
 
 @bench_app.command("conversion")
@@ -100,31 +58,6 @@ def bench_conversion(
     from srlm_mega.tools.bench_conversion import Request, run_benchmark
 
     print(run_benchmark(folder, model, layers, Request(jobs, plain, not warm, repetitions), json))
-
-
-@bench_app.command("rouge")
-def bench_rouge(
-    generated: Annotated[list[int] | None, typer.Option(help="Prompts to filter; may be repeated.")] = None,
-    repetitions: Annotated[int, typer.Option(min=1, help="Times that all sizes take turns.")] = 3,
-    pairs: Annotated[int, typer.Option(min=1, help="Pairs that rouge-score is timed on, each time.")] = 20000,
-    json: Annotated[Path | None, typer.Option(help="Write everything, with raw samples, to this file.")] = None,
-) -> None:
-    """Time the ROUGE-L filter of new prompts against the rouge-score package (pip install rouge-score)."""
-    from srlm_mega.tools.bench_rouge import measure
-
-    measure(generated or [5000, 10000, 20000], repetitions, pairs, json)
-
-
-@bench_app.command("seed-data")
-def bench_seed_data(
-    folder: Annotated[Path, typer.Argument(help="On a disk with five times the file's size.")] = Path("."),
-    gigabytes: Annotated[float, typer.Option(min=0.001, help="Of the compressed file.")] = 2.0,
-    json: Annotated[Path | None, typer.Option(help="Write everything to this file.")] = None,
-) -> None:
-    """Draw seed data from a generated file of OpenAssistant trees: seconds and peak memory."""
-    from srlm_mega.tools.bench_seed_data import measure
-
-    measure(folder, gigabytes, json)
 
 
 @bench_app.command("training", context_settings=OVERRIDES)
@@ -182,7 +115,7 @@ def sweep_training(text: str, json: Path | None) -> None:
     from srlm_mega.tools.bench_sweep import parse_sweep, run_sweep
 
     if json is None:
-        raise UserError("--sweep needs --json FILE: `srlm bench plot FILE IMAGE` draws it")
+        raise UserError("--sweep needs --json FILE; tools/scripts/plot_bench.py draws it")
     argv = [str(Path(sys.executable).parent / "srlm"), *without_options(sys.argv[1:], ("--sweep", "--json"))]
     print(table(run_sweep(parse_sweep(text), argv, json)))
 

@@ -24,9 +24,6 @@ def plan(
     points: Annotated[
         Path | None, typer.Option(help="Predict a list of points as in tools/planner/points.json.")
     ] = None,
-    calibration: Annotated[
-        bool, typer.Option("--calibration", help="Fit to published points: factors and every point's error.")
-    ] = False,
 ) -> None:
     """Memory, step time, hours and cost of a run on GPUs: arithmetic, calibrated on published runs."""
     from srlm_mega.tools.planner import commands
@@ -34,16 +31,12 @@ def plan(
 
     for_one = {"--gpus": gpus is not None, "--price": price > 0, "--figure": figure is not None}
     beside = {"CONFIG": config_file is not None, "--search": search}
-    if calibration:
-        refuse("--calibration", {"--points": points is not None} | beside | for_one)
-        print(commands.calibration(json))
-        return
     if points is not None:
         refuse("--points", beside | for_one)
         print(commands.predictions(points, json))
         return
     if config_file is None:
-        raise UserError("srlm plan needs a CONFIG, --points FILE or --calibration")
+        raise UserError("srlm plan needs a CONFIG or --points FILE")
     lengths = Lengths(prompt_tokens, response_tokens, judgement_tokens)
     request = commands.Request(config_file, tuple(overrides or ()), gpu, gpus, lengths, price)
     if search:

@@ -1,4 +1,4 @@
-"""srlm bench pairs: a small round, in processes as the large one, every candidate read."""
+"""tools/scripts/bench_pairs.py: a small round, in processes as the large one, every candidate read."""
 
 import json
 from pathlib import Path
@@ -7,11 +7,11 @@ import pytest
 
 from srlm_mega.judging import rewards
 from srlm_mega.judging.rewards import read_rewards, rewards_in
-from srlm_mega.tools.bench_pairs import PER_CANDIDATE, make_pairs, measured, run_benchmark, write_round
+from srlm_mega.tools.scripts.bench_pairs import PER_CANDIDATE, main, make_pairs, measured, write_round
 
 
 def test_a_small_round(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run_benchmark(400, tmp_path / "pairs.json")
+    main(400, tmp_path / "pairs.json")
     record = json.loads((tmp_path / "pairs.json").read_text(encoding="utf-8"))
     assert (record["settings"]["candidates"], record["settings"]["judgements"]) == (400, 400 * PER_CANDIDATE)
     pairs, metrics = (row["extra"] for row in record["rows"])

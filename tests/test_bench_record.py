@@ -22,7 +22,7 @@ from srlm_mega.tools.bench_record import (
     write_record,
 )
 from srlm_mega.tools.bench_sweep import Sweep, merged, parse_sweep
-from srlm_mega.tools.plot_sweep import draw_record
+from srlm_mega.tools.scripts.plot_bench import draw_sweep
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 RECORD = BenchRecord(
@@ -156,7 +156,7 @@ def test_a_sweep_is_one_record_with_a_plot() -> None:
     record = merged(sweep, {"512": RECORD, "1024": faster(RECORD, 2.0)}, {})
     assert record.settings["sweep"] == {"key": "model.seq_length", "values": ["512", "1024"], "failed": {}}
     assert record.row("step at model.seq_length=1024").median == 0.5
-    figure = draw_record(record)
+    figure = draw_sweep(record)
     speed, step, memory = figure.axes
     assert (
         points(speed) == [[100.0, 200.0], [75.0, 150.0]]

@@ -13,7 +13,7 @@ from srlm_mega.cli import app
 from srlm_mega.tools import bench_kernels
 from srlm_mega.tools.bench_heads import Batch, Shape, make_batch, make_head, our_loss
 from srlm_mega.tools.bench_record import BenchRecord, read_record, write_record
-from srlm_mega.tools.plot_kernels import draw_record, plot
+from srlm_mega.tools.scripts.plot_bench import draw_providers, main
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU this is the real benchmark")
 NAMES = [shape.name for shape in bench_kernels.SMOKE_SHAPES]
@@ -76,9 +76,9 @@ def test_spread_is_median_and_percentiles() -> None:
 def test_the_plot_shows_every_provider(report: tuple[Path, BenchRecord, str], tmp_path: Path) -> None:
     json, record, _ = report
     image = tmp_path / "kernels.svg"
-    assert CliRunner().invoke(app, ["bench", "plot", str(json), str(image)]).exit_code == 0
+    main(json, image)
     assert "<svg" in image.read_text(encoding="utf-8")
-    figure = draw_record(record)
+    figure = draw_providers(record)
     assert "these times say nothing" in figure.get_suptitle()
     time, _, memory, _ = figure.axes
     providers = {row.labels["provider"] for row in record.rows if row.labels.get("status") == "ok"}
@@ -94,4 +94,4 @@ def test_what_does_not_exist_is_named(report: tuple[Path, BenchRecord, str]) -> 
     few = [row for row in record.rows if row.labels.get("shape", "smoke").startswith("smoke")]
     write_record(replace(record, rows=tuple(few)), json.with_name("few.json"))
     with pytest.raises(ValueError, match="--sweep"):
-        plot(json.with_name("few.json"), json.with_name("few.svg"))
+        main(json.with_name("few.json"), json.with_name("few.svg"))

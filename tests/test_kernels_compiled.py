@@ -8,26 +8,32 @@ import pytest
 import triton
 from triton.compiler.errors import CompilationError
 
-from srlm_mega.tools.compile_kernels import ARCHITECTURES, Resources, compile_all, compile_variant, shipped_variants
+from srlm_mega.tools.scripts.compile_kernels import (
+    ARCHITECTURES,
+    KernelResources,
+    compile_all,
+    compile_variant,
+    shipped_variants,
+)
 
 pytestmark = [pytest.mark.extra, pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")]
 TABLE = Path(__file__).parent.parent / "docs" / "results" / "kernels_compiled.json"
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES, ids=lambda architecture: f"sm_{architecture}")
-def compiled(request: pytest.FixtureRequest) -> tuple[str, dict[str, Resources]]:
+def compiled(request: pytest.FixtureRequest) -> tuple[str, dict[str, KernelResources]]:
     """Each architecture's binaries."""
     return f"sm_{request.param}", compile_all(request.param)
 
 
-def test_no_kernel_spills_registers(compiled: tuple[str, dict[str, Resources]]) -> None:
+def test_no_kernel_spills_registers(compiled: tuple[str, dict[str, KernelResources]]) -> None:
     assert [name for name, resources in compiled[1].items() if resources.spilled_bytes] == []
 
 
-def test_the_committed_table_is_what_is_compiled(compiled: tuple[str, dict[str, Resources]]) -> None:
-    """`srlm bench compile` writes the table; it holds the versions of Triton that were looked at."""
+def test_the_committed_table_is_what_is_compiled(compiled: tuple[str, dict[str, KernelResources]]) -> None:
+    """tools/scripts/compile_kernels.py writes the table; it holds the versions of Triton that were looked at."""
     table = json.loads(TABLE.read_text(encoding="utf-8"))
-    assert triton.__version__ in table, f"srlm bench compile, with Triton {triton.__version__}"
+    assert triton.__version__ in table, f"python tools/scripts/compile_kernels.py, with Triton {triton.__version__}"
     assert table[triton.__version__][compiled[0]] == {name: asdict(found) for name, found in compiled[1].items()}
 
 

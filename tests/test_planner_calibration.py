@@ -10,11 +10,9 @@ import orjson
 import pytest
 
 from srlm_mega.errors import UserError
-from srlm_mega.tools.planner.calibration import Calibration, calibrate
-from srlm_mega.tools.planner.generation import TARGETS, Replica
+from srlm_mega.tools.planner.generation import Replica
 from srlm_mega.tools.planner.hardware import find_gpu
 from srlm_mega.tools.planner.memory import fullest_stage
-from srlm_mega.tools.planner.parameters import FITTED, PRIOR
 from srlm_mega.tools.planner.points import (
     CALIBRATION_FILE,
     Point,
@@ -26,8 +24,8 @@ from srlm_mega.tools.planner.points import (
     read_points,
 )
 from srlm_mega.tools.planner.shapes import PUBLISHED
-from srlm_mega.tools.planner.show_calibration import calibration_text
-from srlm_mega.tools.planner.step_time import NAMES
+from srlm_mega.tools.planner.step_time import FITTED, NAMES
+from srlm_mega.tools.scripts.calibrate_planner import PRIOR, TARGETS, Calibration, calibrate, calibration_text
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 POINT: dict[str, Any] = {
@@ -44,7 +42,7 @@ def calibration() -> Calibration:
 
 def test_the_stored_factors_are_the_fit(calibration: Calibration) -> None:
     for name, stored, fitted in zip(NAMES, FITTED.values, calibration.factors.values, strict=True):
-        assert stored == pytest.approx(fitted, rel=0.002), f"{name}: put what srlm plan --calibration prints there"
+        assert stored == pytest.approx(fitted, rel=0.002), f"{name}: put what calibrate_planner.py prints there"
     assert FITTED != PRIOR
 
 
@@ -83,7 +81,7 @@ def test_memory_is_never_below_a_published_row_and_at_most_a_fifth_above() -> No
 
 def test_the_page_shows_what_the_command_prints(calibration: Calibration) -> None:
     page = (DOCS / "planner.md").read_text(encoding="utf-8")
-    assert calibration_text(calibration) in page, "put the output of `srlm plan --calibration` into docs/planner.md"
+    assert calibration_text(calibration) in page, "put the output of calibrate_planner.py into docs/planner.md"
 
 
 def test_missing_fields_have_stated_defaults_and_unknown_ones_are_named() -> None:

@@ -13,10 +13,9 @@ from srlm_mega.tools.planner.hardware import GPUS, find_gpu
 from srlm_mega.tools.planner.job import Job, Layout
 from srlm_mega.tools.planner.memory import fullest_stage, stage_memory
 from srlm_mega.tools.planner.model_flops import flops_per_token, published_flops_per_token
-from srlm_mega.tools.planner.parameters import FITTED
 from srlm_mega.tools.planner.points import CALIBRATION_FILE, Point, read_points
 from srlm_mega.tools.planner.shapes import PUBLISHED, find_shape
-from srlm_mega.tools.planner.step_time import exposed, layer_quantities, step_parts, step_quantities
+from srlm_mega.tools.planner.step_time import FITTED, exposed, layer_quantities, step_parts, step_quantities
 from srlm_mega.training.throughput import attention_flops, linear_flops_per_token
 
 LLAMA_70B = PUBLISHED["llama3-70b"]

@@ -53,7 +53,7 @@ def compare(first: Path, second: Path, other_device: bool, other_command: bool) 
 def check_comparable(a: BenchRecord, b: BenchRecord, other_device: bool, other_command: bool) -> None:
     """The same thing on the same kind of machine, or what differs was asked for."""
     if a.bench != b.bench:
-        raise UserError(f"A is `srlm bench {a.bench}`, B is `srlm bench {b.bench}`: nothing in them can be compared")
+        raise UserError(f"A is of the benchmark {a.bench}, B of {b.bench}: nothing in them can be compared")
     if (a.device, a.devices) != (b.device, b.devices) and not other_device:
         raise UserError(
             f"A ran on {a.devices} x {a.device}, B on {b.devices} x {b.device}. If that is what to compare: "
@@ -91,7 +91,7 @@ def ratio(a: Row, b: Row) -> Ratio:
 
 def as_text(a: BenchRecord, b: BenchRecord, found: list[Ratio]) -> str:
     """What differs between the two, and a Markdown table."""
-    lines = [f"B against A: srlm bench {a.bench}", f"A: {about(a)}", f"B: {about(b)}"]
+    lines = [f"B against A: benchmark {a.bench}", f"A: {about(a)}", f"B: {about(b)}"]
     lines += differences("version of", a.versions, b.versions)
     lines += differences("setting", flat(a.settings), flat(b.settings))
     lines += ["", "| what | unit | A | B | B / A | |", "|---|---|---|---|---|---|"]

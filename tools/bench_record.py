@@ -1,4 +1,4 @@
-"""What every `srlm bench` writes: one JSON schema, with all raw samples, that `srlm bench compare` reads back."""
+"""What every benchmark writes: one JSON schema, with all raw samples, that `srlm bench compare` reads back."""
 
 import os
 import sys
@@ -101,7 +101,7 @@ def make_record(
 def command_of(argv: Sequence[str]) -> list[str]:
     """The command without where its file goes: two that measured the same thing are equal."""
     words = (word for word in argv[1:] if word != "--started")
-    return ["srlm", *without_options(words, ("--json",))]
+    return [Path(argv[0]).name, *without_options(words, ("--json",))]
 
 
 def without_options(words: Iterable[str], names: Sequence[str]) -> list[str]:

@@ -11,7 +11,7 @@ from srlm_mega.config.file import load_config
 from srlm_mega.errors import UserError
 from srlm_mega.tools.planner.hardware import find_gpu
 from srlm_mega.tools.planner.memory import stage_memory
-from srlm_mega.tools.planner.points import CALIBRATION_FILE, Unreadable, predict, read_points
+from srlm_mega.tools.planner.points import Unreadable, predict, read_points
 from srlm_mega.tools.planner.search import COUNTS, jobs, search
 from srlm_mega.tools.planner.show import Plan, plan_json, plan_text, search_json, search_text, table
 from srlm_mega.tools.planner.training import Lengths, layout_of, measure, memory_job, step_tokens, training_job
@@ -91,15 +91,6 @@ def predictions(path: Path, json: bool) -> str:
              "; ".join(row.assumed)]
         )  # fmt: skip
     return table(lines)
-
-
-def calibration(json: bool) -> str:
-    """The fit, every point's error, and the error of points whose family was left out."""
-    from srlm_mega.tools.planner.calibration import calibrate
-    from srlm_mega.tools.planner.show_calibration import calibration_json, calibration_text
-
-    result = calibrate([point for point in read_points(CALIBRATION_FILE) if not isinstance(point, Unreadable)])
-    return dumps(calibration_json(result)) if json else calibration_text(result)
 
 
 def dumps(value: Any) -> str:

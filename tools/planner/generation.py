@@ -1,14 +1,15 @@
 """How fast a GPU samples: prefill bound by arithmetic, decoding by memory, the batch by what the KV cache holds.
 
 Nothing of this was measured by this project. Kernels are as far from the data sheet as in training (parameters.py);
-what a server adds per token, TOKEN_SECONDS, is set by four published figures (TARGETS).
+what a server adds per token, TOKEN_SECONDS, is set by four published figures
+(tools/scripts/calibrate_planner.py).
 """
 
 from dataclasses import dataclass
 
-from srlm_mega.tools.planner.hardware import Gpu, find_gpu
-from srlm_mega.tools.planner.parameters import FITTED
-from srlm_mega.tools.planner.shapes import PUBLISHED, Shape
+from srlm_mega.tools.planner.hardware import Gpu
+from srlm_mega.tools.planner.shapes import Shape
+from srlm_mega.tools.planner.step_time import FITTED
 
 TOKEN_SECONDS = 4.5e-5  # of a replica for each sampled token, outside the model: scheduling and sampling
 ALL_REDUCE_SECONDS = 12e-6  # the shortest one over NVLink
@@ -94,27 +95,3 @@ class Replica:
             return 0.0
         size = 2 * (self.gpus - 1) / self.gpus * tokens * self.shape.hidden * 2
         return 2 * self.shape.num_layers * size / self.gpu.group_bandwidth(self.gpus, 1)
-
-
-@dataclass(frozen=True)
-class Target:
-    """A published figure: Llama 3.3 70B in FP8 on two GPUs, TensorRT-LLM's own tables."""
-
-    gpu: str
-    prompt: int
-    output: int
-    tokens_per_second: float  # output tokens per GPU
-
-    @property
-    def predicted(self) -> float:
-        """The same by this model."""
-        replica = Replica(PUBLISHED["llama3-70b"], find_gpu(self.gpu), 2, fp8=True, fp8_cache=True)
-        return replica.output_tokens_per_second(self.prompt, self.output)
-
-
-TARGETS = (
-    Target("h200", 1000, 1000, 2587),
-    Target("h100", 1000, 1000, 2209),
-    Target("h200", 8192, 1024, 537),
-    Target("h100", 8192, 1024, 398),
-)

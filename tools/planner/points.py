@@ -17,9 +17,8 @@ from srlm_mega.tools.planner.hardware import Precision, find_gpu
 from srlm_mega.tools.planner.job import MEGATRON, Job, Layout, Recompute, Stack
 from srlm_mega.tools.planner.memory import fullest_stage, stage_memory
 from srlm_mega.tools.planner.model_flops import flops_per_token, known_convention, published_flops_per_token
-from srlm_mega.tools.planner.parameters import FITTED
 from srlm_mega.tools.planner.shapes import Shape, find_shape
-from srlm_mega.tools.planner.step_time import step_quantities
+from srlm_mega.tools.planner.step_time import FITTED, step_quantities
 
 CALIBRATION_FILE = Path(__file__).parent / "points.json"
 DEFAULTS: dict[str, Any] = {"gpu": "H100", "precision": "bf16", "seq_length": 4096}
@@ -281,8 +280,3 @@ def _measured(given: Mapping[str, Any], job: Job) -> float | None:
         flops = published_flops_per_token(job.shape, job.seq_length, given["flop_convention"])
         return float(given["tflops_per_gpu"] * 1e12 / flops)
     return None
-
-
-def families(points: Sequence[Point]) -> list[str]:
-    """In the order of the points."""
-    return list(dict.fromkeys(point.family for point in points))

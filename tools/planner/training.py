@@ -7,9 +7,8 @@ from srlm_mega.config.training import DpoConfig, TrainingConfig
 from srlm_mega.tools.planner.hardware import Gpu, Precision
 from srlm_mega.tools.planner.job import Job, Layout, Stack
 from srlm_mega.tools.planner.model_flops import flops_per_token
-from srlm_mega.tools.planner.parameters import FITTED
 from srlm_mega.tools.planner.shapes import shape_of
-from srlm_mega.tools.planner.step_time import NAMES, Quantities, step_parts
+from srlm_mega.tools.planner.step_time import FITTED, NAMES, Quantities, step_parts
 
 OURS = Stack("srlm_mega", overlaps_tensor_parallel=False)  # the trainer does not set Megatron's tp_comm_overlap
 LONGEST_OVER_MEAN = 2.0  # assumed: padded rows are as long as the longest sequence of the global batch

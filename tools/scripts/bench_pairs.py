@@ -1,4 +1,7 @@
-"""srlm bench pairs: pairs of many candidates, and all judge metrics of as many ranked replies: seconds and memory."""
+"""python tools/scripts/bench_pairs.py: pairs of many candidates, and all judge metrics of as many ranked replies.
+
+Seconds and memory of both.
+"""
 
 import multiprocessing
 import os
@@ -10,6 +13,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from srlm_mega.evaluation.judge_metrics import RankedScore, judge_metrics
 from srlm_mega.judging.pairs import PairRules
@@ -26,7 +32,7 @@ TOKENS = tuple(random.Random(2).choices(range(32000), k=100_000))
 
 
 @dataclass(frozen=True)
-class Measured:
+class PartCost:
     """One part, in a process of its own, with those that it starts; the peaks count everything they hold, Python and
     its libraries too."""
 
@@ -36,30 +42,34 @@ class Measured:
     rows: int
 
 
-def run_benchmark(num_candidates: int, json_file: Path | None) -> None:
-    """Write a round's files, measure, and say so."""
+def main(
+    candidates: Annotated[int, typer.Option(min=4, help="Four to a prompt, with three judgements each.")] = 1_000_000,
+    json: Annotated[Path | None, typer.Option(help="Write what was measured to this file.")] = None,
+) -> None:
+    """Seconds and memory to make pairs of many candidates, and to measure a judge on as many replies. A million take
+    8 GB of disk in the temporary folder, and several minutes to write."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        num_judgements = write_round(folder, num_candidates)
+        num_judgements = write_round(folder, candidates)
         size = sum(path.stat().st_size for path in folder.iterdir())
         os.sync()  # a round's files were written long before; writing them out is not the work that is measured
         parts = {
-            "pairs": measured(make_pairs, folder, num_candidates),
-            "judge metrics": measured(measure_judge, folder, num_candidates),
+            "pairs": measured(make_pairs, folder, candidates),
+            "judge metrics": measured(measure_judge, folder, candidates),
         }
     for part, one in parts.items():
         taken = f"{one.seconds:7.1f} s, {one.processor_seconds:.1f} s of processor"
         print(f"{part:<14} {taken}  {one.peak_mib:7.0f} MiB  {one.rows:,} rows")
-    if json_file is not None:
+    if json is not None:
         settings = {
-            "candidates": num_candidates,
+            "candidates": candidates,
             "judgements": num_judgements,
             "bytes": size,
             "response_tokens": RESPONSE_TOKENS,
             "judgement_tokens": JUDGEMENT_TOKENS,
         }
         rows = [make_row(part, "s", [one.seconds], extra=asdict(one)) for part, one in parts.items()]
-        write_record(make_record("pairs", f"CPU ({os.cpu_count()} cores)", 1, settings, rows), json_file)
+        write_record(make_record("pairs", f"CPU ({os.cpu_count()} cores)", 1, settings, rows), json)
 
 
 def write_round(folder: Path, num_candidates: int) -> int:
@@ -113,19 +123,19 @@ def some_tokens(rng: random.Random, number: int) -> tuple[int, ...]:
     return TOKENS[start : start + number]
 
 
-def measured(work: Callable[[Path, int], int], folder: Path, num_candidates: int) -> Measured:
+def measured(work: Callable[[Path, int], int], folder: Path, num_candidates: int) -> PartCost:
     """A part in a fresh process, so that its memory is its own."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
         return executor.submit(measure, work, folder, num_candidates).result()
 
 
-def measure(work: Callable[[Path, int], int], folder: Path, num_candidates: int) -> Measured:
+def measure(work: Callable[[Path, int], int], folder: Path, num_candidates: int) -> PartCost:
     """In this process, which has done nothing before."""
     start, processor = time.perf_counter(), sum(os.times()[:4])
     rows = work(folder, num_candidates)
     seconds, processor = time.perf_counter() - start, sum(os.times()[:4]) - processor
     kib = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return Measured(round(seconds, 2), round(processor, 2), round(kib / 1024, 1), rows)
+    return PartCost(round(seconds, 2), round(processor, 2), round(kib / 1024, 1), rows)
 
 
 def make_pairs(folder: Path, num_candidates: int) -> int:
@@ -152,3 +162,7 @@ def ranked_prompts(num_prompts: int) -> Iterator[list[RankedScore]]:
             (rng.randrange(PER_PROMPT), rng.randrange(16) / 3 if rng.random() > 0.02 else None)
             for _ in range(PER_PROMPT)
         ]
+
+
+if __name__ == "__main__":
+    typer.run(main)

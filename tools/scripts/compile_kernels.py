@@ -1,4 +1,4 @@
-"""`srlm bench compile`: every shipped Triton kernel, compiled ahead of time for GPUs that need not be there.
+"""python tools/scripts/compile_kernels.py: every shipped Triton kernel, compiled for GPUs that need not be there.
 
 Gives registers, spilled bytes and shared memory of each. What Triton compiles here is what it compiles on a machine of
 that architecture with the same version of Triton; no kernel is run.
@@ -12,9 +12,10 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import triton
+import typer
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -33,6 +34,15 @@ TYPES = {
 }  # fmt: skip
 
 
+def main(
+    json: Annotated[Path, typer.Option(help="The table, by version of Triton.")] = Path(
+        "docs/results/kernels_compiled.json"
+    ),
+) -> None:
+    """Compile every Triton kernel for sm_80, sm_90 and sm_100, without a GPU: registers, spills, shared memory."""
+    print(update_table(json))
+
+
 @dataclass(frozen=True)
 class Variant:
     """A kernel with its types and constants."""
@@ -45,7 +55,7 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class Resources:
+class KernelResources:
     """What a compiled kernel takes: registers per thread, spilled bytes per thread, shared memory per program."""
 
     registers: int
@@ -84,7 +94,7 @@ def row_variants(config: row_kernels.RowConfig) -> Iterator[Variant]:
         yield Variant(name, row_kernels.row_gradient_kernel, types, constants, config.num_warps)
 
 
-def compile_variant(variant: Variant, architecture: int) -> Resources:
+def compile_variant(variant: Variant, architecture: int) -> KernelResources:
     """Compile for one architecture, as for aligned tensors and a vocabulary that 16 divides."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise UserError("TRITON_INTERPRET=1 is set: unset it, an interpreted kernel cannot be compiled")
@@ -100,7 +110,7 @@ def compile_variant(variant: Variant, architecture: int) -> Resources:
     )
     target = GPUTarget("cuda", architecture, 32)
     compiled = triton.compile(source, target=target, options={"num_warps": variant.num_warps})
-    return Resources(*registers_and_spills(compiled.asm["cubin"]), compiled.metadata.shared)
+    return KernelResources(*registers_and_spills(compiled.asm["cubin"]), compiled.metadata.shared)
 
 
 def registers_and_spills(cubin: bytes) -> tuple[int, int]:
@@ -117,7 +127,7 @@ def registers_and_spills(cubin: bytes) -> tuple[int, int]:
     return registers, stack + local
 
 
-def compile_all(architecture: int) -> dict[str, Resources]:
+def compile_all(architecture: int) -> dict[str, KernelResources]:
     """Every shipped variant, by its name."""
     return {variant.name: compile_variant(variant, architecture) for variant in shipped_variants()}
 
@@ -136,3 +146,7 @@ def update_table(path: Path) -> str:
     most = max(resources.registers for resources in everything)
     spilling = sum(resources.spilled_bytes > 0 for resources in everything)
     return f"Triton {triton.__version__}: {len(everything)} binaries, {spilling} that spill, {most} registers at most"
+
+
+if __name__ == "__main__":
+    typer.run(main)

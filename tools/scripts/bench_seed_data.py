@@ -1,4 +1,4 @@
-"""`srlm bench seed-data`: how long and how much memory it takes to draw seed data from a large file of trees.
+"""python tools/scripts/bench_seed_data.py: seconds and memory to draw seed data from a large file of trees.
 
 The file is made here: OpenAssistant's format, ranked replies of a thousand characters, a later turn, half of the trees
 in another language. Its texts are cut from a long one of random words, so that gzip finds what it finds in prose.
@@ -11,9 +11,10 @@ import resource
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import orjson
+import typer
 
 from srlm_mega.config.data import SeedDataConfig
 from srlm_mega.data.oasst import read_oasst
@@ -23,8 +24,12 @@ TEXT_WORDS, VOCABULARY = 4_000_000, 20_000
 FLUSH_TREES = 500
 
 
-def measure(folder: Path, gigabytes: float, json: Path | None) -> None:
-    """Make a file of that size below `folder` (which needs five times as much), draw from it, print, clean up."""
+def main(
+    folder: Annotated[Path, typer.Argument(help="On a disk with five times the file's size.")] = Path("."),
+    gigabytes: Annotated[float, typer.Option(min=0.001, help="Of the compressed file.")] = 2.0,
+    json: Annotated[Path | None, typer.Option(help="Write everything to this file.")] = None,
+) -> None:
+    """Draw seed data from a generated file of OpenAssistant trees: seconds and peak memory."""
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         path = Path(scratch) / "trees.jsonl.gz"
         written = write_trees(path, int(gigabytes * 1e9), random.Random(0))
@@ -82,3 +87,7 @@ def tree(number: int, text: str, rng: random.Random) -> dict[str, Any]:
     ]
     prompt = message(root, "prompter", 150, replies)
     return {"message_tree_id": root, "tree_state": "ready_for_export", "prompt": prompt}
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,4 +1,4 @@
-"""`srlm bench rouge`: the ROUGE-L filter of new prompts, against the rouge-score package on a sample of its pairs.
+"""python tools/scripts/bench_rouge.py: the ROUGE-L filter of new prompts, against rouge-score on a sample of its pairs.
 
 Prompts are generated here: openings that many share, words by Zipf's law, lengths and near-duplicates as bootstrapped
 lists have them. Seconds are processor time of one thread, and methods take turns, so other work on the machine counts
@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from math import log
 from pathlib import Path
 from statistics import median
+from typing import Annotated
 
 import numpy as np
+import typer
 from rapidfuzz.distance import LCSseq
 from rapidfuzz.process import cdist
 from rouge_score.rouge_scorer import RougeScorer
@@ -37,7 +39,7 @@ OPENINGS = (
 
 
 @dataclass(frozen=True)
-class Sample:
+class FilterSample:
     """One run of the filter, and of rouge-score on a sample of its pairs right after it. `comparisons` is what
     comparing each prompt with all texts known at its time would take."""
 
@@ -56,13 +58,19 @@ class Sample:
         return self.comparisons / self.seconds / (CORES * self.rouge_score_pairs / self.rouge_score_seconds)
 
 
-def measure(sizes: Sequence[int], repetitions: int, num_pairs: int, json: Path | None) -> None:
-    """Filter so many generated prompts, each repetition all sizes; print, and write the JSON file."""
+def main(
+    generated: Annotated[list[int] | None, typer.Option(help="Prompts to filter; may be repeated.")] = None,
+    repetitions: Annotated[int, typer.Option(min=1, help="Times that all sizes take turns.")] = 3,
+    pairs: Annotated[int, typer.Option(min=1, help="Pairs that rouge-score is timed on, each time.")] = 20000,
+    json: Annotated[Path | None, typer.Option(help="Write everything, with raw samples, to this file.")] = None,
+) -> None:
+    """Time the ROUGE-L filter of new prompts against the rouge-score package (pip install rouge-score)."""
+    sizes = generated or [5000, 10000, 20000]
     texts = prompts(num_seeds(max(sizes)) + max(sizes), random.Random(0))
-    samples: list[Sample] = []
+    samples: list[FilterSample] = []
     for repetition in range(repetitions):
         for size in sizes:
-            samples.append(one_sample(texts[: num_seeds(size) + size], num_seeds(size), repetition, num_pairs))
+            samples.append(one_sample(texts[: num_seeds(size) + size], num_seeds(size), repetition, pairs))
             print(as_line(samples[-1]), flush=True)
     checked = check_decisions(texts, random.Random(1))
     seconds = whole_pool_seconds(texts, num_seeds(max(sizes)))
@@ -96,7 +104,7 @@ def prompts(number: int, rng: random.Random) -> list[str]:
     return texts
 
 
-def one_sample(texts: Sequence[str], seeds: int, repetition: int, num_pairs: int) -> Sample:
+def one_sample(texts: Sequence[str], seeds: int, repetition: int, num_pairs: int) -> FilterSample:
     """The filter over everything after the seeds, then rouge-score on random pairs of what it compared."""
     accepted: list[str] = []
     comparisons = 0
@@ -111,7 +119,7 @@ def one_sample(texts: Sequence[str], seeds: int, repetition: int, num_pairs: int
     rng = random.Random(repetition)
     known = [*texts[:seeds], *accepted]
     pairs = [(rng.choice(texts[seeds:]), rng.choice(known)) for _ in range(num_pairs)]
-    return Sample(
+    return FilterSample(
         num_generated=len(texts) - seeds,
         num_seeds=seeds,
         repetition=repetition,
@@ -165,7 +173,7 @@ def whole_pool_seconds(texts: Sequence[str], seeds: int) -> float:
     return time.process_time() - begin
 
 
-def exponent(samples: Sequence[Sample]) -> float:
+def exponent(samples: Sequence[FilterSample]) -> float:
     """Of the growth of seconds with the number of prompts, from the smallest to the largest."""
     sizes = sizes_of(samples)
     if len(sizes) < 2:
@@ -176,7 +184,7 @@ def exponent(samples: Sequence[Sample]) -> float:
     return log(many / few) / log(sizes[-1] / sizes[0])
 
 
-def as_line(sample: Sample) -> str:
+def as_line(sample: FilterSample) -> str:
     """A sample for a terminal."""
     return (
         f"{sample.num_generated:>7,} prompts, {sample.accepted:,} accepted: {sample.comparisons:.3g} comparisons in "
@@ -185,7 +193,7 @@ def as_line(sample: Sample) -> str:
     )
 
 
-def record_of(samples: Sequence[Sample], decisions: int, pool_seconds: float, pool_texts: int) -> BenchRecord:
+def record_of(samples: Sequence[FilterSample], decisions: int, pool_seconds: float, pool_texts: int) -> BenchRecord:
     """The filter at every number of prompts, rouge-score beside it, and every prompt against a pool of all texts."""
     rows = [row for size in sizes_of(samples) for row in rows_of([one for one in samples if one.num_generated == size])]
     rouge_score = median(sample.rouge_score_pairs / sample.rouge_score_seconds for sample in samples)
@@ -200,12 +208,12 @@ def record_of(samples: Sequence[Sample], decisions: int, pool_seconds: float, po
     return make_record("rouge", f"CPU ({os.cpu_count()} cores)", 1, settings, rows, ("rapidfuzz", "rouge-score"))
 
 
-def sizes_of(samples: Sequence[Sample]) -> list[int]:
+def sizes_of(samples: Sequence[FilterSample]) -> list[int]:
     """Numbers of generated prompts, rising."""
     return sorted({sample.num_generated for sample in samples})
 
 
-def rows_of(samples: Sequence[Sample]) -> list[Row]:
+def rows_of(samples: Sequence[FilterSample]) -> list[Row]:
     """All repetitions of one number of prompts."""
     first = samples[0]
     name = f"{first.num_generated} prompts"
@@ -233,3 +241,7 @@ def as_text(record: BenchRecord) -> str:
         f"{pool.samples[0]:.1f} s, {pool.extra['times']:,.0f} times; checked: {settings['checked_pairs']:,} "
         f"pairs, {settings['checked_decisions']:,} decisions"
     )
+
+
+if __name__ == "__main__":
+    typer.run(main)

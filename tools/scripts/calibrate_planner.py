@@ -1,0 +1,242 @@
+"""python tools/scripts/calibrate_planner.py: fits the planner's factors to published points, and says how wrong it is.
+
+Least squares of log(predicted / measured), each family of points with the weight of one, large errors counted linearly,
+pulled to the prior factors. Leaving each family out in turn gives the error to believe.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from numpy.typing import NDArray
+from scipy.optimize import least_squares
+
+from srlm_mega.tools.planner.commands import dumps
+from srlm_mega.tools.planner.generation import Replica
+from srlm_mega.tools.planner.hardware import GIB, find_gpu
+from srlm_mega.tools.planner.memory import fullest_stage
+from srlm_mega.tools.planner.points import CALIBRATION_FILE, Point, read_points
+from srlm_mega.tools.planner.shapes import PUBLISHED
+from srlm_mega.tools.planner.step_time import NAMES, Quantities, step_quantities
+
+SCATTER = 0.06  # of published figures themselves: the same job differs by this between releases
+EXACT = 1e-13  # as far as it goes, so that every machine prints the same digits
+Array = NDArray[np.float64]
+UNITS = {"launches": "seconds per layer and micro batch", "hops": "seconds per message"}
+# What kernels and links were expected to do before any point was seen, and how sure that is (a standard deviation of
+# its logarithm).
+PRIOR = Quantities(
+    matrices_bf16=1.39,  # 0.72 of the peak: large cuBLAS products under the power limit
+    matrices_fp8=1.61,  # 0.62
+    matrix_bytes=0.4,  # mostly beside the arithmetic
+    attention=2.0,  # 0.5 of the bf16 peak, both passes
+    attention_flash2=2.8,  # 0.36: made for the A100
+    passes=1.3,  # 0.77 of the memory's bandwidth
+    tensor_parallel=0.5,  # half of it beside products
+    tensor_parallel_serial=1.2,  # 0.83 of NVLink
+    context_parallel=1.0,
+    pipeline=0.5,
+    data_parallel=1.2,  # of what does not fit beside the backward pass
+    launches=1e-4,  # seconds per layer and micro batch
+    hops=5e-6,  # seconds per message
+)
+SURENESS = Quantities(
+    matrices_bf16=0.1,
+    matrices_fp8=0.1,
+    matrix_bytes=0.5,
+    attention=0.15,
+    attention_flash2=0.15,
+    passes=0.2,
+    tensor_parallel=0.4,
+    tensor_parallel_serial=0.2,
+    context_parallel=0.5,
+    pipeline=0.5,
+    data_parallel=0.5,
+    launches=0.5,
+    hops=0.7,
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A published figure: Llama 3.3 70B in FP8 on two GPUs, TensorRT-LLM's own tables."""
+
+    gpu: str
+    prompt: int
+    output: int
+    tokens_per_second: float  # output tokens per GPU
+
+    @property
+    def predicted(self) -> float:
+        """The same by this model."""
+        replica = Replica(PUBLISHED["llama3-70b"], find_gpu(self.gpu), 2, fp8=True, fp8_cache=True)
+        return replica.output_tokens_per_second(self.prompt, self.output)
+
+
+TARGETS = (
+    Target("h200", 1000, 1000, 2587),
+    Target("h100", 1000, 1000, 2209),
+    Target("h200", 8192, 1024, 537),
+    Target("h100", 8192, 1024, 398),
+)
+
+
+@dataclass(frozen=True)
+class PointError:
+    """Predicted over measured tokens/s, minus 1: with all points in the fit, and with the point's family left out."""
+
+    point: Point
+    measured: float
+    fitted: float
+    left_out: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a fit came to."""
+
+    factors: Quantities
+    errors: tuple[PointError, ...]
+
+    def of(self, gpu: str, left_out: bool = True) -> list[float]:
+        """Absolute errors of the points on a GPU whose name begins so."""
+        return [
+            abs(error.left_out if left_out else error.fitted)
+            for error in self.errors
+            if error.point.job.gpu.name.startswith(gpu)
+        ]
+
+    def summary(self) -> str:
+        """The figures to report."""
+        lines = []
+        for words, left_out in (("family left out", True), ("fitted", False)):
+            errors = self.of("h100", left_out)
+            lines.append(f"H100, {words}: median {median(errors):.1%}, worst {max(errors):.1%} of {len(errors)} points")
+        return "\n".join(lines)
+
+
+def main(json: Annotated[bool, typer.Option("--json", help="For programs.")] = False) -> None:
+    """Fit to published points: factors, every point's error, and the error of points whose family was left out."""
+    found = calibrate([point for point in read_points(CALIBRATION_FILE) if isinstance(point, Point)])
+    print(dumps(calibration_json(found)) if json else calibration_text(found))
+
+
+def calibrate(points: Sequence[Point]) -> Calibration:
+    """Fit, and fit again without each family."""
+    measured = [point for point in points if point.tokens_per_second is not None]
+    design, target = _design(measured), _target(measured)
+    names = np.array([point.family for point in measured])
+    weights = np.array([1 / np.sqrt((names == name).sum()) for name in names])
+    factors = _fit(design, target, weights)
+    without = np.zeros(len(measured))
+    for family in dict.fromkeys(point.family for point in measured):
+        others = names != family
+        without[~others] = _errors(
+            design[~others], target[~others], _fit(design[others], target[others], weights[others])
+        )
+    fitted = _errors(design, target, factors)
+    return Calibration(
+        Quantities(*(float(factor) for factor in factors)),
+        tuple(
+            PointError(point, float(1 / seconds), float(of_all), float(of_others))
+            for point, seconds, of_all, of_others in zip(measured, target, fitted, without, strict=True)
+        ),
+    )
+
+
+def _design(points: Sequence[Point]) -> Array:
+    """[points, factors]: quantities of a step per token and GPU."""
+    rows = [np.array(step_quantities(point.job).values) * _gpu_steps_per_token(point) for point in points]
+    return np.array(rows)
+
+
+def _gpu_steps_per_token(point: Point) -> float:
+    return point.job.layout.gpus / point.job.tokens_per_step
+
+
+def _target(points: Sequence[Point]) -> Array:
+    """[points]: measured GPU seconds per token."""
+    return np.array([1 / point.tokens_per_second for point in points if point.tokens_per_second is not None])
+
+
+def _fit(design: Array, target: Array, weights: Array) -> Array:
+    prior, sureness = np.array(PRIOR.values), np.array(SURENESS.values)
+
+    def residuals(logarithms: Array) -> Array:
+        errors = weights * np.log(design @ (prior * np.exp(logarithms)) / target) / SCATTER
+        robust = np.sign(errors) * np.sqrt(2 * (np.sqrt(1 + errors**2) - 1))
+        return np.concatenate([robust, logarithms / sureness])
+
+    found: Array = prior * np.exp(least_squares(residuals, np.zeros(len(prior)), ftol=EXACT, xtol=EXACT, gtol=EXACT).x)
+    return found
+
+
+def _errors(design: Array, target: Array, factors: Array) -> Array:
+    errors: Array = target / (design @ factors) - 1
+    return errors
+
+
+def calibration_text(calibration: Calibration) -> str:
+    """Factors, errors and the sampler's published figures, as Markdown."""
+    factors = [["factor", "fitted", "unit"]]
+    for name, value in zip(NAMES, calibration.factors.values, strict=True):
+        factors.append([name, f"{value:.3g}", UNITS.get(name, "of data-sheet seconds")])
+    errors = [["point", "measured tokens/s/GPU", "fitted", "family left out", "assumed"]]
+    for error in calibration.errors:
+        errors.append(
+            [error.point.id, f"{error.measured:,.0f}", f"{error.fitted:+.1%}", f"{error.left_out:+.1%}",
+             "; ".join(error.point.assumed)]
+        )  # fmt: skip
+    sampling = [["70B FP8, TP 2", "prompt / output", "published tokens/s/GPU", "planned", "error"]]
+    for target in TARGETS:
+        sampling.append(
+            [target.gpu, f"{target.prompt} / {target.output}", f"{target.tokens_per_second:,.0f}",
+             f"{target.predicted:,.0f}", f"{target.predicted / target.tokens_per_second - 1:+.1%}"]
+        )  # fmt: skip
+    memory = memory_rows(calibration)
+    return "\n\n".join([calibration.summary(), *(markdown(rows) for rows in (factors, errors, memory, sampling))])
+
+
+def memory_rows(calibration: Calibration) -> list[list[str]]:
+    """Points with a published memory."""
+    rows = [["point", "published GiB", "planned GiB", "error"]]
+    for error in calibration.errors:
+        point = error.point
+        if point.memory_gib is not None:
+            planned = fullest_stage(point.job).total / GIB
+            rows.append(
+                [point.id, f"{point.memory_gib:.1f}", f"{planned:.1f}", f"{planned / point.memory_gib - 1:+.1%}"]
+            )
+    return rows
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+def calibration_json(calibration: Calibration) -> dict[str, Any]:
+    """The same for programs."""
+    return {
+        "factors": dict(zip(NAMES, calibration.factors.values, strict=True)),
+        "summary": calibration.summary().splitlines(),
+        "points": [
+            {
+                "id": error.point.id,
+                "family": error.point.family,
+                "tokens_per_sec_per_gpu": error.measured,
+                "error_fitted": error.fitted,
+                "error_family_left_out": error.left_out,
+                "assumed": error.point.assumed,
+            }
+            for error in calibration.errors
+        ],
+    }
+
+
+if __name__ == "__main__":
+    typer.run(main)
