@@ -55,9 +55,9 @@ def bench_conversion(
     json: Annotated[Path | None, typer.Option(help="Write everything to this file.")] = None,
 ) -> None:
     """Conversions of a synthetic checkpoint beside `cp` of the same bytes: seconds, GB/s, memory."""
-    from srlm_mega.tools.bench_conversion import Request, run_benchmark
+    from srlm_mega.tools.bench_conversion import ConversionRequest, run_benchmark
 
-    print(run_benchmark(folder, model, layers, Request(jobs, plain, not warm, repetitions), json))
+    print(run_benchmark(folder, model, layers, ConversionRequest(jobs, plain, not warm, repetitions), json))
 
 
 @bench_app.command("training", context_settings=OVERRIDES)
@@ -88,9 +88,9 @@ def bench_training(
     config = load_config(config_file, overrides or [])
     if not started:
         raise typer.Exit(start_again(config, config_file))
-    from srlm_mega.tools.bench_training import Request, measure
+    from srlm_mega.tools.bench_training import TrainingRequest, measure
 
-    measure(config, Request("sft" if sft else "dpo", steps, warmup, baseline, baseline_size, json))
+    measure(config, TrainingRequest("sft" if sft else "dpo", steps, warmup, baseline, baseline_size, json))
 
 
 @bench_app.command("sampling", context_settings=OVERRIDES)

@@ -101,7 +101,7 @@ def alpaca_eval(
     temperature: Annotated[float | None, typer.Option(help="None: evaluation.temperature of the run.", min=0)] = None,
 ) -> None:
     """AlpacaEval 2's model_outputs: instruction, output, generator, dataset."""
-    from srlm_mega.evaluation.exports import read_alpaca_instructions
+    from srlm_mega.evaluation.export_formats import read_alpaca_instructions
     from srlm_mega.stages.exports import export_alpaca_eval
     from srlm_mega.stages.head_to_head import RunModel
 
@@ -121,7 +121,7 @@ def mt_bench(
     model_id: Annotated[str | None, typer.Option(help="The model's name in the file; none: of run and model.")] = None,
 ) -> None:
     """FastChat's model_answer file of MT-Bench: both turns of every question."""
-    from srlm_mega.evaluation.exports import read_mt_bench_questions
+    from srlm_mega.evaluation.export_formats import read_mt_bench_questions
     from srlm_mega.stages.exports import export_mt_bench
     from srlm_mega.stages.head_to_head import RunModel
 
@@ -145,7 +145,7 @@ def lm_eval(
     output: Annotated[Path, typer.Option(help="Where lm-eval writes.")] = Path("lm_eval_results"),
 ) -> None:
     """Print the command lines of lm-eval for the paper's nine benchmarks, one per number of shots."""
-    from srlm_mega.evaluation.exports import lm_eval_commands
+    from srlm_mega.evaluation.export_formats import lm_eval_commands
     from srlm_mega.stages.head_to_head import RunModel
 
     found = RunModel.at(model)

@@ -26,24 +26,24 @@ def plan(
     ] = None,
 ) -> None:
     """Memory, step time, hours and cost of a run on GPUs: arithmetic, calibrated on published runs."""
-    from srlm_mega.tools.planner import commands
-    from srlm_mega.tools.planner.training import Lengths
+    from srlm_mega.tools.planner.plan_command import PlanRequest, planned, predictions, searched
+    from srlm_mega.tools.planner.training_steps import Lengths
 
     for_one = {"--gpus": gpus is not None, "--price": price > 0, "--figure": figure is not None}
     beside = {"CONFIG": config_file is not None, "--search": search}
     if points is not None:
         refuse("--points", beside | for_one)
-        print(commands.predictions(points, json))
+        print(predictions(points, json))
         return
     if config_file is None:
         raise UserError("srlm plan needs a CONFIG or --points FILE")
     lengths = Lengths(prompt_tokens, response_tokens, judgement_tokens)
-    request = commands.Request(config_file, tuple(overrides or ()), gpu, gpus, lengths, price)
+    request = PlanRequest(config_file, tuple(overrides or ()), gpu, gpus, lengths, price)
     if search:
         refuse("--search", for_one | {"--gpus": False})
-        print(commands.searched(request, json))
+        print(searched(request, json))
         return
-    print(commands.planned(request, json, figure))
+    print(planned(request, json, figure))
 
 
 def refuse(mode: str, given: dict[str, bool]) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from fake_endpoint import Asked, Reply, completion
 
-from srlm_mega.evaluation.early_stopping import EarlyStoppingFiles
+from srlm_mega.evaluation.checkpoint_choice import EarlyStoppingFiles
 from srlm_mega.records import Candidate, read_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from srlm_mega.config.file import load_config
-from srlm_mega.tools.bench_training import Bench, Request
+from srlm_mega.tools.bench_training import Bench, TrainingRequest
 from srlm_mega.training.topology import Topology, process_group
 
 
@@ -51,7 +51,7 @@ class PeakBytes(TorchDispatchMode):
 def main() -> None:
     """CONFIG [overrides]."""
     config = load_config(Path(sys.argv[1]), sys.argv[2:])
-    request = Request("dpo", 1, 1, False, None, None)
+    request = TrainingRequest("dpo", 1, 1, False, None, None)
     with (
         process_group(config.trainer),
         Topology.start(config.parallel, config.trainer, 0) as topology,

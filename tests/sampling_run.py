@@ -13,7 +13,7 @@ from srlm_mega.checkpoints_conversion.huggingface import write_folder
 from srlm_mega.checkpoints_conversion.random_weights import random_weights
 from srlm_mega.config import Config
 from srlm_mega.config.file import load_config, to_yaml
-from srlm_mega.data.toy_world.tokenizer import toy_tokenizer
+from srlm_mega.data.toy_world.word_tokenizer import toy_tokenizer
 from srlm_mega.records import Prompt, write_jsonl
 from srlm_mega.run_dir import Identity, RunDir
 from srlm_mega.stages.base import shape_of

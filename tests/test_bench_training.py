@@ -13,7 +13,7 @@ from srlm_mega.checkpoints_conversion.random_weights import LazyRandomWeights
 from srlm_mega.config.file import load_config
 from srlm_mega.config.training import DpoConfig
 from srlm_mega.tools.bench_record import BenchRecord, read_record
-from srlm_mega.tools.bench_training import Request, check_baseline, random_pairs, uniform_reference
+from srlm_mega.tools.bench_training import TrainingRequest, check_baseline, random_pairs, uniform_reference
 from srlm_mega.tools.plain_dpo import PlainDpo
 from srlm_mega.tools.time_split import TimeSplit, communicating_modules
 
@@ -121,7 +121,7 @@ def test_a_sweep_measures_every_value_it_can(srlm: Path, tmp_path: Path) -> None
 
 
 def test_a_baseline_that_does_something_else_is_refused() -> None:
-    path, request = ROOT / "launch/configs/toy_cpu.yaml", Request("dpo", 1, 1, True, None, None)
+    path, request = ROOT / "launch/configs/toy_cpu.yaml", TrainingRequest("dpo", 1, 1, True, None, None)
     check_baseline(load_config(path), request)
     with pytest.raises(ValueError, match="no hidden dropout"):
         check_baseline(load_config(path, ["dpo.hidden_dropout=0.1"]), request)

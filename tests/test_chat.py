@@ -12,7 +12,7 @@ from tokenizers.models import WordLevel
 
 from srlm_mega.chat import Chat, write_tokenizer
 from srlm_mega.checkpoints_conversion.tokenizer import tokenizer_from_sentencepiece
-from srlm_mega.data.toy_world.tokenizer import toy_tokenizer
+from srlm_mega.data.toy_world.word_tokenizer import toy_tokenizer
 from srlm_mega.errors import UserError
 
 TOY = Chat(toy_tokenizer())

@@ -59,7 +59,7 @@ def test_sizes_that_are_none(text: str) -> None:
 
 
 def test_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    request = bench_conversion.Request(jobs=1, plain=False, cold=True, repetitions=1)
+    request = bench_conversion.ConversionRequest(jobs=1, plain=False, cold=True, repetitions=1)
     monkeypatch.setitem(bench_conversion.SHAPES, "tiny", replace(GQA, num_query_groups=8, vocab_size=24))
     table = bench_conversion.run_benchmark(tmp_path, "tiny", None, request, tmp_path / "bench.json")
     record = read_record(tmp_path / "bench.json")

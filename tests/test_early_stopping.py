@@ -13,11 +13,11 @@ from sampling_run import ROOT, with_files, write_model
 from srlm_mega.config import Config
 from srlm_mega.config.comparison import EarlyStoppingConfig
 from srlm_mega.config.file import check_endpoints, load_config, to_yaml
-from srlm_mega.data.toy_world.tokenizer import toy_tokenizer
+from srlm_mega.data.toy_world.word_tokenizer import toy_tokenizer
 from srlm_mega.errors import STOPPED, USER_ERROR, UserError
-from srlm_mega.evaluation.early_stopping import EarlyStoppingFiles, Exported, Verdict, comparison_steps, decide
-from srlm_mega.evaluation.head_to_head import HeadToHead
+from srlm_mega.evaluation.checkpoint_choice import EarlyStoppingFiles, Exported, Verdict, comparison_steps, decide
 from srlm_mega.evaluation.results import Comparison
+from srlm_mega.evaluation.win_rates import HeadToHead
 from srlm_mega.identity import config_of, identity_of
 from srlm_mega.judging import endpoint
 from srlm_mega.plan import find_stage

@@ -18,7 +18,7 @@ from fake_endpoint import Asked, Reply, fake_endpoint
 from judge_model import write_always_a
 from test_main_road import contents
 
-from srlm_mega.evaluation.early_stopping import EarlyStoppingFiles
+from srlm_mega.evaluation.checkpoint_choice import EarlyStoppingFiles
 from srlm_mega.run_dir import RunDir
 
 pytestmark = [pytest.mark.extra, pytest.mark.timing]

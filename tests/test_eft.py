@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from srlm_mega.data.eft import agrees, cap_modal_score, first_agreement, sample_in_order, yields
+from srlm_mega.data.eft_selection import agrees, cap_modal_score, first_agreement, sample_in_order, yields
 
 
 @pytest.mark.parametrize(

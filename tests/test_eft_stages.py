@@ -11,8 +11,8 @@ from test_main_road import Finished, small_run, srlm
 
 from srlm_mega.chat import Chat
 from srlm_mega.config.file import load_config
-from srlm_mega.data.eft import agrees
-from srlm_mega.data.toy_world.tokenizer import toy_tokenizer
+from srlm_mega.data.eft_selection import agrees
+from srlm_mega.data.toy_world.word_tokenizer import toy_tokenizer
 from srlm_mega.data.toy_world.world import all_instructions
 from srlm_mega.errors import RunStopped
 from srlm_mega.judging.scores import parse_score

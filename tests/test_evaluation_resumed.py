@@ -8,7 +8,7 @@ from fake_endpoint import Asked, Reply, completion, fake_endpoint
 from sampling_run import begin_run, with_files, write_model
 
 from srlm_mega.config.file import load_config
-from srlm_mega.data.toy_world.tokenizer import toy_tokenizer
+from srlm_mega.data.toy_world.word_tokenizer import toy_tokenizer
 from srlm_mega.errors import STOPPED
 from srlm_mega.evaluation.judge_metrics import judge_metrics
 from srlm_mega.evaluation.results import EvaluationSample, JudgedBy, ModelEvaluation

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from srlm_mega.chat import Chat
 from srlm_mega.cli import app
 from srlm_mega.errors import UserError
-from srlm_mega.evaluation.exports import (
+from srlm_mega.evaluation.export_formats import (
     BENCHMARKS,
     AlpacaInstruction,
     lm_eval_commands,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from srlm_mega.evaluation.head_to_head import head_to_head, wilson_interval
+from srlm_mega.evaluation.win_rates import head_to_head, wilson_interval
 
 
 def test_samples_are_compared_prompt_by_prompt() -> None:

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from srlm_mega.cli import app
 from srlm_mega.config.file import load_config, to_yaml
-from srlm_mega.data.toy_world.tokenizer import toy_tokenizer
+from srlm_mega.data.toy_world.word_tokenizer import toy_tokenizer
 from srlm_mega.evaluation.results import Comparison
 from srlm_mega.records import Candidate, Prompt, parse_line, read_jsonl, write_jsonl
 from srlm_mega.run_dir import RunDir

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from srlm_mega.config.rounds import HealthConfig, Limit
-from srlm_mega.evaluation.health import HealthFigure, round_health
+from srlm_mega.evaluation.health_limits import HealthFigure, round_health
 from srlm_mega.evaluation.judge_metrics import judge_metrics
 from srlm_mega.evaluation.results import ModelEvaluation
 from srlm_mega.judging.tally import PairCounts

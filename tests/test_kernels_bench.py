@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from srlm_mega.cli import app
 from srlm_mega.tools import bench_kernels
-from srlm_mega.tools.bench_heads import Batch, Shape, make_batch, make_head, our_loss
+from srlm_mega.tools.bench_heads import HeadBatch, HeadShape, make_batch, make_head, our_loss
 from srlm_mega.tools.bench_record import BenchRecord, read_record, write_record
 from srlm_mega.tools.scripts.plot_bench import draw_providers, main
 
@@ -47,7 +47,7 @@ def test_every_provider_is_right_and_timed(report: tuple[Path, BenchRecord, str]
 
 
 def test_a_wrong_provider_is_reported_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def scaled(hidden: Tensor, weight: Tensor, batch: Batch, save: Any) -> Tensor:
+    def scaled(hidden: Tensor, weight: Tensor, batch: HeadBatch, save: Any) -> Tensor:
         return our_loss(hidden * 1.01, weight, batch, save)
 
     monkeypatch.setattr("srlm_mega.tools.bench_heads.our_loss", scaled)
@@ -59,7 +59,7 @@ def test_a_wrong_provider_is_reported_and_not_timed(monkeypatch: pytest.MonkeyPa
 
 def test_only_completion_rows_are_computed() -> None:
     """Half of each sequence is prompt: hidden states there have no gradient, and useful work is half."""
-    shape = Shape("masked", 2, 8, 4, 11, completion_fraction=0.5)
+    shape = HeadShape("masked", 2, 8, 4, 11, completion_fraction=0.5)
     batch = make_batch(shape, torch.device("cpu"))
     assert (shape.num_positions, shape.num_rows) == (32, 16)
     assert batch.rows.tolist() == [8 * sequence + place for sequence in range(4) for place in range(4, 8)]

@@ -6,8 +6,8 @@ import pytest
 from sampling_run import ROOT, begin_run, with_files
 
 from srlm_mega.config.file import load_config
-from srlm_mega.evaluation.head_to_head import head_to_head_of
 from srlm_mega.evaluation.results import EvaluationSample
+from srlm_mega.evaluation.win_rates import head_to_head_of
 from srlm_mega.judging.pairwise import outcome, pairwise_template, parse_verdict
 from srlm_mega.plan import find_stage
 from srlm_mega.progress import Progress

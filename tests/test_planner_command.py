@@ -15,21 +15,21 @@ from srlm_mega.config.file import load_config
 from srlm_mega.errors import UserError
 from srlm_mega.plan import plan as stages_of
 from srlm_mega.tools.planner.advice import RUN_ADVICE, STEP_ADVICE, kind_of, step_advice
-from srlm_mega.tools.planner.commands import Request, make_plan, planned, predictions, searched
 from srlm_mega.tools.planner.hardware import find_gpu
 from srlm_mega.tools.planner.messages import messages
+from srlm_mega.tools.planner.plan_command import PlanRequest, make_plan, planned, predictions, searched
 from srlm_mega.tools.planner.points import CALIBRATION_FILE
 from srlm_mega.tools.planner.requests import Requests, requests_of
 from srlm_mega.tools.planner.search import COUNTS, search
 from srlm_mega.tools.planner.show import MEMORY_PARTS
-from srlm_mega.tools.planner.training import TERMS, Lengths, layout_of, training_job, whole_micro_batches
+from srlm_mega.tools.planner.training_steps import TERMS, Lengths, layout_of, training_job, whole_micro_batches
 
 CONFIGS = Path("launch/configs")
 LENGTHS = Lengths()
 
 
-def request(name: str = "llama2_70b_64gpu.yaml", *overrides: str, gpus: int | None = None) -> Request:
-    return Request(CONFIGS / name, overrides, "h100", gpus, LENGTHS, price=2.0)
+def request(name: str = "llama2_70b_64gpu.yaml", *overrides: str, gpus: int | None = None) -> PlanRequest:
+    return PlanRequest(CONFIGS / name, overrides, "h100", gpus, LENGTHS, price=2.0)
 
 
 def test_every_stage_of_the_run_is_planned() -> None:
@@ -86,7 +86,7 @@ def test_a_dpo_step_by_hand() -> None:
 
 
 def test_more_replicas_sample_faster_and_more_steps_take_longer() -> None:
-    def hours(plan_request: Request, name: str) -> float:
+    def hours(plan_request: PlanRequest, name: str) -> float:
         return sum(time.hours for time in make_plan(plan_request).times if time.name == name)
 
     more = request(gpus=128)
@@ -121,9 +121,9 @@ def test_the_search_is_one_of_arithmetic() -> None:
     """No torch, and fast: the target is 2 s. The limit is ten times what a slow machine needs."""
     code = (
         "import sys, time; from pathlib import Path; begin = time.process_time()\n"
-        "from srlm_mega.tools.planner.commands import Request, searched\n"
-        "from srlm_mega.tools.planner.training import Lengths\n"
-        "searched(Request(Path('launch/configs/llama2_70b_64gpu.yaml'), (), 'h100', None, Lengths(), 0.0), False)\n"
+        "from srlm_mega.tools.planner.plan_command import PlanRequest, searched\n"
+        "from srlm_mega.tools.planner.training_steps import Lengths\n"
+        "searched(PlanRequest(Path('launch/configs/llama2_70b_64gpu.yaml'), (), 'h100', None, Lengths(), 0.0), False)\n"
         "assert not {'torch', 'scipy', 'matplotlib', 'numpy'} & set(sys.modules)\n"
         "assert time.process_time() - begin < 20"
     )

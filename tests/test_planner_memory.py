@@ -12,10 +12,10 @@ from srlm_mega.checkpoints_conversion.llama import LlamaShape
 from srlm_mega.checkpoints_conversion.megatron import placements
 from srlm_mega.config.file import load_config
 from srlm_mega.tools.planner.hardware import find_gpu
-from srlm_mega.tools.planner.job import Job, Layout
+from srlm_mega.tools.planner.job import Job, ParallelLayout
 from srlm_mega.tools.planner.memory import MARGIN, fits, layers_in_flight, parameters_of, stage_memory
 from srlm_mega.tools.planner.shapes import PUBLISHED, Shape
-from srlm_mega.tools.planner.training import Lengths, layout_of, memory_job, training_job
+from srlm_mega.tools.planner.training_steps import Lengths, layout_of, memory_job, training_job
 from srlm_mega.training.memory_budget import MemoryBudget, num_parameters
 
 H100 = find_gpu("h100")
@@ -25,7 +25,7 @@ ONE_PROCESS = ("parallel.pipeline_model_parallel_size=1", "launch.processes_per_
 
 
 def tiny_job(**change: object) -> Job:
-    job = Job(TINY, H100, Layout(sequence_parallel=False), "fp32", 1, 1, 10)
+    job = Job(TINY, H100, ParallelLayout(sequence_parallel=False), "fp32", 1, 1, 10)
     return replace(job, **change)  # type: ignore[arg-type]
 
 
@@ -54,7 +54,7 @@ def test_other_modes_by_hand() -> None:
     assert full.activations == 10 * (2 * 8 * 4 + 424 + 256)
     (fused,) = stage_memory(tiny_job(fused_head=True, head_rows=0.5))
     assert fused.head == 5 * 32 * 4 + 5 * 32 * 4
-    (shared,) = stage_memory(tiny_job(layout=Layout(tp=2)))
+    (shared,) = stage_memory(tiny_job(layout=ParallelLayout(tp=2)))
     assert shared.parameters == (1704 - 40) / 2 + 40
     (fp8,) = stage_memory(tiny_job(precision="fp8"))
     assert fp8.weights == 4 * 1704  # bf16, and two FP8 copies
@@ -65,7 +65,7 @@ def test_other_modes_by_hand() -> None:
 def test_layers_in_flight_by_hand() -> None:
     """1F1B: the first of 4 stages holds 4 micro batches, the last one. Interleaved with 2 chunks: 2 * 3 + 4 + 1 = 11
     chunks of 10 layers on the first of 4 stages with 20 layers each; fewer micro batches bound it."""
-    deep = Job(PUBLISHED["llama2-70b"], H100, Layout(tp=8, pp=4, vpp=1), "bf16", 1, 16, 4096)
+    deep = Job(PUBLISHED["llama2-70b"], H100, ParallelLayout(tp=8, pp=4, vpp=1), "bf16", 1, 16, 4096)
     assert [layers_in_flight(deep, stage) for stage in range(4)] == [80, 60, 40, 20]
     interleaved = replace(deep, layout=replace(deep.layout, vpp=2))
     assert layers_in_flight(interleaved, 0) == 110
@@ -77,7 +77,7 @@ def test_layers_in_flight_by_hand() -> None:
 def test_the_trainer_refuses_by_the_same_bytes(tp: int, pp: int, dp: int, bf16: bool) -> None:
     """Weights, gradients, optimizer of every stage equal training/memory_budget.py's."""
     shape = LlamaShape(80, 8192, 28672, 64, 8, 32000, 4096, 1e-5, 10000.0)
-    job = Job(PUBLISHED["llama2-70b"], H100, Layout(tp, pp, 1, dp), "bf16" if bf16 else "fp32", 1, 8, 4096)
+    job = Job(PUBLISHED["llama2-70b"], H100, ParallelLayout(tp, pp, 1, dp), "bf16" if bf16 else "fp32", 1, 8, 4096)
     for stage, part in zip(stage_memory(job), placements(shape, tp, pp)[::tp], strict=True):
         budget = MemoryBudget(num_parameters(shape, part), bf16, dp)
         assert stage.parameters == budget.parameters == parameters_of(job, stage.stage)
@@ -86,11 +86,11 @@ def test_the_trainer_refuses_by_the_same_bytes(tp: int, pp: int, dp: int, bf16: 
 
 
 def test_llama_2_70b_fits_where_it_should() -> None:
-    job = Job(PUBLISHED["llama2-70b"], H100, Layout(tp=8, pp=4, dp=2), "bf16", 1, 16, 4096, fused_head=True)
+    job = Job(PUBLISHED["llama2-70b"], H100, ParallelLayout(tp=8, pp=4, dp=2), "bf16", 1, 16, 4096, fused_head=True)
     assert fits(job)
-    assert not fits(replace(job, layout=Layout(tp=8, pp=1, dp=1)))
-    assert not fits(replace(job, layout=Layout(tp=8, pp=2, dp=1)))
-    assert fits(replace(job, layout=Layout(tp=8, pp=2, dp=1), gpu=find_gpu("b200")))
+    assert not fits(replace(job, layout=ParallelLayout(tp=8, pp=1, dp=1)))
+    assert not fits(replace(job, layout=ParallelLayout(tp=8, pp=2, dp=1)))
+    assert fits(replace(job, layout=ParallelLayout(tp=8, pp=2, dp=1), gpu=find_gpu("b200")))
 
 
 @pytest.mark.extra

@@ -10,7 +10,7 @@ from srlm_mega.checkpoints_conversion.llama import LlamaShape
 from srlm_mega.errors import UserError
 from srlm_mega.tools.planner.communication import data_parallel_seconds, tensor_parallel_seconds
 from srlm_mega.tools.planner.hardware import GPUS, find_gpu
-from srlm_mega.tools.planner.job import Job, Layout
+from srlm_mega.tools.planner.job import Job, ParallelLayout
 from srlm_mega.tools.planner.memory import fullest_stage, stage_memory
 from srlm_mega.tools.planner.model_flops import flops_per_token, published_flops_per_token
 from srlm_mega.tools.planner.points import CALIBRATION_FILE, Point, read_points
@@ -23,7 +23,7 @@ H100 = find_gpu("h100")
 
 
 def job(tp: int = 4, pp: int = 4, vpp: int = 1, cp: int = 1, dp: int = 4, micro_batches: int = 8) -> Job:
-    layout = Layout(tp, pp, cp, dp, vpp, sequence_parallel=tp > 1)
+    layout = ParallelLayout(tp, pp, cp, dp, vpp, sequence_parallel=tp > 1)
     return Job(LLAMA_70B, H100, layout, "bf16", 1, micro_batches * dp, 8192)
 
 

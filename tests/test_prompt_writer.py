@@ -9,7 +9,7 @@ from sampling_run import ROOT, with_files, write_model
 from srlm_mega.chat import Chat
 from srlm_mega.config import Config
 from srlm_mega.config.file import load_config
-from srlm_mega.data.toy_world.tokenizer import toy_tokenizer
+from srlm_mega.data.toy_world.word_tokenizer import toy_tokenizer
 from srlm_mega.errors import UserError
 from srlm_mega.plan import find_stage, plan
 from srlm_mega.progress import Progress

@@ -12,7 +12,7 @@ from srlm_mega.checkpoints_conversion.convert import Kind, Wish, convert
 from srlm_mega.checkpoints_conversion.verify import prove
 from srlm_mega.config.comparison import PairwiseJudgeConfig
 from srlm_mega.config.file import load_config
-from srlm_mega.data.toy_world.tokenizer import toy_tokenizer
+from srlm_mega.data.toy_world.word_tokenizer import toy_tokenizer
 from srlm_mega.errors import UserError
 from srlm_mega.plan import find_stage
 from srlm_mega.progress import Progress

@@ -13,7 +13,7 @@ from srlm_mega.checkpoints_conversion.fp8 import Amax, linear_names
 from srlm_mega.checkpoints_conversion.huggingface import read_shape
 from srlm_mega.config import Config
 from srlm_mega.config.file import load_config, to_yaml
-from srlm_mega.data.toy_world.tokenizer import toy_tokenizer
+from srlm_mega.data.toy_world.word_tokenizer import toy_tokenizer
 from srlm_mega.errors import UserError
 from srlm_mega.plan import Stage, find_stage, plan
 from srlm_mega.progress import Progress

@@ -10,9 +10,9 @@ from srlm_mega.chat import Chat, write_tokenizer
 from srlm_mega.config.data import SeedDataConfig
 from srlm_mega.data.seed_sets import SeedSets
 from srlm_mega.data.toy_world.authors import CAREFUL, CARELESS, Care, faulty_answer, review
-from srlm_mega.data.toy_world.seed import Mixture, make_toy_world
-from srlm_mega.data.toy_world.tokenizer import toy_tokenizer
+from srlm_mega.data.toy_world.seed_data import Mixture, make_toy_world
 from srlm_mega.data.toy_world.truth import Criteria, criteria, quality
+from srlm_mega.data.toy_world.word_tokenizer import toy_tokenizer
 from srlm_mega.data.toy_world.world import LIST_OPENING, all_instructions, parse_instruction
 from srlm_mega.errors import UserError
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from srlm_mega.config.file import flat
 from srlm_mega.errors import UserError
-from srlm_mega.tools.bench_record import BenchRecord, Row, read_record, spread
+from srlm_mega.tools.bench_record import BenchRecord, BenchRow, read_record, spread
 
 RESAMPLES = 2000
 FEWEST_SAMPLES = 3  # below, no interval
@@ -24,8 +24,8 @@ class Ratio:
     """B by A of one row. `low` and `high` are None where there are too few samples. `verdict` in words."""
 
     name: str
-    a: Row
-    b: Row
+    a: BenchRow
+    b: BenchRow
     value: float
     low: float | None
     high: float | None
@@ -77,7 +77,7 @@ def ratios(a: BenchRecord, b: BenchRecord) -> list[Ratio]:
     return found
 
 
-def ratio(a: Row, b: Row) -> Ratio:
+def ratio(a: BenchRow, b: BenchRow) -> Ratio:
     """B by A, with the interval of the resampled ratio."""
     assert a.median and b.median is not None, f"{a.name}: a ratio to nothing"
     value = b.median / a.median

@@ -25,7 +25,7 @@ from srlm_mega.checkpoints_conversion.fp8 import Amax, Quantizer, Rounding, line
 from srlm_mega.checkpoints_conversion.huggingface_files import plan
 from srlm_mega.checkpoints_conversion.llama import LlamaShape
 from srlm_mega.errors import UserError
-from srlm_mega.tools.bench_record import BenchRecord, Row, make_record, make_row, write_record
+from srlm_mega.tools.bench_record import BenchRecord, BenchRow, make_record, make_row, write_record
 
 SHAPES = {
     "tiny": LlamaShape(4, 512, 1376, 8, 8, 4000, 2048, 1e-5, 10000.0),
@@ -123,7 +123,7 @@ def _set_cache(path: Path, cold: bool) -> None:
 
 
 @dataclass(frozen=True)
-class Request:
+class ConversionRequest:
     """What is measured; `cold`: with nothing of the source in memory, otherwise after it was read once."""
 
     jobs: int
@@ -132,7 +132,9 @@ class Request:
     repetitions: int
 
 
-def run_benchmark(folder: Path, model: str, layers: int | None, request: Request, json_file: Path | None) -> str:
+def run_benchmark(
+    folder: Path, model: str, layers: int | None, request: ConversionRequest, json_file: Path | None
+) -> str:
     """All rows as a Markdown table. Needs three times the model's bytes on the disk, and removes what it wrote."""
     if model not in SHAPES:
         raise UserError(f"--model {model!r} is not one of {', '.join(SHAPES)}")
@@ -151,7 +153,7 @@ def run_benchmark(folder: Path, model: str, layers: int | None, request: Request
     return markdown(record)
 
 
-def run(root: Path, shape: LlamaShape, request: Request) -> tuple[list[Row], int]:
+def run(root: Path, shape: LlamaShape, request: ConversionRequest) -> tuple[list[BenchRow], int]:
     """A row for each conversion, and the bytes of the model. `times_cp`: its throughput over that of `cp` with the same
     cache, the median over the repetitions, in each of which all take turns."""
     source, num_bytes = root / "model", write_synthetic(root / "model", shape)

@@ -21,7 +21,7 @@ Head = Callable[[Tensor, Tensor], Tensor]  # hidden [T, H], weight [V, H] -> los
 
 
 @dataclass(frozen=True)
-class Shape:
+class HeadShape:
     """2P sequences of equal length, of which the last part is completion; the chosen ones come first."""
 
     name: str
@@ -48,10 +48,10 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Batch:
+class HeadBatch:
     """The inputs besides hidden states and weight."""
 
-    shape: Shape
+    shape: HeadShape
     labels: Tensor  # [2P, S], -100 outside the completions
     rows: Tensor  # [N]
     cu_seqlens: Tensor  # [2P + 1]
@@ -59,7 +59,7 @@ class Batch:
     ref_logp: Tensor  # [2P]
 
 
-def make_batch(shape: Shape, device: torch.device) -> Batch:
+def make_batch(shape: HeadShape, device: torch.device) -> HeadBatch:
     """Random labels; rows and bounds made on the CPU, as a collator makes them."""
     generator = torch.Generator().manual_seed(0)
     num_sequences, length = 2 * shape.num_pairs, shape.sequence_length
@@ -69,10 +69,10 @@ def make_batch(shape: Shape, device: torch.device) -> Batch:
     bounds = torch.arange(num_sequences + 1) * shape.completion_length
     pairs = torch.arange(num_sequences).view(2, shape.num_pairs).T.contiguous()
     zeros = torch.zeros(num_sequences)
-    return Batch(shape, *(tensor.to(device) for tensor in (labels, rows, bounds.int(), pairs, zeros)))
+    return HeadBatch(shape, *(tensor.to(device) for tensor in (labels, rows, bounds.int(), pairs, zeros)))
 
 
-def make_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+def make_inputs(shape: HeadShape, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """Hidden states and weight whose logits have a standard deviation of 2."""
     generator = torch.Generator(device).manual_seed(1)
     hidden = torch.randn(shape.num_positions, shape.hidden_size, generator=generator, device=device)
@@ -81,7 +81,7 @@ def make_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple
     return hidden.requires_grad_(), weight.to(dtype).requires_grad_()
 
 
-def make_head(provider: Provider, batch: Batch) -> Head:
+def make_head(provider: Provider, batch: HeadBatch) -> Head:
     """The provider's head for one batch."""
     match provider:
         case "ours-save":
@@ -98,7 +98,7 @@ def make_head(provider: Provider, batch: Batch) -> Head:
             return liger_head(batch)
 
 
-def our_loss(hidden: Tensor, weight: Tensor, batch: Batch, save: ops.Save) -> Tensor:
+def our_loss(hidden: Tensor, weight: Tensor, batch: HeadBatch, save: ops.Save) -> Tensor:
     """This project's head: only completion rows, no [T, V] logits."""
     all_rows = batch.shape.completion_fraction == 1
     rows = None if all_rows else batch.rows
@@ -107,7 +107,7 @@ def our_loss(hidden: Tensor, weight: Tensor, batch: Batch, save: ops.Save) -> Te
     return our_dpo_loss(logp, batch)
 
 
-def our_dpo_loss(logp: Tensor, batch: Batch) -> Tensor:
+def our_dpo_loss(logp: Tensor, batch: HeadBatch) -> Tensor:
     """This project's loss of the completion rows' log p [N]."""
     num_pairs = float(batch.shape.num_pairs)
     out = ops.dpo_loss(
@@ -123,7 +123,7 @@ def eager_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return -F.logsigmoid(BETA * (chosen - rejected)).mean()
 
 
-def liger_head(batch: Batch) -> Head:
+def liger_head(batch: HeadBatch) -> Head:
     """Liger's fused linear DPO loss, a pair at a time (its default); compiled on CUDA, as it is by default."""
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
@@ -136,7 +136,7 @@ def liger_head(batch: Batch) -> Head:
     return loss
 
 
-def true_loss(hidden: Tensor, weight: Tensor, batch: Batch) -> Tensor:
+def true_loss(hidden: Tensor, weight: Tensor, batch: HeadBatch) -> Tensor:
     """The reference, for inputs in fp64."""
     labels = batch.labels.flatten()
     logp = reference.vp_linear_logprob(

@@ -22,33 +22,33 @@ from srlm_mega.kernels import ops
 from srlm_mega.provenance import package_version
 from srlm_mega.tools.bench_heads import (
     PROVIDERS,
-    Batch,
     Head,
+    HeadBatch,
+    HeadShape,
     Provider,
-    Shape,
     make_batch,
     make_head,
     make_inputs,
     our_dpo_loss,
     true_loss,
 )
-from srlm_mega.tools.bench_record import BenchRecord, Row, make_record, make_row, write_record
+from srlm_mega.tools.bench_record import BenchRecord, BenchRow, make_record, make_row, write_record
 
 SHAPES = (
-    Shape("7b", 4, 1024, 4096, 32000),
-    Shape("7b-masked", 4, 1024, 4096, 32000, completion_fraction=0.5),
-    Shape("70b-tp8", 4, 1024, 8192, 4000),
-    Shape("8b-128k", 4, 1024, 4096, 128256),
+    HeadShape("7b", 4, 1024, 4096, 32000),
+    HeadShape("7b-masked", 4, 1024, 4096, 32000, completion_fraction=0.5),
+    HeadShape("70b-tp8", 4, 1024, 8192, 4000),
+    HeadShape("8b-128k", 4, 1024, 4096, 128256),
 )
 SWEEPS = (
-    *(Shape(f"tokens-{2 * pairs * 1024}", pairs, 1024, 4096, 32000) for pairs in (1, 2, 4, 8, 16)),
-    *(Shape(f"vocab-{columns}", 4, 1024, 4096, columns) for columns in (8000, 16000, 32000, 64000, 128000)),
+    *(HeadShape(f"tokens-{2 * pairs * 1024}", pairs, 1024, 4096, 32000) for pairs in (1, 2, 4, 8, 16)),
+    *(HeadShape(f"vocab-{columns}", 4, 1024, 4096, columns) for columns in (8000, 16000, 32000, 64000, 128000)),
 )
 SMOKE_SHAPES = (
-    Shape("smoke", 2, 24, 32, 101),
-    Shape("smoke-masked", 2, 24, 32, 101, completion_fraction=0.5),
-    *(Shape(f"tokens-{4 * length}", 2, length, 32, 101) for length in (16, 32)),
-    *(Shape(f"vocab-{columns}", 2, 16, 32, columns) for columns in (64, 256)),
+    HeadShape("smoke", 2, 24, 32, 101),
+    HeadShape("smoke-masked", 2, 24, 32, 101, completion_fraction=0.5),
+    *(HeadShape(f"tokens-{4 * length}", 2, length, 32, 101) for length in (16, 32)),
+    *(HeadShape(f"vocab-{columns}", 2, 16, 32, columns) for columns in (64, 256)),
 )
 SMOKE_PROVIDERS: tuple[Provider, ...] = ("ours-save", "ours-recompute", "eager", "liger")
 PACKAGES = ("triton", "liger-kernel")
@@ -139,7 +139,7 @@ def run_benchmark(json: Path | None, rounds: int, only: Sequence[str], sweep: bo
 
 
 def record(
-    device: Device, shapes: Sequence[Shape], results: Sequence[Result], parts: Sequence[PartResult]
+    device: Device, shapes: Sequence[HeadShape], results: Sequence[Result], parts: Sequence[PartResult]
 ) -> BenchRecord:
     """The JSON file. What was not timed has a row without samples that says why."""
     rows = [row for result in results for row in rows_of(result)]
@@ -156,7 +156,7 @@ def record(
     return make_record("kernels", device.name, 1, settings, rows, PACKAGES)
 
 
-def rows_of(result: Result) -> list[Row]:
+def rows_of(result: Result) -> list[BenchRow]:
     """Forward, and forward with backward, of one provider on one shape."""
     name = f"{result.shape} {result.provider}"
     labels = {"shape": result.shape, "provider": result.provider, "status": result.status}
@@ -176,7 +176,7 @@ def rows_of(result: Result) -> list[Row]:
     ]
 
 
-def bench_shape(shape: Shape, device: Device, rounds: int) -> list[Result]:
+def bench_shape(shape: HeadShape, device: Device, rounds: int) -> list[Result]:
     """Accuracy, then interleaved times, then memory."""
     batch = make_batch(shape, device.torch_device)
     hidden, weight = make_inputs(shape, device.dtype, device.torch_device)
@@ -215,7 +215,7 @@ def bench_shape(shape: Shape, device: Device, rounds: int) -> list[Result]:
     return timed + refused
 
 
-def true_values(hidden: Tensor, weight: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+def true_values(hidden: Tensor, weight: Tensor, batch: HeadBatch) -> tuple[Tensor, Tensor, Tensor]:
     """Loss and both gradients in fp64."""
     hidden, weight = (tensor.detach().double().requires_grad_() for tensor in (hidden, weight))
     loss = true_loss(hidden, weight, batch)
@@ -278,7 +278,7 @@ def bench_parts(device: Device, rounds: int) -> list[PartResult]:
     logits = torch.randn(num_rows, columns, dtype=device.dtype, **options).requires_grad_()
     other = torch.empty_like(logits)
     target = torch.randint(columns, (num_rows,), **options)
-    shape = Shape("parts", 8, num_rows // 16, 1, columns)
+    shape = HeadShape("parts", 8, num_rows // 16, 1, columns)
     batch = make_batch(shape, device.torch_device)
     logp = -torch.rand(num_rows, **options).requires_grad_()
 
@@ -298,7 +298,7 @@ def bench_parts(device: Device, rounds: int) -> list[PartResult]:
     return [PartResult(name, samples[name], useful[name]) for name in calls]
 
 
-def tflops(shape: Shape, milliseconds: float) -> float:
+def tflops(shape: HeadShape, milliseconds: float) -> float:
     """Useful ones of forward and backward: three products of [N, H] and [V, H], completion rows only."""
     return 6 * shape.num_rows * shape.hidden_size * shape.vocab_size / milliseconds / 1e9
 
@@ -311,7 +311,7 @@ def spread(samples: Sequence[float]) -> str:
 
 
 def print_tables(
-    shapes: dict[str, Shape], results: Sequence[Result], parts: Sequence[PartResult], device: Device
+    shapes: dict[str, HeadShape], results: Sequence[Result], parts: Sequence[PartResult], device: Device
 ) -> None:
     """What a person reads, as Markdown."""
     print(f"DPO head on {device.name}, {device.dtype}; ms: median [p10, p90]\n")

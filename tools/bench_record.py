@@ -22,7 +22,7 @@ Better = Literal["lower", "higher", "neither"]
 
 @with_config(STRICT)
 @dataclass(frozen=True)
-class Row:
+class BenchRow:
     """One figure: raw samples in the order they were taken, and their quantiles (None without samples: `labels` or
     `extra` then say why). `labels` say what was measured in words (method, shape, part, ...), `extra` hold what belongs
     to it in numbers. `better`: where a good value lies."""
@@ -54,9 +54,9 @@ class BenchRecord:
     load_average: tuple[float, float, float]
     versions: Mapping[str, str | None]
     settings: Mapping[str, Any]
-    rows: tuple[Row, ...]
+    rows: tuple[BenchRow, ...]
 
-    def row(self, name: str) -> Row:
+    def row(self, name: str) -> BenchRow:
         """The row of this name."""
         return next(row for row in self.rows if row.name == name)
 
@@ -68,10 +68,10 @@ def make_row(
     better: Better = "lower",
     labels: Mapping[str, str] | None = None,
     extra: Mapping[str, float | None] | None = None,
-) -> Row:
+) -> BenchRow:
     """A row with the quantiles of its samples, linearly interpolated."""
     low, median, high = np.quantile(samples, [0.1, 0.5, 0.9]).tolist() if samples else (None, None, None)
-    return Row(name, unit, tuple(samples), median, low, high, better, labels or {}, extra or {})
+    return BenchRow(name, unit, tuple(samples), median, low, high, better, labels or {}, extra or {})
 
 
 def make_record(
@@ -79,7 +79,7 @@ def make_record(
     device: str,
     devices: int,
     settings: Mapping[str, Any],
-    rows: Iterable[Row],
+    rows: Iterable[BenchRow],
     packages: Iterable[str] = (),
 ) -> BenchRecord:
     """A record of what this process has just measured."""
@@ -150,7 +150,7 @@ def same(found: Sequence[float | None], expected: Sequence[float | None]) -> boo
     )
 
 
-def spread(row: Row, digits: int = 4) -> str:
+def spread(row: BenchRow, digits: int = 4) -> str:
     """`median [p10, p90]`, or a dash."""
     if row.median is None or row.p10 is None or row.p90 is None:
         return "–"

@@ -26,7 +26,7 @@ from srlm_mega.run_dir import RunDir
 from srlm_mega.sampling.huggingface import automatic_device, left_padded
 from srlm_mega.sampling.sampler import SamplingParams, open_sampler
 from srlm_mega.stages.rewards import candidates_task, judgements_task
-from srlm_mega.tools.bench_record import BenchRecord, Row, make_record, make_row, write_record
+from srlm_mega.tools.bench_record import BenchRecord, BenchRow, make_record, make_row, write_record
 from srlm_mega.work import Work
 
 ONE_BY_ONE, FIXED_BATCHES = "generate, request by request", "generate, fixed batches"
@@ -224,7 +224,7 @@ def summed_up(run: RunDir, config: Config, parts: Sequence[Part], samples: list[
     return make_record("sampling", device, 1, settings, rows, ("tensorrt-llm",))
 
 
-def part_rows(samples: Sequence[Sample]) -> list[Row]:
+def part_rows(samples: Sequence[Sample]) -> list[BenchRow]:
     """One method on one stage's requests: seconds and output tokens of each repetition."""
     first = samples[0]
     labels = {"method": first.method, "part": first.part}

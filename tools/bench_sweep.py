@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from srlm_mega.errors import UserError
-from srlm_mega.tools.bench_record import BenchRecord, Row, command_of, read_record, write_record
+from srlm_mega.tools.bench_record import BenchRecord, BenchRow, command_of, read_record, write_record
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,6 @@ def merged(sweep: Sweep, measured: Mapping[str, BenchRecord], failed: Mapping[st
     return replace(last, date=first.date, command=command, settings=settings, rows=rows)
 
 
-def at(row: Row, key: str, value: str) -> Row:
+def at(row: BenchRow, key: str, value: str) -> BenchRow:
     """The row of one value."""
     return replace(row, name=f"{row.name} at {key}={value}", labels={**row.labels, "what": row.name, "at": value})

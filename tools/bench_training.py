@@ -44,7 +44,7 @@ AGREEMENT = {"fp32": 1e-3, "bf16": 5e-2, "fp8": 5e-2}
 
 
 @dataclass(frozen=True)
-class Request:
+class TrainingRequest:
     """What to measure."""
 
     objective: ObjectiveName
@@ -65,7 +65,7 @@ class Samples:
     metrics: list[dict[str, float]]
 
 
-def measure(config: Config, request: Request) -> None:
+def measure(config: Config, request: TrainingRequest) -> None:
     """Measure, print, and write the JSON file. UserError when the baseline cannot do what the config says."""
     if request.baseline:
         check_baseline(config, request)
@@ -81,7 +81,7 @@ def measure(config: Config, request: Request) -> None:
                 write_record(record, request.json)
 
 
-def check_baseline(config: Config, request: Request) -> None:
+def check_baseline(config: Config, request: TrainingRequest) -> None:
     """The baseline is sigmoid DPO without dropout."""
     section = config.dpo
     if request.objective != "dpo" or section.loss_type != "sigmoid" or section.label_smoothing or section.rpo_alpha:
@@ -99,7 +99,7 @@ def check_baseline(config: Config, request: Request) -> None:
 class Bench:
     """A trainer with random weights and random data, and the baseline beside it on the main rank."""
 
-    def __init__(self, config: Config, request: Request, topology: Topology) -> None:
+    def __init__(self, config: Config, request: TrainingRequest, topology: Topology) -> None:
         self.config, self.request, self.topology = config, request, topology
         self.section: TrainingConfig = config.dpo if request.objective == "dpo" else config.sft
         self.num_steps = 2 * (request.warmup + request.steps)
@@ -212,7 +212,7 @@ def uniform_reference(pair: PairSequences, vocab_size: int) -> ReferenceLogprobs
 
 def summed_up(
     config: Config,
-    request: Request,
+    request: TrainingRequest,
     topology: Topology,
     samples: Samples,
     split: dict[Part, float],
@@ -247,7 +247,7 @@ def summed_up(
     return make_record("training", device, topology.world_size, settings, rows, OPTIONAL_PACKAGES)
 
 
-def as_text(record: BenchRecord, request: Request) -> str:
+def as_text(record: BenchRecord, request: TrainingRequest) -> str:
     """The record for a terminal."""
     parts = {row.name.removeprefix(f"{PART} "): row.samples[0] for row in record.rows if row.name.startswith(PART)}
     total = sum(parts.values())

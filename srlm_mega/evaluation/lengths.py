@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import with_config
 
-from srlm_mega.evaluation.head_to_head import wilson_interval
+from srlm_mega.evaluation.win_rates import wilson_interval
 from srlm_mega.judging.pairwise import Outcome
 from srlm_mega.records import STRICT, Message, PreferencePair
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from pydantic import with_config
 
-from srlm_mega.evaluation.head_to_head import HeadToHead
 from srlm_mega.evaluation.lengths import LengthControlled, LengthStatistics
+from srlm_mega.evaluation.win_rates import HeadToHead
 from srlm_mega.records import STRICT
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 
 from srlm_mega.report.lineage_sample import CandidateNode, LineageSample, PromptTree
-from srlm_mega.report.rounds import RoundPart
+from srlm_mega.report.round_parts import RoundPart
 from srlm_mega.report.text import shortened
 
 PROMPTS_PER_PAGE = 50

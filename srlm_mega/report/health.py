@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from srlm_mega.evaluation.health import HealthFigure, RoundHealth
+from srlm_mega.evaluation.health_limits import HealthFigure, RoundHealth
 from srlm_mega.records import parse_line
 from srlm_mega.run_dir import RunDir
 

@@ -29,7 +29,7 @@ from srlm_mega.report.health import health_table
 from srlm_mega.report.lineage_sample import Outcome, first_pairs
 from srlm_mega.report.planned import planned_rows
 from srlm_mega.report.plots import dpo_plots, judge_plot, lengths_plot, quality_plot, scores_plot, time_plot
-from srlm_mega.report.rounds import RoundPart, read_round
+from srlm_mega.report.round_parts import RoundPart, read_round
 from srlm_mega.report.summary import Summary, build_summary, decimal, findings, percent
 from srlm_mega.report.text import duration, visible
 from srlm_mega.run_dir import RunDir, write_atomic

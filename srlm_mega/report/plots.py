@@ -9,7 +9,7 @@ from matplotlib.ticker import MaxNLocator
 
 from srlm_mega.report.costs import StageCost
 from srlm_mega.report.drawing import MODEL_COLORS, MUTED, PAPER, RULE, Plot, legend, model_color, plot
-from srlm_mega.report.rounds import DpoStep
+from srlm_mega.report.round_parts import DpoStep
 from srlm_mega.report.summary import ModelSummary, model_number, movement
 
 SCORES = range(6)

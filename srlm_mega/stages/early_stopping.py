@@ -6,7 +6,7 @@ from functools import partial
 
 from srlm_mega.config.file import load_config
 from srlm_mega.errors import RunStopped, UserError, exit_code, reason
-from srlm_mega.evaluation.early_stopping import START, EarlyStoppingFiles, decide, kept_step
+from srlm_mega.evaluation.checkpoint_choice import START, EarlyStoppingFiles, decide, kept_step
 from srlm_mega.plan import find_stage
 from srlm_mega.progress import Progress
 from srlm_mega.records import Prompt, read_jsonl

@@ -5,7 +5,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from srlm_mega.chat import Chat
-from srlm_mega.data.eft import EftYield, Mode, Scores, cap_modal_score, first_agreement, sample_in_order, yields
+from srlm_mega.data.eft_selection import (
+    EftYield,
+    Mode,
+    Scores,
+    cap_modal_score,
+    first_agreement,
+    sample_in_order,
+    yields,
+)
 from srlm_mega.errors import RunStopped
 from srlm_mega.judging.template import JudgeTemplate
 from srlm_mega.records import Judgement, RankedReplies, SftExample, read_jsonl, write_jsonl

@@ -11,10 +11,10 @@ import orjson
 from srlm_mega.chat import Chat
 from srlm_mega.data.toy_world.truth import quality
 from srlm_mega.errors import UserError
-from srlm_mega.evaluation.head_to_head import HeadToHead, head_to_head
 from srlm_mega.evaluation.judge_metrics import judge_metrics, with_ranks
 from srlm_mega.evaluation.lengths import length_statistics
 from srlm_mega.evaluation.results import Comparison, EvaluationSample, JudgedBy, Measured, ModelEvaluation
+from srlm_mega.evaluation.win_rates import HeadToHead, head_to_head
 from srlm_mega.judging.scores import mean_score, parse_score
 from srlm_mega.judging.template import JudgeTemplate
 from srlm_mega.records import Prompt, RankedReplies, read_jsonl

@@ -10,7 +10,13 @@ from pathlib import Path
 
 from srlm_mega.chat import Chat
 from srlm_mega.errors import UserError
-from srlm_mega.evaluation.exports import AlpacaInstruction, AlpacaOutput, MtBenchQuestion, alpaca_json, mt_bench_line
+from srlm_mega.evaluation.export_formats import (
+    AlpacaInstruction,
+    AlpacaOutput,
+    MtBenchQuestion,
+    alpaca_json,
+    mt_bench_line,
+)
 from srlm_mega.identity import responding
 from srlm_mega.records import Candidate, Prompt, read_jsonl
 from srlm_mega.run_dir import write_atomic

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from srlm_mega.errors import TrainingPaused
-from srlm_mega.evaluation.early_stopping import (
+from srlm_mega.evaluation.checkpoint_choice import (
     START,
     EarlyStoppingFiles,
     Exported,

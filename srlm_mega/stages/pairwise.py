@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from srlm_mega.evaluation.head_to_head import head_to_head_of
 from srlm_mega.evaluation.lengths import length_controlled
 from srlm_mega.evaluation.results import Comparison, EvaluationSample
+from srlm_mega.evaluation.win_rates import head_to_head_of
 from srlm_mega.judging.pairwise import Outcome, outcome, pairwise_template
 from srlm_mega.records import Candidate, FailedRequest, PairwiseJudgement, read_jsonl
 from srlm_mega.sampling.shards import FAILED, ShardFiles, cut_into_shards, run_shards

@@ -10,8 +10,8 @@ from srlm_mega.config.training import ModelConfig
 from srlm_mega.data.formats import read_jsonl_sets
 from srlm_mega.data.oasst import read_oasst
 from srlm_mega.data.self_instruct import read_prompts
-from srlm_mega.data.toy_world.seed import make_toy_world
-from srlm_mega.data.toy_world.tokenizer import toy_tokenizer
+from srlm_mega.data.toy_world.seed_data import make_toy_world
+from srlm_mega.data.toy_world.word_tokenizer import toy_tokenizer
 from srlm_mega.errors import UserError
 from srlm_mega.judging.template import load_template
 from srlm_mega.records import write_jsonl

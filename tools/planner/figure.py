@@ -6,10 +6,10 @@ from matplotlib.figure import Figure
 
 from srlm_mega.errors import UserError
 from srlm_mega.tools.planner.hardware import GIB
-from srlm_mega.tools.planner.show import MEMORY_PARTS, Plan, header, part_bytes
+from srlm_mega.tools.planner.show import MEMORY_PARTS, RunPlan, header, part_bytes
 
 
-def draw(plan: Plan, path: Path) -> None:
+def draw(plan: RunPlan, path: Path) -> None:
     """Written in the format of the file's name. UserError where it cannot be."""
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     figure.suptitle(header(plan), fontsize=10)

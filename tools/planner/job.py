@@ -24,7 +24,7 @@ MEGATRON = Stack("megatron")
 
 
 @dataclass(frozen=True)
-class Layout:
+class ParallelLayout:
     """Megatron's axes. `fsdp`: ranks that share weights too (ZeRO 3), gathered for every micro batch."""
 
     tp: int = 1
@@ -63,7 +63,7 @@ class Job:
 
     shape: Shape
     gpu: Gpu
-    layout: Layout
+    layout: ParallelLayout
     precision: Precision
     micro_batch: int
     global_batch: int

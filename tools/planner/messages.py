@@ -10,7 +10,7 @@ from srlm_mega.tools.planner.communication import (
 )
 from srlm_mega.tools.planner.job import Job
 from srlm_mega.tools.planner.step_time import layers_per_stage, stage_parameters
-from srlm_mega.tools.planner.training import Step
+from srlm_mega.tools.planner.training_steps import StepTime
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Messages:
     exposed: float
 
 
-def messages(job: Job, step: Step) -> list[Messages]:
+def messages(job: Job, step: StepTime) -> list[Messages]:
     """Of every axis that has more than one rank."""
     layout, layers = job.layout, layers_per_stage(job)
     of_axes = (

@@ -14,7 +14,7 @@ import orjson
 
 from srlm_mega.errors import UserError
 from srlm_mega.tools.planner.hardware import Precision, find_gpu
-from srlm_mega.tools.planner.job import MEGATRON, Job, Layout, Recompute, Stack
+from srlm_mega.tools.planner.job import MEGATRON, Job, ParallelLayout, Recompute, Stack
 from srlm_mega.tools.planner.memory import fullest_stage, stage_memory
 from srlm_mega.tools.planner.model_flops import flops_per_token, known_convention, published_flops_per_token
 from srlm_mega.tools.planner.shapes import Shape, find_shape
@@ -153,7 +153,7 @@ def _job(given: Mapping[str, Any], shape: Shape, assumed: list[str]) -> Job:
     job = Job(
         shape,
         find_gpu(str(given["gpu"])),
-        Layout(tp, pp, cp, dp, 1, sequence_parallel=tp > 1, fsdp=fsdp),
+        ParallelLayout(tp, pp, cp, dp, 1, sequence_parallel=tp > 1, fsdp=fsdp),
         _precision(words),
         1,
         value("global_batch_size", 16 * dp * pp),

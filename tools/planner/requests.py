@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from srlm_mega.config import Config
-from srlm_mega.tools.planner.training import Lengths
+from srlm_mega.tools.planner.training_steps import Lengths
 
 PROMPTS_PER_REQUEST = 4  # new instructions that pass the filters, of a Self-Instruct request
 REPLIES_PER_SOURCE = 4  # ranked replies that EFT is built from

@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 
 from srlm_mega.config import Config
 from srlm_mega.tools.planner.hardware import Gpu
-from srlm_mega.tools.planner.job import Job, Layout, Recompute
+from srlm_mega.tools.planner.job import Job, ParallelLayout, Recompute
 from srlm_mega.tools.planner.memory import fits, fullest_stage
 from srlm_mega.tools.planner.shapes import Shape, shape_of
-from srlm_mega.tools.planner.training import Lengths, Step, measure, memory_job, step_tokens, training_job
+from srlm_mega.tools.planner.training_steps import Lengths, StepTime, measure, memory_job, step_tokens, training_job
 
 COUNTS = (64, 128, 256, 512, 1024)
 LARGEST_PP, LARGEST_CP, MOST_CHUNKS = 16, 8, 5
@@ -20,10 +20,10 @@ class Found:
     """A layout that fits, with a DPO step on it."""
 
     gpus: int
-    layout: Layout
+    layout: ParallelLayout
     recompute: Recompute
     memory_gib: float  # of the fullest stage, margin included
-    step: Step
+    step: StepTime
 
     @property
     def gpu_seconds(self) -> float:
@@ -63,7 +63,7 @@ def jobs(config: Config, gpu: Gpu, lengths: Lengths, gpus: int) -> Iterator[Job]
             yield replace(job, recompute=recompute)
 
 
-def layouts(shape: Shape, gpus: int, node: int, packed: bool) -> Iterator[Layout]:
+def layouts(shape: Shape, gpus: int, node: int, packed: bool) -> Iterator[ParallelLayout]:
     """TP within a node. Packed rows are not cut by context parallelism."""
     for tp in (1, 2, 4, 8):
         if tp > node or shape.heads % tp or shape.groups % tp or shape.ffn % tp:
@@ -73,7 +73,7 @@ def layouts(shape: Shape, gpus: int, node: int, packed: bool) -> Iterator[Layout
                 if gpus % (tp * pp * cp):
                     continue
                 for vpp in divisors(shape.num_layers // pp, MOST_CHUNKS) if pp > 1 else (1,):
-                    yield Layout(tp, pp, cp, gpus // (tp * pp * cp), vpp, sequence_parallel=tp > 1)
+                    yield ParallelLayout(tp, pp, cp, gpus // (tp * pp * cp), vpp, sequence_parallel=tp > 1)
 
 
 def divisors(number: int, largest: int) -> list[int]:

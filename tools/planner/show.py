@@ -10,7 +10,7 @@ from srlm_mega.tools.planner.job import Job
 from srlm_mega.tools.planner.memory import MARGIN, StageMemory
 from srlm_mega.tools.planner.messages import messages
 from srlm_mega.tools.planner.search import Found
-from srlm_mega.tools.planner.training import Lengths, Step
+from srlm_mega.tools.planner.training_steps import Lengths, StepTime
 from srlm_mega.tools.planner.whole_run import Cluster, StageTime
 
 MEMORY_PARTS = (
@@ -27,14 +27,14 @@ MEMORY_PARTS = (
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """All that `srlm plan CONFIG` says."""
 
     cluster: Cluster
     job: Job  # a DPO step
     lengths: Lengths
     memory: list[StageMemory]
-    step: Step
+    step: StepTime
     times: list[StageTime]
     price: float  # per GPU and hour
 
@@ -54,7 +54,7 @@ class Plan:
         return max(stage.total for stage in self.memory) <= self.cluster.gpu.memory_bytes
 
 
-def plan_text(plan: Plan) -> str:
+def plan_text(plan: RunPlan) -> str:
     """Tables for a terminal."""
     return "\n\n".join(
         [
@@ -71,7 +71,7 @@ def plan_text(plan: Plan) -> str:
     )
 
 
-def header(plan: Plan) -> str:
+def header(plan: RunPlan) -> str:
     """What is planned, and whether it fits."""
     fullest = max(plan.memory, key=lambda stage: stage.total)
     verdict = "fits" if plan.fits else "DOES NOT FIT"
@@ -98,7 +98,7 @@ def part_bytes(stage: StageMemory, part: str) -> float:
     return stage.margin if part == "margin" else float(asdict(stage)[part])
 
 
-def step_table(step: Step) -> str:
+def step_table(step: StepTime) -> str:
     """Where a DPO step's time goes."""
     rows = [["", "seconds", "share"]]
     rows += [[name, f"{value:.3f}", f"{value / step.total:.0%}"] for name, value in step.seconds.items()]
@@ -106,7 +106,7 @@ def step_table(step: Step) -> str:
     return "A DPO step\n" + table(rows)
 
 
-def message_table(plan: Plan) -> str:
+def message_table(plan: RunPlan) -> str:
     """Links, and how much of the messages shows."""
     rows = [["messages", "over", "seconds alone", "exposed"]]
     rows += [
@@ -115,7 +115,7 @@ def message_table(plan: Plan) -> str:
     return table(rows) if len(rows) > 1 else "No messages between GPUs."
 
 
-def run_table(plan: Plan) -> str:
+def run_table(plan: RunPlan) -> str:
     """Hours of every stage, and what the run costs."""
     rows = [["stage", "", "GPUs busy", "hours", "output tokens/s/GPU"]]
     for time in plan.times:
@@ -154,7 +154,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("  ".join(cell(text, column) for column, text in enumerate(row)).rstrip() for row in rows)
 
 
-def plan_json(plan: Plan) -> dict[str, Any]:
+def plan_json(plan: RunPlan) -> dict[str, Any]:
     """The same for programs; seconds, bytes and hours as numbers."""
     return {
         "gpu": plan.cluster.gpu.name,

@@ -7,10 +7,10 @@ from srlm_mega.config.training import TrainingConfig
 from srlm_mega.plan import Stage, plan
 from srlm_mega.tools.planner.generation import Replica
 from srlm_mega.tools.planner.hardware import Gpu
-from srlm_mega.tools.planner.job import Layout
+from srlm_mega.tools.planner.job import ParallelLayout
 from srlm_mega.tools.planner.requests import requests_of
 from srlm_mega.tools.planner.shapes import shape_of
-from srlm_mega.tools.planner.training import Lengths, measure, step_tokens, steps_of, training_job
+from srlm_mega.tools.planner.training_steps import Lengths, measure, step_tokens, steps_of, training_job
 
 # Guesses, none of them measured by this project on a GPU.
 DISK_BYTES_PER_SECOND = 2e9  # checkpoints, read or written
@@ -43,7 +43,7 @@ class Cluster:
     """What a run is planned for."""
 
     gpu: Gpu
-    layout: Layout
+    layout: ParallelLayout
     sampler_gpus: int
 
     @property

@@ -22,7 +22,7 @@ from rapidfuzz.process import cdist
 from rouge_score.rouge_scorer import RougeScorer
 
 from srlm_mega.data.rouge import RougePool, rouge_words
-from srlm_mega.tools.bench_record import BenchRecord, Row, make_record, make_row, write_record
+from srlm_mega.tools.bench_record import BenchRecord, BenchRow, make_record, make_row, write_record
 
 THRESHOLD = 0.7
 SEEDS_PER_PROMPT = 0.16  # 3,200 to 20,000 prompts, in proportion, so that comparing all takes the square
@@ -213,7 +213,7 @@ def sizes_of(samples: Sequence[FilterSample]) -> list[int]:
     return sorted({sample.num_generated for sample in samples})
 
 
-def rows_of(samples: Sequence[FilterSample]) -> list[Row]:
+def rows_of(samples: Sequence[FilterSample]) -> list[BenchRow]:
     """All repetitions of one number of prompts."""
     first = samples[0]
     name = f"{first.num_generated} prompts"

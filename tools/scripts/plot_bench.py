@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from srlm_mega.errors import UserError
-from srlm_mega.tools.bench_record import BenchRecord, Row, read_record
+from srlm_mega.tools.bench_record import BenchRecord, BenchRow, read_record
 
 PROVIDER_AXES = {"tokens-": "positions T", "vocab-": "vocabulary V"}
 PROVIDER_VALUES = ("forward + backward, ms", "extra memory, GB")
@@ -61,7 +61,7 @@ def draw_providers(record: BenchRecord) -> Figure:
     return figure
 
 
-def draw_provider_lines(axes: Axes, rows: Sequence[Row], value: str) -> None:
+def draw_provider_lines(axes: Axes, rows: Sequence[BenchRow], value: str) -> None:
     """One line per provider; nothing where it was not measured."""
     for provider in dict.fromkeys(row.labels["provider"] for row in rows):
         own = sorted(
@@ -74,7 +74,7 @@ def draw_provider_lines(axes: Axes, rows: Sequence[Row], value: str) -> None:
     axes.grid(alpha=0.3)
 
 
-def measured(row: Row, value: str) -> float | None:
+def measured(row: BenchRow, value: str) -> float | None:
     """Median ms, or GB."""
     if value == PROVIDER_VALUES[0]:
         return row.median
@@ -102,12 +102,12 @@ def draw_sweep(record: BenchRecord) -> Figure:
     return figure
 
 
-def rows_of(record: BenchRecord, what: str) -> list[Row]:
+def rows_of(record: BenchRecord, what: str) -> list[BenchRow]:
     """A figure's rows, one per value."""
     return [row for row in record.rows if row.labels.get("what") == what]
 
 
-def draw_band(axes: Axes, rows: Sequence[Row], values: Sequence[str], label: str) -> None:
+def draw_band(axes: Axes, rows: Sequence[BenchRow], values: Sequence[str], label: str) -> None:
     """One line with its band."""
     places = [values.index(row.labels["at"]) for row in rows]
     low, median, high = np.array([(row.p10, row.median, row.p90) for row in rows], dtype=float).T

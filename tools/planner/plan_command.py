@@ -13,13 +13,13 @@ from srlm_mega.tools.planner.hardware import find_gpu
 from srlm_mega.tools.planner.memory import stage_memory
 from srlm_mega.tools.planner.points import Unreadable, predict, read_points
 from srlm_mega.tools.planner.search import COUNTS, jobs, search
-from srlm_mega.tools.planner.show import Plan, plan_json, plan_text, search_json, search_text, table
-from srlm_mega.tools.planner.training import Lengths, layout_of, measure, memory_job, step_tokens, training_job
+from srlm_mega.tools.planner.show import RunPlan, plan_json, plan_text, search_json, search_text, table
+from srlm_mega.tools.planner.training_steps import Lengths, layout_of, measure, memory_job, step_tokens, training_job
 from srlm_mega.tools.planner.whole_run import Cluster, run_times
 
 
 @dataclass(frozen=True)
-class Request:
+class PlanRequest:
     """What to plan."""
 
     config_file: Path
@@ -35,7 +35,7 @@ class Request:
         return load_config(self.config_file, self.overrides)
 
 
-def planned(request: Request, json: bool, figure: Path | None) -> str:
+def planned(request: PlanRequest, json: bool, figure: Path | None) -> str:
     """Memory, a DPO step, every stage of the run."""
     plan = make_plan(request)
     if figure is not None:
@@ -45,7 +45,7 @@ def planned(request: Request, json: bool, figure: Path | None) -> str:
     return dumps(plan_json(plan)) if json else plan_text(plan)
 
 
-def make_plan(request: Request) -> Plan:
+def make_plan(request: PlanRequest) -> RunPlan:
     """With --gpus: as many replicas as they make, and all for the sampler. UserError where they do not divide."""
     config, gpu = request.config, find_gpu(request.gpu)
     layout = layout_of(config)
@@ -60,10 +60,10 @@ def make_plan(request: Request) -> Plan:
     step = measure(job, step_tokens(config, config.dpo, request.lengths))
     memory = stage_memory(memory_job(config, job))
     times = run_times(config, cluster, request.lengths)
-    return Plan(cluster, job, request.lengths, memory, step, times, request.price)
+    return RunPlan(cluster, job, request.lengths, memory, step, times, request.price)
 
 
-def searched(request: Request, json: bool) -> str:
+def searched(request: PlanRequest, json: bool) -> str:
     """Layouts of --gpus, or of 64 to 1024."""
     config, gpu = request.config, find_gpu(request.gpu)
     found = search(config, gpu, request.lengths, COUNTS if request.gpus is None else (request.gpus,))

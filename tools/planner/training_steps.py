@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from srlm_mega.config import Config
 from srlm_mega.config.training import DpoConfig, TrainingConfig
 from srlm_mega.tools.planner.hardware import Gpu, Precision
-from srlm_mega.tools.planner.job import Job, Layout, Stack
+from srlm_mega.tools.planner.job import Job, ParallelLayout, Stack
 from srlm_mega.tools.planner.model_flops import flops_per_token
 from srlm_mega.tools.planner.shapes import shape_of
 from srlm_mega.tools.planner.step_time import FITTED, NAMES, Quantities, step_parts
@@ -30,7 +30,7 @@ class Lengths:
 
 
 @dataclass(frozen=True)
-class Step:
+class StepTime:
     """Seconds of an optimiser step by what they are spent on, and how fast that is."""
 
     seconds: dict[str, float]
@@ -48,10 +48,10 @@ class Step:
         return max(self.seconds, key=lambda name: self.seconds[name])
 
 
-def layout_of(config: Config) -> Layout:
+def layout_of(config: Config) -> ParallelLayout:
     """The configured one."""
     parallel = config.parallel
-    return Layout(
+    return ParallelLayout(
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,
         parallel.context_parallel_size,
@@ -63,7 +63,7 @@ def layout_of(config: Config) -> Layout:
     )
 
 
-def training_job(config: Config, section: TrainingConfig, layout: Layout, gpu: Gpu, lengths: Lengths) -> Job:
+def training_job(config: Config, section: TrainingConfig, layout: ParallelLayout, gpu: Gpu, lengths: Lengths) -> Job:
     """One optimiser step, at assumed lengths: packed rows, or rows padded to the batch's longest sequence."""
     trainer = config.trainer
     sequences = 2 if isinstance(section, DpoConfig) else 1
@@ -93,7 +93,7 @@ def training_job(config: Config, section: TrainingConfig, layout: Layout, gpu: G
     )
 
 
-def whole_micro_batches(rows: float, micro_batch: int, layout: Layout) -> int:
+def whole_micro_batches(rows: float, micro_batch: int, layout: ParallelLayout) -> int:
     """Rows of a step when every replica has as many micro batches; what is left over is empty and takes as long."""
     each = max(1, -int(-rows // (micro_batch * layout.dp)))
     return each * micro_batch * layout.dp
@@ -112,7 +112,7 @@ def precision_of(config: Config) -> Precision:
     return "bf16" if config.trainer.bf16 else "fp32"
 
 
-def measure(job: Job, tokens: float, factors: Quantities = FITTED) -> Step:
+def measure(job: Job, tokens: float, factors: Quantities = FITTED) -> StepTime:
     """Seconds of a step of which `tokens` are no padding."""
     parts = step_parts(job)
     busy = parts.once.plus(parts.micro_batch, parts.micro_batches).times(factors)
@@ -121,7 +121,7 @@ def measure(job: Job, tokens: float, factors: Quantities = FITTED) -> Step:
     seconds["pipeline bubble"] = sum(parts.bubble.times(factors).values)
     per_token = flops_per_token(job.shape, job.attended_length or job.seq_length)
     peak = job.gpu.flops_per_second(job.precision) * job.layout.gpus
-    return Step(seconds, tokens, per_token * tokens / sum(seconds.values()) / peak)
+    return StepTime(seconds, tokens, per_token * tokens / sum(seconds.values()) / peak)
 
 
 TERMS = {
