@@ -87,7 +87,7 @@ def described(comparison: "Comparison") -> str:
 @evaluate_app.command("lengths")
 def lengths(run: RunFolder) -> None:
     """Lengths of each model's responses, and of the chosen and rejected ones of each round."""
-    from srlm_mega.evaluation.lengths_of_run import length_lines
+    from srlm_mega.evaluation.run_tables import length_lines
 
     print("\n".join(length_lines(existing_run(run))))
 

@@ -10,9 +10,9 @@ import orjson
 
 from srlm_mega.config.file import load_config
 from srlm_mega.controller import read_controller
+from srlm_mega.evaluation.health_limits import read_health
 from srlm_mega.plan import Stage, plan
 from srlm_mega.progress import read_progress
-from srlm_mega.report.health import read_health
 from srlm_mega.run_dir import TRAINING_STATE, Manifest, RunDir
 from srlm_mega.sampling.throughput import duration
 from srlm_mega.training.checkpoint_files import complete_steps

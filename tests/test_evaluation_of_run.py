@@ -9,9 +9,8 @@ from sampling_run import with_files
 from srlm_mega.config.file import load_config, to_yaml
 from srlm_mega.evaluation.judge_metrics import judge_metrics
 from srlm_mega.evaluation.lengths import length_statistics
-from srlm_mega.evaluation.lengths_of_run import length_lines
-from srlm_mega.evaluation.paper_beside import beside
 from srlm_mega.evaluation.results import Comparison, JudgedBy, ModelEvaluation
+from srlm_mega.evaluation.run_tables import beside, length_lines
 from srlm_mega.evaluation.win_rates import head_to_head_of
 from srlm_mega.records import Message, PreferencePair, write_jsonl
 from srlm_mega.run_dir import RunDir

@@ -16,12 +16,11 @@ from srlm_mega.errors import UserError
 from srlm_mega.plan import plan as stages_of
 from srlm_mega.tools.planner.advice import RUN_ADVICE, STEP_ADVICE, kind_of, step_advice
 from srlm_mega.tools.planner.hardware import find_gpu
-from srlm_mega.tools.planner.messages import messages
 from srlm_mega.tools.planner.plan_command import PlanRequest, make_plan, planned, predictions, searched
 from srlm_mega.tools.planner.points import CALIBRATION_FILE
 from srlm_mega.tools.planner.requests import Requests, requests_of
 from srlm_mega.tools.planner.search import COUNTS, search
-from srlm_mega.tools.planner.show import MEMORY_PARTS
+from srlm_mega.tools.planner.show import MEMORY_PARTS, messages
 from srlm_mega.tools.planner.training_steps import TERMS, Lengths, layout_of, training_job, whole_micro_batches
 
 CONFIGS = Path("launch/configs")

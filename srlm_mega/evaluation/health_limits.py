@@ -8,7 +8,8 @@ from pydantic import with_config
 from srlm_mega.config.rounds import HealthConfig, Limit
 from srlm_mega.evaluation.results import ModelEvaluation
 from srlm_mega.judging.tally import PairCounts
-from srlm_mega.records import STRICT
+from srlm_mega.records import STRICT, parse_line
+from srlm_mega.run_dir import RunDir
 
 State = Literal["fine", "warn", "stop", "unknown"]
 
@@ -38,6 +39,19 @@ class RoundHealth:
     def beyond(self, state: State) -> dict[str, HealthFigure]:
         """The figures of that state."""
         return {key: figure for key, figure in self.figures.items() if figure.state == state}
+
+
+@dataclass(frozen=True, slots=True)
+class HealthTable:
+    """The rounds' health.json side by side: figures by their key, one per round of `rounds`; None where that round has
+    no such figure."""
+
+    rounds: tuple[int, ...]
+    rows: dict[str, tuple[HealthFigure | None, ...]]
+
+    def limits(self, key: str) -> HealthFigure:
+        """The figure of the newest round that has it, for its limits."""
+        return next(figure for figure in reversed(self.rows[key]) if figure is not None)
 
 
 def round_health(
@@ -92,3 +106,22 @@ def agreement_drop(now: ModelEvaluation, before: ModelEvaluation | None) -> floa
 def ratio(part: float, whole: float) -> float | None:
     """None of nothing."""
     return part / whole if whole else None
+
+
+def health_table(run: RunDir, rounds: int) -> HealthTable | None:
+    """All rounds that have one; None when there is none."""
+    found = {number: health for number in range(1, rounds + 1) if (health := read_health(run, number)) is not None}
+    keys = dict.fromkeys(key for health in found.values() for key in health.figures)
+    if not keys:
+        return None
+    return HealthTable(tuple(found), {key: tuple(one.figures.get(key) for one in found.values()) for key in keys})
+
+
+def read_health(run: RunDir, number: int) -> RoundHealth | None:
+    """One round's; of a round that its health stopped, the partial stage's."""
+    stage = f"round_{number}/health"
+    for folder in (run.output(stage), run.partial(stage)):
+        path = folder / "health.json"
+        if path.is_file():
+            return parse_line(RoundHealth, path.read_bytes())
+    return None

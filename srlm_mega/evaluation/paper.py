@@ -10,6 +10,10 @@ from typing import Any
 from srlm_mega.config.training import ModelConfig
 
 VERSION = "arXiv 2401.10020v3"
+NO_CLAIM = (
+    "The paper does not say how it counts ties, whether it averages judgements, nor which judge's snapshot compared: a "
+    "match on one convention is no match."
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,14 +18,13 @@ from markupsafe import Markup
 
 from srlm_mega.config import Config
 from srlm_mega.config.file import load_config
-from srlm_mega.evaluation.paper import TABLES, is_llama2_70b
-from srlm_mega.evaluation.paper_beside import NO_CLAIM
+from srlm_mega.evaluation.health_limits import health_table
+from srlm_mega.evaluation.paper import NO_CLAIM, TABLES, is_llama2_70b
 from srlm_mega.evaluation.results import EvaluationSample
 from srlm_mega.records import read_jsonl
 from srlm_mega.report.costs import SAMPLING_RATES, TRAINING_RATES, StageCost, stage_costs
 from srlm_mega.report.drawing import Plot
 from srlm_mega.report.explorer import PROMPTS_PER_PAGE, explorer
-from srlm_mega.report.health import health_table
 from srlm_mega.report.lineage_sample import Outcome, first_pairs
 from srlm_mega.report.planned import planned_rows
 from srlm_mega.report.plots import dpo_plots, judge_plot, lengths_plot, quality_plot, scores_plot, time_plot

@@ -1,17 +1,45 @@
-"""A run of Llama 2 70B in the form of the paper's tables."""
+"""What was measured of a run, as text: lengths, and its figures in the form of the paper's tables."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from srlm_mega.config.file import load_config
-from srlm_mega.evaluation.paper import is_llama2_70b
+from srlm_mega.evaluation.lengths import LengthStatistics, pair_lengths
+from srlm_mega.evaluation.paper import NO_CLAIM, is_llama2_70b
 from srlm_mega.evaluation.results import Comparison, JudgeMetrics, ModelEvaluation
-from srlm_mega.records import parse_line
+from srlm_mega.records import PreferencePair, parse_line, read_jsonl
 from srlm_mega.run_dir import RunDir
 
-NO_CLAIM = (
-    "The paper does not say how it counts ties, whether it averages judgements, nor which judge's snapshot compared: a "
-    "match on one convention is no match."
-)
+
+def evaluations(run: RunDir) -> Iterator[tuple[int, ModelEvaluation]]:
+    """Number and evaluation of every evaluated model, in order."""
+    number = 1
+    while run.manifest(f"M{number}/evaluation") is not None:
+        path = run.output(f"M{number}/evaluation") / "evaluation.json"
+        yield number, parse_line(ModelEvaluation, path.read_bytes())
+        number += 1
+
+
+def length_lines(folder: Path) -> Iterator[str]:
+    """A line per finished evaluation and per finished round, in their order: what each model writes, and what each
+    round teaches it to write."""
+    run = RunDir(folder)
+    for number, evaluation in evaluations(run):
+        if evaluation.lengths is not None:
+            yield f"M{number} responses: {described(evaluation.lengths)}"
+        if run.manifest(f"round_{number}/pairs") is not None:
+            pairs = pair_lengths(read_jsonl(run.output(f"round_{number}/pairs") / "pairs.jsonl", PreferencePair))
+            yield f"round {number} chosen: {described(pairs.chosen)}"
+            yield f"round {number} rejected: {described(pairs.rejected)}"
+            yield f"round {number} the chosen one is longer in {pairs.chosen_longer:.1%} of {pairs.chosen.count} pairs"
+
+
+def described(lengths: LengthStatistics) -> str:
+    """Mean and median in both units."""
+    tokens = ""
+    if lengths.mean_tokens is not None:
+        tokens = f", tokens mean {lengths.mean_tokens:.1f} median {lengths.median_tokens:g}"
+    return f"characters mean {lengths.mean_characters:.1f} median {lengths.median_characters:g}{tokens}"
 
 
 def beside(folder: Path) -> str:
@@ -33,13 +61,9 @@ def beside(folder: Path) -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     compared = []
-    number = 1
-    while run.manifest(f"M{number}/evaluation") is not None:
-        path = run.output(f"M{number}/evaluation") / "evaluation.json"
-        evaluation = parse_line(ModelEvaluation, path.read_bytes())
+    for number, evaluation in evaluations(run):
         lines += [judge_line(f"M{number}", one.judgements, one.metrics) for one in evaluation.judge_means]
         compared += [] if evaluation.pairwise is None else [evaluation.pairwise]
-        number += 1
     if compared:
         lines += ["", "Head-to-head, both orders", "", "| models | judge | win / tie / loss % | prompts |"]
         lines += ["| --- | --- | --- | --- |", *map(comparison_line, compared)]
