@@ -143,11 +143,9 @@ def read_record(path: Path) -> BenchRecord:
 
 
 def same(found: Sequence[float | None], expected: Sequence[float | None]) -> bool:
-    """Equal up to rounding."""
-    return all(
-        one == two or (one is not None and two is not None and bool(np.isclose(one, two, rtol=1e-9, atol=0)))
-        for one, two in zip(found, expected, strict=True)
-    )
+    """Equal up to rounding; None is NaN here, and equal to itself."""
+    ours, theirs = (np.array(values, dtype=float) for values in (found, expected))
+    return np.allclose(ours, theirs, rtol=1e-9, atol=0, equal_nan=True)
 
 
 def spread(row: BenchRow, digits: int = 4) -> str:

@@ -10,6 +10,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 
 import orjson
@@ -187,16 +188,17 @@ def draw_eft_eval(drawing: Drawing, num_items: int) -> tuple[RankedReplies, ...]
     return tuple(drawn) if drawn and too_large else None
 
 
+def draw(drawing: Drawing, number: int, suitable: Callable[[Entry], bool]) -> Iterator[SeedItem]:
+    """Up to `number` items; nothing similar to their prompts is taken from then on."""
+    for item in islice(drawing.take(suitable), number):
+        drawing.know(item.prompt)
+        yield item
+
+
 def draw_prompts(drawing: Drawing, number: int, source: str) -> tuple[Prompt, ...]:
     """Prompts of any items."""
-    drawn: list[Prompt] = []
-    if number:
-        for item in drawing.take(lambda entry: True):
-            drawn.append(Prompt(f"{source}-{item.id}", item.prompt, source))
-            drawing.know(item.prompt)
-            if len(drawn) == number:
-                break
-    return tuple(drawn)
+    items = draw(drawing, number, lambda entry: True)
+    return tuple(Prompt(f"{source}-{item.id}", item.prompt, source) for item in items)
 
 
 def draw_eft_sources(drawing: Drawing, number: int) -> tuple[RankedReplies, ...]:
@@ -216,12 +218,9 @@ def draw_eft_sources(drawing: Drawing, number: int) -> tuple[RankedReplies, ...]
 def draw_ift(drawing: Drawing, number: int, source: str) -> tuple[SftExample, ...]:
     """Up to `number` prompts with their targets."""
     drawn: list[SftExample] = []
-    for item in drawing.take(has_target):
+    for item in draw(drawing, number, has_target):
         assert item.target is not None, f"{item.id}: its entry has a target"
         drawn.append(SftExample(f"{source}-{item.id}", "ift", item.prompt, item.target, source))
-        drawing.know(item.prompt)
-        if len(drawn) == number:
-            break
     return tuple(drawn)
 
 

@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import with_config
 
 from srlm_mega.config.rounds import HealthConfig, Limit
+from srlm_mega.evaluation.judge_metrics import ratio
 from srlm_mega.evaluation.results import ModelEvaluation
 from srlm_mega.judging.tally import PairCounts
 from srlm_mega.records import STRICT, parse_line
@@ -101,11 +102,6 @@ def agreement_drop(now: ModelEvaluation, before: ModelEvaluation | None) -> floa
     if before is None or now.judge.pair_acc_half is None or before.judge.pair_acc_half is None:
         return None
     return before.judge.pair_acc_half - now.judge.pair_acc_half
-
-
-def ratio(part: float, whole: float) -> float | None:
-    """None of nothing."""
-    return part / whole if whole else None
 
 
 def health_table(run: RunDir, rounds: int) -> HealthTable | None:

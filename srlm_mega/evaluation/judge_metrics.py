@@ -73,19 +73,19 @@ class Tally:
         right, wrong, tied = self.orders[1], self.orders[-1], self.orders[0]
         pairs, fives = right + wrong + tied, self.fives.total()
         return JudgeMetrics(
-            pair_acc_untied=_ratio(right, right + wrong),
-            pair_acc_half=_ratio(right + tied / 2, pairs),
-            pair_acc_strict=_ratio(right, pairs),
-            tie_rate=_ratio(tied, pairs),
-            five_best=_ratio(self.fives[True], fives),
+            pair_acc_untied=ratio(right, right + wrong),
+            pair_acc_half=ratio(right + tied / 2, pairs),
+            pair_acc_strict=ratio(right, pairs),
+            tie_rate=ratio(tied, pairs),
+            five_best=ratio(self.fives[True], fives),
             five_best_count=fives,
-            exact_match=_ratio(self.exact, self.usable),
-            spearman_drop=_ratio(math.fsum(self.spearman), len(self.spearman)),
-            spearman_zero=_ratio(math.fsum(self.spearman), self.prompts),
-            kendall_drop=_ratio(math.fsum(self.kendall), len(self.kendall)),
-            kendall_zero=_ratio(math.fsum(self.kendall), self.prompts),
-            parse_failure=_ratio(self.replies - self.scored, self.replies),
-            fully_parsed_prompts=_ratio(self.fully_parsed, self.prompts),
+            exact_match=ratio(self.exact, self.usable),
+            spearman_drop=ratio(math.fsum(self.spearman), len(self.spearman)),
+            spearman_zero=ratio(math.fsum(self.spearman), self.prompts),
+            kendall_drop=ratio(math.fsum(self.kendall), len(self.kendall)),
+            kendall_zero=ratio(math.fsum(self.kendall), self.prompts),
+            parse_failure=ratio(self.replies - self.scored, self.replies),
+            fully_parsed_prompts=ratio(self.fully_parsed, self.prompts),
             prompts=self.prompts,
             usable_prompts=self.usable,
             replies=self.replies,
@@ -114,5 +114,6 @@ def _perfect_are_best(prompt: Sequence[RankedScore], kept: Sequence[tuple[int, f
     return [rank == best for rank, score in kept if score == PERFECT_SCORE]
 
 
-def _ratio(part: float, whole: int) -> float | None:
+def ratio(part: float, whole: float) -> float | None:
+    """None of nothing."""
     return part / whole if whole else None

@@ -4,7 +4,8 @@ Percentages unless a unit is named. The judges were GPT-4 (head-to-head, MT-Benc
 paper does not name, and people.
 """
 
-from dataclasses import astuple, dataclass, fields
+from collections import namedtuple
+from dataclasses import dataclass
 from typing import Any
 
 from srlm_mega.config.training import ModelConfig
@@ -16,78 +17,34 @@ NO_CLAIM = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class PaperHeadToHead:
-    """256 test prompts judged by GPT-4 in both orders, as numbers of prompts."""
-
-    left: str
-    right: str
-    wins: int
-    ties: int
-    losses: int
-
-
-@dataclass(frozen=True, slots=True)
-class PaperHuman:
-    """50 instructions, three of the authors, against the SFT baseline."""
-
-    model: str
-    win: int
-    tie: int
-    loss: int
+# The columns of each table; rows are read by their names.
+# 256 test prompts judged by GPT-4 in both orders, as numbers of prompts.
+PaperHeadToHead = namedtuple("PaperHeadToHead", "left right wins ties losses")
+# 50 instructions, three of the authors, against the SFT baseline.
+PaperHuman = namedtuple("PaperHuman", "model win tie loss")
+# AlpacaEval 2.0, 805 prompts: raw win rate (not length-controlled), mean length in characters.
+PaperAlpacaEval = namedtuple("PaperAlpacaEval", "model win_rate mean_length")
+# MT-Bench, of 10.
+PaperMtBench = namedtuple(
+    "PaperMtBench", "model overall writing roleplay reasoning math coding extraction stem humanities"
+)
+# Agreement with human rankings on EFT-eval. The paper does not say how it treats ties, nor whether it averages.
+PaperJudge = namedtuple("PaperJudge", "model pairwise_accuracy five_best exact_match spearman kendall")
+# Nine benchmarks; the base model's row is the Llama 2 paper's. The harness is not named.
+PaperBenchmarks = namedtuple("PaperBenchmarks", "model arc_easy arc_challenge hellaswag siqa piqa gsm8k mmlu obqa nq")
 
 
-@dataclass(frozen=True, slots=True)
-class PaperAlpacaEval:
-    """AlpacaEval 2.0, 805 prompts: raw win rate (not length-controlled), mean length in characters."""
+@dataclass(frozen=True)
+class PaperTable:
+    """One of the paper's tables: a title, and rows of one named tuple each."""
 
-    model: str
-    win_rate: float
-    mean_length: int
+    title: str
+    rows: tuple[Any, ...]
 
-
-@dataclass(frozen=True, slots=True)
-class PaperMtBench:
-    """MT-Bench, of 10."""
-
-    model: str
-    overall: float
-    writing: float
-    roleplay: float
-    reasoning: float
-    math: float
-    coding: float
-    extraction: float
-    stem: float
-    humanities: float
-
-
-@dataclass(frozen=True, slots=True)
-class PaperJudge:
-    """Agreement with human rankings on EFT-eval. The paper does not say how it treats ties, nor whether it averages."""
-
-    model: str
-    pairwise_accuracy: float
-    five_best: float
-    exact_match: float
-    spearman: float
-    kendall: float
-
-
-@dataclass(frozen=True, slots=True)
-class PaperBenchmarks:
-    """Nine benchmarks; the base model's row is the Llama 2 paper's. The harness is not named."""
-
-    model: str
-    arc_easy: float
-    arc_challenge: float
-    hellaswag: float
-    siqa: float
-    piqa: float
-    gsm8k: float
-    mmlu: float
-    obqa: float
-    nq: float
+    @property
+    def columns(self) -> list[str]:
+        """Headers, from the fields' names."""
+        return [name.replace("_", " ") for name in self.rows[0]._fields]
 
 
 HEAD_TO_HEAD = (
@@ -127,15 +84,15 @@ BENCHMARKS = (
     PaperBenchmarks("M2", 74.84, 54.51, 84.27, 51.23, 81.94, 59.29, 69.31, 57.60, 33.07),
     PaperBenchmarks("M3", 72.35, 53.13, 83.29, 49.28, 80.79, 57.70, 69.37, 58.40, 31.86),
 )
-TABLES: dict[str, tuple[Any, ...]] = {
-    "Head-to-head by GPT-4, both orders, 256 prompts": HEAD_TO_HEAD,
-    "Human evaluation against the SFT baseline, %": HUMAN,
-    "AlpacaEval 2.0: raw win rate %, mean length in characters": ALPACA_EVAL,
-    "MT-Bench, of 10": MT_BENCH,
-    "Judging: agreement with human rankings on EFT-eval, % and correlations": JUDGE,
-    "Judging by prompt, %": JUDGE_PROMPTS,
-    "Benchmarks, %": BENCHMARKS,
-}
+TABLES = (
+    PaperTable("Head-to-head by GPT-4, both orders, 256 prompts", HEAD_TO_HEAD),
+    PaperTable("Human evaluation against the SFT baseline, %", HUMAN),
+    PaperTable("AlpacaEval 2.0: raw win rate %, mean length in characters", ALPACA_EVAL),
+    PaperTable("MT-Bench, of 10", MT_BENCH),
+    PaperTable("Judging: agreement with human rankings on EFT-eval, % and correlations", JUDGE),
+    PaperTable("Judging by prompt, %", JUDGE_PROMPTS),
+    PaperTable("Benchmarks, %", BENCHMARKS),
+)
 
 
 def is_llama2_70b(model: ModelConfig) -> bool:
@@ -146,8 +103,7 @@ def is_llama2_70b(model: ModelConfig) -> bool:
 def as_markdown() -> str:
     """All tables."""
     parts = [f"The paper's numbers ({VERSION})"]
-    for title, rows in TABLES.items():
-        names = [field.name.replace("_", " ") for field in fields(rows[0])]
-        lines = [names, ["---"] * len(names), *([str(value) for value in astuple(row)] for row in rows)]
-        parts.append(f"{title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
+    for table in TABLES:
+        lines = [table.columns, ["---"] * len(table.columns), *(map(str, row) for row in table.rows)]
+        parts.append(f"{table.title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
     return "\n\n".join(parts)

@@ -9,7 +9,7 @@ import base64
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -62,15 +62,6 @@ class SideBySide:
 
 
 @dataclass(frozen=True, slots=True)
-class PaperTable:
-    """One of the paper's tables."""
-
-    title: str
-    columns: list[str]
-    rows: list[tuple[Any, ...]]
-
-
-@dataclass(frozen=True, slots=True)
 class Fact:
     """One line of the page's head."""
 
@@ -118,7 +109,7 @@ def render(run: Path) -> str:
             outcomes=get_args(Outcome),
             prompts_per_page=PROMPTS_PER_PAGE,
             plan=planned_rows(folder, costs),
-            paper=paper_tables() if is_llama2_70b(config.model) else [],
+            paper=TABLES if is_llama2_70b(config.model) else (),
             no_claim=NO_CLAIM,
             health=health_table(folder, config.run.rounds),
             costs=costs,
@@ -194,14 +185,6 @@ def facts(config: Config) -> list[Fact]:
         Fact("Candidates", f"{candidates.n} per prompt, T {candidates.temperature:g}, top-p {candidates.top_p:g}"),
         Fact("Judge", f"{judge.n} judgements per candidate, T {judge.temperature:g}, template {judge.template}"),
         Fact("DPO", f"beta {config.dpo.beta:g}, lr {config.dpo.lr:g}, batch {config.dpo.global_batch_size}"),
-    ]
-
-
-def paper_tables() -> list[PaperTable]:
-    """All that the paper reports."""
-    return [
-        PaperTable(title, [one.name.replace("_", " ") for one in fields(rows[0])], [astuple(row) for row in rows])
-        for title, rows in TABLES.items()
     ]
 
 
