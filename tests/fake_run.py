@@ -8,7 +8,7 @@ from pathlib import Path
 
 from srlm_mega.config.file import load_config, to_yaml
 from srlm_mega.evaluation.results import EvaluationSample, JudgeMetrics, ModelEvaluation
-from srlm_mega.judging.tally import PairCounts
+from srlm_mega.judging.pair_counts import PairCounts
 from srlm_mega.records import Candidate, Judgement, Message, PreferencePair, Prompt, write_jsonl
 from srlm_mega.run_dir import Identity, RunDir
 

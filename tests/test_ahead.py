@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from srlm_mega.ahead import BATCH, ahead
 from srlm_mega.errors import UserError
 from srlm_mega.judging.rewards import read_rewards, rewards_in
+from srlm_mega.prefetch import BATCH, prefetch
 from srlm_mega.records import JudgementScore, write_jsonl
 
 
@@ -34,13 +34,13 @@ def endless() -> Iterator[int]:
 
 @pytest.mark.parametrize("count", [0, 1, BATCH, 2 * BATCH + 3])
 def test_every_item_in_order_by_another_process(count: int) -> None:
-    found = list(ahead(squares, count))
+    found = list(prefetch(squares, count))
     assert [square for square, _ in found] == [number * number for number in range(count)]
     assert os.getpid() not in {process for _, process in found}
 
 
 def test_what_is_raised_there_is_raised_here_after_what_came_before() -> None:
-    items = ahead(squares, 3 * BATCH, fail_at=2 * BATCH)
+    items = prefetch(squares, 3 * BATCH, fail_at=2 * BATCH)
     assert [next(items)[0] for _ in range(2 * BATCH)] == [number * number for number in range(2 * BATCH)]
     with pytest.raises(ValueError, match=f"no square of {2 * BATCH}"):
         next(items)
@@ -48,11 +48,11 @@ def test_what_is_raised_there_is_raised_here_after_what_came_before() -> None:
 
 def test_a_killed_process_is_an_error_and_no_early_end() -> None:
     with pytest.raises(RuntimeError, match="was killed"):
-        list(ahead(killed_at, 2 * BATCH))
+        list(prefetch(killed_at, 2 * BATCH))
 
 
 def test_who_stops_reading_leaves_no_process() -> None:
-    items = ahead(endless)
+    items = prefetch(endless)
     assert next(items) == 1
     assert len(multiprocessing.active_children()) == 1
     items.close()  # type: ignore[attr-defined]  # a generator

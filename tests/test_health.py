@@ -8,7 +8,7 @@ from srlm_mega.config.rounds import HealthConfig, Limit
 from srlm_mega.evaluation.health_limits import HealthFigure, round_health
 from srlm_mega.evaluation.judge_metrics import judge_metrics
 from srlm_mega.evaluation.results import ModelEvaluation
-from srlm_mega.judging.tally import PairCounts
+from srlm_mega.judging.pair_counts import PairCounts
 
 COUNTS = PairCounts(
     prompts=100, pairs=60, tied=36, small_gap=0, identical=0, too_few=4, candidates=400, scored=394, truncated=2,

@@ -16,7 +16,7 @@ from srlm_mega.judging.meta import (
     position_weights,
 )
 from srlm_mega.judging.rewards import reward_of
-from srlm_mega.judging.scored import score_candidate
+from srlm_mega.judging.scored_candidates import score_candidate
 from srlm_mega.records import Candidate, Decoding, FinishReason, Judgement, MetaJudgement
 
 EVEN = PositionWeights(0.5, 0.5)

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from srlm_mega.judging.pair_counts import PairCounts, Tally, pairs_of
 from srlm_mega.judging.pairs import PairRules
 from srlm_mega.judging.rewards import rewards_of
-from srlm_mega.judging.scored import ScoredCandidate, scored_prompts
-from srlm_mega.judging.tally import PairCounts, Tally, pairs_of
+from srlm_mega.judging.scored_candidates import ScoredCandidate, scored_prompts
 from srlm_mega.records import Candidate, FinishReason, Judgement, PreferencePair
 
 

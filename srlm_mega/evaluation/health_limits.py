@@ -8,7 +8,7 @@ from pydantic import with_config
 from srlm_mega.config.rounds import HealthConfig, Limit
 from srlm_mega.evaluation.judge_metrics import ratio
 from srlm_mega.evaluation.results import ModelEvaluation
-from srlm_mega.judging.tally import PairCounts
+from srlm_mega.judging.pair_counts import PairCounts
 from srlm_mega.records import STRICT, parse_line
 from srlm_mega.run_dir import RunDir
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
 
-from srlm_mega.judging.scored import ScoredCandidate
+from srlm_mega.judging.scored_candidates import ScoredCandidate
 from srlm_mega.judging.template import Template
 from srlm_mega.records import Candidate, Judgement, MetaJudgement
 

@@ -7,7 +7,7 @@ from itertools import product
 from typing import Literal, NamedTuple
 
 from srlm_mega.judging.agreement import SCORE_TOLERANCE, consistency
-from srlm_mega.judging.scored import ScoredCandidate
+from srlm_mega.judging.scored_candidates import ScoredCandidate
 from srlm_mega.records import Candidate, Message, PreferencePair
 
 NoPair = Literal["tied", "small_gap", "identical", "too_few", "long_chosen"]

@@ -7,8 +7,8 @@ from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
-from srlm_mega.ahead import ahead
 from srlm_mega.judging.scores import mean_score, score_variance
+from srlm_mega.prefetch import prefetch
 from srlm_mega.records import Judgement, JudgementScore, read_jsonl
 
 WORTH_A_PROCESS = 64 * 1024**2  # bytes of judgements: fewer are read before another process has started
@@ -43,7 +43,7 @@ def read_rewards(path: Path, min_valid: int, worth_a_process: int = WORTH_A_PROC
     """Of a file of judgements: parsing millions of them is as much work as everything that pairs need besides."""
     if path.stat().st_size < worth_a_process:
         return rewards_in(path, min_valid)
-    return ahead(rewards_in, path, min_valid)
+    return prefetch(rewards_in, path, min_valid)
 
 
 def rewards_in(path: Path, min_valid: int) -> Iterator[Reward]:

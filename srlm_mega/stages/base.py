@@ -15,7 +15,7 @@ from srlm_mega.checkpoints_conversion.verify import check_proven
 from srlm_mega.config.training import ModelConfig
 from srlm_mega.errors import UserError
 from srlm_mega.seeds import derive_seed
-from srlm_mega.stages.proven import require_proven
+from srlm_mega.stages.sampler_weights import require_verified
 from srlm_mega.work import Done, Work
 
 
@@ -36,7 +36,7 @@ def take_writer(work: Work) -> Done:
     if not (source / "config.json").is_file():
         raise UserError(f"prompts.writer {source} is not a Hugging Face model folder (no config.json)")
     if not work.config.model.allow_unverified:
-        require_proven(source)
+        require_verified(source)
     Chat.from_folder(source)
     os.symlink(source.resolve(), work.out / "huggingface")
     return Done()

@@ -17,8 +17,8 @@ from srlm_mega.records import Prompt, read_jsonl
 from srlm_mega.run_dir import RunDir, file_hash, write_atomic
 from srlm_mega.stages.judges import LocalJudge, OpenJudge, open_judge
 from srlm_mega.stages.pairwise import compare, matches_of
-from srlm_mega.stages.proven import require_proven
 from srlm_mega.stages.responses import Writer, held_out, respond
+from srlm_mega.stages.sampler_weights import require_verified
 
 IDENTITY = "identity.json"
 
@@ -57,7 +57,7 @@ def writer_at(path: Path) -> Writer:
     converted and not verified."""
     if not (path / "config.json").is_file():
         return RunModel.at(path).writer
-    require_proven(path)
+    require_verified(path)
     return Writer(str(path), path)
 
 

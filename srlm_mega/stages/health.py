@@ -7,7 +7,7 @@ import orjson
 from srlm_mega.errors import RunStopped
 from srlm_mega.evaluation.health_limits import HealthFigure, RoundHealth, round_health
 from srlm_mega.evaluation.results import ModelEvaluation
-from srlm_mega.judging.tally import PairCounts
+from srlm_mega.judging.pair_counts import PairCounts
 from srlm_mega.records import parse_line
 from srlm_mega.work import Done, Work
 

@@ -13,7 +13,7 @@ from srlm_mega.records import FailedRequest, PairwiseJudgement
 from srlm_mega.sampling.retries import PatientSampler, open_patient_sampler
 from srlm_mega.sampling.sampler import ModelLimits, SamplingParams
 from srlm_mega.sampling.shards import Answered, Shard
-from srlm_mega.stages.proven import require_proven
+from srlm_mega.stages.sampler_weights import require_verified
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def open_judge(
     if settings.endpoint is None:
         folder = Path(settings.model)
         if not allow_unverified:
-            require_proven(folder)
+            require_verified(folder)
         return LocalJudge.of_folder(settings.model, folder, folder, settings.max_new_tokens, sampler, allowed)
     from srlm_mega.stages.endpoint_judge import EndpointJudge
 

@@ -18,7 +18,7 @@ from srlm_mega.judging.meta import (
 )
 from srlm_mega.judging.pairwise import parse_verdict
 from srlm_mega.judging.rewards import reward_of
-from srlm_mega.judging.scored import judgements_beside, score_candidate
+from srlm_mega.judging.scored_candidates import judgements_by_candidate, score_candidate
 from srlm_mega.judging.template import JudgeTemplate
 from srlm_mega.records import Candidate, Judgement, Message, MetaJudgement, PreferencePair, read_jsonl, write_jsonl
 from srlm_mega.sampling.sampler import Completion, SamplingParams
@@ -103,7 +103,7 @@ def comparisons_task(work: Work) -> tuple[SamplingTask[Comparison], int, list[Co
 def contests_of(work: Work) -> list[Contest]:
     """One response of each prompt, those first whose scores vary most: as many as the largest share can need."""
     folder = f"round_{work.round}"
-    judgements = judgements_beside(read_jsonl(work.read(f"{folder}/judgements", "judgements.jsonl"), Judgement))
+    judgements = judgements_by_candidate(read_jsonl(work.read(f"{folder}/judgements", "judgements.jsonl"), Judgement))
     candidates = read_jsonl(work.read(f"{folder}/candidates", "candidates.jsonl"), Candidate)
     found: list[Contest] = []
     for _, group in groupby(candidates, lambda candidate: candidate.prompt_id):

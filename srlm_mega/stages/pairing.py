@@ -6,11 +6,11 @@ from dataclasses import asdict
 
 from srlm_mega.errors import RunStopped
 from srlm_mega.judging.agreement import SCORE_TOLERANCE
+from srlm_mega.judging.pair_counts import PairCounts, Tally, pairs_of
 from srlm_mega.judging.pairs import PairRules
 from srlm_mega.judging.rewards import read_rewards
-from srlm_mega.judging.scored import ScoredCandidate, scored_prompts
+from srlm_mega.judging.scored_candidates import ScoredCandidate, scored_prompts
 from srlm_mega.judging.scores import MAX_SCORE
-from srlm_mega.judging.tally import PairCounts, Tally, pairs_of
 from srlm_mega.plan import ANCHOR_JUDGEMENTS, ANCHORS, PREVIOUS_JUDGEMENTS
 from srlm_mega.records import Candidate, read_jsonl, write_jsonl
 from srlm_mega.seeds import derive_seed

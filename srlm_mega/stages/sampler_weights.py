@@ -49,6 +49,15 @@ def loaded_folder(work: Work, model: str) -> Path:
     return work.read(stage, ENGINE if is_engine else FOLDER)
 
 
+def require_verified(folder: Path) -> None:
+    """UserError, which names the command that verifies it, when a conversion made this model folder and nobody verified
+    it."""
+    try:
+        check_proven(folder)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
 def make_sampler_weights(work: Work) -> Done:
     """Convert a model for the sampler, prove it, and build its engine where the backend runs engines."""
     settings = work.config.sampler

@@ -12,7 +12,7 @@ from srlm_mega.plan import META_JUDGEMENTS, eft_source, stops_early
 from srlm_mega.records import Candidate, PreferencePair, ReferenceLogprobs, SftExample, read_jsonl, write_jsonl
 from srlm_mega.seeds import derive_seed
 from srlm_mega.stages.base import write_random
-from srlm_mega.stages.legs import train_in_legs
+from srlm_mega.stages.pausing import train_with_pauses
 from srlm_mega.training.batch import PairSequences, TokenSequence
 from srlm_mega.training.reference import compute_reference
 from srlm_mega.training.replay import num_replayed
@@ -91,7 +91,7 @@ def train_on(
 
     if work.stage.name == "M1" and stops_early(work.config, "sft"):
         steps = num_steps(section, len(within(sequences, work.config.model.seq_length)))
-        return train_in_legs(work, topology, start, steps, train)
+        return train_with_pauses(work, topology, start, steps, train)
     return done(train(None))
 
 
@@ -163,7 +163,7 @@ def preference(work: Work, topology: Topology) -> Done:
 
     if stops_early(config, "dpo"):
         steps = num_steps(config.dpo, len(within(pairs, config.model.seq_length)))
-        return train_in_legs(work, topology, start, steps + num_replayed(steps, config.dpo.eft_replay), train)
+        return train_with_pauses(work, topology, start, steps + num_replayed(steps, config.dpo.eft_replay), train)
     return done(train(None))
 
 

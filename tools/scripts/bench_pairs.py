@@ -18,10 +18,10 @@ from typing import Annotated
 import typer
 
 from srlm_mega.evaluation.judge_metrics import RankedScore, judge_metrics
+from srlm_mega.judging.pair_counts import Tally, pairs_of
 from srlm_mega.judging.pairs import PairRules
 from srlm_mega.judging.rewards import read_rewards
-from srlm_mega.judging.scored import scored_prompts
-from srlm_mega.judging.tally import Tally, pairs_of
+from srlm_mega.judging.scored_candidates import scored_prompts
 from srlm_mega.records import Candidate, Decoding, Judgement, read_jsonl, write_jsonl
 from srlm_mega.tools.bench_record import make_record, make_row, write_record
 

@@ -28,7 +28,7 @@ class ScoredCandidate:
     earlier: float | None
 
 
-class Beside(Generic[T]):
+class AlignedGroups(Generic[T]):
     """Records in groups, read beside another file in the same order: some groups may be missing, none may be unknown.
 
     `origin` names the records in an error.
@@ -60,9 +60,9 @@ class Beside(Generic[T]):
         self._group: list[T] = list(group)
 
 
-def judgements_beside(judgements: Iterable[J]) -> Beside[J]:
+def judgements_by_candidate(judgements: Iterable[J]) -> AlignedGroups[J]:
     """Judgements, or what was made of them, in groups of one candidate."""
-    return Beside(judgements, attrgetter("candidate_id"), "a judgement of candidate")
+    return AlignedGroups(judgements, attrgetter("candidate_id"), "a judgement of candidate")
 
 
 def scored_prompts(
@@ -73,7 +73,7 @@ def scored_prompts(
 
     ValueError when the judgements are not those of the candidates, or something occurs twice.
     """
-    own, previous = judgements_beside(rewards), judgements_beside(earlier)
+    own, previous = judgements_by_candidate(rewards), judgements_by_candidate(earlier)
     seen: set[str] = set()
     for prompt_id, group in groupby(candidates, attrgetter("prompt_id")):
         members = list(group)

@@ -1,4 +1,4 @@
-"""Training in legs: up to a checkpoint, a pause in which it is compared, and on from it, or the end.
+"""Training with pauses for early stopping: up to a checkpoint, a pause for its comparison, and on from it or the end.
 
 Sampling and training share no process, and one set of GPUs holds only one of them: so training ends its
 processes at the pause, and the controller has the comparison done and starts it again.
@@ -24,12 +24,12 @@ from srlm_mega.training.trainer import Leg, TrainingSummary
 from srlm_mega.work import Done, Work
 
 
-def train_in_legs(
+def train_with_pauses(
     work: Work, topology: Topology, start: Path, steps: int, train: Callable[[Leg], TrainingSummary]
 ) -> Done:
     """The stage's output, once every comparison is made; until then TrainingPaused, with a checkpoint to compare."""
     settings, files = work.config.early_stopping, EarlyStoppingFiles(work.out)
-    assert settings is not None, "training in legs without early stopping"
+    assert settings is not None, "training with pauses without early stopping"
     # One rank looks, so that all do the same while files change.
     verdicts = topology.all_gather(files.verdicts() if topology.is_main else None)[0]
     assert verdicts is not None

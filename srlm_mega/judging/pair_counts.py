@@ -9,7 +9,7 @@ from itertools import chain
 from pydantic import with_config
 
 from srlm_mega.judging.pairs import NoPair, PairRules, pair_of
-from srlm_mega.judging.scored import Beside, CandidateState, ScoredCandidate
+from srlm_mega.judging.scored_candidates import AlignedGroups, CandidateState, ScoredCandidate
 from srlm_mega.records import STRICT, PreferencePair
 
 
@@ -120,9 +120,9 @@ def pairs_of(
         others.finish()
 
 
-def by_prompt(prompts: Iterable[Sequence[ScoredCandidate]]) -> Beside[ScoredCandidate]:
+def by_prompt(prompts: Iterable[Sequence[ScoredCandidate]]) -> AlignedGroups[ScoredCandidate]:
     """Another model's candidates, to be read beside this one's."""
-    return Beside(chain.from_iterable(prompts), lambda item: item.candidate.prompt_id, "the anchors' prompt")
+    return AlignedGroups(chain.from_iterable(prompts), lambda item: item.candidate.prompt_id, "the anchors' prompt")
 
 
 def entropy(scores: Counter[float | None]) -> float:

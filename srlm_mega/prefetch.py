@@ -1,4 +1,4 @@
-"""An iterator that runs in a process of its own, ahead of who asks it."""
+"""An iterator that runs in a process of its own, ahead of its reader."""
 
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator
@@ -11,7 +11,7 @@ T = TypeVar("T")
 BATCH = 2048  # items a message
 
 
-def ahead(make: Callable[P, Iterable[T]], *args: P.args, **kwargs: P.kwargs) -> Iterator[T]:
+def prefetch(make: Callable[P, Iterable[T]], *args: P.args, **kwargs: P.kwargs) -> Iterator[T]:
     """What `make(...)` yields and raises, made by another process while this one works on what came before. `make`,
     its arguments and the items are pickled: small tuples are cheap, records cost more than most work on them."""
     context = multiprocessing.get_context("spawn")
