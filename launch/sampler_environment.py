@@ -5,7 +5,6 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import assert_never
 
 from srlm_mega.config import Config
 from srlm_mega.errors import UserError
@@ -37,7 +36,7 @@ def sampler_process(config: Config, arguments: Sequence[str]) -> list[str]:
     check_sampler_environment(config)
     runtime = config.runtime.sampler
     if runtime.slurm:
-        mpi = ["trtllm-llmapi-launch"] if is_tensorrt_llm(config) else []
+        mpi = ["trtllm-llmapi-launch"] if config.sampler.traits.needs_mpi else []
         return [*srun_replica(config), *mpi, program(config), *arguments]
     container = [] if runtime.container is None else docker(config, runtime.container)
     return [*container, program(config), *arguments]
@@ -49,17 +48,6 @@ def program(config: Config) -> str:
     if runtime.container is not None:
         return "srlm"
     return str(Path(runtime.python or sys.executable).absolute().parent / "srlm")
-
-
-def is_tensorrt_llm(config: Config) -> bool:
-    """Whether the sampler is TensorRT-LLM, which computes on GPUs and wants a task of MPI's for each of them."""
-    match config.sampler.backend:
-        case "huggingface":
-            return False
-        case "trtllm_torch" | "trtllm_engine":
-            return True
-        case other:
-            assert_never(other)
 
 
 def docker(config: Config, image: str) -> list[str]:
@@ -79,7 +67,7 @@ def srun_replica(config: Config) -> list[str]:
     """A step of this allocation for one replica, in a container (pyxis) where one is given. --exact lets steps share a
     node, --mem=0 its memory."""
     runtime, devices = config.runtime.sampler, config.sampler.devices_per_replica
-    mpi = is_tensorrt_llm(config)
+    mpi = config.sampler.traits.needs_mpi
     nodes = -(-devices // runtime.devices_per_node)
     tasks = devices if mpi else 1
     cpus = max(1, int(os.environ.get("SLURM_CPUS_ON_NODE", "1")) // runtime.devices_per_node)

@@ -13,8 +13,9 @@ from sampler_contract import EOS, GREEDY, SAMPLED, VOCABULARY, Prompts, make_mod
 from transformers import GenerationConfig, LlamaForCausalLM
 
 from srlm_mega.config.runtime import SamplerConfig
+from srlm_mega.sampling.backends import open_sampler
 from srlm_mega.sampling.huggingface import HuggingFaceSampler, choose
-from srlm_mega.sampling.sampler import SamplingParams, open_sampler
+from srlm_mega.sampling.sampler import SamplingParams
 
 
 @pytest.fixture(scope="module")

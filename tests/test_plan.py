@@ -8,6 +8,7 @@ import pytest
 from srlm_mega.config import Config
 from srlm_mega.config.file import all_keys, load_config
 from srlm_mega.config.rounds import PairsConfig
+from srlm_mega.config.sampler_backends import traits_of
 from srlm_mega.errors import UserError
 from srlm_mega.identity import LAYOUT, changed, check_unchanged, config_of, layout_of
 from srlm_mega.launch.child_process import environment
@@ -245,10 +246,8 @@ def test_the_sampler_in_steps_of_an_allocation(own_python: str, tmp_path: Path) 
 
 def test_a_backend_that_nobody_knows_is_named() -> None:
     """It is not taken for TensorRT-LLM."""
-    config = load_config(TOY)
-    unknown = config.model_copy(update={"sampler": config.sampler.model_copy(update={"backend": "other"})})
     with pytest.raises(AssertionError, match="'other'"):
-        is_tensorrt_llm(unknown)
+        traits_of("other")  # type: ignore[arg-type]
 
 
 def test_which_stages_start_in_the_samplers_environment() -> None:

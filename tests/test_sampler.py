@@ -2,9 +2,12 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from srlm_mega.config.runtime import SamplerConfig
+from srlm_mega.sampling.backends import open_sampler
 from srlm_mega.sampling.sampler import SamplingParams
 
 
@@ -23,3 +26,11 @@ def test_the_interface_loads_no_backend() -> None:
     code = "import sys, srlm_mega.sampling.sampler, srlm_mega.sampling.shards; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_an_unknown_backend_is_an_error_that_names_it() -> None:
+    config = SamplerConfig().model_copy(update={"backend": "another"})  # as a half-added backend would be
+    with pytest.raises(AssertionError, match="another"):
+        open_sampler(config, Path(), eos_id=0)
+    with pytest.raises(AssertionError, match="another"):
+        _ = config.traits

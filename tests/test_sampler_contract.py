@@ -15,7 +15,8 @@ from sampler_contract import EOS, GREEDY, POSITIONS, SAMPLED, VOCABULARY, Prompt
 from srlm_mega.checkpoints_conversion.engine import EngineRecord, Limits, Runtime, write_record
 from srlm_mega.config.runtime import SamplerConfig
 from srlm_mega.errors import UserError
-from srlm_mega.sampling.sampler import Sampler, open_sampler
+from srlm_mega.sampling.backends import open_sampler
+from srlm_mega.sampling.sampler import Sampler
 
 STAND_IN = Path(__file__).parent / "tensorrt_llm_stand_in"
 RUNTIME = Runtime("1.2.1+stand.in", "10.14.1", "9.0")

@@ -23,8 +23,9 @@ from srlm_mega.config.runtime import SamplerConfig
 from srlm_mega.plan import find_stage
 from srlm_mega.progress import Progress
 from srlm_mega.run_dir import RunDir
+from srlm_mega.sampling.backends import open_sampler
 from srlm_mega.sampling.huggingface import automatic_device, left_padded
-from srlm_mega.sampling.sampler import SamplingParams, open_sampler
+from srlm_mega.sampling.sampler import SamplingParams
 from srlm_mega.stages.rewards import candidates_task, judgements_task
 from srlm_mega.tools.bench_record import BenchRecord, BenchRow, make_record, make_row, write_record
 from srlm_mega.work import Work

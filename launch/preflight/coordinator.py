@@ -33,7 +33,6 @@ from srlm_mega.launch.preflight.findings import Finding, check_absent, findings,
 from srlm_mega.launch.preflight.node_report import InstalledGpu, NodeReport, local_report
 from srlm_mega.launch.preflight.roll_call import Caller, RollCall, call
 from srlm_mega.launch.preflight.this_node import ThisNode
-from srlm_mega.launch.sampler_environment import is_tensorrt_llm
 from srlm_mega.run_dir import write_atomic
 
 ATTEMPT = "attempt"
@@ -145,7 +144,7 @@ def gpus_of(config: Config, nodes: int) -> int | None:
     sampler = config.runtime.sampler
     if config.trainer.device == "cuda" and nodes >= config.launch.nodes:
         return config.launch.processes_per_node
-    if config.sampler.device == "cuda" or is_tensorrt_llm(config):
+    if config.sampler.device == "cuda" or config.sampler.traits.needs_gpu:
         return min(sampler.num_devices, sampler.devices_per_node)
     return None
 

@@ -192,16 +192,16 @@ def sampler_problems(config: "Config") -> list[str]:
         problems.append(
             f"runtime.sampler.num_devices {runtime.num_devices} is not divisible by a replica's TP * PP = {size}"
         )
-    if sampler.backend == "huggingface" and size > 1:
-        problems.append(f"sampler.backend=huggingface holds a model on one device: TP * PP is {size}")
-    if sampler.backend == "huggingface" and sampler.quantization is not None:
+    if not sampler.traits.splits_model and size > 1:
+        problems.append(f"sampler.backend={sampler.backend} holds a model on one device: TP * PP is {size}")
+    if not sampler.traits.quantizes and sampler.quantization is not None:
         problems.append(f"sampler.quantization={sampler.quantization} is for TensorRT-LLM: set sampler.backend")
     folders = [section for section, judge in config.pairwise_judges.items() if judge.endpoint is None]
     folders += ["early_stopping"] if config.early_stopping is not None else []
-    if sampler.backend == "trtllm_engine" and folders:
+    if sampler.traits.loads_engine and folders:
         problems.append(
             f"{', '.join(folders)}: checkpoints and judges are sampled as Hugging Face folders, which "
-            "sampler.backend=trtllm_engine does not load: take trtllm_torch"
+            f"sampler.backend={sampler.backend} does not load: take trtllm_torch"
         )
     if size > runtime.devices_per_node and (size % runtime.devices_per_node or not runtime.slurm):
         problems.append(

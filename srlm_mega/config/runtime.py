@@ -5,13 +5,14 @@ from typing import Literal
 
 from pydantic import Field
 
+from srlm_mega.config.sampler_backends import BackendTraits, SamplerBackend, traits_of
 from srlm_mega.config.section import Section
 
 
 class SamplerConfig(Section):
     """How a model is sampled: what decides the completions."""
 
-    backend: Literal["huggingface", "trtllm_torch", "trtllm_engine"] = Field(
+    backend: SamplerBackend = Field(
         "huggingface", description="trtllm_torch: a Hugging Face folder, bf16 or FP8; trtllm_engine: a built engine."
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="backend=huggingface: where it computes.")
@@ -36,9 +37,14 @@ class SamplerConfig(Section):
     )
 
     @property
+    def traits(self) -> BackendTraits:
+        """What the configured backend can do, and what its processes need."""
+        return traits_of(self.backend)
+
+    @property
     def converts(self) -> bool:
         """Whether it loads something else than the trainer's Hugging Face folders."""
-        return self.backend == "trtllm_engine" or self.quantization is not None
+        return self.traits.loads_engine or self.quantization is not None
 
     @property
     def devices_per_replica(self) -> int:

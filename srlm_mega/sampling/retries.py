@@ -10,7 +10,8 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait
 from srlm_mega.config.runtime import SamplerConfig
 from srlm_mega.errors import RunStopped
 from srlm_mega.records import FailedRequest
-from srlm_mega.sampling.sampler import Completion, Sampler, SamplingParams, open_sampler
+from srlm_mega.sampling.backends import open_sampler
+from srlm_mega.sampling.sampler import Completion, Sampler, SamplingParams
 
 # What backends raise when an engine, a device or a connection fails. A ValueError is a mistake that stays one.
 TRANSIENT = (RuntimeError, OSError)

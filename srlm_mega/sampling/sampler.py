@@ -1,4 +1,5 @@
-"""What a sampler is: token ids in, sampled token ids out. Backends stand behind one small interface."""
+"""What a sampler is: token ids in, sampled token ids out. Backends stand behind this small interface
+(backends.py chooses one)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -8,7 +9,6 @@ from typing import Protocol
 import orjson
 
 from srlm_mega.chat import StopStrings
-from srlm_mega.config.runtime import SamplerConfig
 from srlm_mega.errors import UserError
 from srlm_mega.records import Decoding, FinishReason
 
@@ -108,23 +108,3 @@ class ModelLimits:
                     f"prompt {index} has token ids from {min(prompt)} to {max(prompt)}, the model's vocabulary is "
                     f"{self.vocab_size}: the tokenizer is not this model's"
                 )
-
-
-def open_sampler(config: SamplerConfig, model_folder: Path, eos_id: int) -> Sampler:
-    """Load the model of a Hugging Face folder with the configured backend.
-
-    Backends' stacks exclude one another, so each is imported only where it was chosen.
-    """
-    match config.backend:
-        case "huggingface":
-            from srlm_mega.sampling.huggingface import HuggingFaceSampler
-
-            return HuggingFaceSampler(model_folder, eos_id, config.device, config.batch_size)
-        case "trtllm_torch":
-            from srlm_mega.sampling.trtllm_torch import open_trtllm_torch
-
-            return open_trtllm_torch(config, model_folder, eos_id)
-        case "trtllm_engine":
-            from srlm_mega.sampling.trtllm_engine import open_trtllm_engine
-
-            return open_trtllm_engine(config, model_folder, eos_id)

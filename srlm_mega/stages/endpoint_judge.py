@@ -8,7 +8,7 @@ from srlm_mega.judging.endpoint import Endpoint, RequestFailed
 from srlm_mega.judging.pairwise import parse_verdict
 from srlm_mega.records import Decoding, FailedRequest, PairwiseJudgement
 from srlm_mega.sampling.shards import Answered, Shard
-from srlm_mega.stages.judges import Question
+from srlm_mega.stages.pairwise_judge import PairwiseQuestion
 
 SHARD_SIZE = 16  # answers that are paid for again after a kill, at most; fixed, as shards must be the same next time
 
@@ -30,7 +30,7 @@ class EndpointJudge:
         """Only the endpoint knows; what it refuses is a failed request."""
         return True
 
-    def answer(self, shard: Shard[Question]) -> Answered:
+    def answer(self, shard: Shard[PairwiseQuestion]) -> Answered:
         """See `PairwiseJudge.answer`."""
         with ThreadPoolExecutor(self._settings.concurrent_requests) as threads:
             answers = list(threads.map(self._ask, shard.requests))
@@ -48,7 +48,7 @@ class EndpointJudge:
         """See `PairwiseJudge.close`."""
         self._endpoint.close()
 
-    def _ask(self, question: Question) -> PairwiseJudgement | FailedRequest:
+    def _ask(self, question: PairwiseQuestion) -> PairwiseJudgement | FailedRequest:
         try:
             text, cut = self._endpoint.ask(question.text)
         except RequestFailed as error:

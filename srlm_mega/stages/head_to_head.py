@@ -15,8 +15,9 @@ from srlm_mega.evaluation.results import Comparison
 from srlm_mega.identity import responding
 from srlm_mega.records import Prompt, read_jsonl
 from srlm_mega.run_dir import RunDir, file_hash, write_atomic
-from srlm_mega.stages.judges import LocalJudge, OpenJudge, open_judge
+from srlm_mega.stages.judges import LocalJudge, open_judge
 from srlm_mega.stages.pairwise import compare, matches_of
+from srlm_mega.stages.pairwise_judge import OpenJudge
 from srlm_mega.stages.responses import Writer, held_out, respond
 from srlm_mega.stages.sampler_weights import require_verified
 
@@ -42,7 +43,8 @@ class RunModel:
             raise UserError(f"{path} has no weights: give a model such as {path.parent}/M1")
         config = load_config(run.config_file)
         if config.sampler.converts:  # what a command samples is a Hugging Face folder, and not converted for it
-            plain = config.sampler.model_copy(update={"backend": "trtllm_torch", "quantization": None})
+            backend = "trtllm_torch" if config.sampler.traits.loads_engine else config.sampler.backend
+            plain = config.sampler.model_copy(update={"backend": backend, "quantization": None})
             config = config.model_copy(update={"sampler": plain})
         return cls(run, config, path.name)
 

@@ -1,9 +1,7 @@
-"""Who compares two responses: what every such judge does, and the one that runs here, through the sampler."""
+"""Who compares two responses: the configured judge, and the one that runs here, through the sampler."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 from srlm_mega.chat import Chat
 from srlm_mega.config.comparison import PairwiseJudgeConfig
@@ -13,42 +11,8 @@ from srlm_mega.records import FailedRequest, PairwiseJudgement
 from srlm_mega.sampling.retries import PatientSampler, open_patient_sampler
 from srlm_mega.sampling.sampler import ModelLimits, SamplingParams
 from srlm_mega.sampling.shards import Answered, Shard
+from srlm_mega.stages.pairwise_judge import PairwiseJudge, PairwiseQuestion
 from srlm_mega.stages.sampler_weights import require_verified
-
-
-@dataclass(frozen=True)
-class Question:
-    """Two responses to a prompt in one order, as the judge is asked about them."""
-
-    prompt_id: str
-    ours_first: bool
-    text: str
-
-
-class PairwiseJudge(Protocol):
-    """A judge that is ready."""
-
-    @property
-    def name(self) -> str:
-        """What the records call it."""
-
-    @property
-    def shard_size(self) -> int:
-        """Questions that are asked together, and lost together by a kill."""
-
-    def fits(self, text: str) -> bool:
-        """Whether a question leaves room for a whole answer."""
-
-    def answer(self, shard: Shard[Question]) -> Answered:
-        """A PairwiseJudgement per question; those that failed for good are named instead. RunStopped when too many
-        did."""
-
-    def close(self) -> None:
-        """Free what it holds."""
-
-
-OpenJudge = Callable[[int], PairwiseJudge]
-"""Gets a judge ready for so many questions."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +50,7 @@ class LocalJudge:
         """See `PairwiseJudge.fits`."""
         return len(self.chat.prompt(text)) <= self.longest
 
-    def answer(self, shard: Shard[Question]) -> Answered:
+    def answer(self, shard: Shard[PairwiseQuestion]) -> Answered:
         """See `PairwiseJudge.answer`."""
         params = replace(self.params, seed=shard.seed)
         prompts = [self.chat.prompt(question.text) for question in shard.requests]

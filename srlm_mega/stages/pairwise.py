@@ -13,7 +13,8 @@ from srlm_mega.judging.pairwise import Outcome, outcome, pairwise_template
 from srlm_mega.records import Candidate, FailedRequest, PairwiseJudgement, read_jsonl
 from srlm_mega.sampling.shards import FAILED, ShardFiles, cut_into_shards, run_shards
 from srlm_mega.sampling.throughput import ShardWatch
-from srlm_mega.stages.judges import LocalJudge, OpenJudge, Question, open_judge
+from srlm_mega.stages.judges import LocalJudge, open_judge
+from srlm_mega.stages.pairwise_judge import OpenJudge, PairwiseQuestion
 from srlm_mega.stages.responses import Say
 from srlm_mega.stages.sampler_weights import loaded_folder
 from srlm_mega.work import Work
@@ -103,14 +104,14 @@ def matches_of(ours: Path, theirs: Path) -> list[Match]:
     ]
 
 
-def questions_of(matches: Sequence[Match]) -> list[Question]:
+def questions_of(matches: Sequence[Match]) -> list[PairwiseQuestion]:
     """Each match in both orders, one after the other: they share all up to the first response."""
     template = pairwise_template()
 
-    def question(match: Match, ours_first: bool) -> Question:
+    def question(match: Match, ours_first: bool) -> PairwiseQuestion:
         first, second = (match.ours, match.theirs) if ours_first else (match.theirs, match.ours)
         text = template.fill({"instruction": match.prompt, "first": first, "second": second})
-        return Question(match.prompt_id, ours_first, text)
+        return PairwiseQuestion(match.prompt_id, ours_first, text)
 
     return [question(match, ours_first) for match in matches for ours_first in (True, False)]
 

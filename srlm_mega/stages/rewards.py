@@ -6,7 +6,7 @@ Where the configuration asks for it, an anchor model answers them too, and the p
 import random
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import TypeVar, assert_never
 
 from srlm_mega.chat import Chat
 from srlm_mega.config.data import CandidatesConfig, JudgeConfig
@@ -57,6 +57,8 @@ def judge_candidates(work: Work) -> Done:
             files = shard_files(work, candidates, "judgements.jsonl")
             run_shards(files, partial(judge_at_random, work), lambda _: None, lambda _: None)
             requested = len(candidates)
+        case other:
+            assert_never(other)
     judgements = list(read_jsonl(work.out / "judgements.jsonl", Judgement))
     scores: dict[str, list[float | None]] = {}
     for judgement in judgements:

@@ -40,7 +40,7 @@ def loaded_folder(work: Work, model: str) -> Path:
     """What the sampler loads. UserError when it is a conversion without its proof."""
     if not work.config.sampler.converts:
         return work.run.weights(model)
-    is_engine = work.config.sampler.backend == "trtllm_engine"
+    is_engine = work.config.sampler.traits.loads_engine
     stage = f"{model}/sampler_weights"
     try:
         check_proven(work.read(stage, CHECKPOINT if is_engine else FOLDER))
@@ -62,7 +62,7 @@ def make_sampler_weights(work: Work) -> Done:
     """Convert a model for the sampler, prove it, and build its engine where the backend runs engines."""
     settings = work.config.sampler
     source = work.run.weights(work.folder)
-    is_engine = settings.backend == "trtllm_engine"
+    is_engine = settings.traits.loads_engine
     destination = work.out / (CHECKPOINT if is_engine else FOLDER)
     counts: dict[str, float] = {}
     amax = None

@@ -8,7 +8,8 @@ from sampler_contract import *  # noqa: F403
 from sampler_contract import EOS, make_model
 
 from srlm_mega.config.runtime import SamplerConfig
-from srlm_mega.sampling.sampler import Sampler, open_sampler
+from srlm_mega.sampling.backends import open_sampler
+from srlm_mega.sampling.sampler import Sampler
 
 pytestmark = pytest.mark.gpu
 

@@ -118,7 +118,7 @@ def conversion_time(name: str, config: Config, cluster: Cluster) -> StageTime:
     """What the sampler loads: read, written and proven; an engine is built on top."""
     each = replica_of(config, cluster)
     moved = (2 * 2 * shape_of(config.model).parameters + 2 * each.weight_bytes) / DISK_BYTES_PER_SECOND
-    if config.sampler.backend != "trtllm_engine":
+    if not config.sampler.traits.loads_engine:
         return StageTime(name, "conversion", each.gpus, moved + START_SECONDS)
     build = ENGINE_SECONDS + ENGINE_SECONDS_PER_BYTE * each.weight_bytes / each.gpus
     return StageTime(name, "conversion, engine build", each.gpus, moved + build + START_SECONDS)

@@ -1,0 +1,42 @@
+"""What a judge of two responses is: questions in shards, verdicts out. judges.py chooses one."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from srlm_mega.sampling.shards import Answered, Shard
+
+
+@dataclass(frozen=True)
+class PairwiseQuestion:
+    """Two responses to a prompt in one order, as the judge is asked about them."""
+
+    prompt_id: str
+    ours_first: bool
+    text: str
+
+
+class PairwiseJudge(Protocol):
+    """A judge that is ready."""
+
+    @property
+    def name(self) -> str:
+        """What the records call it."""
+
+    @property
+    def shard_size(self) -> int:
+        """Questions that are asked together, and lost together by a kill."""
+
+    def fits(self, text: str) -> bool:
+        """Whether a question leaves room for a whole answer."""
+
+    def answer(self, shard: Shard[PairwiseQuestion]) -> Answered:
+        """A PairwiseJudgement per question; those that failed for good are named instead. RunStopped when too many
+        did."""
+
+    def close(self) -> None:
+        """Free what it holds."""
+
+
+OpenJudge = Callable[[int], PairwiseJudge]
+"""Gets a judge ready for so many questions."""
