@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from srlm_mega.judging.pair_counts import PairCounts, Tally, pairs_of
-from srlm_mega.judging.pairs import PairRules
+from srlm_mega.config.rounds import PairsConfig
+from srlm_mega.judging.pair_counts import PairCounter, PairCounts, pairs_of
 from srlm_mega.judging.rewards import rewards_of
 from srlm_mega.judging.scored_candidates import ScoredCandidate, scored_prompts
 from srlm_mega.records import Candidate, FinishReason, Judgement, PreferencePair
@@ -54,11 +54,11 @@ def prompts(*scored: Scored, min_valid: int = 1) -> list[list[ScoredCandidate]]:
 
 
 def select(
-    *scored: Scored, min_valid: int = 1, anchors: list[list[ScoredCandidate]] | None = None, **rules: Any
+    *scored: Scored, min_valid: int = 1, seed: int = 0, anchors: list[list[ScoredCandidate]] | None = None, **rules: Any
 ) -> Selection:
-    groups, tally = prompts(*scored, min_valid=min_valid), Tally()
-    pairs = tuple(pairs_of(groups, PairRules(**rules), tally, anchors))
-    return Selection(pairs, tuple(item for group in groups for item in group), tally.counts())
+    groups, counter = prompts(*scored, min_valid=min_valid), PairCounter()
+    pairs = tuple(pairs_of(groups, PairsConfig(**rules), 1, seed, counter, anchors))
+    return Selection(pairs, tuple(item for group in groups for item in group), counter.counts())
 
 
 def test_the_best_is_chosen_and_the_worst_rejected() -> None:
@@ -225,7 +225,7 @@ def test_anchored_rejection_takes_the_anchors_worst() -> None:
 
 def weighed(candidates: list[Candidate], now: list[Judgement], before: list[Judgement]) -> dict[str, float]:
     groups = scored_prompts(candidates, rewards_of(now, 1), rewards_of(before, 1))
-    return {pair.id: pair.consistency for pair in pairs_of(groups, PairRules(weigh_by_consistency=True), Tally())}
+    return {pair.id: pair.consistency for pair in pairs_of(groups, PairsConfig(consistency=True), 2, 0, PairCounter())}
 
 
 def test_consistency_of_two_judges_by_hand() -> None:

@@ -7,6 +7,7 @@ from pydantic import Field
 from srlm_mega.config.section import Section
 
 Share = Annotated[float, Field(ge=0, le=1)]
+Ties = Literal["random", "shortest", "lowest_variance"]
 
 
 class RoundConfig(Section):
@@ -29,9 +30,7 @@ class PairsConfig(Section):
         0.0, description="Length control: share of the score gap within which the shortest is chosen and the longest "
         "rejected. A list has a value per round; its last one goes on."
     )  # fmt: skip
-    ties: Literal["random", "shortest", "lowest_variance"] = Field(
-        "random", description="Who is taken of equally scored candidates, with rho 0; random is seeded."
-    )
+    ties: Ties = Field("random", description="Who is taken of equally scored candidates, with rho 0; random is seeded.")
     max_chosen_length: int | None = Field(None, ge=1, description="Longer responses are never chosen.")
     rejected_from: Literal["round", "M0", "M1"] = Field(
         "round", description="M0, M1: an anchor answers the prompts too, and rejected responses are its worst ones."
@@ -45,6 +44,10 @@ class PairsConfig(Section):
         if isinstance(self.rho, float):
             return self.rho
         return self.rho[min(number, len(self.rho)) - 1]
+
+    def weighs_consistency(self, number: int) -> bool:
+        """True where pairs of round `number` are weighed; round 1 has no previous model to agree with."""
+        return self.consistency and number > 1
 
 
 class MetaJudgeConfig(Section):

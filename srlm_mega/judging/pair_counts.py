@@ -8,7 +8,8 @@ from itertools import chain
 
 from pydantic import with_config
 
-from srlm_mega.judging.pairs import NoPair, PairRules, pair_of
+from srlm_mega.config.rounds import PairsConfig
+from srlm_mega.judging.pairs import NoPair, pair_of
 from srlm_mega.judging.scored_candidates import AlignedGroups, CandidateState, ScoredCandidate
 from srlm_mega.records import STRICT, PreferencePair
 
@@ -46,7 +47,7 @@ class PairCounts:
 
 
 @dataclass
-class Tally:
+class PairCounter:
     """Running counts of `pairs_of`."""
 
     prompts: Counter[NoPair] = field(default_factory=Counter)
@@ -103,17 +104,19 @@ class Tally:
 
 def pairs_of(
     prompts: Iterable[Sequence[ScoredCandidate]],
-    rules: PairRules,
-    tally: Tally,
+    settings: PairsConfig,
+    round_number: int,
+    seed: int,
+    counter: PairCounter,
     anchors: Iterable[Sequence[ScoredCandidate]] | None = None,
 ) -> Iterator[PreferencePair]:
-    """One pair per prompt at most, in their order; `tally` counts the rest. `anchors` are the same prompts' candidates
-    of the model that rejected responses come from; a prompt may be missing there."""
+    """One pair per prompt at most, in their order; `counter` counts the rest. `anchors` are candidates of the model
+    that rejected responses come from, to the same prompts; a prompt may be missing there."""
     others = None if anchors is None else by_prompt(anchors)
     for group in prompts:
         theirs = None if others is None else others.take(group[0].candidate.prompt_id)
-        found = pair_of(group, rules, theirs)
-        tally.add(group, found)
+        found = pair_of(group, settings, round_number, seed, theirs)
+        counter.add(group, found)
         if isinstance(found, PreferencePair):
             yield found
     if others is not None:

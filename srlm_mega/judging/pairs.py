@@ -2,32 +2,15 @@
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import product
 from typing import Literal, NamedTuple
 
+from srlm_mega.config.rounds import PairsConfig, Ties
 from srlm_mega.judging.agreement import SCORE_TOLERANCE, consistency
 from srlm_mega.judging.scored_candidates import ScoredCandidate
 from srlm_mega.records import Candidate, Message, PreferencePair
 
 NoPair = Literal["tied", "small_gap", "identical", "too_few", "long_chosen"]
-Ties = Literal["random", "shortest", "lowest_variance"]
-
-
-@dataclass(frozen=True)
-class PairRules:
-    """Which candidates of a prompt become its pair. Lengths are characters; docs/protocol.md has the definitions.
-
-    `rho` widens what counts as best and as worst by that share of the gap (Meta-Rewarding, arXiv 2407.19594): the
-    shortest of the best meets the longest of the worst. With 0, `ties` says who is taken of equally scored ones.
-    """
-
-    min_gap: float = 0.0
-    rho: float = 0.0
-    ties: Ties = "random"
-    max_chosen_length: int | None = None
-    weigh_by_consistency: bool = False
-    seed: int = 0
 
 
 class Ranked(NamedTuple):
@@ -39,10 +22,19 @@ class Ranked(NamedTuple):
 
 
 def pair_of(
-    group: Sequence[ScoredCandidate], rules: PairRules, anchors: Sequence[ScoredCandidate] | None = None
+    group: Sequence[ScoredCandidate],
+    settings: PairsConfig,
+    round_number: int,
+    seed: int,
+    anchors: Sequence[ScoredCandidate] | None = None,
 ) -> PreferencePair | NoPair:
     """The pair of one prompt's candidates, or why there is none. With `anchors`, candidates of another model to the
-    same prompt, the rejected one is of theirs. Truncated and unscored candidates take no part."""
+    same prompt, the rejected one is of theirs. Truncated and unscored candidates take no part. Lengths are characters;
+    docs/protocol.md has the definitions.
+
+    `rho` widens what counts as best and as worst by that share of the gap (Meta-Rewarding, arXiv 2407.19594): the
+    shortest of the best meets the longest of the worst. With 0, `ties` says who is taken of equally scored ones.
+    """
     best_first = ranked(group)
     worst_first = best_first if anchors is None else ranked(anchors)
     if not best_first or not worst_first or (anchors is None and len(best_first) < 2):
@@ -50,23 +42,24 @@ def pair_of(
     best, worst = max(one.score for one in best_first), min(one.score for one in worst_first)
     if best - worst <= SCORE_TOLERANCE:
         return "tied"
-    if best - worst <= rules.min_gap + SCORE_TOLERANCE:
+    if best - worst <= settings.min_gap + SCORE_TOLERANCE:
         return "small_gap"
-    widening = rules.rho * (best - worst) + SCORE_TOLERANCE
+    rho = settings.rho_of(round_number)
+    widening = rho * (best - worst) + SCORE_TOLERANCE
     top = [one for one in best_first if one.score >= best - widening]
     bottom = [one for one in worst_first if one.score <= worst + widening]
-    if rules.max_chosen_length is not None:
-        top = [one for one in top if len(one.candidate.text) <= rules.max_chosen_length]
+    if settings.max_chosen_length is not None:
+        top = [one for one in top if len(one.candidate.text) <= settings.max_chosen_length]
     if not top:
         return "long_chosen"
     different = [(one, other) for one, other in product(top, bottom) if differ(one.candidate, other.candidate)]
     if not different:
         return "identical"
-    choices = [pair for pair in different if pair[0].score - pair[1].score > rules.min_gap + SCORE_TOLERANCE]
+    choices = [pair for pair in different if pair[0].score - pair[1].score > settings.min_gap + SCORE_TOLERANCE]
     if not choices:
         return "small_gap"
-    chosen, rejected = pick(choices, rules)
-    weight = weight_of(group) if rules.weigh_by_consistency else 1.0
+    chosen, rejected = pick(choices, rho, settings.ties, seed)
+    weight = weight_of(group) if settings.weighs_consistency(round_number) else 1.0
     return preference_pair(chosen, rejected, weight)
 
 
@@ -76,14 +69,14 @@ def ranked(group: Sequence[ScoredCandidate]) -> list[Ranked]:
     return sorted(found, key=lambda one: one.candidate.id)
 
 
-def pick(choices: Sequence[tuple[Ranked, Ranked]], rules: PairRules) -> tuple[Ranked, Ranked]:
-    """The pair that the rules prefer; among equals a pick seeded by the prompt's id decides."""
+def pick(choices: Sequence[tuple[Ranked, Ranked]], rho: float, ties: Ties, seed: int) -> tuple[Ranked, Ranked]:
+    """The preferred pair; among equals a pick seeded by the prompt's id decides."""
 
     def preference(pair: tuple[Ranked, Ranked]) -> tuple[float, ...]:
         chosen, rejected = (len(one.candidate.text) for one in pair)
-        if rules.rho > 0:
+        if rho > 0:
             return chosen, -rejected
-        match rules.ties:
+        match ties:
             case "random":
                 return ()
             case "shortest":
@@ -99,7 +92,7 @@ def pick(choices: Sequence[tuple[Ranked, Ranked]], rules: PairRules) -> tuple[Ra
     equals = [pair for pair, own in zip(choices, preferences, strict=True) if own == first]
     if len(equals) == 1:
         return equals[0]
-    return random.Random(f"{rules.seed}/{choices[0][0].candidate.prompt_id}").choice(equals)
+    return random.Random(f"{seed}/{choices[0][0].candidate.prompt_id}").choice(equals)
 
 
 def weight_of(group: Sequence[ScoredCandidate]) -> float:

@@ -6,8 +6,7 @@ from dataclasses import asdict
 
 from srlm_mega.errors import RunStopped
 from srlm_mega.judging.agreement import SCORE_TOLERANCE
-from srlm_mega.judging.pair_counts import PairCounts, Tally, pairs_of
-from srlm_mega.judging.pairs import PairRules
+from srlm_mega.judging.pair_counts import PairCounter, PairCounts, pairs_of
 from srlm_mega.judging.rewards import read_rewards
 from srlm_mega.judging.scored_candidates import ScoredCandidate, scored_prompts
 from srlm_mega.judging.scores import MAX_SCORE
@@ -20,21 +19,14 @@ from srlm_mega.work import Done, Work
 def select_pairs(work: Work) -> Done:
     """Best against worst of each prompt; with too few pairs to train on the run stops and says why."""
     settings, folder = work.config.pairs, f"round_{work.round}"
-    rules = PairRules(
-        min_gap=settings.min_gap,
-        rho=settings.rho_of(work.round),
-        ties=settings.ties,
-        max_chosen_length=settings.max_chosen_length,
-        weigh_by_consistency=f"{folder}/{PREVIOUS_JUDGEMENTS}" in work.stage.inputs,
-        seed=derive_seed(work.config.run.seed, work.stage.name),
-    )
+    seed, counter = derive_seed(work.config.run.seed, work.stage.name), PairCounter()
     anchors = None
     if f"{folder}/{ANCHORS}" in work.stage.inputs:
         anchors = scored(work, ANCHORS, ANCHOR_JUDGEMENTS)
-    tally = Tally()
-    prompts = scored(work, "candidates", "judgements", PREVIOUS_JUDGEMENTS if rules.weigh_by_consistency else None)
-    write_jsonl(work.out / "pairs.jsonl", pairs_of(prompts, rules, tally, anchors))
-    counts = tally.counts()
+    earlier = PREVIOUS_JUDGEMENTS if settings.weighs_consistency(work.round) else None
+    prompts = scored(work, "candidates", "judgements", earlier)
+    write_jsonl(work.out / "pairs.jsonl", pairs_of(prompts, settings, work.round, seed, counter, anchors))
+    counts = counter.counts()
     if work.config.round.method == "dpo" and counts.pairs < settings.min_pairs:
         raise RunStopped(too_few_pairs(work, counts))
     return Done(counts.pairs, asdict(counts))

@@ -17,9 +17,9 @@ from typing import Annotated
 
 import typer
 
+from srlm_mega.config.rounds import PairsConfig
 from srlm_mega.evaluation.judge_metrics import RankedScore, judge_metrics
-from srlm_mega.judging.pair_counts import Tally, pairs_of
-from srlm_mega.judging.pairs import PairRules
+from srlm_mega.judging.pair_counts import PairCounter, pairs_of
 from srlm_mega.judging.rewards import read_rewards
 from srlm_mega.judging.scored_candidates import scored_prompts
 from srlm_mega.records import Candidate, Decoding, Judgement, read_jsonl, write_jsonl
@@ -140,11 +140,11 @@ def measure(work: Callable[[Path, int], int], folder: Path, num_candidates: int)
 
 def make_pairs(folder: Path, num_candidates: int) -> int:
     """What the stage pairs does: read, score, select, count, write."""
-    tally = Tally()
+    counter = PairCounter()
     candidates = read_jsonl(folder / "candidates.jsonl", Candidate)
     prompts = scored_prompts(candidates, read_rewards(folder / "judgements.jsonl", 1))
-    rows = write_jsonl(folder / "pairs.jsonl", pairs_of(prompts, PairRules(rho=0.2), tally))
-    counts = tally.counts()
+    rows = write_jsonl(folder / "pairs.jsonl", pairs_of(prompts, PairsConfig(rho=0.2), 1, 0, counter))
+    counts = counter.counts()
     assert counts.candidates == num_candidates and counts.pairs == rows, "every candidate was read"
     return rows
 
