@@ -1,9 +1,10 @@
 """What decides an output's bytes: its stage's configuration and inputs. A finished output must still have the same."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from srlm_mega.config import Config
+from srlm_mega.config.compatibility import changed, listed
 from srlm_mega.config.file import leaves
 from srlm_mega.errors import UserError
 from srlm_mega.plan import SAMPLER, Stage
@@ -81,19 +82,12 @@ def check_unchanged(stage: Stage, config: Config, run: RunDir) -> None:
     manifest = run.manifest(stage.name)
     assert manifest is not None, f"check of an unfinished stage {stage.name}"
     remedy = f"Use another run folder (run.dir=...), or make it again: the same command with --redo {stage.name}"
-    changes = changed(manifest.config, config_of(stage, config))
+    changes = changed(manifest.config, config_of(stage, config), layout_of(stage, config))
     if changes:
-        lines = "\n".join(f"  - {key}: was {old!r}, now {new!r}" for key, (old, new) in changes.items())
-        raise UserError(f"{run.output(stage.name)} was made with another configuration:\n{lines}\n{remedy}")
+        raise UserError(f"{run.output(stage.name)} was made with another configuration:{listed(changes)}\n{remedy}")
     if set(manifest.inputs) != set(stage.inputs):
         before, now = (", ".join(sorted(names)) for names in (manifest.inputs, stage.inputs))
         raise UserError(f"{run.output(stage.name)} was made from {before}, and would now be from {now}. {remedy}")
     for name in stage.inputs:
         if run.manifest(name) is not None and run.digest(name) != manifest.inputs.get(name):
             raise UserError(f"{run.output(stage.name)} was made from another {name}. {remedy}")
-
-
-def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Keys whose values differ, with both values."""
-    keys = sorted(old.keys() | new.keys())
-    return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}

@@ -17,6 +17,7 @@ from typing import Any
 import orjson
 import xxhash
 
+from srlm_mega.config.compatibility import changed, listed
 from srlm_mega.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -51,7 +52,7 @@ class Identity:
 
     @property
     def compared(self) -> bytes:
-        """What a partial output must have been begun with to be gone on with."""
+        """The content of a partial output's identity.json: what it must have been begun with to be resumed."""
         return orjson.dumps([self.stage, self.config, self.inputs], option=orjson.OPT_SORT_KEYS)
 
 
@@ -161,26 +162,28 @@ class RunDir:
                 raise UserError(f"{found}. {remedy(stage)}")
 
     def begin(self, identity: Identity, resumable: bool) -> Path:
-        """The partial folder of a stage: new and empty, or, where the stage can go on, a killed attempt's of the same
-        identity."""
+        """The partial folder of a stage: new and empty, or, where the stage can resume, a killed attempt's of the same
+        identity. UserError for a training that was begun from other inputs or with other values."""
         if self.output(identity.stage).exists():
             raise UserError(
                 f"{self.output(identity.stage)} is there without a {MANIFEST}, so it is not known to be whole: "
                 "restore the manifest, or move the folder away"
             )
         partial = self.partial(identity.stage)
-        wanted = identity.compared
-        mine = resumable and (partial / IDENTITY).is_file() and (partial / IDENTITY).read_bytes() == wanted
-        if partial.exists() and not mine:
-            if (partial / "megatron").exists():  # hours of training are not thrown away in passing
+        begun = begun_with(partial / IDENTITY)
+        changes = {} if begun is None else changed(begun.config, identity.config, identity.layout)
+        same = begun is not None and not changes and (begun.stage, begun.inputs) == (identity.stage, identity.inputs)
+        if partial.exists() and not (resumable and same):
+            if (partial / TRAINING_STATE).exists():  # hours of training are not thrown away in passing
                 raise UserError(
                     f"{partial} holds a training that was begun with another configuration or from other inputs: give "
                     f"the earlier values back, or start it anew: the same command with --redo {identity.stage}"
+                    + listed(changes)
                 )
             shutil.rmtree(partial)
         if not partial.exists():
             partial.mkdir(parents=True)
-            write_atomic(partial / IDENTITY, wanted)
+            write_atomic(partial / IDENTITY, identity.compared)
         return partial
 
     def commit(self, identity: Identity, rows: int, seconds: float, version: str, counts: Mapping[str, float]) -> None:
@@ -246,6 +249,15 @@ class RunDir:
                     f"another srlm run works in {self.root}. Wait for it to end, or end it, then start again."
                 ) from None
             yield
+
+
+def begun_with(path: Path) -> Identity | None:
+    """Read an identity.json; None where there is none that can be read."""
+    try:
+        stage, config, inputs = orjson.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    return Identity(stage, config, inputs)
 
 
 def log_name(name: str) -> str | None:

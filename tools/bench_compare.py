@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from srlm_mega.config.file import flat
+from srlm_mega.config.knobs import flat
 from srlm_mega.errors import UserError
 from srlm_mega.tools.bench_record import BenchRecord, BenchRow, read_record, spread
 

@@ -3,16 +3,18 @@
 import difflib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from srlm_mega.config import Config
+from srlm_mega.config.compatibility import RENAMED, former, in_todays_words, put, tell
+from srlm_mega.config.knobs import flat, knobs
 from srlm_mega.errors import UserError
 
 EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
@@ -33,6 +35,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not YAML: {error}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path} must hold sections such as `run:` and `model:`, got {type(raw).__name__}")
+    in_todays_words(raw, str(path))
     return raw
 
 
@@ -59,14 +62,7 @@ def apply_overrides(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[st
         if key in Config.model_fields:  # a whole section, such as pretrain=null
             merged[key] = scalar(text, override)
             continue
-        *sections, key = full_key(key, override).split(".")
-        target: Any = merged
-        for section in sections:
-            if isinstance(target, dict) and target.get(section) is None:
-                target[section] = {}
-            target = target[section] if isinstance(target, dict) else target
-        if isinstance(target, dict):  # anything else is reported as what it is
-            target[key] = scalar(text, override)
+        put(merged, full_key(key, override), scalar(text, override))
     return merged
 
 
@@ -83,8 +79,10 @@ def scalar(text: str, override: str) -> Any:
 
 def full_key(key: str, override: str) -> str:
     """The dotted key that a dotted or a bare one stands for."""
+    if key in RENAMED:
+        tell(f"override {override!r}: {key} is now {RENAMED[key]}")
     if "." in key:
-        return key
+        return RENAMED.get(key, key)
     owners = [dotted for dotted in all_keys() if dotted.rpartition(".")[2] == key]
     if len(owners) == 1:
         return owners[0]
@@ -107,7 +105,7 @@ def describe(item: Mapping[str, Any]) -> str:
     where = ".".join(str(part) for part in item["loc"])
     match item["type"]:
         case "extra_forbidden":
-            return f"unknown key {where}. {nearest(where)}"
+            return "\n".join(former(where, item["input"])) or f"unknown key {where}. {nearest(where)}"
         case "missing":
             return f"{where} is required and absent"
         case "value_error":
@@ -119,7 +117,7 @@ def describe(item: Mapping[str, Any]) -> str:
 
 def nearest(key: str) -> str:
     """The valid keys that look most like a wrong one."""
-    keys = list(all_keys())
+    keys = all_keys()
     section, dot, name = key.partition(".")
     close = difflib.get_close_matches(key, keys, n=3, cutoff=0.6)
     by_name = difflib.get_close_matches(name if dot else section, [k.partition(".")[2] for k in keys], n=3, cutoff=0.6)
@@ -132,31 +130,14 @@ def nearest(key: str) -> str:
     return "Sections: " + ", ".join(Config.model_fields)
 
 
-def all_keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
+def all_keys() -> list[str]:
     """Every `section.key` there is; a section in a section adds its own keys."""
-    for name, info in section.model_fields.items():
-        kinds = [
-            kind
-            for kind in (info.annotation, *getattr(info.annotation, "__args__", ()))
-            if isinstance(kind, type) and issubclass(kind, BaseModel)
-        ]
-        if not kinds:
-            yield f"{prefix}{name}"
-        for kind in kinds:
-            yield from all_keys(kind, f"{prefix}{name}.")
+    return list(knobs())
 
 
 def leaves(config: Config) -> dict[str, Any]:
     """The resolved values by dotted key, in the order of the sections; an absent section is one leaf, null."""
     return flat(config.model_dump(mode="json"))
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, by dotted key."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        found.update(flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return found
 
 
 def origins(path: Path, overrides: Sequence[str]) -> dict[str, str]:

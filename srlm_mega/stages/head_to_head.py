@@ -9,6 +9,7 @@ import orjson
 
 from srlm_mega.config import Config
 from srlm_mega.config.comparison import PairwiseJudgeConfig
+from srlm_mega.config.compatibility import changed
 from srlm_mega.config.file import load_config
 from srlm_mega.errors import UserError
 from srlm_mega.evaluation.results import Comparison
@@ -124,16 +125,17 @@ def judge_of(model: RunModel, settings: PairwiseJudgeConfig | None) -> OpenJudge
 
 def begin(folder: Path, identity: Mapping[str, object]) -> None:
     """A folder to work in: new, or one that was begun for the same. UserError when it is another's."""
-    wanted = orjson.dumps(identity)
-    if folder.exists() and not (folder / IDENTITY).is_file():
-        raise UserError(f"{folder} is there, and was not made by this command: give another folder")
-    if folder.exists() and (folder / IDENTITY).read_bytes() != wanted:
-        raise UserError(
-            f"{folder} is of other models, prompts, settings or another judge ({IDENTITY} there): give another folder, "
-            "or remove it"
-        )
+    if folder.exists():
+        if not (folder / IDENTITY).is_file():
+            raise UserError(f"{folder} is there, and was not made by this command: give another folder")
+        begun, wanted = orjson.loads((folder / IDENTITY).read_bytes()), orjson.loads(orjson.dumps(identity))
+        if changed(begun.pop("settings"), wanted.pop("settings")) or begun != wanted:
+            raise UserError(
+                f"{folder} is of other models, prompts, settings or another judge ({IDENTITY} there): give another "
+                "folder, or remove it"
+            )
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / IDENTITY, wanted)
+    write_atomic(folder / IDENTITY, orjson.dumps(identity))
 
 
 def show(what: str, done: int, total: int, note: str) -> None:

@@ -1,0 +1,95 @@
+"""What older versions wrote and today's reads: options that were added, renamed or removed since."""
+
+import sys
+from collections.abc import Container, Mapping
+from functools import cache
+from typing import Any
+
+from srlm_mega.config.knobs import flat, knobs
+
+# Former name -> today's. Files, overrides and finished outputs may have either.
+RENAMED: dict[str, str] = {}
+# A knob that is gone -> its last default, as JSON. With that value it is ignored, any other is refused.
+REMOVED: dict[str, Any] = {}
+
+
+def changed(old: Mapping[str, Any], new: Mapping[str, Any], ignored: Container[str] = ()) -> dict[str, tuple[Any, Any]]:
+    """Keys whose values differ, with both values. A key that one side does not know has its default there."""
+    old = {RENAMED.get(key, key): value for key, value in old.items()}
+    keys = [key for key in sorted(old.keys() | new.keys()) if key not in ignored]
+    both = {key: (recorded(key, old), recorded(key, new)) for key in keys}
+    return {key: (before, after) for key, (before, after) in both.items() if before != after}
+
+
+def listed(changes: Mapping[str, tuple[Any, Any]]) -> str:
+    """Changed keys with both values, each on a line of its own."""
+    return "".join(f"\n  - {key}: was {old!r}, now {new!r}" for key, (old, new) in changes.items())
+
+
+def recorded(key: str, values: Mapping[str, Any]) -> Any:
+    """A key's value among these, else its default; None inside a section that is absent there."""
+    if key in values or key in REMOVED:
+        return values.get(key, REMOVED.get(key))
+    if key not in knobs():
+        return None
+    sections = [f"{section}." for section in knobs()[key].optional_sections]
+    if not all(any(known.startswith(section) for known in values) for section in sections):
+        return None
+    return knobs()[key].default
+
+
+def in_todays_words(raw: dict[str, Any], source: str) -> None:
+    """Give the values of a configuration file their present names, in place, and say so once; removed keys that have
+    their last default go. What is left under an old name is an error, which `former` words."""
+    given = flat(raw)
+    for old, new in RENAMED.items():
+        if old in given and new not in given:
+            put(raw, new, take(raw, old))
+            tell(f"{source}: {old} is now {new}")
+    for key, default in REMOVED.items():
+        if key in given and given[key] == default:
+            take(raw, key)
+
+
+def former(key: str, value: Any) -> list[str]:
+    """What is wrong with an unknown key, or with what is in an unknown section, where older versions knew it."""
+    given = flat({key: value})
+    renamed = [
+        f"{old} is now {RENAMED[old]}, which is given too: remove one of them" for old in given if old in RENAMED
+    ]
+    removed = [
+        f"{old} was removed, and what it did is always as with {REMOVED[old]!r}: got {given[old]!r}"
+        for old in given
+        if old in REMOVED
+    ]
+    return renamed + removed
+
+
+def put(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set a value by its dotted key, making sections that are missing; where no section can be, nothing happens:
+    validation reports what is there."""
+    *sections, name = key.split(".")
+    target: Any = values
+    for section in sections:
+        if isinstance(target, dict) and target.get(section) is None:
+            target[section] = {}
+        target = target[section] if isinstance(target, dict) else target
+    if isinstance(target, dict):
+        target[name] = value
+
+
+def take(values: dict[str, Any], key: str) -> Any:
+    """Remove a value by its dotted key, and sections that are empty then; returns it."""
+    section, _, rest = key.partition(".")
+    if not rest:
+        return values.pop(section)
+    value = take(values[section], rest)
+    if not values[section]:
+        del values[section]
+    return value
+
+
+@cache
+def tell(line: str) -> None:
+    """Print a line to stderr, once per process."""
+    print(line, file=sys.stderr)
