@@ -1,74 +1,56 @@
 """What decides an output's bytes: its stage's configuration and inputs. A finished output must still have the same."""
 
-from collections.abc import Sequence
+from collections.abc import Container
+from itertools import accumulate
 from typing import Any
 
 from srlm_mega.config import Config
 from srlm_mega.config.compatibility import changed, listed
 from srlm_mega.config.file import leaves
+from srlm_mega.config.knobs import deciding
 from srlm_mega.errors import UserError
 from srlm_mega.plan import SAMPLER, Stage
 from srlm_mega.run_dir import Identity, RunDir
 
-# How an external judge is reached: what it says, it says in any of these ways. Recorded, never compared.
-REACHED = tuple(
-    f"{section}.{key}"
-    for section in ("early_stopping.judge", "evaluation.pairwise_judge")
-    for key in (
-        "endpoint",
-        "api_key_variable",
-        "timeout_seconds",
-        "attempts",
-        "concurrent_requests",
-        "max_failed_share",
-    )
-)
-# What may stop a run and changes nothing that it makes. Recorded, never compared, so that a stopped run can go on.
-LIMITS = ("health", "pairs.min_pairs", "eft.min_examples", "early_stopping.min_valid_share", "sampler.max_failed_share")
-# Of TRAINER's, the ones that say where and how training runs, not what is trained. They change a result by rounding,
-# and which numbers dropout draws, so they may change on the way: they are recorded, never compared.
-LAYOUT = (
-    "parallel",
-    "launch",
-    "trainer.recompute_granularity",
-    "trainer.save_interval",
-    "trainer.keep_checkpoints",
-    "trainer.async_save",
-    "trainer.start_timeout_minutes",
-    "trainer.step_timeout_minutes",
-    "trainer.checkpoint_timeout_minutes",
-    "trainer.export_timeout_minutes",
-    *(
-        f"{section}.{key}"
-        for section in ("pretrain", "sft", "dpo")
-        for key in ("micro_batch_size", "packed_sequence_size")
-    ),
-    *REACHED,
-    *LIMITS,
-)
+# What is recorded and never compared, so that a stopped run can resume with another value.
+RECORDED = deciding("limit", "reach")
+# What training stages record and do not compare: it changes their result by rounding, and which numbers dropout draws.
+LAYOUT = deciding("layout") | RECORDED
+NOTHING = deciding("nothing")
 
 
 def config_of(stage: Stage, config: Config) -> dict[str, Any]:
     """The values, by dotted key, that decide a stage's bytes."""
     layout = layout_of(stage, config)
-    return {key: value for key, value in leaves(config).items() if within(key, stage.config) and key not in layout}
+    return {key: value for key, value in read_by(stage, config).items() if key not in layout}
+
+
+def layout_of(stage: Stage, config: Config) -> dict[str, Any]:
+    """The values that say where and how a stage runs."""
+    parts = LAYOUT if stage.parallel else RECORDED
+    return {key: value for key, value in read_by(stage, config).items() if within(key, parts)}
+
+
+def read_by(stage: Stage, config: Config) -> dict[str, Any]:
+    """The values, by dotted key, that a stage records."""
+    return {
+        key: value for key, value in leaves(config).items() if within(key, stage.config) and not within(key, NOTHING)
+    }
 
 
 def responding(config: Config) -> dict[str, Any]:
     """The values, by dotted key, that decide what a model answers outside the plan: comparisons, exports."""
     parts = (*SAMPLER, "candidates.max_new_tokens")
-    return {key: value for key, value in leaves(config).items() if within(key, parts) and not within(key, LIMITS)}
+    return {
+        key: value
+        for key, value in leaves(config).items()
+        if within(key, parts) and not within(key, RECORDED | NOTHING)
+    }
 
 
-def layout_of(stage: Stage, config: Config) -> dict[str, Any]:
-    """The values that say where and how a stage runs."""
-    parts = LAYOUT if stage.parallel else (*REACHED, *LIMITS)
-    return {key: value for key, value in leaves(config).items() if within(key, stage.config) and within(key, parts)}
-
-
-def within(key: str, parts: Sequence[str]) -> bool:
-    """Whether a dotted key is one of these keys, or in one of these sections."""
-    return any(key == part or key.startswith(f"{part}.") for part in parts)
+def within(key: str, parts: Container[str]) -> bool:
+    """Tell whether a dotted key is one of these keys, or in one of these sections."""
+    return any(part in parts for part in accumulate(key.split("."), "{}.{}".format))
 
 
 def identity_of(stage: Stage, config: Config, run: RunDir) -> Identity:

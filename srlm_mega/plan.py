@@ -4,11 +4,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from srlm_mega.config import Config
+from srlm_mega.config.knobs import keys_of
 from srlm_mega.errors import UserError
 
 TRAINER = ("run.seed", "model", "parallel", "trainer", "launch")
-JUDGING = ("judge.template", "judge.n", "judge.temperature", "judge.top_p", "judge.max_new_tokens")
-BATCHES = ("dpo.micro_batch_size", "dpo.packed_sequence_size", "dpo.global_batch_size")
+JUDGING = keys_of("judge", part=None)
+BATCHES = keys_of("dpo", part="batches")
 # Stages that only some configurations have.
 ANCHORS, ANCHOR_JUDGEMENTS = "anchors", "anchor_judgements"
 PREVIOUS_JUDGEMENTS, META_JUDGEMENTS = "previous_judgements", "meta_judgements"

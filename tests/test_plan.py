@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 
 from srlm_mega.config import Config
+from srlm_mega.config.compatibility import changed
 from srlm_mega.config.file import all_keys, load_config
 from srlm_mega.config.rounds import PairsConfig
 from srlm_mega.config.sampler_backends import traits_of
 from srlm_mega.errors import UserError
-from srlm_mega.identity import LAYOUT, changed, check_unchanged, config_of, layout_of
+from srlm_mega.identity import LAYOUT, check_unchanged, config_of, layout_of
 from srlm_mega.launch.child_process import environment
-from srlm_mega.launch.sampler_environment import check_sampler_environment, devices_of, is_tensorrt_llm, sampler_process
+from srlm_mega.launch.sampler_environment import check_sampler_environment, devices_of, sampler_process
 from srlm_mega.loop import together
 from srlm_mega.plan import downstream, find_stage, plan
 from srlm_mega.run_dir import Identity, RunDir

@@ -5,7 +5,7 @@ relative to the folder `srlm` is started in.
 """
 
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
@@ -22,7 +22,7 @@ from srlm_mega.config.data import (
 from srlm_mega.config.launch import LaunchConfig
 from srlm_mega.config.rounds import HealthConfig, MetaJudgeConfig, PairsConfig, RoundConfig
 from srlm_mega.config.runtime import RuntimeConfig, SamplerConfig
-from srlm_mega.config.section import Section
+from srlm_mega.config.section import Decides, Section
 from srlm_mega.config.training import (
     DpoConfig,
     ModelConfig,
@@ -33,15 +33,15 @@ from srlm_mega.config.training import (
 )
 
 
-class RunConfig(Section):
+class RunConfig(Section, decides="output"):
     """What the run is."""
 
-    dir: Path = Field(description="The run folder.")
+    dir: Annotated[Path, Decides("nothing")] = Field(description="The run folder.")
     seed: int = Field(0, ge=0, description="Every other seed is derived from this one.")
-    rounds: int = Field(2, ge=0, description="Self-rewarding rounds: 2 make M2 and M3.")
+    rounds: Annotated[int, Decides("nothing")] = Field(2, ge=0, description="Self-rewarding rounds: 2 make M2 and M3.")
 
 
-class Config(Section):
+class Config(Section, decides="output"):
     """One run."""
 
     run: RunConfig

@@ -2,30 +2,36 @@
 
 import re
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
 
-from srlm_mega.config.section import Section
+from srlm_mega.config.section import Decides, Section
 from srlm_mega.errors import UserError
 
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
-class PairwiseJudgeConfig(Section):
+class PairwiseJudgeConfig(Section, decides="output"):
     """A model that compares two responses: local, through the sampler, or behind an OpenAI-compatible endpoint."""
 
     model: str = Field(description="A Hugging Face folder; with `endpoint`, the model's name there.")
-    endpoint: str | None = Field(None, description="Base URL of the endpoint, for example http://host:8000/v1.")
-    api_key_variable: str | None = Field(
+    endpoint: Annotated[str | None, Decides("reach")] = Field(
+        None, description="Base URL of the endpoint, for example http://host:8000/v1."
+    )
+    api_key_variable: Annotated[str | None, Decides("reach")] = Field(
         None, description="Name of the environment variable that holds the endpoint's key; none: no key is sent."
     )
     max_new_tokens: int = Field(512, ge=1, description="Tokens of a judgement.")
-    timeout_seconds: float = Field(120.0, gt=0, description="Endpoint: longest wait for one answer.")
-    attempts: int = Field(5, ge=1, description="Endpoint: tries of a request, with growing waits between them.")
-    concurrent_requests: int = Field(8, ge=1, description="Endpoint: requests at once.")
-    max_failed_share: float = Field(
+    timeout_seconds: Annotated[float, Decides("reach")] = Field(
+        120.0, gt=0, description="Endpoint: longest wait for one answer."
+    )
+    attempts: Annotated[int, Decides("reach")] = Field(
+        5, ge=1, description="Endpoint: tries of a request, with growing waits between them."
+    )
+    concurrent_requests: Annotated[int, Decides("reach")] = Field(8, ge=1, description="Endpoint: requests at once.")
+    max_failed_share: Annotated[float, Decides("reach")] = Field(
         0.05, ge=0, lt=1, description="Comparisons that may fail for good, as a share; more stop the run."
     )
 
@@ -64,7 +70,7 @@ class PairwiseJudgeConfig(Section):
         return key
 
 
-class EarlyStoppingConfig(Section):
+class EarlyStoppingConfig(Section, decides="output"):
     """Every so many steps, the newest checkpoint's greedy responses against those of the best one so far."""
 
     judge: PairwiseJudgeConfig
@@ -76,6 +82,6 @@ class EarlyStoppingConfig(Section):
     patience: int = Field(
         1, ge=1, description="Comparisons in a row that may be lost; the last of them stops training."
     )
-    min_valid_share: float = Field(
+    min_valid_share: Annotated[float, Decides("limit")] = Field(
         0.5, gt=0, le=1, description="Prompts that need a verdict in both orders, as a share; fewer stop the run."
     )

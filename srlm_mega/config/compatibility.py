@@ -5,7 +5,7 @@ from collections.abc import Container, Mapping
 from functools import cache
 from typing import Any
 
-from srlm_mega.config.knobs import flat, knobs
+from srlm_mega.config.knobs import deciding, flat, knobs
 
 # Former name -> today's. Files, overrides and finished outputs may have either.
 RENAMED: dict[str, str] = {}
@@ -14,9 +14,11 @@ REMOVED: dict[str, Any] = {}
 
 
 def changed(old: Mapping[str, Any], new: Mapping[str, Any], ignored: Container[str] = ()) -> dict[str, tuple[Any, Any]]:
-    """Keys whose values differ, with both values. A key that one side does not know has its default there."""
+    """Keys whose values differ, with both values. A key that one side does not know has its default there. Keys in
+    `ignored`, and those that decide no output any more, may differ."""
     old = {RENAMED.get(key, key): value for key, value in old.items()}
-    keys = [key for key in sorted(old.keys() | new.keys()) if key not in ignored]
+    free = deciding("limit", "reach", "nothing")
+    keys = [key for key in sorted(old.keys() | new.keys()) if key not in ignored and key not in free]
     both = {key: (recorded(key, old), recorded(key, new)) for key in keys}
     return {key: (before, after) for key, (before, after) in both.items() if before != after}
 

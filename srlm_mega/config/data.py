@@ -1,15 +1,15 @@
 """Seed data, and what a round makes: prompts, candidates, judgements; what is measured."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
 from srlm_mega.config.comparison import PairwiseJudgeConfig
-from srlm_mega.config.section import Section
+from srlm_mega.config.section import Decides, Section
 
 
-class SeedDataConfig(Section):
+class SeedDataConfig(Section, decides="output"):
     """Where IFT, EFT and the held-out sets come from."""
 
     source: Literal["toy_world", "oasst", "jsonl"]
@@ -30,7 +30,7 @@ class SeedDataConfig(Section):
     )
 
 
-class EftConfig(Section):
+class EftConfig(Section, decides="output"):
     """Evaluation fine-tuning: M1 learns to judge as well as to answer."""
 
     enabled: bool = Field(True, description="false: the ablation M1' = SFT on IFT alone.")
@@ -46,10 +46,12 @@ class EftConfig(Section):
     )
     temperature: float = Field(0.7, gt=0)
     top_p: float = Field(0.9, gt=0, le=1)
-    min_examples: int = Field(1, ge=0, description="Fewer than this stop the run (exit code 3).")
+    min_examples: Annotated[int, Decides("limit")] = Field(
+        1, ge=0, description="Fewer than this stop the run (exit code 3)."
+    )
 
 
-class PromptsConfig(Section):
+class PromptsConfig(Section, decides="output"):
     """New prompts of a round: Self-Instruct few-shot, then filters."""
 
     generator: Literal["self_instruct", "file"] = "self_instruct"
@@ -72,7 +74,7 @@ class PromptsConfig(Section):
     max_requests: int = Field(20000, ge=1, description="Stop, with a message, when this many lists did not do.")
 
 
-class CandidatesConfig(Section):
+class CandidatesConfig(Section, decides="output"):
     """N responses per prompt."""
 
     n: int = Field(4, ge=2)
@@ -81,19 +83,23 @@ class CandidatesConfig(Section):
     max_new_tokens: int = Field(2048, ge=1)
 
 
-class JudgeConfig(Section):
+class JudgeConfig(Section, decides="output"):
     """LLM-as-a-judge: k judgements per response, averaged."""
 
-    backend: Literal["model", "random"] = Field("model", description="random: the control without a judge.")
+    backend: Annotated[Literal["model", "random"], Decides("output", part="backend")] = Field(
+        "model", description="random: the control without a judge."
+    )
     template: Path | Literal["additive", "multiple_choice", "toy"] = "additive"
     n: int = Field(3, ge=1)
     temperature: float = Field(0.7, gt=0)
     top_p: float = Field(0.9, gt=0, le=1)
     max_new_tokens: int = Field(512, ge=1)
-    min_valid: int = Field(1, ge=1, description="Fewer parsed scores than this: the response has no reward.")
+    min_valid: Annotated[int, Decides("output", part="rewards")] = Field(
+        1, ge=1, description="Fewer parsed scores than this: the response has no reward."
+    )
 
 
-class EvaluationConfig(Section):
+class EvaluationConfig(Section, decides="output"):
     """What is measured after each model."""
 
     temperature: float = Field(0.7, gt=0)

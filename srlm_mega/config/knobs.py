@@ -1,14 +1,14 @@
-"""Every knob of a configuration by its dotted key, with its default."""
+"""Every knob of a configuration by its dotted key: its default, and what it decides."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, get_args
+from typing import Any
 
 from pydantic_core import PydanticUndefined, to_jsonable_python
 
 from srlm_mega.config import Config
-from srlm_mega.config.section import Section
+from srlm_mega.config.section import Decides, Decision, Section, section_in
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,8 @@ class Knob:
 
     key: str
     default: Any
+    decides: Decides
+    description: str | None
     optional_sections: tuple[str, ...]
 
 
@@ -33,17 +35,23 @@ def knobs_of(
     """The knobs of a section and of those inside it. `given` has the defaults that the section around it sets."""
     for name, field in section.model_fields.items():
         key, default = f"{prefix}{name}", given.get(name, field.default)
-        inner = next((kind for kind in (field.annotation, *get_args(field.annotation)) if is_section(kind)), None)
+        inner = section_in(field)
         if inner is None:
-            yield Knob(key, None if default is PydanticUndefined else to_jsonable_python(default), optional)
+            value = None if default is PydanticUndefined else to_jsonable_python(default)
+            yield Knob(key, value, section.decision(field), field.description, optional)
         else:
             around = optional if inner is field.annotation else (*optional, key)
             yield from knobs_of(inner, dict(default) if isinstance(default, Section) else {}, f"{key}.", around)
 
 
-def is_section(kind: object) -> bool:
-    """Tell sections from other types of fields."""
-    return isinstance(kind, type) and issubclass(kind, Section)
+def deciding(*decisions: Decision) -> frozenset[str]:
+    """The knobs that decide one of these."""
+    return frozenset(key for key, knob in knobs().items() if knob.decides.what in decisions)
+
+
+def keys_of(section: str, part: str | None) -> tuple[str, ...]:
+    """The knobs of a section that are of this part of it, or (None) of no part."""
+    return tuple(key for key, knob in knobs().items() if key.startswith(f"{section}.") and knob.decides.part == part)
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -9,7 +9,7 @@ from srlm_mega.config.preflight import PreflightConfig
 from srlm_mega.config.section import Section
 
 
-class SlurmConfig(Section):
+class SlurmConfig(Section, decides="layout"):
     """What `srlm launch slurm` writes into a job, and how the job's steps start."""
 
     partition: str | None = Field(None, description="None: the cluster's default.")
@@ -31,7 +31,7 @@ class SlurmConfig(Section):
     mounts: tuple[Path, ...] = Field((), description="Folders the container sees besides the working directory.")
 
 
-class LaunchConfig(Section):
+class LaunchConfig(Section, decides="layout"):
     """How training stages start."""
 
     nodes: int = Field(1, ge=1)

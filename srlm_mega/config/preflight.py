@@ -5,7 +5,7 @@ from pydantic import Field
 from srlm_mega.config.section import Section
 
 
-class PreflightConfig(Section):
+class PreflightConfig(Section, decides="layout"):
     """The look at all nodes before a job; both waits together should stay under a minute."""
 
     check_seconds: float = Field(10.0, gt=0, description="Longest time of one check on one node.")

@@ -4,13 +4,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from srlm_mega.config.section import Section
+from srlm_mega.config.section import Decides, Section
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Ties = Literal["random", "shortest", "lowest_variance"]
 
 
-class RoundConfig(Section):
+class RoundConfig(Section, decides="output"):
     """What makes M(t+1)."""
 
     method: Literal["dpo", "positives_sft"] = Field(
@@ -21,11 +21,13 @@ class RoundConfig(Section):
     )
 
 
-class PairsConfig(Section):
+class PairsConfig(Section, decides="output"):
     """Which candidates become a pair. Lengths are characters."""
 
     min_gap: float = Field(0.0, ge=0, description="Pairs need a score gap above this.")
-    min_pairs: int = Field(1, ge=1, description="Fewer pairs than this stop the run (exit code 3).")
+    min_pairs: Annotated[int, Decides("limit")] = Field(
+        1, ge=1, description="Fewer pairs than this stop the run (exit code 3)."
+    )
     rho: Share | Annotated[tuple[Share, ...], Field(min_length=1)] = Field(
         0.0, description="Length control: share of the score gap within which the shortest is chosen and the longest "
         "rejected. A list has a value per round; its last one goes on."
@@ -50,7 +52,7 @@ class PairsConfig(Section):
         return self.consistency and number > 1
 
 
-class MetaJudgeConfig(Section):
+class MetaJudgeConfig(Section, decides="output"):
     """The model compares its own judgements; best and worst become pairs that train the judge. It decodes as the judge
     does (section judge)."""
 
@@ -59,14 +61,14 @@ class MetaJudgeConfig(Section):
     max_chosen_length: int = Field(1100, ge=1, description="Characters; a longer judgement is never chosen.")
 
 
-class Limit(Section):
+class Limit(Section, decides="limit"):
     """Where a figure becomes a warning, and where it stops the run (exit code 3); null: never."""
 
     warn: float | None = None
     stop: float | None = None
 
 
-class HealthConfig(Section):
+class HealthConfig(Section, decides="limit"):
     """Figures of a round, looked at before it trains. What each is: docs/protocol.md."""
 
     parse_failure: Limit = Field(Limit(warn=0.05), description="Judgements without a readable score, above.")

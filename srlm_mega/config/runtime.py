@@ -1,15 +1,15 @@
 """Where stages run, and how they are sampled."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from srlm_mega.config.sampler_backends import BackendTraits, SamplerBackend, traits_of
-from srlm_mega.config.section import Section
+from srlm_mega.config.section import Decides, Section
 
 
-class SamplerConfig(Section):
+class SamplerConfig(Section, decides="output"):
     """How a model is sampled: what decides the completions."""
 
     backend: SamplerBackend = Field(
@@ -32,7 +32,7 @@ class SamplerConfig(Section):
         1.1, ge=1, description="FP8: activations up to this many times a range keep it for the next model."
     )
     attempts: int = Field(3, ge=1, description="Tries of a batch, and then of each of its requests alone.")
-    max_failed_share: float = Field(
+    max_failed_share: Annotated[float, Decides("limit")] = Field(
         0.01, ge=0, lt=1, description="Requests of a stage that may fail for good, as a share; more stop the run."
     )
 
@@ -52,7 +52,7 @@ class SamplerConfig(Section):
         return self.tp_size * self.pp_size
 
 
-class SamplerRuntimeConfig(Section):
+class SamplerRuntimeConfig(Section, decides="nothing"):
     """Where sampling runs, and on how much. What is sampled does not depend on it."""
 
     python: Path | None = Field(None, description="Python of the sampler's environment; none: the trainer's.")
@@ -71,7 +71,7 @@ class SamplerRuntimeConfig(Section):
         return self.python is not None or self.container is not None or self.slurm
 
 
-class RuntimeConfig(Section):
+class RuntimeConfig(Section, decides="nothing"):
     """Where stages run. Changing this makes no stage another one."""
 
     sampler: SamplerRuntimeConfig = SamplerRuntimeConfig()

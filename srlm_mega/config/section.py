@@ -1,9 +1,58 @@
-"""What all sections of a configuration have in common."""
+"""What all sections of a configuration have in common, and how a knob says what it decides."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Unpack, get_args
 
 from pydantic import BaseModel, ConfigDict
+from pydantic.fields import FieldInfo
+
+# output: what a stage makes; a finished stage and a half-done one must still have the same value.
+# layout: where and how training runs, which changes its result by rounding only. Recorded and not compared there;
+#   a stage that samples has it compared.
+# limit: what may stop a run and changes nothing that it makes. Recorded, never compared.
+# reach: how an external judge is reached; what it says, it says in any of these ways. Recorded, never compared.
+# nothing: no output depends on it. Neither recorded nor compared.
+Decision = Literal["output", "layout", "limit", "reach", "nothing"]
+
+
+@dataclass(frozen=True)
+class Decides:
+    """What a knob decides where that is not what its section says: `Annotated[int, Decides("limit")]`. `part` names
+    the knobs of a section that some stages read alone."""
+
+    what: Decision
+    part: str | None = None
+
+
+def show_decisions(schema: dict[str, Any], section: "type[Section]") -> None:
+    """Add `decides` to every knob in a section's JSON Schema."""
+    for name, field in section.model_fields.items():
+        if section_in(field) is None:
+            schema["properties"][name]["decides"] = section.decision(field).what
 
 
 class Section(BaseModel):
-    """Base of all sections: immutable, unknown keys refused."""
+    """Base of all sections: immutable, unknown keys refused. `decides` holds for every knob that says no other."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        json_schema_extra=show_decisions,  # type: ignore[typeddict-item]
+    )
+    own: ClassVar[Decides]
+
+    def __init_subclass__(cls, decides: Decision, **settings: Unpack[ConfigDict]) -> None:
+        super().__init_subclass__(**settings)
+        cls.own = Decides(decides)
+
+    @classmethod
+    def decision(cls, field: FieldInfo) -> Decides:
+        """What one of this section's knobs decides."""
+        return next((mark for mark in field.metadata if isinstance(mark, Decides)), cls.own)
+
+
+def section_in(field: FieldInfo) -> type[Section] | None:
+    """The section that a field holds, or may hold; None for a knob."""
+    kinds = (field.annotation, *get_args(field.annotation))
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)

@@ -1,14 +1,14 @@
 """The model, how it is trained, and on which layout."""
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from srlm_mega.config.section import Section
+from srlm_mega.config.section import Decides, Section
 
 
-class ModelConfig(Section):
+class ModelConfig(Section, decides="output"):
     """The base model M0 and its shape (Llama: RMSNorm, SwiGLU, RoPE, GQA, no biases)."""
 
     path: Path | None = Field(None, description="Hugging Face folder of M0; none: random weights of this shape.")
@@ -47,19 +47,23 @@ class ModelConfig(Section):
         )
 
 
-class TrainingConfig(Section):
+class TrainingConfig(Section, decides="output"):
     """One training stage. Exactly one of `train_iters` and `epochs`."""
 
     train_iters: int | None = Field(None, ge=1, description="Optimiser steps.")
     epochs: int | None = Field(None, ge=1, description="Passes over the data; a last partial batch is dropped.")
-    micro_batch_size: int = Field(1, ge=1, description="Sequences (SFT) or pairs (DPO) per forward pass and rank.")
-    packed_sequence_size: int | None = Field(
+    micro_batch_size: Annotated[int, Decides("layout", part="batches")] = Field(
+        1, ge=1, description="Sequences (SFT) or pairs (DPO) per forward pass and rank."
+    )
+    packed_sequence_size: Annotated[int | None, Decides("layout", part="batches")] = Field(
         None,
         ge=1,
         description="Positions of a packed forward pass, filled with whole sequences or pairs in place of "
         "micro_batch_size; none: one padded row per sequence.",
     )
-    global_batch_size: int = Field(16, ge=1, description="Sequences (SFT) or pairs (DPO) per optimiser step.")
+    global_batch_size: Annotated[int, Decides("output", part="batches")] = Field(
+        16, ge=1, description="Sequences (SFT) or pairs (DPO) per optimiser step."
+    )
     lr: float = Field(gt=0)
     min_lr: float = Field(ge=0, description="Learning rate of the last step.")
     lr_decay_style: Literal["constant", "linear", "cosine"] = "cosine"
@@ -81,7 +85,7 @@ class TrainingConfig(Section):
         return self
 
 
-class DpoConfig(TrainingConfig):
+class DpoConfig(TrainingConfig, decides="output"):
     """A round's DPO: loss -log sigmoid(beta * margin), reference = the round's starting model."""
 
     loss_type: Literal["sigmoid", "robust", "hinge", "ipo"] = "sigmoid"
@@ -103,7 +107,7 @@ class DpoConfig(TrainingConfig):
         return self
 
 
-class ParallelConfig(Section):
+class ParallelConfig(Section, decides="layout"):
     """Megatron's axes. World size = tensor * pipeline * context * data."""
 
     tensor_model_parallel_size: int = Field(1, ge=1)
@@ -133,7 +137,7 @@ class ParallelConfig(Section):
         return f"{' * '.join(factors)} = {self.model_parallel_size * data_parallel_size}"
 
 
-class TrainerConfig(Section):
+class TrainerConfig(Section, decides="output"):
     """What all training stages share."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -152,19 +156,31 @@ class TrainerConfig(Section):
     fp8_shadow_threshold: float = Field(
         0.5, gt=0, description="Largest difference allowed in beta * margin (the reward margin); above it, stop."
     )
-    recompute_granularity: Literal["full", "selective"] | None = None
-    save_interval: int | None = Field(
+    recompute_granularity: Annotated[Literal["full", "selective"] | None, Decides("layout")] = None
+    save_interval: Annotated[int | None, Decides("layout")] = Field(
         100, ge=1, description="Optimiser steps between checkpoints; null: only when training is asked to stop."
     )
-    keep_checkpoints: int = Field(2, ge=1, description="The newest this many are kept until the stage is finished.")
-    async_save: bool = Field(False, description="Training goes on while a checkpoint's files are written.")
-    start_timeout_minutes: float = Field(30.0, gt=0, description="Longest time to load data and weights.")
-    step_timeout_minutes: float = Field(10.0, gt=0, description="Longest time of an optimiser step's parts.")
-    checkpoint_timeout_minutes: float = Field(30.0, gt=0, description="Longest time to write or read a checkpoint.")
-    export_timeout_minutes: float = Field(60.0, gt=0, description="Longest time to write the Hugging Face folder.")
+    keep_checkpoints: Annotated[int, Decides("layout")] = Field(
+        2, ge=1, description="The newest this many are kept until the stage is finished."
+    )
+    async_save: Annotated[bool, Decides("layout")] = Field(
+        False, description="Training goes on while a checkpoint's files are written."
+    )
+    start_timeout_minutes: Annotated[float, Decides("layout")] = Field(
+        30.0, gt=0, description="Longest time to load data and weights."
+    )
+    step_timeout_minutes: Annotated[float, Decides("layout")] = Field(
+        10.0, gt=0, description="Longest time of an optimiser step's parts."
+    )
+    checkpoint_timeout_minutes: Annotated[float, Decides("layout")] = Field(
+        30.0, gt=0, description="Longest time to write or read a checkpoint."
+    )
+    export_timeout_minutes: Annotated[float, Decides("layout")] = Field(
+        60.0, gt=0, description="Longest time to write the Hugging Face folder."
+    )
 
 
-class TrackingConfig(Section):
+class TrackingConfig(Section, decides="nothing"):
     """Where training metrics go besides metrics.jsonl. Changing this makes no stage another one."""
 
     tensorboard: bool = Field(True, description="Event files in the stage's folder, under tensorboard/.")
