@@ -100,7 +100,7 @@ def test_the_sdist_has_every_file_of_the_package_and_links_followed(sdist: Path)
         name for name, member in names.items() if name.startswith("srlm_mega/") and member.isfile()
     } == package_files()
     assert not any(member.issym() for member in names.values())
-    assert {"pyproject.toml", "setup.py", "README.md"} <= names.keys()
+    assert {"pyproject.toml", "setup.py", "README.md", "LICENSE"} <= names.keys()
 
 
 def test_a_wheel_built_from_the_sdist_is_the_same(wheel: Path, sdist: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ FROM nvcr.io/nvidia/tensorrt-llm/release:1.2.1
 RUN pip install --no-cache-dir numpy orjson psutil pydantic pyyaml rapidfuzz rich tenacity tokenizers typer xxhash \
         packaging
 
-COPY pyproject.toml setup.py README.md /opt/srlm-mega/
+COPY pyproject.toml setup.py README.md LICENSE /opt/srlm-mega/
 COPY srlm_mega /opt/srlm-mega/srlm_mega
 COPY kernels /opt/srlm-mega/kernels
 COPY launch /opt/srlm-mega/launch

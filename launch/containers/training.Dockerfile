@@ -12,7 +12,7 @@ RUN pip install --no-cache-dir jinja2 matplotlib numpy orjson packaging protobuf
         safetensors scipy sentencepiece tenacity tensorboard tokenizers typer xxhash transformers==5.23.0 \
     && pip install --no-cache-dir --no-deps megatron-core==0.16.1
 
-COPY pyproject.toml setup.py README.md /opt/srlm-mega/
+COPY pyproject.toml setup.py README.md LICENSE /opt/srlm-mega/
 COPY srlm_mega /opt/srlm-mega/srlm_mega
 COPY kernels /opt/srlm-mega/kernels
 COPY launch /opt/srlm-mega/launch
