@@ -1,8 +1,8 @@
 """What the kernels refuse: a ValueError names the argument, what it got and what is expected, before any launch.
 
 Shapes, dtypes and devices are always checked. Values (targets, rows, bounds, pairs) are checked where they lie on the
-CPU: reading them on a GPU would stop the host until the GPU is idle. A collator that sends its tensors to a GPU calls
-`check_targets`, `check_rows`, `check_segments` and `check_pairs` before it does.
+CPU: reading them on a GPU would stop the host until the GPU is idle. Whoever sends its tensors to a GPU calls
+`check_targets`, `check_rows`, `check_segments`, `check_pairs` and `check_shares` before it does.
 """
 
 import torch
@@ -63,3 +63,9 @@ def check_pairs(pairs: Tensor, num_sequences: int) -> None:
     wrong = pairs[(pairs < 0) | (pairs >= num_sequences)]
     require(not len(wrong), "pairs", f"sequence {wrong[:1].tolist()}", f"0 to {num_sequences - 1}")
     require(len(pairs.unique()) == pairs.numel(), "pairs", "a sequence twice", "every sequence in at most one pair")
+
+
+def check_shares(consistency: Tensor) -> None:
+    """ValueError unless every consistency (on the CPU) is in [0, 1]."""
+    inside = bool(((consistency >= 0) & (consistency <= 1)).all())
+    require(inside, "consistency", consistency.tolist(), "shares from 0 to 1")

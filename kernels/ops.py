@@ -205,5 +205,4 @@ def _check_consistency(consistency: Tensor, pairs: Tensor, loss_type: LossType, 
     checks.require(loss_type == "sigmoid", "loss_type", loss_type, "sigmoid with consistency")
     checks.require(label_smoothing == 0, "label_smoothing", label_smoothing, "0 with consistency")
     if not consistency.is_cuda:
-        inside = bool(((consistency >= 0) & (consistency <= 1)).all())
-        checks.require(inside, "consistency", consistency.tolist(), "shares from 0 to 1")
+        checks.check_shares(consistency)

@@ -51,7 +51,7 @@ def batches() -> list[Batch]:
     """Two micro batches of one pair."""
     lengths = ((7, 9), (12, 5))
     sequences = [[TokenSequence("s", tuple(range(1, length)), 2) for length in pair] for pair in lengths]
-    return [padded_batch(pair, 2, 16, torch.device("cpu")) for pair in sequences]
+    return [padded_batch(pair, 2, 16) for pair in sequences]
 
 
 def set_fp8(model: list[MegatronModule], to: str | None) -> None:

@@ -35,13 +35,13 @@ def section(**settings: float | str) -> DpoConfig:
 
 def dpo_objective(tolerance: float | None = 1e-4, **settings: float | str) -> DpoObjective:
     reference = [ReferenceLogprobs("a", -3.0, -2.0), ReferenceLogprobs("b", -4.0, -1.0)]
-    return DpoObjective([pair("a"), pair("b")], reference, section(**settings), TOPOLOGY, tolerance)
+    return DpoObjective([pair("a"), pair("b")], reference, section(**settings), TOPOLOGY, 10, tolerance)
 
 
 def test_sft_counts_targets_only() -> None:
     """1 + 2 + 8 = 11 over 3 tokens."""
     sequences = [TokenSequence("a", (1, 2, 3, 4), 2), TokenSequence("b", (1, 2), 0)]
-    micro_batch = SftMicroBatch(padded_batch(sequences, 2, 8, torch.device("cpu")))
+    micro_batch = SftMicroBatch(padded_batch(sequences, 2, 8))
     total, count, reported = micro_batch.loss(torch.tensor([-1.0, -2, -8]))
     assert (total.item(), count.item(), reported.tolist()) == (11.0, 3, [11.0, 3.0])
 
@@ -49,7 +49,7 @@ def test_sft_counts_targets_only() -> None:
 def test_sft_mean_is_over_all_tokens_not_over_sequences() -> None:
     """Means per sequence would give (1.5 + 8) / 2 = 4.75."""
     section = TrainingConfig(train_iters=1, lr=1e-3, min_lr=0)
-    metrics = SftObjective([], section, TOPOLOGY).metrics(torch.tensor([11.0, 3.0]))
+    metrics = SftObjective([], section, TOPOLOGY, 10).metrics(torch.tensor([11.0, 3.0]))
     assert metrics["loss"] == pytest.approx(11 / 3)
 
 
@@ -57,7 +57,7 @@ def two_pairs(rpo_alpha: float) -> tuple[DpoMicroBatch, Tensor]:
     """Chosen log p: -(1 + 2) = -3 and -5; rejected -4 and -(2 + 2) = -4; references 0 but for the first chosen, -6."""
     sequences = [TokenSequence(f"s{length}", (1,) * (length + 1), 0) for length in (2, 1, 1, 2)]
     micro_batch = DpoMicroBatch(
-        batch=padded_batch(sequences, 4, 8, torch.device("cpu")),
+        batch=padded_batch(sequences, 4, 8),
         ref_logps=torch.tensor([-6.0, 0.0, 0.0, 0.0]),
         section=section(beta=0.5, rpo_alpha=rpo_alpha),
         nll_tokens=3 / 2,

@@ -121,10 +121,11 @@ class Bench:
             self.plain = PlainDpo.build(shape, weights, config.dpo, topology.device, config.trainer.bf16)
 
     def _objective(self) -> Objective:
+        vocab_size = self.config.model.vocab_size
         if self.request.objective == "sft":
-            return SftObjective([pair.chosen for pair in self.pairs], self.section, self.topology)
+            return SftObjective([pair.chosen for pair in self.pairs], self.section, self.topology, vocab_size)
         # The reference is made up, so the first step's margins are not 0.
-        return DpoObjective(self.pairs, self.reference, self.config.dpo, self.topology, tolerance=None)
+        return DpoObjective(self.pairs, self.reference, self.config.dpo, self.topology, vocab_size, tolerance=None)
 
     def indices(self, number: int) -> list[int]:
         """The items of a step, counted from 0."""

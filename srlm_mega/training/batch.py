@@ -12,6 +12,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from srlm_mega.errors import UserError
+from srlm_mega.kernels import checks
 from srlm_mega.training.context_parallel import cp_positions
 
 
@@ -85,8 +86,28 @@ class Batch:
     packed: PackedSeqParams | None
     own: Tensor | None = None
 
+    def to(self, device: torch.device, vocab_size: int) -> "Batch":
+        """The batch on `device`. ValueError for labels that are not its rows, or not tokens of the vocabulary, as long
+        as it is on the CPU: on a GPU nobody reads values."""
+        rows, tokens = self.labels
+        checks.check_rows(rows, self.tokens.numel())
+        checks.check_targets(tokens, vocab_size)
+        checks.check_segments(self.cu_seqlens, len(tokens if self.own is None else self.own))
+        packed = self.packed
+        if packed is not None:
+            cu_seqlens = packed.cu_seqlens_q.to(device)
+            packed = replace(packed, cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens)
+        return Batch(
+            tokens=self.tokens.to(device),
+            position_ids=self.position_ids.to(device),
+            labels=self.labels.to(device),
+            cu_seqlens=self.cu_seqlens.to(device),
+            packed=packed,
+            own=None if self.own is None else self.own.to(device),
+        )
 
-def padded_batch(sequences: Sequence[TokenSequence], num_rows: int, length: int, device: torch.device) -> Batch:
+
+def padded_batch(sequences: Sequence[TokenSequence], num_rows: int, length: int) -> Batch:
     """One row per sequence, padded on the right to `length` input positions; rows that are left over are padding.
 
     With causal attention no real token sees the padding behind it.
@@ -97,10 +118,10 @@ def padded_batch(sequences: Sequence[TokenSequence], num_rows: int, length: int,
         assert sequence.num_inputs <= length, f"{sequence.id}: {sequence.num_inputs} inputs do not fit {length}"
         tokens[row, : sequence.num_inputs] = torch.tensor(sequence.tokens[:-1])
     return Batch(
-        tokens=tokens.to(device),
-        position_ids=torch.arange(length).repeat(num_rows, 1).to(device),
-        labels=labels(sequences, starts=range(len(sequences)), stride=num_rows).to(device),
-        cu_seqlens=bounds([sequence.num_targets for sequence in sequences]).to(device),
+        tokens=tokens,
+        position_ids=torch.arange(length).repeat(num_rows, 1),
+        labels=labels(sequences, starts=range(len(sequences)), stride=num_rows),
+        cu_seqlens=bounds([sequence.num_targets for sequence in sequences]),
         packed=None,
     )
 
@@ -109,9 +130,9 @@ def context_part(batch: Batch, cp_rank: int, cp_size: int) -> Batch:
     """What one context-parallel rank gets of padded rows."""
     assert batch.packed is None, "the configuration refuses packing under context parallelism"
     num_rows, length = batch.tokens.shape
-    positions = cp_positions(length, cp_rank, cp_size).to(batch.tokens.device)
-    place = torch.full((length, num_rows), -1, device=batch.tokens.device)  # of each row of hidden states here
-    place[positions] = torch.arange(len(positions) * num_rows, device=place.device).view(-1, num_rows)
+    positions = cp_positions(length, cp_rank, cp_size)
+    place = torch.full((length, num_rows), -1)  # of each row of hidden states here
+    place[positions] = torch.arange(len(positions) * num_rows).view(-1, num_rows)
     rows, tokens = batch.labels
     own = place.flatten()[rows] >= 0
     return replace(
@@ -123,7 +144,7 @@ def context_part(batch: Batch, cp_rank: int, cp_size: int) -> Batch:
     )
 
 
-def packed_batch(sequences: Sequence[TokenSequence], length: int, device: torch.device) -> Batch:
+def packed_batch(sequences: Sequence[TokenSequence], length: int) -> Batch:
     """All sequences behind one another on one row of `length` input positions; the rest is a sequence of padding."""
     inputs = [sequence.num_inputs for sequence in sequences]
     padding = length - sum(inputs)
@@ -131,16 +152,15 @@ def packed_batch(sequences: Sequence[TokenSequence], length: int, device: torch.
     segments = [*inputs, padding] if padding else inputs
     cu_seqlens = bounds(segments)
     flat = [token for sequence in sequences for token in sequence.tokens[:-1]]
-    cu_seqlens_device = cu_seqlens.to(device, torch.int32)
     return Batch(
-        tokens=torch.tensor([flat + [0] * padding]).to(device),
-        position_ids=torch.cat([torch.arange(segment) for segment in segments])[None].to(device),
-        labels=labels(sequences, starts=cu_seqlens.tolist(), stride=1).to(device),
-        cu_seqlens=bounds([sequence.num_targets for sequence in sequences]).to(device),
+        tokens=torch.tensor([flat + [0] * padding]),
+        position_ids=torch.cat([torch.arange(segment) for segment in segments])[None],
+        labels=labels(sequences, starts=cu_seqlens.tolist(), stride=1),
+        cu_seqlens=bounds([sequence.num_targets for sequence in sequences]),
         packed=PackedSeqParams(
             qkv_format="thd",
-            cu_seqlens_q=cu_seqlens_device,
-            cu_seqlens_kv=cu_seqlens_device,
+            cu_seqlens_q=cu_seqlens.int(),
+            cu_seqlens_kv=cu_seqlens.int(),
             max_seqlen_q=max(segments),
             max_seqlen_kv=max(segments),
         ),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from srlm_mega.config.training import DpoConfig, TrainerConfig
 from srlm_mega.errors import UserError
+from srlm_mega.kernels import checks
 from srlm_mega.kernels.ops import dpo_loss
 from srlm_mega.records import ReferenceLogprobs
 from srlm_mega.training.batch import Batch, PairSequences, TokenSequence
@@ -61,6 +62,7 @@ class DpoObjective:
     reference: Sequence[ReferenceLogprobs]
     section: DpoConfig
     topology: Topology
+    vocab_size: int
     tolerance: float | None  # of the first step's loss; None: it is not checked
     num_sums: ClassVar[int] = 8
 
@@ -85,7 +87,7 @@ class DpoObjective:
         return Step(
             micro_batches=[
                 DpoMicroBatch(
-                    batch=cut.batch(flat([pairs[place] for place in part]), device),
+                    batch=cut.batch(flat([pairs[place] for place in part]), device, self.vocab_size),
                     ref_logps=self._reference([indices[place] for place in part]).to(device),
                     section=self.section,
                     nll_tokens=nll_tokens,
@@ -109,7 +111,9 @@ class DpoObjective:
     def _consistency(self, pairs: Sequence[PairSequences]) -> Tensor | None:
         if not self.is_weighed:
             return None
-        return torch.tensor([pair.consistency for pair in pairs], device=self.topology.device)
+        consistency = torch.tensor([pair.consistency for pair in pairs])
+        checks.check_shares(consistency)  # here, before it is on a GPU, where nobody reads it
+        return consistency.to(self.topology.device)
 
     def metrics(self, sums: Tensor) -> dict[str, float]:
         """TRL's metrics, from the reported sums over the world [8]. Rewards and logps are means over pairs."""

@@ -41,7 +41,9 @@ def compute_reference(
         items = pairs[first : first + section.global_batch_size]
         cut = split(items, section, topology)
         parts = cut.micro_batches
-        batches = [cut.batch(flat([items[place] for place in part]), topology.device) for part in parts]
+        batches = [
+            cut.batch(flat([items[place] for place in part]), topology.device, shape.vocab_size) for part in parts
+        ]
         with precision_before_training(model, config.trainer):
             outputs = forward(model, batches)
         for part, batch, token_logps in zip(parts, batches, outputs, strict=topology.is_reporter):

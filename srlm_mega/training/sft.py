@@ -34,6 +34,7 @@ class SftObjective:
     sequences: Sequence[TokenSequence]
     section: TrainingConfig
     topology: Topology
+    vocab_size: int
     num_sums: ClassVar[int] = 2
 
     @property
@@ -51,7 +52,7 @@ class SftObjective:
         cut = split(items, self.section, self.topology)
         return Step(
             micro_batches=[
-                SftMicroBatch(cut.batch([items[place] for place in part], self.topology.device))
+                SftMicroBatch(cut.batch([items[place] for place in part], self.topology.device, self.vocab_size))
                 for part in cut.micro_batches
             ],
             lengths=[len(item.tokens) for item in items],

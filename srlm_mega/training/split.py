@@ -47,12 +47,16 @@ class Split:
     cp_rank: int
     cp_size: int
 
-    def batch(self, sequences: Sequence[TokenSequence], device: torch.device) -> Batch:
-        """The sequences of one micro batch in the common shape."""
+    def batch(self, sequences: Sequence[TokenSequence], device: torch.device, vocab_size: int) -> Batch:
+        """The sequences of one micro batch in the common shape, on `device`. ValueError for a token to be learnt that
+        is not one of the model's `vocab_size`."""
         if self.packed:
-            return packed_batch(sequences, self.length, device)
-        batch = padded_batch(sequences, self.num_rows, self.length, device)
-        return batch if self.cp_size == 1 else context_part(batch, self.cp_rank, self.cp_size)
+            batch = packed_batch(sequences, self.length)
+        else:
+            batch = padded_batch(sequences, self.num_rows, self.length)
+        if self.cp_size > 1:
+            batch = context_part(batch, self.cp_rank, self.cp_size)
+        return batch.to(device, vocab_size)
 
 
 def split(items: Sequence[Item], section: TrainingConfig, topology: Topology) -> Split:

@@ -109,7 +109,7 @@ def train_sft(
     `stop_file` appears. With a `leg`, only so far.
     """
     kept = within(sequences, config.model.seq_length)
-    objective = SftObjective(kept, section, topology)
+    objective = SftObjective(kept, section, topology, read_shape(start).vocab_size)
     too_long = len(sequences) - len(kept)
     turns = Turns[Objective](objective, objective.num_items, num_steps(section, objective.num_items))
     return _train(topology, config, section, turns, start, out, seed, report, stop_file, too_long, leg)
@@ -135,7 +135,8 @@ def train_dpo(
     Resumes and stops as `train_sft` does.
     """
     kept = within(pairs, config.model.seq_length)
-    objective = DpoObjective(kept, reference, section, topology, first_step_tolerance(config.trainer))
+    vocab_size = read_shape(start).vocab_size
+    objective = DpoObjective(kept, reference, section, topology, vocab_size, first_step_tolerance(config.trainer))
     too_long = len(pairs) - len(kept)
     steps = num_steps(section, objective.num_items)
     turns = Turns[Objective](objective, objective.num_items, steps)
@@ -143,7 +144,7 @@ def train_dpo(
         examples = within(replay, config.model.seq_length)
         if not examples:
             raise UserError("dpo.eft_replay: there are no EFT examples that fit: set it to 0, or give EFT data")
-        other = SftObjective(examples, section, topology)
+        other = SftObjective(examples, section, topology, vocab_size)
         turns = replace(turns, other=other, num_others=len(examples), replayed=num_replayed(steps, section.eft_replay))
     return _train(topology, config, section, turns, start, out, seed, report, stop_file, too_long, leg)
 

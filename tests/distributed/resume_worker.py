@@ -20,6 +20,7 @@ import torch
 from megatron.core.tensor_parallel import random as megatron_random
 from small_run import SEED, Layout, config, sequences
 
+from srlm_mega.checkpoints_conversion.huggingface import read_shape
 from srlm_mega.config import Config
 from srlm_mega.errors import RunPreempted, RunStopped, UserError
 from srlm_mega.training import trainer
@@ -126,7 +127,7 @@ def updates(start: Path, layout: Layout) -> Results:
     settings = config(layout, 1)
     with Topology.start(settings.parallel, settings.trainer, SEED) as topology:
         one = trainer.Trainer.build(topology, settings, settings.sft, start, STEPS)
-        objective = SftObjective(sequences(), settings.sft, topology)
+        objective = SftObjective(sequences(), settings.sft, topology, read_shape(start).vocab_size)
         one.step(objective, objective.prepare(range(8)), 1)
         before = snapshot(one)
         weight = next(one.model[0].parameters())

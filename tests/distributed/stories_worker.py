@@ -57,7 +57,7 @@ def run(settings: Config, start: Path, pairs: list[PairSequences], out: Path) ->
 @torch.no_grad()
 def logits_of(model: MegatronModule, ids: list[int], topology: Topology) -> Tensor:
     """[s, v], the vocabulary gathered over the tensor-parallel ranks."""
-    batch = padded_batch([TokenSequence("story", (*ids, 0), 0)], 1, len(ids), topology.device)
+    batch = padded_batch([TokenSequence("story", (*ids, 0), 0)], 1, len(ids))
     logits: Tensor = model(batch.tokens, batch.position_ids, None, runtime_gather_output=True)
     return logits[0]
 

@@ -70,14 +70,14 @@ def items_of(lengths: Sequence[tuple[int, int, int]]) -> list[PairSequences]:
 
 
 def sft(pairs: Sequence[PairSequences], section: TrainingConfig, topology: Topology) -> SftObjective:
-    return SftObjective([pair.chosen for pair in pairs], section, topology)
+    return SftObjective([pair.chosen for pair in pairs], section, topology, 32)
 
 
 def dpo(pairs: Sequence[PairSequences], section: TrainingConfig, topology: Topology) -> DpoObjective:
     """References of a model that is not the policy, so that margins differ from 0."""
     reference = [ReferenceLogprobs(pair.id, -3.0 - number, -5.0) for number, pair in enumerate(pairs)]
     settings = section.model_dump() | {"rpo_alpha": 0.3, "loss_type": "sigmoid", "label_smoothing": 0.1}
-    return DpoObjective(pairs, reference, DpoConfig.model_validate(settings), topology, tolerance=None)
+    return DpoObjective(pairs, reference, DpoConfig.model_validate(settings), topology, 32, tolerance=None)
 
 
 def weighed(pairs: Sequence[PairSequences], section: TrainingConfig, topology: Topology) -> DpoObjective:
@@ -85,7 +85,7 @@ def weighed(pairs: Sequence[PairSequences], section: TrainingConfig, topology: T
     below 1/4, because near 1/2 a pair's gradient is the difference of two equal numbers, all rounding."""
     own = [replace(pair, consistency=0.05 * (number % 5)) for number, pair in enumerate(pairs)]
     reference = [ReferenceLogprobs(pair.id, -3.0 - number, -5.0) for number, pair in enumerate(pairs)]
-    return DpoObjective(own, reference, DpoConfig.model_validate(section.model_dump()), topology, tolerance=None)
+    return DpoObjective(own, reference, DpoConfig.model_validate(section.model_dump()), topology, 32, tolerance=None)
 
 
 Make = Callable[[Sequence[PairSequences], TrainingConfig, Topology], SftObjective | DpoObjective]

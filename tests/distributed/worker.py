@@ -71,7 +71,7 @@ def save_logits(topology: Topology, settings: Config, start: Path, out: Path) ->
     save_weights(model, shape, out / "round_trip", start, topology)
     for chunk in model:
         chunk.eval()
-    whole = padded_batch(sequences()[:4], 4, 32, topology.device)
+    whole = padded_batch(sequences()[:4], 4, 32)
     batch = context_part(whole, topology.cp_rank, topology.cp_size)
 
     def forward_step(data: object, chunk: Any) -> Any:
