@@ -22,7 +22,7 @@ from srlm_mega.records import Judgement, RankedReplies, RankedReply, SftExample,
 from srlm_mega.run_dir import RunDir
 from srlm_mega.sampling.sampler import Completion
 from srlm_mega.stages.eft import build_eft
-from srlm_mega.stages.sharded import SamplingTask
+from srlm_mega.stages.sampling_task import SamplingTask
 from srlm_mega.work import Work
 
 TOY = Path(__file__).resolve().parent.parent / "launch/configs/toy_cpu.yaml"

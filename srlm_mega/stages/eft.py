@@ -19,7 +19,8 @@ from srlm_mega.judging.template import JudgeTemplate
 from srlm_mega.records import Judgement, RankedReplies, SftExample, read_jsonl, write_jsonl
 from srlm_mega.sampling.sampler import Completion, SamplingParams
 from srlm_mega.seeds import derive_seed
-from srlm_mega.stages.sharded import Request, SamplingTask, judgements_of, sample_in_shards
+from srlm_mega.stages.sampling_task import SampledBy, SamplingRequest, SamplingTask, judgements_of, that_fit
+from srlm_mega.stages.sharded import sample_in_shards
 from srlm_mega.work import Done, Work
 
 MODEL = "sft_baseline"
@@ -98,12 +99,11 @@ def eft_task(work: Work) -> tuple[SamplingTask[str], int]:
     for ranked in sources(work):
         for place, reply in enumerate(ranked.replies):
             text = template.fill(ranked.prompt, reply.text)
-            requests.append(Request(reply_id(ranked, place), text, chat.prompt(text)))
-    longest = work.config.longest_prompt(judge.max_new_tokens)
-    fitting = [request for request in requests if len(request.token_ids) <= longest]
+            requests.append(SamplingRequest(reply_id(ranked, place), text, chat.prompt(text)))
+    fitting, by = that_fit(work.config, requests, judge.max_new_tokens), SampledBy(chat, model_hash, params)
 
-    def records(request: Request[str], completions: Sequence[Completion]) -> Iterator[Judgement]:
-        for judgement in judgements_of(chat, model_hash, params.decoding, "j", request, completions):
+    def records(request: SamplingRequest[str], completions: Sequence[Completion]) -> Iterator[Judgement]:
+        for judgement in judgements_of(by, "j", request, completions):
             whole = judgement.finish_reason == "stop"  # one that was cut is no example of judging
             yield judgement if whole else replace(judgement, score=None)
 

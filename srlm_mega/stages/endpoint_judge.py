@@ -5,10 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 from srlm_mega.config.comparison import PairwiseJudgeConfig
 from srlm_mega.errors import RunStopped
 from srlm_mega.judging.endpoint import Endpoint, RequestFailed
-from srlm_mega.judging.pairwise import parse_verdict
 from srlm_mega.records import Decoding, FailedRequest, PairwiseJudgement
 from srlm_mega.sampling.shards import Answered, Shard
-from srlm_mega.stages.pairwise_judge import PairwiseQuestion
+from srlm_mega.stages.pairwise_judge import PairwiseQuestion, judgement_of
+from srlm_mega.stages.sampling_task import CompletionFields
 
 SHARD_SIZE = 16  # answers that are paid for again after a kill, at most; fixed, as shards must be the same next time
 
@@ -53,14 +53,12 @@ class EndpointJudge:
             text, cut = self._endpoint.ask(question.text)
         except RequestFailed as error:
             return FailedRequest(question.prompt_id, str(error), self._settings.attempts)
-        return PairwiseJudgement(
-            prompt_id=question.prompt_id,
-            ours_first=question.ours_first,
-            text=text,
-            verdict=parse_verdict(text),
-            finish_reason="length" if cut else "stop",
-            seed=0,
-            model_hash=self.name,
-            token_ids=(),
-            decoding=Decoding(0.0, 1.0, self._settings.max_new_tokens),
-        )
+        fields: CompletionFields = {
+            "text": text,
+            "finish_reason": "length" if cut else "stop",
+            "seed": 0,
+            "model_hash": self.name,
+            "token_ids": (),
+            "decoding": Decoding(0.0, 1.0, self._settings.max_new_tokens),
+        }
+        return judgement_of(question, fields)

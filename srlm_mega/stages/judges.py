@@ -1,18 +1,19 @@
 """Who compares two responses: the configured judge, and the one that runs here, through the sampler."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from srlm_mega.chat import Chat
 from srlm_mega.config.comparison import PairwiseJudgeConfig
 from srlm_mega.config.runtime import SamplerConfig
-from srlm_mega.judging.pairwise import parse_verdict
-from srlm_mega.records import FailedRequest, PairwiseJudgement
+from srlm_mega.records import PairwiseJudgement
 from srlm_mega.sampling.retries import PatientSampler, open_patient_sampler
-from srlm_mega.sampling.sampler import ModelLimits, SamplingParams
+from srlm_mega.sampling.sampler import Completion, ModelLimits, SamplingParams
 from srlm_mega.sampling.shards import Answered, Shard
-from srlm_mega.stages.pairwise_judge import PairwiseJudge, PairwiseQuestion
+from srlm_mega.stages.pairwise_judge import PairwiseJudge, PairwiseQuestion, judgement_of
 from srlm_mega.stages.sampler_weights import require_verified
+from srlm_mega.stages.sampling_task import SampledBy, SamplingRequest, answer
 
 
 @dataclass(frozen=True)
@@ -52,36 +53,22 @@ class LocalJudge:
 
     def answer(self, shard: Shard[PairwiseQuestion]) -> Answered:
         """See `PairwiseJudge.answer`."""
-        params = replace(self.params, seed=shard.seed)
-        prompts = [self.chat.prompt(question.text) for question in shard.requests]
-        answers = self.sampler.sample([question.prompt_id for question in shard.requests], prompts, params)
-        judgements: list[PairwiseJudgement] = []
-        failed: list[FailedRequest] = []
-        for question, given in zip(shard.requests, answers, strict=True):
-            if isinstance(given, FailedRequest):
-                failed.append(given)
-                continue
-            (completion,) = given
-            text = self.chat.decode(completion.token_ids)
-            judgements.append(
-                PairwiseJudgement(
-                    prompt_id=question.prompt_id,
-                    ours_first=question.ours_first,
-                    text=text,
-                    verdict=parse_verdict(text),
-                    finish_reason=completion.finish_reason,
-                    seed=completion.seed,
-                    model_hash=self.name,
-                    token_ids=completion.token_ids,
-                    decoding=params.decoding,
-                )
-            )
-        prompt_tokens = sum(len(prompt) for prompt in prompts)
-        return Answered(judgements, failed, prompt_tokens, sum(len(one.token_ids) for one in judgements))
+        requests = [
+            SamplingRequest(question.prompt_id, question, self.chat.prompt(question.text))
+            for question in shard.requests
+        ]
+        asked = Shard(shard.number, shard.first, shard.seed, requests)
+        return answer(self.params, self._judgements, self.sampler, asked)
 
     def close(self) -> None:
         """See `PairwiseJudge.close`."""
         self.sampler.close()
+
+    def _judgements(
+        self, request: SamplingRequest[PairwiseQuestion], completions: Sequence[Completion]
+    ) -> Iterator[PairwiseJudgement]:
+        by = SampledBy(self.chat, self.name, self.params)
+        return (judgement_of(request.source, by.fields(completion)) for completion in completions)
 
 
 def open_judge(

@@ -22,14 +22,15 @@ from srlm_mega.judging.scored_candidates import judgements_by_candidate, score_c
 from srlm_mega.judging.template import JudgeTemplate
 from srlm_mega.records import Candidate, Judgement, Message, MetaJudgement, PreferencePair, read_jsonl, write_jsonl
 from srlm_mega.sampling.sampler import Completion, SamplingParams
-from srlm_mega.stages.sharded import Request, SamplingTask, sample_in_shards, that_fit
+from srlm_mega.stages.sampling_task import SampledBy, SamplingRequest, SamplingTask, that_fit
+from srlm_mega.stages.sharded import sample_in_shards
 from srlm_mega.work import Done, Work
 
 SPARE = 1.5  # responses asked about for each pair that may come of them: some end in a draw
 
 
 @dataclass(frozen=True)
-class Comparison:
+class JudgementComparison:
     """Two judgements of one response, in one order."""
 
     candidate_id: str
@@ -58,13 +59,13 @@ def judge_judgements(work: Work) -> Done:
     return Done(len(judged), counts)
 
 
-def comparisons_task(work: Work) -> tuple[SamplingTask[Comparison], int, list[Contest]]:
+def comparisons_task(work: Work) -> tuple[SamplingTask[JudgementComparison], int, list[Contest]]:
     """A request per comparison; how many were left out, too long for a whole answer; and what they decide."""
     settings, model = work.config.judge, f"M{work.round}"
     chat, model_hash = Chat.from_folder(work.run.weights(model)), work.run.digest(model)
     template, contests = meta_template(), contests_of(work)
 
-    def request(contest: Contest, first: Judgement, second: Judgement) -> Request[Comparison]:
+    def request(contest: Contest, first: Judgement, second: Judgement) -> SamplingRequest[JudgementComparison]:
         values = {
             "instruction": contest.candidate.prompt,
             "response": contest.candidate.text,
@@ -72,30 +73,29 @@ def comparisons_task(work: Work) -> tuple[SamplingTask[Comparison], int, list[Co
             "second": second.text,
         }
         name = f"{first.id}-over-{second.id}"
-        return Request(name, Comparison(contest.candidate.id, first, second), chat.prompt(template.fill(values)))
+        compared = JudgementComparison(contest.candidate.id, first, second)
+        return SamplingRequest(name, compared, chat.prompt(template.fill(values)))
 
     requests = [request(contest, *both) for contest in contests for both in comparisons(contest)]
     params = SamplingParams(1, settings.temperature, settings.top_p, settings.max_new_tokens, seed=0)
+    by = SampledBy(chat, model_hash, params)
 
-    def records(request: Request[Comparison], completions: Sequence[Completion]) -> Iterator[MetaJudgement]:
+    def records(
+        request: SamplingRequest[JudgementComparison], completions: Sequence[Completion]
+    ) -> Iterator[MetaJudgement]:
         for completion in completions:
-            text = chat.decode(completion.token_ids)
+            fields = by.fields(completion)
             yield MetaJudgement(
                 id=request.id,
                 candidate_id=request.source.candidate_id,
                 first_id=request.source.first.id,
                 second_id=request.source.second.id,
-                text=text,
-                verdict=parse_verdict(text),
-                finish_reason=completion.finish_reason,
-                seed=completion.seed,
-                model_hash=model_hash,
-                token_ids=completion.token_ids,
+                verdict=parse_verdict(fields["text"]),
                 cumulative_logprob=completion.cumulative_logprob,
-                decoding=params.decoding,
+                **fields,
             )
 
-    fitting = that_fit(work, requests, settings.max_new_tokens)
+    fitting = that_fit(work.config, requests, settings.max_new_tokens)
     task = SamplingTask(model, fitting, params, records, "meta_judgements.jsonl", "comparisons")
     return task, len(requests) - len(fitting), contests
 

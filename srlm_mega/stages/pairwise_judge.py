@@ -4,7 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from srlm_mega.judging.pairwise import parse_verdict
+from srlm_mega.records import PairwiseJudgement
 from srlm_mega.sampling.shards import Answered, Shard
+from srlm_mega.stages.sampling_task import CompletionFields
 
 
 @dataclass(frozen=True)
@@ -14,6 +17,16 @@ class PairwiseQuestion:
     prompt_id: str
     ours_first: bool
     text: str
+
+
+def judgement_of(question: PairwiseQuestion, fields: CompletionFields) -> PairwiseJudgement:
+    """The record of a judge's answer, with the verdict in it."""
+    return PairwiseJudgement(
+        prompt_id=question.prompt_id,
+        ours_first=question.ours_first,
+        verdict=parse_verdict(fields["text"]),
+        **fields,
+    )
 
 
 class PairwiseJudge(Protocol):

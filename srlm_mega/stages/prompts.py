@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import count
 
-from srlm_mega.chat import Chat, StopStrings
+from srlm_mega.chat import Chat
 from srlm_mega.data.self_instruct import KnownTexts, TaskFilter, few_shot_prompt, parse_tasks
 from srlm_mega.errors import RunStopped, UserError
 from srlm_mega.records import FailedRequest, Prompt, PromptDraft, RankedReplies, SftExample, read_jsonl, write_jsonl
@@ -14,6 +14,7 @@ from srlm_mega.sampling.sampler import ModelLimits, SamplingParams
 from srlm_mega.sampling.shards import write_durably, write_records
 from srlm_mega.seeds import derive_seed
 from srlm_mega.stages.sampler_weights import open_model
+from srlm_mega.stages.sampling_task import SampledBy
 from srlm_mega.work import Done, Work
 
 REQUESTS_PER_WAVE = 64
@@ -129,29 +130,20 @@ def sample_drafts(
             requests.append((request, ids))
     stop = chat.stop(settings.stop)
     params = SamplingParams(1, settings.temperature, settings.top_p, settings.max_new_tokens, seed, stop)
+    by = SampledBy(chat, work.run.digest(writer_model(work)), params)
     names = [f"r{work.round}-w{wave:05d}-{number:02d}" for number in range(len(requests))]
     answers = sampler.sample(names, [ids for _, ids in requests], params)
     return [
         PromptDraft(
             id=name,
             request=request,
-            text=text_before(stop, chat.decode(completion.token_ids)),
-            finish_reason=completion.finish_reason,
-            seed=completion.seed,
-            model_hash=work.run.digest(writer_model(work)),
-            token_ids=completion.token_ids,
             cumulative_logprob=completion.cumulative_logprob,
-            decoding=params.decoding,
+            **by.fields(completion),
         )
         for name, (request, _), completions in zip(names, requests, answers, strict=True)
         if not isinstance(completions, FailedRequest)  # another request will do as well
         for completion in completions
     ]
-
-
-def text_before(stop: StopStrings | None, text: str) -> str:
-    """What was written before a stop string."""
-    return text if stop is None else stop.before(text)
 
 
 def writer_model(work: Work) -> str:

@@ -4,7 +4,6 @@ Where the configuration asks for it, an anchor model answers them too, and the p
 """
 
 import random
-from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TypeVar, assert_never
 
@@ -17,19 +16,19 @@ from srlm_mega.plan import ANCHOR_JUDGEMENTS, ANCHORS, PREVIOUS_JUDGEMENTS, find
 from srlm_mega.progress import Progress
 from srlm_mega.records import Candidate, Judgement, Prompt, read_jsonl
 from srlm_mega.run_dir import RunDir
-from srlm_mega.sampling.sampler import Completion, SamplingParams
+from srlm_mega.sampling.sampler import SamplingParams
 from srlm_mega.sampling.shards import Answered, Shard, run_shards
 from srlm_mega.stages.eft import eft_task
 from srlm_mega.stages.meta import comparisons_task
-from srlm_mega.stages.sharded import (
-    Request,
+from srlm_mega.stages.sampling_task import (
+    SampledBy,
+    SamplingRequest,
     SamplingTask,
+    candidates_of,
     judgements_of,
-    sample_in_shards,
-    shard_files,
     that_fit,
-    work_as_replica,
 )
+from srlm_mega.stages.sharded import sample_in_shards, shard_files, work_as_replica
 from srlm_mega.work import Done, Work
 
 T = TypeVar("T")
@@ -99,26 +98,10 @@ def candidates_task(work: Work) -> tuple[SamplingTask[Prompt], int]:
     chat = Chat.from_folder(work.run.weights(model))
     model_hash = work.run.digest(model)
     prompts = read_jsonl(work.read(f"round_{work.round}/prompts", "prompts.jsonl"), Prompt)
-    requests = [Request(prompt.id, prompt, chat.prompt(prompt.text)) for prompt in prompts]
+    requests = [SamplingRequest(prompt.id, prompt, chat.prompt(prompt.text)) for prompt in prompts]
     params = params_of(settings)
-
-    def records(request: Request[Prompt], completions: Sequence[Completion]) -> Iterator[Candidate]:
-        for number, completion in enumerate(completions):
-            yield Candidate(
-                id=f"{request.id}-{letter}{number}",
-                prompt_id=request.id,
-                prompt=request.source.text,
-                text=chat.decode(completion.token_ids),
-                finish_reason=completion.finish_reason,
-                seed=completion.seed,
-                model_hash=model_hash,
-                prompt_token_ids=request.token_ids,
-                token_ids=completion.token_ids,
-                cumulative_logprob=completion.cumulative_logprob,
-                decoding=params.decoding,
-            )
-
-    fitting = that_fit(work, requests, settings.max_new_tokens)
+    records = partial(candidates_of, SampledBy(chat, model_hash, params), letter)
+    fitting = that_fit(work.config, requests, settings.max_new_tokens)
     return SamplingTask(model, fitting, params, records, "candidates.jsonl", "prompts"), len(requests) - len(fitting)
 
 
@@ -132,13 +115,12 @@ def judgements_task(work: Work) -> tuple[SamplingTask[Candidate], int]:
     model_hash = work.run.digest(model)
     template = JudgeTemplate.from_text(work.read("seed", "judge_template.txt").read_text(encoding="utf-8"), "seed")
     requests = [
-        Request(candidate.id, candidate, chat.prompt(template.fill(candidate.prompt, candidate.text)))
+        SamplingRequest(candidate.id, candidate, chat.prompt(template.fill(candidate.prompt, candidate.text)))
         for candidate in read_candidates(work)
     ]
     params = params_of(settings)
-
-    records = partial(judgements_of, chat, model_hash, params.decoding, letter)
-    fitting = that_fit(work, requests, settings.max_new_tokens)
+    records = partial(judgements_of, SampledBy(chat, model_hash, params), letter)
+    fitting = that_fit(work.config, requests, settings.max_new_tokens)
     return SamplingTask(model, fitting, params, records, "judgements.jsonl", "responses"), len(requests) - len(fitting)
 
 

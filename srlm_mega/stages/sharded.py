@@ -2,25 +2,18 @@
 
 import os
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
 from functools import partial
-from typing import Generic, TypeVar
+from typing import TypeVar
 
-from srlm_mega.chat import Chat
 from srlm_mega.errors import RunStopped, UserError, exit_code
-from srlm_mega.judging.scores import parse_score
 from srlm_mega.launch.child_process import die_with, show_stacks_when_asked
 from srlm_mega.launch.sampler_environment import devices_of, sampler_process
 from srlm_mega.progress import Progress
-from srlm_mega.records import Candidate, Decoding, FailedRequest, Judgement, MetaJudgement
 from srlm_mega.sampling.replicas import replica_progress, run_replicas
 from srlm_mega.sampling.retries import PatientSampler
-from srlm_mega.sampling.sampler import Completion, SamplingParams
 from srlm_mega.sampling.shards import (
-    Answered,
-    Shard,
     ShardFiles,
     ShardReport,
     cut_into_shards,
@@ -30,31 +23,10 @@ from srlm_mega.sampling.shards import (
 from srlm_mega.sampling.throughput import ShardWatch
 from srlm_mega.seeds import derive_seed
 from srlm_mega.stages.sampler_weights import open_model
+from srlm_mega.stages.sampling_task import SamplingTask, answer
 from srlm_mega.work import Work
 
 T = TypeVar("T")
-Sampled = Candidate | Judgement | MetaJudgement
-
-
-@dataclass(frozen=True)
-class Request(Generic[T]):
-    """One prompt of the sampler; `source` is what the records are about, `id` names the request where it fails."""
-
-    id: str
-    source: T
-    token_ids: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class SamplingTask(Generic[T]):
-    """What a stage samples: with which model, what, how (the seed is each shard's own), and what becomes of it."""
-
-    model: str
-    requests: Sequence[Request[T]]
-    params: SamplingParams
-    records: Callable[[Request[T], Sequence[Completion]], Iterator[Sampled]]
-    file: str
-    unit: str
 
 
 def sample_in_shards(work: Work, task: SamplingTask[T]) -> None:
@@ -71,39 +43,8 @@ def sample_in_shards(work: Work, task: SamplingTask[T]) -> None:
         run_replicas(files, partial(start_replica, work), config.sampler_replicas, watch)
     else:
         with closing(patient_sampler(work, task)) as sampler:
-            run_shards(files, partial(answer, task, sampler), watch.earlier, watch.finished)
+            run_shards(files, partial(answer, task.params, task.records, sampler), watch.earlier, watch.finished)
     watch.close()
-
-
-def judgements_of(
-    chat: Chat,
-    model_hash: str,
-    decoding: Decoding,
-    letter: str,
-    request: Request[T],
-    completions: Sequence[Completion],
-) -> Iterator[Judgement]:
-    """The judgements of one response, which the request is named after."""
-    for number, completion in enumerate(completions):
-        text = chat.decode(completion.token_ids)
-        yield Judgement(
-            id=f"{request.id}-{letter}{number}",
-            candidate_id=request.id,
-            text=text,
-            score=parse_score(text),
-            finish_reason=completion.finish_reason,
-            seed=completion.seed,
-            model_hash=model_hash,
-            token_ids=completion.token_ids,
-            cumulative_logprob=completion.cumulative_logprob,
-            decoding=decoding,
-        )
-
-
-def that_fit(work: Work, requests: Sequence[Request[T]], max_new_tokens: int) -> list[Request[T]]:
-    """Requests that leave room for a whole answer: over-long ones are never sent and never cut."""
-    longest = work.config.longest_prompt(max_new_tokens)
-    return [request for request in requests if len(request.token_ids) <= longest]
 
 
 def start_replica(work: Work, number: int) -> "subprocess.Popen[bytes]":
@@ -125,7 +66,7 @@ def work_as_replica(work: Work, task: SamplingTask[T], number: int) -> int:
     try:
         with closing(patient_sampler(work, task)) as sampler:
             seconds = work.config.runtime.sampler.take_over_seconds
-            take_shards(files, partial(answer, task, sampler), number, seconds, nobody_watches)
+            take_shards(files, partial(answer, task.params, task.records, sampler), number, seconds, nobody_watches)
     except (UserError, RunStopped) as error:
         Progress(replica_progress(files.folder, number)).failed(exit_code(error), str(error))
         return exit_code(error)
@@ -151,19 +92,3 @@ def failures_allowed(work: Work, requests: Sequence[T]) -> int:
 def patient_sampler(work: Work, task: SamplingTask[T]) -> PatientSampler:
     """The task's model, loaded. It stops by itself when this process alone has too many failures."""
     return open_model(work, task.model, failures_allowed(work, task.requests))
-
-
-def answer(task: SamplingTask[T], sampler: PatientSampler, shard: Shard[Request[T]]) -> Answered:
-    """The records of one shard. All n completions of a prompt are one request."""
-    requests = shard.requests
-    params = replace(task.params, seed=shard.seed)
-    answers = sampler.sample([one.id for one in requests], [one.token_ids for one in requests], params)
-    records: list[Sampled] = []
-    failed: list[FailedRequest] = []
-    for request, completions in zip(requests, answers, strict=True):
-        if isinstance(completions, FailedRequest):
-            failed.append(completions)
-        else:
-            records += task.records(request, completions)
-    prompt_tokens = sum(len(request.token_ids) for request in requests)
-    return Answered(records, failed, prompt_tokens, sum(len(record.token_ids) for record in records))

@@ -1,0 +1,137 @@
+"""Requests to a model, and the records that its completions become: the one road of all that samples in shards."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Generic, TypedDict, TypeVar
+
+from srlm_mega.chat import Chat
+from srlm_mega.config import Config
+from srlm_mega.judging.scores import parse_score
+from srlm_mega.records import (
+    Candidate,
+    Decoding,
+    FailedRequest,
+    FinishReason,
+    Judgement,
+    MetaJudgement,
+    PairwiseJudgement,
+    Prompt,
+)
+from srlm_mega.sampling.retries import PatientSampler
+from srlm_mega.sampling.sampler import Completion, SamplingParams
+from srlm_mega.sampling.shards import Answered, Shard
+
+T = TypeVar("T")
+Sampled = Candidate | Judgement | MetaJudgement | PairwiseJudgement
+
+
+@dataclass(frozen=True)
+class SamplingRequest(Generic[T]):
+    """One prompt of the sampler; `source` is what the records are about, `id` names the request where it fails."""
+
+    id: str
+    source: T
+    token_ids: tuple[int, ...]
+
+
+Records = Callable[[SamplingRequest[T], Sequence[Completion]], Iterator[Sampled]]
+"""What becomes of a request's completions."""
+
+
+@dataclass(frozen=True)
+class SamplingTask(Generic[T]):
+    """What a stage samples: with which model, what, how (the seed is each shard's own), and what becomes of it."""
+
+    model: str
+    requests: Sequence[SamplingRequest[T]]
+    params: SamplingParams
+    records: Records[T]
+    file: str
+    unit: str
+
+
+class CompletionFields(TypedDict):
+    """The fields that every record of a completion has; `cumulative_logprob` comes on top where a record keeps it."""
+
+    text: str
+    finish_reason: FinishReason
+    seed: int
+    model_hash: str
+    token_ids: tuple[int, ...]
+    decoding: Decoding
+
+
+@dataclass(frozen=True)
+class SampledBy:
+    """The model that writes completions, and how it decodes."""
+
+    chat: Chat
+    model_hash: str
+    params: SamplingParams
+
+    def fields(self, completion: Completion) -> CompletionFields:
+        """What a completion's record says of it; its text ends before a stop string."""
+        text, stop = self.chat.decode(completion.token_ids), self.params.stop
+        return {
+            "text": text if stop is None else stop.before(text),
+            "finish_reason": completion.finish_reason,
+            "seed": completion.seed,
+            "model_hash": self.model_hash,
+            "token_ids": completion.token_ids,
+            "decoding": self.params.decoding,
+        }
+
+
+def candidates_of(
+    by: SampledBy, letter: str, request: SamplingRequest[Prompt], completions: Sequence[Completion]
+) -> Iterator[Candidate]:
+    """The responses to one prompt, which the request is named after."""
+    for number, completion in enumerate(completions):
+        yield Candidate(
+            id=f"{request.id}-{letter}{number}",
+            prompt_id=request.id,
+            prompt=request.source.text,
+            prompt_token_ids=request.token_ids,
+            cumulative_logprob=completion.cumulative_logprob,
+            **by.fields(completion),
+        )
+
+
+def judgements_of(
+    by: SampledBy, letter: str, request: SamplingRequest[T], completions: Sequence[Completion]
+) -> Iterator[Judgement]:
+    """The judgements of one response, which the request is named after."""
+    for number, completion in enumerate(completions):
+        fields = by.fields(completion)
+        yield Judgement(
+            id=f"{request.id}-{letter}{number}",
+            candidate_id=request.id,
+            score=parse_score(fields["text"]),
+            cumulative_logprob=completion.cumulative_logprob,
+            **fields,
+        )
+
+
+def that_fit(config: Config, requests: Sequence[SamplingRequest[T]], max_new_tokens: int) -> list[SamplingRequest[T]]:
+    """Requests that leave room for a whole answer: over-long ones are never sent and never cut."""
+    longest = config.longest_prompt(max_new_tokens)
+    return [request for request in requests if len(request.token_ids) <= longest]
+
+
+def answer(
+    params: SamplingParams, records: Records[T], sampler: PatientSampler, shard: Shard[SamplingRequest[T]]
+) -> Answered:
+    """The records of one shard, sampled with its seed. All n completions of a prompt are one request."""
+    requests = shard.requests
+    answers = sampler.sample(
+        [one.id for one in requests], [one.token_ids for one in requests], replace(params, seed=shard.seed)
+    )
+    made: list[Sampled] = []
+    failed: list[FailedRequest] = []
+    for request, completions in zip(requests, answers, strict=True):
+        if isinstance(completions, FailedRequest):
+            failed.append(completions)
+        else:
+            made += records(request, completions)
+    prompt_tokens = sum(len(request.token_ids) for request in requests)
+    return Answered(made, failed, prompt_tokens, sum(len(record.token_ids) for record in made))
