@@ -13,6 +13,7 @@ from typing import Any
 import orjson
 
 from srlm_mega.checkpoints_conversion import fp8_folders, huggingface_files, jobs, trtllm
+from srlm_mega.checkpoints_conversion.bar import no_bar
 from srlm_mega.checkpoints_conversion.bits import DType
 from srlm_mega.checkpoints_conversion.build import Plan, Report, Resources, building
 from srlm_mega.checkpoints_conversion.folder import CONFIG, copy_tokenizer, pretty_json, read_json
@@ -121,7 +122,7 @@ def _fp8_plan(source: Checkpoint, wish: Wish, dtype: DType, amax: Amax, bar: Bar
     return fp8_folders.unified_plan(source.shape, source.config, dtype, scales)
 
 
-def convert(source: Path, destination: Path, wish: Wish, resources: Resources, bar: Bar) -> Record:
+def convert(source: Path, destination: Path, wish: Wish, resources: Resources, bar: Bar = no_bar) -> Record:
     """Make `destination` from `source`; killed and called again, it goes on. ValueError for what is wrong with either,
     OSError when the disk is full."""
     checkpoint = open_checkpoint(source)

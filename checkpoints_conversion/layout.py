@@ -81,14 +81,6 @@ def merge_gate_up(shards: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return torch.cat([gate for gate, _ in halves]), torch.cat([up for _, up in halves])
 
 
-def half_split_rotary(weight: Tensor, num_heads: int) -> Tensor:
-    """Rows of q or k from Meta's rotary order to Hugging Face's: [num_heads * d, h] -> the same shape.
-
-    Meta rotates rows (0, 1), (2, 3), ... of a head together, Hugging Face rows (0, d/2), (1, d/2 + 1), ...
-    """
-    return weight.unflatten(0, (num_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
-
-
 def _shard(weight: Tensor, dim: int, tp_rank: int, tp_size: int) -> Tensor:
     size = weight.size(dim)
     assert size % tp_size == 0, f"{size} does not divide by TP {tp_size}: check the placement first"

@@ -12,6 +12,7 @@ from pathlib import Path
 import xxhash
 
 from srlm_mega.checkpoints_conversion import trtllm
+from srlm_mega.checkpoints_conversion.bar import no_bar
 from srlm_mega.checkpoints_conversion.bits import Bits, cast
 from srlm_mega.checkpoints_conversion.build import MAX_BLOCK_BYTES, Report
 from srlm_mega.checkpoints_conversion.convert import RECORD, Bar, open_checkpoint, read_record
@@ -69,7 +70,7 @@ def check_proven(folder: Path) -> None:
             raise ValueError(f"{folder / name} is not what was verified: {remedy}")
 
 
-def prove(source: Path, destination: Path, bar: Bar) -> Proof:
+def prove(source: Path, destination: Path, bar: Bar = no_bar) -> Proof:
     """Both folders hold the same model. ValueError says where they differ, or what is wrong with one of them."""
     started = time.monotonic()
     first, second = open_checkpoint(source), open_checkpoint(destination)

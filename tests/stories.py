@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from llama2c import HEADER, read
 from torch import Tensor
 from torch.nn import functional as F
 
 from srlm_mega.checkpoints_conversion.llama import LlamaShape
-from srlm_mega.checkpoints_conversion.llama2c import HEADER, read
 
 REWRITTEN_SHA256 = "9414d5a285453a7eab631713d171753232c978f6f97654211469aff8be93c8d6"
 TIMES = 5

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from llama2c import convert, half_split_rotary, read
+from merge_shards import merge_shards
 from stories import ONCE_UPON_A_TIME, forward, restored
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from srlm_mega.checkpoints_conversion.huggingface import open_weights, write_folder
-from srlm_mega.checkpoints_conversion.layout import half_split_rotary
 from srlm_mega.checkpoints_conversion.llama import LlamaShape
-from srlm_mega.checkpoints_conversion.llama2c import convert, read
-from srlm_mega.checkpoints_conversion.megatron import load_shard, merge_shards, placements
+from srlm_mega.checkpoints_conversion.megatron import load_shard, placements
 
 TOLERANCE = 1e-4
 

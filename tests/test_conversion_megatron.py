@@ -7,12 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from merge_shards import merge_shards
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from srlm_mega.checkpoints_conversion.layout import split_qkv
 from srlm_mega.checkpoints_conversion.llama import LlamaShape, huggingface_shapes
-from srlm_mega.checkpoints_conversion.megatron import Placement, load_shard, merge_shards, placements
+from srlm_mega.checkpoints_conversion.megatron import Placement, load_shard, placements
 
 SHAPE = LlamaShape(
     num_layers=4,

@@ -16,14 +16,14 @@ import pytest
 from fake_run import HOSTILE, FakeRun, make_run
 from rich.console import Console
 
-from srlm_mega.records import write_jsonl
+from srlm_mega.records import parse_line, write_jsonl
 from srlm_mega.report import page as page_module
 from srlm_mega.report.costs import StageCost
 from srlm_mega.report.drawing import CSS_VARIABLES
 from srlm_mega.report.lineage_sample import LineageSample, PairLeaf, place
 from srlm_mega.report.page import render, write_report
 from srlm_mega.report.plots import part_of, running_mean
-from srlm_mega.report.summary import build_summary, movement, read_summary, write_summary
+from srlm_mega.report.summary import Summary, build_summary, movement, write_summary
 from srlm_mega.report.terminal import summary_table
 from srlm_mega.report.text import duration, shortened, visible
 
@@ -116,7 +116,7 @@ def test_summary_has_the_keys_of_the_final_table(finished: Path) -> None:
         *("M3", "M3/evaluation"),
     ]
     assert content["seconds"]["round_1/judgements"] == 9.0
-    assert read_summary(finished) == build_summary(finished)
+    assert parse_line(Summary, (finished / "summary.json").read_bytes()) == build_summary(finished)
 
 
 def test_what_has_no_manifest_is_not_in_the_summary(finished: Path, tmp_path: Path) -> None:

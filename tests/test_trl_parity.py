@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from merge_shards import merge_shards
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -21,7 +22,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from trl import DPOConfig, DPOTrainer
 
 from srlm_mega.checkpoints_conversion.huggingface import read_shape
-from srlm_mega.checkpoints_conversion.megatron import merge_shards
 from srlm_mega.config import Config
 from srlm_mega.training import trainer as trainer_module
 from srlm_mega.training.batch import PairSequences, TokenSequence

@@ -60,11 +60,6 @@ def write_summary(run: Path) -> Summary:
     return summary
 
 
-def read_summary(run: Path) -> Summary:
-    """What `write_summary` wrote."""
-    return parse_line(Summary, RunDir(run).summary_file.read_bytes())
-
-
 def model_number(name: str) -> int:
     """3 for M3."""
     return int(name.removeprefix("M"))

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import twin
+from llama2c import convert
 from safetensors.torch import load_file
 from stories import ONCE_UPON_A_TIME, restored
 from stories_run import NUM_NEW_TOKENS, TENSOR_PARALLEL_SIZES, WORLD_SIZE, config, read_pairs
@@ -18,7 +19,6 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from srlm_mega.checkpoints_conversion.huggingface import open_weights, write_folder
-from srlm_mega.checkpoints_conversion.llama2c import convert
 
 pytestmark = [pytest.mark.slow, pytest.mark.extra]
 TOLERANCE = 1e-4

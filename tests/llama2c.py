@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from srlm_mega.checkpoints_conversion.layout import half_split_rotary
 from srlm_mega.checkpoints_conversion.llama import LlamaShape
 
 HEADER = struct.Struct("<7i")  # dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, seq_len
@@ -37,6 +36,14 @@ def convert(path: Path) -> tuple[LlamaShape, dict[str, Tensor]]:
     if not shape.tie_word_embeddings:
         weights["lm_head.weight"] = tensors["wcls"]
     return shape, weights
+
+
+def half_split_rotary(weight: Tensor, num_heads: int) -> Tensor:
+    """Rows of q or k from Meta's rotary order to Hugging Face's: [num_heads * d, h] -> the same shape.
+
+    Meta rotates rows (0, 1), (2, 3), ... of a head together, Hugging Face rows (0, d/2), (1, d/2 + 1), ...
+    """
+    return weight.unflatten(0, (num_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
 def read(path: Path) -> tuple[LlamaShape, dict[str, Tensor]]:
