@@ -10,8 +10,8 @@ import orjson
 import pytest
 
 from srlm_mega.errors import UserError
+from srlm_mega.gpus import find_gpu
 from srlm_mega.tools.planner.generation import Replica
-from srlm_mega.tools.planner.hardware import find_gpu
 from srlm_mega.tools.planner.memory import fullest_stage
 from srlm_mega.tools.planner.points import (
     CALIBRATION_FILE,

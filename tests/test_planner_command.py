@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 from srlm_mega.cli import app
 from srlm_mega.config.file import load_config
 from srlm_mega.errors import UserError
+from srlm_mega.gpus import find_gpu
 from srlm_mega.plan import plan as stages_of
 from srlm_mega.tools.planner.advice import RUN_ADVICE, STEP_ADVICE, kind_of, step_advice
-from srlm_mega.tools.planner.hardware import find_gpu
 from srlm_mega.tools.planner.plan_command import PlanRequest, make_plan, planned, predictions, searched
 from srlm_mega.tools.planner.points import CALIBRATION_FILE
 from srlm_mega.tools.planner.requests import Requests, requests_of

@@ -11,15 +11,16 @@ import pytest
 from srlm_mega.checkpoints_conversion.llama import LlamaShape
 from srlm_mega.checkpoints_conversion.megatron import placements
 from srlm_mega.config.file import load_config
-from srlm_mega.tools.planner.hardware import find_gpu
+from srlm_mega.config.model_sizes import ModelSizes
+from srlm_mega.gpus import find_gpu
 from srlm_mega.tools.planner.job import Job, ParallelLayout
 from srlm_mega.tools.planner.memory import MARGIN, fits, layers_in_flight, parameters_of, stage_memory
-from srlm_mega.tools.planner.shapes import PUBLISHED, Shape
+from srlm_mega.tools.planner.shapes import PUBLISHED
 from srlm_mega.tools.planner.training_steps import Lengths, layout_of, memory_job, training_job
 from srlm_mega.training.memory_budget import MemoryBudget, num_parameters
 
 H100 = find_gpu("h100")
-TINY = Shape(num_layers=2, hidden=8, ffn=16, heads=2, groups=1, vocab=32)
+TINY = ModelSizes(num_layers=2, hidden=8, ffn=16, heads=2, groups=1, vocab=32)
 TOY = "launch/configs/toy_cpu.yaml"
 ONE_PROCESS = ("parallel.pipeline_model_parallel_size=1", "launch.processes_per_node=1")
 

@@ -7,16 +7,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from srlm_mega.checkpoints_conversion.llama import LlamaShape
+from srlm_mega.config.model_sizes import attention_flops, flops_per_token, linear_flops_per_token
 from srlm_mega.errors import UserError
+from srlm_mega.gpus import GPUS, find_gpu
 from srlm_mega.tools.planner.communication import data_parallel_seconds, tensor_parallel_seconds
-from srlm_mega.tools.planner.hardware import GPUS, find_gpu
 from srlm_mega.tools.planner.job import Job, ParallelLayout
 from srlm_mega.tools.planner.memory import fullest_stage, stage_memory
-from srlm_mega.tools.planner.model_flops import flops_per_token, published_flops_per_token
+from srlm_mega.tools.planner.model_flops import published_flops_per_token
 from srlm_mega.tools.planner.points import CALIBRATION_FILE, Point, read_points
 from srlm_mega.tools.planner.shapes import PUBLISHED, find_shape
 from srlm_mega.tools.planner.step_time import FITTED, exposed, layer_quantities, step_parts, step_quantities
-from srlm_mega.training.throughput import attention_flops, linear_flops_per_token
+from srlm_mega.training.memory_budget import sizes_of
 
 LLAMA_70B = PUBLISHED["llama3-70b"]
 H100 = find_gpu("h100")
@@ -42,7 +43,7 @@ def test_llama_3_70b_at_8k_by_hand() -> None:
 
 
 def test_the_trainer_counts_the_same_flop() -> None:
-    llama = LlamaShape(80, 8192, 28672, 64, 8, 128256, 8192, 1e-5, 5e5)
+    llama = sizes_of(LlamaShape(80, 8192, 28672, 64, 8, 128256, 8192, 1e-5, 5e5))
     trainer = linear_flops_per_token(llama) + attention_flops(llama, [8192]) / 8192
     assert flops_per_token(LLAMA_70B, 8192) == pytest.approx(trainer, rel=1e-12)
 
@@ -172,7 +173,7 @@ def test_time_grows_with_work_and_shrinks_with_better_parts(sizes: dict[str, int
     assert seconds(replace(base, recompute="full")) > seconds(base)
     many = replace(base, global_batch=64 * base.global_batch)  # FP8 casts the weights once a step
     assert seconds(replace(many, precision="fp8")) < seconds(many)
-    faster = replace(H100, bf16_tflops=2 * H100.bf16_tflops, memory_tbps=2 * H100.memory_tbps)
+    faster = replace(H100, peak=replace(H100.peak, bf16=2 * H100.peak.bf16), memory_tbps=2 * H100.memory_tbps)
     assert seconds(replace(base, gpu=faster)) < seconds(base)
     assert seconds(replace(base, gpu=replace(H100, network_gbps=100))) <= seconds(base)
 

@@ -18,6 +18,7 @@ from rich.console import Console
 from srlm_mega.checkpoints_conversion.llama import LlamaShape, huggingface_shapes
 from srlm_mega.cli_doctor import model_folders
 from srlm_mega.config.file import load_config
+from srlm_mega.config.model_sizes import ModelSizes
 from srlm_mega.config.preflight import PreflightConfig
 from srlm_mega.errors import UserError
 from srlm_mega.launch.preflight import coordinator
@@ -29,7 +30,7 @@ from srlm_mega.launch.preflight.allreduce import (
     check_speeds,
     run_ranks,
 )
-from srlm_mega.launch.preflight.disk_need import DiskNeed, disk_need, llama_parameters
+from srlm_mega.launch.preflight.disk_need import DiskNeed, disk_need
 from srlm_mega.launch.preflight.findings import Finding, check_absent, to_leave_out
 from srlm_mega.launch.preflight.findings import findings as all_findings
 from srlm_mega.launch.preflight.node_report import (
@@ -284,7 +285,7 @@ def test_how_much_a_run_writes_by_hand() -> None:
 
 def test_parameters_are_those_of_the_weight_table() -> None:
     shape = LlamaShape(3, 64, 192, 8, 2, 131, 128, 1e-5, 10000.0)
-    assert llama_parameters(3, 64, 192, 8, 2, 131) == sum(map(prod, huggingface_shapes(shape).values()))
+    assert ModelSizes(3, 64, 192, 8, 2, 131).parameters == sum(map(prod, huggingface_shapes(shape).values()))
 
 
 def test_the_70b_preset_needs_terabytes() -> None:

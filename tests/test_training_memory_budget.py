@@ -4,8 +4,9 @@ import pytest
 
 from srlm_mega.checkpoints_conversion.llama import LlamaShape
 from srlm_mega.checkpoints_conversion.megatron import placements
+from srlm_mega.config.model_sizes import GIB
 from srlm_mega.errors import UserError
-from srlm_mega.training.memory_budget import GIB, MemoryBudget, num_parameters
+from srlm_mega.training.memory_budget import MemoryBudget, num_parameters
 
 LLAMA_70B = LlamaShape(80, 8192, 28672, 64, 8, 32000, 4096, 1e-5, 10000.0)
 

@@ -3,15 +3,11 @@
 import pytest
 
 from srlm_mega.checkpoints_conversion.llama import LlamaShape
+from srlm_mega.config.model_sizes import attention_flops, linear_flops_per_token, train_flops
 from srlm_mega.config.training import TrainerConfig
-from srlm_mega.training.throughput import (
-    Meter,
-    attention_flops,
-    linear_flops_per_token,
-    peak_tflops,
-    precision_of,
-    train_flops,
-)
+from srlm_mega.gpus import peak_tflops
+from srlm_mega.training.memory_budget import sizes_of
+from srlm_mega.training.throughput import Meter, precision_of
 
 TINY = LlamaShape(
     num_layers=1,
@@ -24,20 +20,20 @@ TINY = LlamaShape(
     norm_epsilon=1e-5,
     rotary_base=1e4,
 )
-LLAMA_3_70B = LlamaShape(80, 8192, 28672, 64, 8, 128256, 8192, 1e-5, 5e5)
+LLAMA_3_70B = sizes_of(LlamaShape(80, 8192, 28672, 64, 8, 128256, 8192, 1e-5, 5e5))
 
 
 def test_matrices_by_hand() -> None:
     """Weights: q, k, v, o 4 * 2 * 2 = 16; gate, up, down 3 * 2 * 3 = 18; output 2 * 5 = 10. 6 * 44 = 264."""
-    assert linear_flops_per_token(TINY) == 264
+    assert linear_flops_per_token(sizes_of(TINY)) == 264
 
 
 def test_attention_by_hand() -> None:
     """Lengths 2 and 3: 6 * 2 * (4 + 9) = 156. As one sequence of 5 it would be 6 * 2 * 25 = 300."""
-    assert attention_flops(TINY, [2, 3]) == 156
-    assert attention_flops(TINY, [5]) == 300
-    assert attention_flops(TINY, [2, 3], convention=2.0) == 312
-    assert train_flops(TINY, [2, 3]) == 5 * 264 + 156
+    assert attention_flops(sizes_of(TINY), [2, 3]) == 156
+    assert attention_flops(sizes_of(TINY), [5]) == 300
+    assert attention_flops(sizes_of(TINY), [2, 3], convention=2.0) == 312
+    assert train_flops(sizes_of(TINY), [2, 3]) == 5 * 264 + 156
 
 
 @pytest.mark.parametrize(("convention", "gflop"), [(1.0, 449), (2.0, 481)])

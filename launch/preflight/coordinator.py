@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from srlm_mega.config import Config
+from srlm_mega.config.model_sizes import GIB
 from srlm_mega.errors import UserError
 from srlm_mega.launch.preflight.allreduce import (
     GroupSpeed,
@@ -28,7 +29,7 @@ from srlm_mega.launch.preflight.allreduce import (
     ranks_folder,
     read_speeds,
 )
-from srlm_mega.launch.preflight.disk_need import GIB, disk_need
+from srlm_mega.launch.preflight.disk_need import disk_need
 from srlm_mega.launch.preflight.findings import Finding, check_absent, findings, to_leave_out
 from srlm_mega.launch.preflight.node_report import InstalledGpu, NodeReport, local_report
 from srlm_mega.launch.preflight.roll_call import Caller, RollCall, call

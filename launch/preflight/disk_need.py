@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from srlm_mega.config import Config
+from srlm_mega.config.model_sizes import GIB, optimizer_bytes, weight_bytes
 
-GIB = 1 << 30
 JSON_BYTES_PER_TOKEN = 12  # its text (about 4) and its id in the token list (about 6), with room for the record's keys
 
 
@@ -41,11 +41,11 @@ class DiskNeed:
 
     @property
     def _weight_bytes(self) -> int:
-        return 2 if self.bf16 else 4
+        return weight_bytes(self.bf16)
 
     @property
     def _checkpoint_bytes_each(self) -> int:
-        return self._weight_bytes + 8 + (4 if self.bf16 else 0)
+        return self._weight_bytes + optimizer_bytes(self.bf16)
 
     def __str__(self) -> str:
         return (
@@ -61,15 +61,9 @@ def disk_need(config: Config, exports: int) -> DiskNeed:
     model, candidates, judge = config.model, config.candidates, config.judge
     per_prompt = candidates.n * (candidates.max_new_tokens + judge.n * judge.max_new_tokens)
     return DiskNeed(
-        parameters=llama_parameters(*model.sizes),
+        parameters=model.sizes.parameters,
         bf16=config.trainer.bf16,
         exports=exports,
         kept_checkpoints=config.trainer.keep_checkpoints,
         sampled_tokens=config.run.rounds * config.prompts.per_round * per_prompt,
     )
-
-
-def llama_parameters(layers: int, hidden: int, ffn: int, heads: int, groups: int, vocabulary: int) -> int:
-    """Of a Llama whose output is not tied to its embedding."""
-    attention = 2 * hidden * hidden + 2 * hidden * hidden * groups // heads  # query and output, key and value
-    return layers * (attention + 3 * hidden * ffn + 2 * hidden) + 2 * vocabulary * hidden + hidden

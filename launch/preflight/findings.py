@@ -5,7 +5,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median_low
 
-from srlm_mega.launch.preflight.disk_need import GIB, DiskNeed
+from srlm_mega.config.model_sizes import GIB
+from srlm_mega.launch.preflight.disk_need import DiskNeed
 from srlm_mega.launch.preflight.node_report import NodeReport
 
 ECC = "ECC"

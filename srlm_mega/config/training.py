@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from srlm_mega.config.model_sizes import ModelSizes
 from srlm_mega.config.section import Decides, Section
 
 
@@ -35,9 +36,9 @@ class ModelConfig(Section, decides="output"):
     )
 
     @property
-    def sizes(self) -> tuple[int, int, int, int, int, int]:
-        """Layers, hidden, feed-forward, heads, key/value heads, vocabulary: what the number of weights follows from."""
-        return (
+    def sizes(self) -> ModelSizes:
+        """What the number of weights, FLOP and bytes follow from."""
+        return ModelSizes(
             self.num_layers,
             self.hidden_size,
             self.ffn_hidden_size,

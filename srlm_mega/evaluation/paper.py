@@ -8,6 +8,7 @@ from collections import namedtuple
 from dataclasses import dataclass
 from typing import Any
 
+from srlm_mega.config.model_sizes import ModelSizes
 from srlm_mega.config.training import ModelConfig
 
 VERSION = "arXiv 2401.10020v3"
@@ -97,7 +98,7 @@ TABLES = (
 
 def is_llama2_70b(model: ModelConfig) -> bool:
     """Whether a configured shape is that of the paper's model."""
-    return model.sizes == (80, 8192, 28672, 64, 8, 32000)
+    return model.sizes == ModelSizes(80, 8192, 28672, 64, 8, 32000)
 
 
 def as_markdown() -> str:

@@ -6,14 +6,10 @@ refused cannot.
 
 from dataclasses import dataclass
 
-from srlm_mega.checkpoints_conversion.layout import padded_vocab_size
 from srlm_mega.checkpoints_conversion.llama import LlamaShape
 from srlm_mega.checkpoints_conversion.megatron import Placement
+from srlm_mega.config.model_sizes import GIB, GRADIENT_BYTES, ModelSizes, optimizer_bytes, weight_bytes
 from srlm_mega.errors import UserError
-
-GIB = 1 << 30
-GRADIENT_BYTES = 4  # fp32 whatever the weights are
-ADAM_BYTES, MASTER_BYTES = 8, 4  # two fp32 moments; with bf16 weights an fp32 copy of them
 
 
 @dataclass(frozen=True)
@@ -27,7 +23,7 @@ class MemoryBudget:
     @property
     def weights(self) -> int:
         """bf16 or fp32."""
-        return self.parameters * (2 if self.bf16 else 4)
+        return self.parameters * weight_bytes(self.bf16)
 
     @property
     def gradients(self) -> int:
@@ -37,22 +33,18 @@ class MemoryBudget:
     @property
     def optimizer(self) -> int:
         """This process's share of Adam's state."""
-        return self.parameters * self._optimizer_bytes // self.optimizer_shards
+        return self.parameters * optimizer_bytes(self.bf16) // self.optimizer_shards
 
     @property
     def total(self) -> int:
         """All three."""
         return self.weights + self.gradients + self.optimizer
 
-    @property
-    def _optimizer_bytes(self) -> int:
-        return ADAM_BYTES + (MASTER_BYTES if self.bf16 else 0)
-
     def __str__(self) -> str:
         terms = (
-            ("weights", f"{2 if self.bf16 else 4} bytes", self.weights),
+            ("weights", f"{weight_bytes(self.bf16)} bytes", self.weights),
             ("gradients", f"{GRADIENT_BYTES} bytes", self.gradients),
-            ("optimizer", f"{self._optimizer_bytes} bytes / {self.optimizer_shards} processes", self.optimizer),
+            ("optimizer", f"{optimizer_bytes(self.bf16)} bytes / {self.optimizer_shards} processes", self.optimizer),
         )
         sums = " + ".join(f"{what} * {each} {size / GIB:.2f} GiB" for what, each, size in terms)
         return f"{self.parameters:,} parameters per process: {sums} = {self.total / GIB:.2f} GiB"
@@ -68,12 +60,19 @@ class MemoryBudget:
 
 
 def num_parameters(shape: LlamaShape, placement: Placement) -> int:
-    """Parameters of one model chunk on one tensor-parallel rank. Norms are held whole, everything else in parts."""
-    hidden, tp = shape.hidden_size, placement.tp_size
-    heads = 2 * shape.num_attention_heads + 2 * shape.num_query_groups  # query and output, key and value
-    layer = hidden * (heads * shape.kv_channels + 3 * shape.ffn_hidden_size) // tp + 2 * hidden
-    vocabulary = padded_vocab_size(shape.vocab_size, tp) // tp * hidden
-    shared = placement.first_stage and shape.tie_word_embeddings
-    embedding = vocabulary if placement.first_stage else 0
-    output = hidden + (0 if shared else vocabulary) if placement.last_stage else 0
-    return len(placement.layers) * layer + embedding + output
+    """Parameters of one model chunk on one tensor-parallel rank."""
+    first, last = placement.first_stage, placement.last_stage
+    return int(sizes_of(shape).parameters_on_rank(len(placement.layers), placement.tp_size, first, last))
+
+
+def sizes_of(shape: LlamaShape) -> ModelSizes:
+    """What a checkpoint's shape amounts to."""
+    return ModelSizes(
+        num_layers=shape.num_layers,
+        hidden=shape.hidden_size,
+        ffn=shape.ffn_hidden_size,
+        heads=shape.num_attention_heads,
+        groups=shape.num_query_groups,
+        vocab=shape.vocab_size,
+        tied=shape.tie_word_embeddings,
+    )

@@ -23,6 +23,7 @@ from srlm_mega.checkpoints_conversion.llama import LlamaShape
 from srlm_mega.config import Config
 from srlm_mega.config.training import DpoConfig, TrainingConfig
 from srlm_mega.errors import RunPreempted, RunStopped, UserError
+from srlm_mega.gpus import peak_tflops
 from srlm_mega.records import ReferenceLogprobs
 from srlm_mega.run_dir import TRAINING_STATE
 from srlm_mega.stop import StopRequest
@@ -39,7 +40,7 @@ from srlm_mega.training.replay import REPLAY_LOSS, Turn, Turns, num_replayed
 from srlm_mega.training.schedule import Step, forward_backward
 from srlm_mega.training.sft import SftObjective
 from srlm_mega.training.split import num_steps, within
-from srlm_mega.training.throughput import Meter, peak_tflops, precision_of
+from srlm_mega.training.throughput import Meter, precision_of
 from srlm_mega.training.topology import Topology
 from srlm_mega.training.weights import load_weights, save_weights, verify_export
 

@@ -4,9 +4,10 @@ import pytest
 from gpu_runs import SHRUNKEN, WIDE_7B, WIDE_70B, Device, Figures, Size, dpo_step, run_config
 
 from srlm_mega.checkpoints_conversion.megatron import placements
+from srlm_mega.config.model_sizes import GIB
 from srlm_mega.stages.base import shape_of
 from srlm_mega.training import backend
-from srlm_mega.training.memory_budget import GIB, MemoryBudget, num_parameters
+from srlm_mega.training.memory_budget import MemoryBudget, num_parameters
 
 ON_GPU = [pytest.param(size, "cuda", marks=pytest.mark.gpu, id=size.name) for size in (WIDE_70B, WIDE_7B)]
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from srlm_mega.config.model_sizes import GIB
 from srlm_mega.errors import UserError
-from srlm_mega.tools.planner.hardware import GIB
 from srlm_mega.tools.planner.show import MEMORY_PARTS, RunPlan, header, part_bytes
 
 

@@ -7,8 +7,8 @@ what a server adds per token, TOKEN_SECONDS, is set by four published figures
 
 from dataclasses import dataclass
 
-from srlm_mega.tools.planner.hardware import Gpu
-from srlm_mega.tools.planner.shapes import Shape
+from srlm_mega.config.model_sizes import ModelSizes
+from srlm_mega.gpus import GpuModel
 from srlm_mega.tools.planner.step_time import FITTED
 
 TOKEN_SECONDS = 4.5e-5  # of a replica for each sampled token, outside the model: scheduling and sampling
@@ -20,8 +20,8 @@ STEP_SECONDS = 2e-3  # of a decoding step outside the model
 class Replica:
     """A model on `gpus` GPUs that samples."""
 
-    shape: Shape
-    gpu: Gpu
+    shape: ModelSizes
+    gpu: GpuModel
     gpus: int
     fp8: bool  # weights and products
     fp8_cache: bool
@@ -54,7 +54,7 @@ class Replica:
         shape = self.shape
         matrices = 2 * (shape.num_layers * shape.layer_parameters) * tokens / self._flops_per_second
         attention = 4 * shape.num_layers * shape.query_size * tokens * (context + tokens / 2)
-        attention *= FITTED.attention / (self.gpus * self.gpu.bf16_tflops * 1e12 * self.gpu.sustained)
+        attention *= FITTED.attention / (self.gpus * self.gpu.teraflops("bf16") * 1e12 * self.gpu.sustained)
         return matrices + attention + self._messages_seconds(tokens)
 
     def decode_seconds(self, batch: float, context: float) -> float:
@@ -86,8 +86,8 @@ class Replica:
     @property
     def _flops_per_second(self) -> float:
         gpu = self.gpu
-        peak = gpu.fp8_tflops / FITTED.matrices_fp8 if self.fp8 else gpu.bf16_tflops / FITTED.matrices_bf16
-        return self.gpus * peak * 1e12 * gpu.sustained
+        factor = FITTED.matrices_fp8 if self.fp8 else FITTED.matrices_bf16
+        return self.gpus * (gpu.teraflops("fp8" if self.fp8 else "bf16") / factor) * 1e12 * gpu.sustained
 
     def _messages_seconds(self, tokens: float) -> float:
         """Two all-reduces of 16-bit activations per layer."""

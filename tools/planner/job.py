@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from srlm_mega.tools.planner.hardware import Gpu, Precision
-from srlm_mega.tools.planner.shapes import Shape
+from srlm_mega.config.model_sizes import ModelSizes
+from srlm_mega.gpus import GpuModel, Precision
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -61,8 +61,8 @@ class ParallelLayout:
 class Job:
     """One optimiser step. Batches in sequences; `seq_length` in tokens."""
 
-    shape: Shape
-    gpu: Gpu
+    shape: ModelSizes
+    gpu: GpuModel
     layout: ParallelLayout
     precision: Precision
     micro_batch: int

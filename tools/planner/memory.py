@@ -7,12 +7,11 @@ for what an allocator cannot give out again.
 
 from dataclasses import dataclass
 
-from srlm_mega.tools.planner.hardware import GIB
+from srlm_mega.config.model_sizes import GIB, GRADIENT_BYTES, optimizer_bytes, weight_bytes
 from srlm_mega.tools.planner.job import Job
 
 MARGIN = 0.17  # of everything else: what the allocator reserves beyond what it gives out, and what is not modelled
 FIXED_BYTES = 1.0 * GIB  # cuBLAS and NCCL work spaces
-GRADIENT_BYTES, ADAM_BYTES, MASTER_BYTES = 4, 8, 4
 BUCKET_PARAMETERS = 1e8
 FUSED_CHUNK_ROWS = 1024  # rows of fp32 logits that the fused head holds at a time
 
@@ -73,13 +72,9 @@ def layers_of(job: Job, stage: int) -> float:
 
 
 def parameters_of(job: Job, stage: int) -> float:
-    """On one tensor-parallel rank: matrices in parts, norms whole, the vocabulary padded to a multiple of TP."""
-    shape, tp, pp = job.shape, job.layout.tp, job.layout.pp
-    layer = shape.layer_parameters / tp + 2 * shape.hidden
-    vocabulary = -(-shape.vocab // tp) * shape.hidden
-    first, last = stage == 0, stage == pp - 1
-    output = last and not (first and shape.tied)
-    return layers_of(job, stage) * layer + (first + output) * vocabulary + last * shape.hidden
+    """Parameters of a pipeline stage on one tensor-parallel rank."""
+    first, last = stage == 0, stage == job.layout.pp - 1
+    return job.shape.parameters_on_rank(layers_of(job, stage), job.layout.tp, first, last)
 
 
 def _stage(job: Job, stage: int) -> StageMemory:
@@ -104,14 +99,13 @@ def _state(job: Job, parameters: float) -> tuple[float, float, float]:
     """Weights, gradients, optimizer of a Megatron rank."""
     full = job.precision == "fp32"
     copies = 2 if job.precision == "fp8" else 0  # each weight cast, and transposed
-    weights = parameters * ((4 if full else 0 if job.fp8_weights else 2) + copies)
+    weights = parameters * ((0 if job.fp8_weights and not full else weight_bytes(not full)) + copies)
     if job.frozen:
         return weights, 0.0, 0.0
-    optimizer = ADAM_BYTES + (0 if full else MASTER_BYTES)
     return (
         weights,
         parameters * job.gradient_bytes,
-        parameters * optimizer / job.layout.optimizer_shards,
+        parameters * optimizer_bytes(not full) / job.layout.optimizer_shards,
     )
 
 
@@ -120,13 +114,17 @@ def _fsdp_state(job: Job, stage: int) -> tuple[float, float, float]:
     with a pipeline, the whole stage, whose gradients are then whole too."""
     parameters, shards = parameters_of(job, stage), job.layout.fsdp
     if job.layout.pp > 1:
-        return parameters * (4 / shards + 2), parameters * 4 * (1 + 1 / shards), parameters * ADAM_BYTES / shards
+        return (
+            parameters * (4 / shards + 2),
+            parameters * 4 * (1 + 1 / shards),
+            parameters * optimizer_bytes(bf16=False) / shards,
+        )
     layer = job.shape.layer_parameters / job.layout.tp
     vocabulary = job.shape.vocab * job.shape.hidden / job.layout.tp
     return (
         parameters * 4 / shards + 2 * (2 * layer + vocabulary),
         parameters * 4 / shards + 4 * max(layer, vocabulary),
-        parameters * ADAM_BYTES / shards,
+        parameters * optimizer_bytes(bf16=False) / shards,
     )
 
 

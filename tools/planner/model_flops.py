@@ -1,20 +1,11 @@
-"""Model FLOP per token: 6 * [L * (2 h^2 (1 + kv/heads) + 3 h ffn) + h V + a L h s] for a dense Llama.
+"""Model FLOP as publications count them, by the convention that they name (config/model_sizes.py has the formula).
 
-a = 2 counts full attention (megatron-core up to 0.11, NeMo's tables up to 25.07), a = 1 causal attention (megatron-core
-from 0.12, Megatron-Bridge), a = 0 matrices only (NeMo 24.07's fine-tuning tables). Figures of different conventions
-cannot be compared, which is why tokens per second are what is predicted.
+Figures of different conventions cannot be compared, which is why tokens per second are what is predicted.
 """
 
-from srlm_mega.tools.planner.shapes import Shape
+from srlm_mega.config.model_sizes import ModelSizes, flops_per_token
 
-CONVENTIONS = {"full-attention": 2.0, "causal": 1.0, "linear-only": 0.0}  # how a convention's name begins
-CAUSAL = 1.0
-
-
-def flops_per_token(shape: Shape, seq_length: float, convention: float = CAUSAL) -> float:
-    """Forward and backward."""
-    matrices = shape.num_layers * shape.layer_parameters + shape.hidden * shape.vocab
-    return 6 * (matrices + convention * shape.num_layers * shape.query_size * seq_length)
+CONVENTIONS = {"full-attention": 2.0, "causal": 1.0, "linear-only": 0.0}  # how a convention's name begins: a
 
 
 def known_convention(words: str) -> bool:
@@ -22,7 +13,7 @@ def known_convention(words: str) -> bool:
     return any(words.startswith(word) for word in CONVENTIONS)
 
 
-def published_flops_per_token(shape: Shape, seq_length: int, convention: str) -> float:
+def published_flops_per_token(shape: ModelSizes, seq_length: int, convention: str) -> float:
     """As a publication's words have it; "2/3" in them: frozen weights have no gradients."""
     factor = next((a for word, a in CONVENTIONS.items() if convention.startswith(word)), None)
     if factor is None:

@@ -9,7 +9,7 @@ import orjson
 from srlm_mega.config import Config
 from srlm_mega.config.file import load_config
 from srlm_mega.errors import UserError
-from srlm_mega.tools.planner.hardware import find_gpu
+from srlm_mega.gpus import find_gpu
 from srlm_mega.tools.planner.memory import stage_memory
 from srlm_mega.tools.planner.points import Unreadable, predict, read_points
 from srlm_mega.tools.planner.search import COUNTS, jobs, search

@@ -12,12 +12,13 @@ from typing import Any
 
 import orjson
 
+from srlm_mega.config.model_sizes import ModelSizes, flops_per_token
 from srlm_mega.errors import UserError
-from srlm_mega.tools.planner.hardware import Precision, find_gpu
+from srlm_mega.gpus import Precision, find_gpu
 from srlm_mega.tools.planner.job import MEGATRON, Job, ParallelLayout, Recompute, Stack
 from srlm_mega.tools.planner.memory import fullest_stage, stage_memory
-from srlm_mega.tools.planner.model_flops import flops_per_token, known_convention, published_flops_per_token
-from srlm_mega.tools.planner.shapes import Shape, find_shape
+from srlm_mega.tools.planner.model_flops import known_convention, published_flops_per_token
+from srlm_mega.tools.planner.shapes import find_shape
 from srlm_mega.tools.planner.step_time import FITTED, step_quantities
 
 CALIBRATION_FILE = Path(__file__).parent / "points.json"
@@ -130,7 +131,7 @@ def read_point(row: Mapping[str, Any], number: int = 0) -> Point:
     return Point(name, family, job, memory_job, tuple(assumed), ignored, _measured(given, job), given.get("memory_gib"))
 
 
-def _job(given: Mapping[str, Any], shape: Shape, assumed: list[str]) -> Job:
+def _job(given: Mapping[str, Any], shape: ModelSizes, assumed: list[str]) -> Job:
     """The job, with what had to be assumed added to `assumed`."""
 
     def value(key: str, default: int) -> int:

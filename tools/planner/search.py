@@ -4,10 +4,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from srlm_mega.config import Config
-from srlm_mega.tools.planner.hardware import Gpu
+from srlm_mega.config.model_sizes import ModelSizes
+from srlm_mega.gpus import GpuModel
 from srlm_mega.tools.planner.job import Job, ParallelLayout, Recompute
 from srlm_mega.tools.planner.memory import fits, fullest_stage
-from srlm_mega.tools.planner.shapes import Shape, shape_of
 from srlm_mega.tools.planner.training_steps import Lengths, StepTime, measure, memory_job, step_tokens, training_job
 
 COUNTS = (64, 128, 256, 512, 1024)
@@ -31,7 +31,7 @@ class Found:
         return self.step.total * self.gpus
 
 
-def search(config: Config, gpu: Gpu, lengths: Lengths, counts: Sequence[int]) -> list[Found]:
+def search(config: Config, gpu: GpuModel, lengths: Lengths, counts: Sequence[int]) -> list[Found]:
     """For every number of GPUs all layouts that fit, fastest first."""
     found = []
     tokens = step_tokens(config, config.dpo, lengths)
@@ -51,11 +51,9 @@ def search(config: Config, gpu: Gpu, lengths: Lengths, counts: Sequence[int]) ->
     return found
 
 
-def jobs(config: Config, gpu: Gpu, lengths: Lengths, gpus: int) -> Iterator[Job]:
+def jobs(config: Config, gpu: GpuModel, lengths: Lengths, gpus: int) -> Iterator[Job]:
     """Every layout that divides the model, with and without recompute."""
-    for layout in layouts(
-        shape_of(config.model), gpus, gpu.gpus_per_nvlink, config.dpo.packed_sequence_size is not None
-    ):
+    for layout in layouts(config.model.sizes, gpus, gpu.gpus_per_nvlink, config.dpo.packed_sequence_size is not None):
         job = training_job(config, config.dpo, layout, gpu, lengths)
         if layout.vpp > 1 and job.micro_batches % layout.pp:
             continue  # Megatron's interleaved schedule takes whole groups of micro batches
@@ -63,7 +61,7 @@ def jobs(config: Config, gpu: Gpu, lengths: Lengths, gpus: int) -> Iterator[Job]
             yield replace(job, recompute=recompute)
 
 
-def layouts(shape: Shape, gpus: int, node: int, packed: bool) -> Iterator[ParallelLayout]:
+def layouts(shape: ModelSizes, gpus: int, node: int, packed: bool) -> Iterator[ParallelLayout]:
     """TP within a node. Packed rows are not cut by context parallelism."""
     for tp in (1, 2, 4, 8):
         if tp > node or shape.heads % tp or shape.groups % tp or shape.ffn % tp:

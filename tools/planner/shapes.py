@@ -1,95 +1,38 @@
-"""Sizes of dense transformers, ours and published ones by name."""
+"""Sizes of published dense transformers, by name."""
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from srlm_mega.config.training import ModelConfig
+from srlm_mega.config.model_sizes import ModelSizes
 from srlm_mega.errors import UserError
 
-
-@dataclass(frozen=True)
-class Shape:
-    """A dense decoder in Megatron's words. `gated`: SwiGLU with three matrices; otherwise two (GPT, Nemotron)."""
-
-    num_layers: int
-    hidden: int
-    ffn: int
-    heads: int
-    groups: int  # key/value heads
-    vocab: int
-    gated: bool = True
-    head_size: int | None = None  # none: hidden / heads
-    tied: bool = False
-
-    @property
-    def query_size(self) -> int:
-        """Columns of the queries."""
-        return self.heads * (self.head_size or self.hidden // self.heads)
-
-    @property
-    def kv_size(self) -> int:
-        """Columns of the keys, and of the values."""
-        return self.query_size * self.groups // self.heads
-
-    @property
-    def mlp_inputs(self) -> int:
-        """Columns of the MLP's first matrix."""
-        return (2 if self.gated else 1) * self.ffn
-
-    @property
-    def layer_matrices(self) -> tuple[tuple[int, int, bool], ...]:
-        """(inputs, outputs, whether TP splits the outputs) of a layer's matrices."""
-        return (
-            (self.hidden, self.query_size + 2 * self.kv_size, True),
-            (self.query_size, self.hidden, False),
-            (self.hidden, self.mlp_inputs, True),
-            (self.ffn, self.hidden, False),
-        )
-
-    @property
-    def layer_parameters(self) -> int:
-        """Of one layer's matrices; norms come on top."""
-        return sum(inputs * outputs for inputs, outputs, _ in self.layer_matrices)
-
-    @property
-    def parameters(self) -> int:
-        """Of the whole model."""
-        vocabulary = self.vocab * self.hidden * (1 if self.tied else 2)
-        return self.num_layers * (self.layer_parameters + 2 * self.hidden) + vocabulary + self.hidden
-
-
-def shape_of(model: ModelConfig) -> Shape:
-    """The configured model's."""
-    return Shape(*model.sizes)
-
-
 PUBLISHED = {  # from each model's config.json or paper
-    "llama2-7b": Shape(32, 4096, 11008, 32, 32, 32000),
-    "llama2-13b": Shape(40, 5120, 13824, 40, 40, 32000),
-    "llama2-34b": Shape(48, 8192, 22016, 64, 8, 32000),
-    "llama2-70b": Shape(80, 8192, 28672, 64, 8, 32000),
-    "llama3-8b": Shape(32, 4096, 14336, 32, 8, 128256),
-    "llama3-70b": Shape(80, 8192, 28672, 64, 8, 128256),
-    "llama3-405b": Shape(126, 16384, 53248, 128, 8, 128256),
-    "llama3-1b": Shape(16, 2048, 8192, 32, 8, 128256, tied=True),
-    "llama3-3b": Shape(28, 3072, 8192, 24, 8, 128256, tied=True),
-    "mistral-7b": Shape(32, 4096, 14336, 32, 8, 32000),
-    "mistral-12b": Shape(40, 5120, 14336, 32, 8, 131072, head_size=128),
-    "qwen2-7b": Shape(28, 3584, 18944, 28, 4, 152064),
-    "qwen2-14b": Shape(48, 5120, 13824, 40, 8, 152064),
-    "qwen2-32b": Shape(64, 5120, 27648, 40, 8, 152064),
-    "qwen2-72b": Shape(80, 8192, 29568, 64, 8, 152064),
-    "qwen3-8b": Shape(36, 4096, 12288, 32, 8, 151936),
-    "qwen3-14b": Shape(40, 5120, 17408, 40, 8, 151936),
-    "qwen3-32b": Shape(64, 5120, 25600, 64, 8, 151936, head_size=128),
-    "nemotron-8b": Shape(32, 4096, 16384, 32, 32, 256000, gated=False),
-    "nemotron-15b": Shape(32, 6144, 24576, 48, 8, 256000, gated=False),
-    "nemotron-22b": Shape(40, 6144, 24576, 48, 8, 256000, gated=False),
-    "nemotron-340b": Shape(96, 18432, 73728, 96, 8, 256000, gated=False),
-    "gpt3-5b": Shape(24, 4096, 16384, 32, 32, 51200, gated=False),
-    "gpt3-20b": Shape(44, 6144, 24576, 48, 48, 51200, gated=False),
-    "gpt3-40b": Shape(48, 8192, 32768, 64, 64, 51200, gated=False),
-    "gpt3-175b": Shape(96, 12288, 49152, 96, 96, 51200, gated=False),
+    "llama2-7b": ModelSizes(32, 4096, 11008, 32, 32, 32000),
+    "llama2-13b": ModelSizes(40, 5120, 13824, 40, 40, 32000),
+    "llama2-34b": ModelSizes(48, 8192, 22016, 64, 8, 32000),
+    "llama2-70b": ModelSizes(80, 8192, 28672, 64, 8, 32000),
+    "llama3-8b": ModelSizes(32, 4096, 14336, 32, 8, 128256),
+    "llama3-70b": ModelSizes(80, 8192, 28672, 64, 8, 128256),
+    "llama3-405b": ModelSizes(126, 16384, 53248, 128, 8, 128256),
+    "llama3-1b": ModelSizes(16, 2048, 8192, 32, 8, 128256, tied=True),
+    "llama3-3b": ModelSizes(28, 3072, 8192, 24, 8, 128256, tied=True),
+    "mistral-7b": ModelSizes(32, 4096, 14336, 32, 8, 32000),
+    "mistral-12b": ModelSizes(40, 5120, 14336, 32, 8, 131072, head_size=128),
+    "qwen2-7b": ModelSizes(28, 3584, 18944, 28, 4, 152064),
+    "qwen2-14b": ModelSizes(48, 5120, 13824, 40, 8, 152064),
+    "qwen2-32b": ModelSizes(64, 5120, 27648, 40, 8, 152064),
+    "qwen2-72b": ModelSizes(80, 8192, 29568, 64, 8, 152064),
+    "qwen3-8b": ModelSizes(36, 4096, 12288, 32, 8, 151936),
+    "qwen3-14b": ModelSizes(40, 5120, 17408, 40, 8, 151936),
+    "qwen3-32b": ModelSizes(64, 5120, 25600, 64, 8, 151936, head_size=128),
+    "nemotron-8b": ModelSizes(32, 4096, 16384, 32, 32, 256000, gated=False),
+    "nemotron-15b": ModelSizes(32, 6144, 24576, 48, 8, 256000, gated=False),
+    "nemotron-22b": ModelSizes(40, 6144, 24576, 48, 8, 256000, gated=False),
+    "nemotron-340b": ModelSizes(96, 18432, 73728, 96, 8, 256000, gated=False),
+    "gpt3-5b": ModelSizes(24, 4096, 16384, 32, 32, 51200, gated=False),
+    "gpt3-20b": ModelSizes(44, 6144, 24576, 48, 48, 51200, gated=False),
+    "gpt3-40b": ModelSizes(48, 8192, 32768, 64, 64, 51200, gated=False),
+    "gpt3-175b": ModelSizes(96, 12288, 49152, 96, 96, 51200, gated=False),
 }
 
 
@@ -100,7 +43,7 @@ SPELLINGS = (  # minor versions that share a shape, with or without dashes and d
 )
 
 
-def find_shape(name: str) -> Shape:
+def find_shape(name: str) -> ModelSizes:
     """By a published name (llama3.1-70b, meta-llama/Llama-3.1-70B-Instruct) or spelled out as `gpt h=2048 L=24
     heads=16 MHA ffn=4h vocab=131072`. UserError for others, mixtures of experts among them."""
     spelled = re.findall(r"(\w+)=(\d+)(h?)", name)
@@ -115,13 +58,13 @@ def find_shape(name: str) -> Shape:
     raise UserError(f"unknown model {name!r}; known are {', '.join(PUBLISHED)}, and `gpt h=.. L=.. heads=.. ffn=..`")
 
 
-def _spelled(name: str, values: dict[str, tuple[int, bool]]) -> Shape:
+def _spelled(name: str, values: dict[str, tuple[int, bool]]) -> ModelSizes:
     missing = [key for key in ("h", "L", "heads", "vocab") if key not in values]
     if missing:
         raise UserError(f"model {name!r} does not say {', '.join(missing)}")
     hidden, heads = values["h"][0], values["heads"][0]
     ffn, times_hidden = values.get("ffn", (4, True))
-    shape = Shape(
+    shape = ModelSizes(
         values["L"][0],
         hidden,
         ffn * hidden if times_hidden else ffn,

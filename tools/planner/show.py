@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from srlm_mega.config.model_sizes import GIB
+from srlm_mega.gpus import GpuModel
 from srlm_mega.tools.planner.advice import run_advice, step_advice
 from srlm_mega.tools.planner.communication import (
     context_parallel_seconds,
@@ -11,7 +13,6 @@ from srlm_mega.tools.planner.communication import (
     pipeline_seconds,
     tensor_parallel_seconds,
 )
-from srlm_mega.tools.planner.hardware import GIB, Gpu
 from srlm_mega.tools.planner.job import Job
 from srlm_mega.tools.planner.memory import MARGIN, StageMemory
 from srlm_mega.tools.planner.search import Found
@@ -68,9 +69,9 @@ def plan_text(plan: RunPlan) -> str:
             memory_table(plan.memory, plan.cluster.gpu),
             step_table(plan.step),
             message_table(plan),
-            step_advice(plan.step.seconds, plan.cluster.gpu.has_fp8),
+            step_advice(plan.step.seconds, plan.cluster.gpu.peak.fp8 is not None),
             run_table(plan),
-            run_advice(plan.times, plan.cluster.gpu.has_fp8),
+            run_advice(plan.times, plan.cluster.gpu.peak.fp8 is not None),
             f"Assumed mean tokens: prompt {plan.lengths.prompt}, response {plan.lengths.response}, judgement "
             f"{plan.lengths.judgement}. Planned, not measured; docs/planner.md says how far off published runs are.",
         ]
@@ -87,7 +88,7 @@ def header(plan: RunPlan) -> str:
     )
 
 
-def memory_table(memory: Sequence[StageMemory], gpu: Gpu) -> str:
+def memory_table(memory: Sequence[StageMemory], gpu: GpuModel) -> str:
     """GiB of every pipeline stage."""
     rows = [["stage", *MEMORY_PARTS, "total", "of device"]]
     for stage in memory:

@@ -3,11 +3,10 @@
 from dataclasses import dataclass, replace
 
 from srlm_mega.config import Config
+from srlm_mega.config.model_sizes import flops_per_token
 from srlm_mega.config.training import DpoConfig, TrainingConfig
-from srlm_mega.tools.planner.hardware import Gpu, Precision
+from srlm_mega.gpus import GpuModel, Precision
 from srlm_mega.tools.planner.job import Job, ParallelLayout, Stack
-from srlm_mega.tools.planner.model_flops import flops_per_token
-from srlm_mega.tools.planner.shapes import shape_of
 from srlm_mega.tools.planner.step_time import FITTED, NAMES, Quantities, step_parts
 
 OURS = Stack("srlm_mega", overlaps_tensor_parallel=False)  # the trainer does not set Megatron's tp_comm_overlap
@@ -63,7 +62,9 @@ def layout_of(config: Config) -> ParallelLayout:
     )
 
 
-def training_job(config: Config, section: TrainingConfig, layout: ParallelLayout, gpu: Gpu, lengths: Lengths) -> Job:
+def training_job(
+    config: Config, section: TrainingConfig, layout: ParallelLayout, gpu: GpuModel, lengths: Lengths
+) -> Job:
     """One optimiser step, at assumed lengths: packed rows, or rows padded to the batch's longest sequence."""
     trainer = config.trainer
     sequences = 2 if isinstance(section, DpoConfig) else 1
@@ -76,7 +77,7 @@ def training_job(config: Config, section: TrainingConfig, layout: ParallelLayout
         micro_batch, filled = section.micro_batch_size * sequences, mean / length
         rows = float(section.global_batch_size * sequences)
     return Job(
-        shape_of(config.model),
+        config.model.sizes,
         gpu,
         layout,
         precision_of(config),

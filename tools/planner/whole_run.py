@@ -4,12 +4,11 @@ from dataclasses import dataclass, replace
 
 from srlm_mega.config import Config
 from srlm_mega.config.training import TrainingConfig
+from srlm_mega.gpus import GpuModel
 from srlm_mega.plan import Stage, plan
 from srlm_mega.tools.planner.generation import Replica
-from srlm_mega.tools.planner.hardware import Gpu
 from srlm_mega.tools.planner.job import ParallelLayout
 from srlm_mega.tools.planner.requests import requests_of
-from srlm_mega.tools.planner.shapes import shape_of
 from srlm_mega.tools.planner.training_steps import Lengths, measure, step_tokens, steps_of, training_job
 
 # Guesses, none of them measured by this project on a GPU.
@@ -42,7 +41,7 @@ class StageTime:
 class Cluster:
     """What a run is planned for."""
 
-    gpu: Gpu
+    gpu: GpuModel
     layout: ParallelLayout
     sampler_gpus: int
 
@@ -73,7 +72,7 @@ def stage_times(stage: Stage, config: Config, cluster: Cluster, lengths: Lengths
 def training_times(name: str, config: Config, cluster: Cluster, lengths: Lengths) -> list[StageTime]:
     """A model: its optimiser steps, and its folder."""
     what, section, items = taught(name, config)
-    gpus, weights = cluster.layout.gpus, 2 * shape_of(config.model).parameters / DISK_BYTES_PER_SECOND
+    gpus, weights = cluster.layout.gpus, 2 * config.model.sizes.parameters / DISK_BYTES_PER_SECOND
     job = training_job(config, section, cluster.layout, cluster.gpu, lengths)
     step = measure(job, step_tokens(config, section, lengths)).total
     return [
@@ -117,7 +116,7 @@ def reference_time(name: str, config: Config, cluster: Cluster, lengths: Lengths
 def conversion_time(name: str, config: Config, cluster: Cluster) -> StageTime:
     """What the sampler loads: read, written and proven; an engine is built on top."""
     each = replica_of(config, cluster)
-    moved = (2 * 2 * shape_of(config.model).parameters + 2 * each.weight_bytes) / DISK_BYTES_PER_SECOND
+    moved = (2 * 2 * config.model.sizes.parameters + 2 * each.weight_bytes) / DISK_BYTES_PER_SECOND
     if not config.sampler.traits.loads_engine:
         return StageTime(name, "conversion", each.gpus, moved + START_SECONDS)
     build = ENGINE_SECONDS + ENGINE_SECONDS_PER_BYTE * each.weight_bytes / each.gpus
@@ -147,7 +146,7 @@ def replica_of(config: Config, cluster: Cluster) -> Replica:
     if sampler.quantization == "fp8":
         cluster.gpu.require_fp8()
     return Replica(
-        shape_of(config.model),
+        config.model.sizes,
         cluster.gpu,
         sampler.devices_per_replica,
         sampler.quantization == "fp8",

@@ -14,8 +14,9 @@ import typer
 from numpy.typing import NDArray
 from scipy.optimize import least_squares
 
+from srlm_mega.config.model_sizes import GIB
+from srlm_mega.gpus import find_gpu
 from srlm_mega.tools.planner.generation import Replica
-from srlm_mega.tools.planner.hardware import GIB, find_gpu
 from srlm_mega.tools.planner.memory import fullest_stage
 from srlm_mega.tools.planner.plan_command import dumps
 from srlm_mega.tools.planner.points import CALIBRATION_FILE, Point, read_points

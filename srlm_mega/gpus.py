@@ -1,17 +1,62 @@
-"""GPUs and how they are joined: data-sheet figures, and which bandwidth a group of ranks gets."""
+"""GPUs and how they are joined: NVIDIA's data-sheet figures, for MFU and for the planner."""
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, assert_never
 
+from srlm_mega.config.model_sizes import GIB
 from srlm_mega.errors import UserError
 
-GIB = 1 << 30
 Precision = Literal["fp32", "bf16", "fp8"]
 
 
 @dataclass(frozen=True)
-class Gpu:
+class PeakTflops:
+    """Dense peaks of matrix products in TFLOP/s, without sparsity."""
+
+    bf16: float
+    fp8: float | None  # None: no FP8 units
+
+
+A100, B200, GB200 = PeakTflops(312.0, None), PeakTflops(2250.0, 4500.0), PeakTflops(2500.0, 5000.0)
+H100_SXM, H100_PCIE, H100_NVL = PeakTflops(989.4, 1978.9), PeakTflops(756.0, 1513.0), PeakTflops(835.5, 1671.0)
+
+# By the exact name that the driver gives. A name that is not here has no MFU: a slice of a device, or a variant with
+# another power limit, is another device.
+PEAKS_BY_DRIVER_NAME: dict[str, PeakTflops] = {
+    "NVIDIA A100-SXM4-40GB": A100,
+    "NVIDIA A100-SXM4-80GB": A100,
+    "NVIDIA A100-PCIE-40GB": A100,
+    "NVIDIA A100 80GB PCIe": A100,
+    "NVIDIA H100 80GB HBM3": H100_SXM,
+    "NVIDIA H100 PCIe": H100_PCIE,
+    "NVIDIA H100 NVL": H100_NVL,
+    "NVIDIA H200": H100_SXM,
+    "NVIDIA H200 NVL": H100_NVL,
+    "NVIDIA GH200 480GB": H100_SXM,
+    "NVIDIA B200": B200,
+    "NVIDIA GB200": GB200,
+}
+
+
+def peak_tflops(device_name: str | None, precision: Precision) -> float | None:
+    """Dense peak of one device in TFLOP/s, None where it is not known (CPUs, other GPUs, fp32)."""
+    peak = PEAKS_BY_DRIVER_NAME.get(device_name or "")
+    if peak is None:
+        return None
+    match precision:
+        case "fp32":
+            return None
+        case "bf16":
+            return peak.bf16
+        case "fp8":
+            return peak.fp8
+        case _:
+            assert_never(precision)
+
+
+@dataclass(frozen=True)
+class GpuModel:
     """One GPU in its usual server. Bandwidths are per GPU and direction; peaks are dense.
 
     `sustained` is the share of its own peak that large matrix products keep under the power limit, relative to an
@@ -19,8 +64,7 @@ class Gpu:
     """
 
     name: str
-    bf16_tflops: float
-    fp8_tflops: float  # without FP8 units: the bf16 figure
+    peak: PeakTflops
     memory_tbps: float  # TB/s
     memory_gib: float  # what the driver offers
     nvlink_gbps: float  # GB/s
@@ -35,18 +79,24 @@ class Gpu:
 
     def require_fp8(self) -> None:
         """UserError without FP8 units."""
-        if not self.has_fp8:
+        if self.peak.fp8 is None:
             raise UserError(f"{self.name} has no FP8 units: plan with bf16, or for another GPU")
 
-    @property
-    def has_fp8(self) -> bool:
-        """Whether its FP8 products are faster than in bf16."""
-        return self.fp8_tflops > self.bf16_tflops
+    def teraflops(self, precision: Precision) -> float:
+        """Peak of matrix products in TFLOP/s; fp32 is TF32. Without FP8 units, fp8 has the peak of bf16."""
+        match precision:
+            case "fp32":
+                return self.peak.bf16 / 2
+            case "bf16":
+                return self.peak.bf16
+            case "fp8":
+                return self.peak.fp8 or self.peak.bf16
+            case _:
+                assert_never(precision)
 
     def flops_per_second(self, precision: Precision) -> float:
-        """Peak of matrix products; fp32 is TF32."""
-        teraflops = {"fp32": self.bf16_tflops / 2, "bf16": self.bf16_tflops, "fp8": self.fp8_tflops}
-        return teraflops[precision] * 1e12
+        """Peak of matrix products in FLOP/s."""
+        return self.teraflops(precision) * 1e12
 
     @property
     def bytes_per_second(self) -> float:
@@ -73,22 +123,22 @@ class Gpu:
 
 
 H100_500W_CLOCK = 0.85  # (500 W / 700 W) ** 0.5: power grows with about the square of the clock near the limit
-GPUS = (  # NVIDIA's data sheets; network: 200 Gb/s (A100) or 400 Gb/s per GPU, as in DGX servers
-    Gpu("a100", 312, 312, 2.04, 79.3, 300, 25, sustained=1.2),
-    Gpu("h100", 989.4, 1978.9, 3.35, 79.6, 450, 50),
-    Gpu("h100-500w", 989.4, 1978.9, 2.4, 94.5, 450, 50, sustained=H100_500W_CLOCK),
-    Gpu("h100-pcie", 756, 1513, 2.0, 79.6, 300, 25, sustained=0.85),
-    Gpu("h200", 989.4, 1978.9, 4.8, 139.8, 450, 50),
-    Gpu("gh200", 989.4, 1978.9, 4.0, 94.5, 450, 50),
-    Gpu("b200", 2250, 4500, 8.0, 178.3, 900, 50),
-    Gpu("b300", 2250, 4500, 8.0, 268.0, 900, 100),
-    Gpu("gb200", 2500, 5000, 8.0, 184.0, 900, 50, gpus_per_nvlink=64),
-    Gpu("gb300", 2500, 5000, 8.0, 277.0, 900, 100, gpus_per_nvlink=64),
+GPUS = (  # network: 200 Gb/s (A100) or 400 Gb/s per GPU, as in DGX servers
+    GpuModel("a100", A100, 2.04, 79.3, 300, 25, sustained=1.2),
+    GpuModel("h100", H100_SXM, 3.35, 79.6, 450, 50),
+    GpuModel("h100-500w", H100_SXM, 2.4, 94.5, 450, 50, sustained=H100_500W_CLOCK),
+    GpuModel("h100-pcie", H100_PCIE, 2.0, 79.6, 300, 25, sustained=0.85),
+    GpuModel("h200", H100_SXM, 4.8, 139.8, 450, 50),
+    GpuModel("gh200", H100_SXM, 4.0, 94.5, 450, 50),
+    GpuModel("b200", B200, 8.0, 178.3, 900, 50),
+    GpuModel("b300", B200, 8.0, 268.0, 900, 100),
+    GpuModel("gb200", GB200, 8.0, 184.0, 900, 50, gpus_per_nvlink=64),
+    GpuModel("gb300", GB200, 8.0, 277.0, 900, 100, gpus_per_nvlink=64),
 )
 OTHER_FORMS = frozenset(("pcie", "nvl"))  # of the same name: slower, not planned
 
 
-def find_gpu(name: str) -> Gpu:
+def find_gpu(name: str) -> GpuModel:
     """By our name or a published one such as H100-SXM-80GB. UserError for others, also of another memory or form."""
     words = name.lower().replace("_", "-").replace(" ", "-").removeprefix("nvidia-").removeprefix("dgx-")
     parts = words.split("-")
