@@ -3,7 +3,6 @@
 Sums run in a fixed order, so that two launches give the same bits. Did not run on a GPU yet.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,21 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from srlm_mega.kernels.reference import DpoLoss, LossType
+from srlm_mega.kernels.reference import DpoLoss, DpoSettings
 
 BLOCK, NUM_WARPS = 1024, 4  # response tokens per iteration
-
-
-@dataclass(frozen=True)
-class DpoSettings:
-    """What is not a tensor in a call of `ops.dpo_loss`."""
-
-    beta: float
-    loss_type: LossType
-    label_smoothing: float
-    rpo_alpha: float
-    n_pairs_global: float
-    n_nll_global: float
 
 
 def dpo_loss(
@@ -52,11 +39,34 @@ class _DpoLoss(torch.autograd.Function):
         settings: DpoSettings,
         consistency: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """loss [], sums [8], seq_logp [S], per_pair [P]; the launch makes the gradient [N] too."""
         grad = torch.empty_like(logp)
         seq_logp = torch.empty_like(ref_logp, dtype=torch.float32)
         per_pair = logp.new_empty(len(pairs))
         loss, sums = logp.new_empty(()), logp.new_empty(8, dtype=torch.float64)
-        launch_dpo(logp, cu_seqlens, pairs, ref_logp, grad, seq_logp, per_pair, loss, sums, settings, consistency)
+        dpo_kernel[(len(ref_logp),)](
+            logp.contiguous(),
+            cu_seqlens.contiguous(),
+            pairs.contiguous(),
+            ref_logp.float().contiguous(),
+            grad,
+            seq_logp,
+            per_pair,
+            logp.new_empty(len(pairs), 8),
+            loss,
+            sums,
+            torch.zeros(1, dtype=torch.int32, device=logp.device),
+            ref_logp if consistency is None else consistency.contiguous(),  # not read where there is none
+            len(pairs),
+            settings.beta,
+            settings.label_smoothing,
+            settings.nll_weight,
+            LOSS_TYPE=settings.loss_type,
+            PER_PAIR=consistency is not None,
+            BLOCK=BLOCK,
+            PAIR_BLOCK=triton.next_power_of_2(len(pairs)),
+            num_warps=NUM_WARPS,
+        )
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(sums, seq_logp, per_pair)
         return loss, sums, seq_logp, per_pair
@@ -65,46 +75,6 @@ class _DpoLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         (grad,) = ctx.saved_tensors
         return grad * grads[0], None, None, None, None, None
-
-
-def launch_dpo(
-    logp: Tensor,
-    cu_seqlens: Tensor,
-    pairs: Tensor,
-    ref_logp: Tensor,
-    grad: Tensor,
-    seq_logp: Tensor,
-    per_pair: Tensor,
-    loss: Tensor,
-    sums: Tensor,
-    settings: DpoSettings,
-    consistency: Tensor | None = None,
-) -> None:
-    """Fill grad [N] = dL/dlogp, seq_logp [S], per_pair [P], loss [] and sums [8]."""
-    dpo_kernel[(len(ref_logp),)](
-        logp.contiguous(),
-        cu_seqlens.contiguous(),
-        pairs.contiguous(),
-        ref_logp.float().contiguous(),
-        grad,
-        seq_logp,
-        per_pair,
-        logp.new_empty(len(pairs), 8),
-        loss,
-        sums,
-        torch.zeros(1, dtype=torch.int32, device=logp.device),
-        ref_logp if consistency is None else consistency.contiguous(),  # not read where there is none
-        len(pairs),
-        settings.beta,
-        settings.label_smoothing,
-        1 / settings.n_pairs_global,
-        settings.rpo_alpha / settings.n_nll_global if settings.rpo_alpha > 0 else 0.0,
-        LOSS_TYPE=settings.loss_type,
-        PER_PAIR=consistency is not None,
-        BLOCK=BLOCK,
-        PAIR_BLOCK=triton.next_power_of_2(len(pairs)),
-        num_warps=NUM_WARPS,
-    )
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -163,7 +133,6 @@ def add_up_pairs(
     sums: tl.tensor,
     loss: tl.tensor,
     num_pairs: tl.tensor,
-    pair_weight: tl.tensor,
     nll_weight: tl.tensor,
     PAIR_BLOCK: tl.constexpr,
 ) -> None:
@@ -179,7 +148,7 @@ def add_up_pairs(
             value_sum = total
         if index == 4:
             chosen_sum = total
-    tl.store(loss, (value_sum * pair_weight - chosen_sum * nll_weight).to(tl.float32))
+    tl.store(loss, (value_sum - chosen_sum * nll_weight).to(tl.float32))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -199,7 +168,6 @@ def dpo_kernel(
     num_pairs: tl.tensor,
     beta: tl.tensor,
     label_smoothing: tl.tensor,
-    pair_weight: tl.tensor,
     nll_weight: tl.tensor,
     LOSS_TYPE: tl.constexpr,
     PER_PAIR: tl.constexpr,
@@ -239,7 +207,7 @@ def dpo_kernel(
     value, by_chosen, by_rejected = pair_loss(
         chosen_ratio, rejected_ratio, chosen_length, rejected_length, beta, label_smoothing, LOSS_TYPE
     )
-    derivative = tl.where(is_chosen, by_chosen * pair_weight - nll_weight, by_rejected * pair_weight)
+    derivative = tl.where(is_chosen, by_chosen - nll_weight, by_rejected)
     derivative = tl.where(paired, derivative, 0.0)
     start = tl.where(is_chosen, chosen_start, rejected_start)
     stop = tl.where(is_chosen, chosen_stop, rejected_stop)
@@ -260,4 +228,4 @@ def dpo_kernel(
 
     tl.debug_barrier()  # all threads' stores come before this program's arrival
     if tl.atomic_add(arrived, 1, sem="acq_rel") == tl.num_programs(0) - 1:
-        add_up_pairs(pair_sums, sums, loss, num_pairs, pair_weight, nll_weight, PAIR_BLOCK)
+        add_up_pairs(pair_sums, sums, loss, num_pairs, nll_weight, PAIR_BLOCK)

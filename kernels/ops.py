@@ -3,7 +3,7 @@
 `kernels/reference.py` is the definition of every number here. Nothing of this ran on a GPU yet.
 """
 
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,7 +11,9 @@ from torch.distributed import ProcessGroup
 
 from srlm_mega.kernels import checks, reference
 from srlm_mega.kernels.collectives import num_ranks
-from srlm_mega.kernels.reference import DpoLoss, LossType
+from srlm_mega.kernels.reference import DpoLoss, DpoSettings, LossType
+
+__all__ = ["DpoLoss", "DpoSettings", "LossType", "Save", "dpo_loss", "vp_linear_logprob", "vp_logprob_"]
 
 Save = Literal["exp", "recompute"]
 
@@ -94,59 +96,38 @@ def dpo_loss(
     cu_seqlens: Tensor,
     pairs: Tensor,
     ref_logp: Tensor,
-    *,
-    beta: float,
-    loss_type: LossType = "sigmoid",
-    label_smoothing: float = 0.0,
-    rpo_alpha: float = 0.0,
-    n_pairs_global: float,
-    n_nll_global: float,
+    settings: DpoSettings,
     consistency: Tensor | None = None,
 ) -> DpoLoss:
-    """The loss of preference pairs from the log p of their response tokens, and the sums of TRL's metrics.
+    """The loss of P preference pairs from the log p of their response tokens, and the sums of TRL's metrics.
 
-    logp: [N] fp32 or fp64, response tokens only (they are counted), of S sequences one after the other.
-    cu_seqlens: [S+1] int32 or int64, bounds of the sequences: 0, ..., N.
-    pairs: [P, 2] (chosen, rejected) sequence numbers, each sequence in at most one pair. P and S may be 0.
-    ref_logp: [S] summed log p of the sequences under the reference, in nats.
-    loss = (sum over pairs of the loss of `loss_type`) / n_pairs_global
-           - rpo_alpha * (sum of the chosen tokens' logp) / n_nll_global, both counted over the whole global batch.
-    label_smoothing: for sigmoid (conservative DPO), and below 0.5 for robust; 0 for hinge and ipo.
-    consistency: [P] fp32, values in [0, 1], for sigmoid without label_smoothing: pair p's loss is
+    logp: [N] fp32 or fp64, in nats: response tokens only (they are counted), of S sequences one after the other.
+    cu_seqlens: [S + 1] int32 or int64, bounds of the sequences: 0, ..., N.
+    pairs: [P, 2] int32 or int64, (chosen, rejected) sequence numbers, each sequence in at most one pair. P and S may
+    be 0; a sequence in no pair has no gradient.
+    ref_logp: [S] fp32 or fp64, summed log p of the sequences under the reference, in nats.
+    settings: beta, loss_type, label_smoothing, rpo_alpha, chosen_tokens_per_pair; see `DpoSettings`.
+    consistency: None, or [P] fp32, values in [0, 1], for sigmoid without label_smoothing: pair p's loss is
     consistency[p] * loss(margin) + (1 - consistency[p]) * loss(-margin), as in CREAM (arXiv 2410.12735).
-    "ipo" works on means per token, as TRL does; all others on sums.
-    Raises ValueError on arguments that do not fit each other. Nothing is read back to the host.
+
+    Returns `DpoLoss`: loss [] (the only one with a gradient), sums [8] fp64, seq_logp [S], per_pair [P].
+    loss = sum over pairs of the loss of `loss_type` - rpo_alpha * (sum of chosen logp) / chosen_tokens_per_pair, to be
+    added up over micro batches and ranks and divided by the pairs of the global batch: then it is the mean over pairs
+    plus rpo_alpha times the mean -log p of a chosen token.
+    A pair's margin is the difference of its two log ratios logp - ref_logp, of sums over tokens; "ipo" takes means per
+    token, as TRL does.
+
+    Raises ValueError, which names the argument, on shapes, dtypes, devices and settings that do not fit each other, and
+    on a CPU on values too (bounds, pairs, consistency). Nothing is read back to the host.
     """
     _check_dpo(logp, cu_seqlens, pairs, ref_logp)
     if consistency is not None:
-        _check_consistency(consistency, pairs, loss_type, label_smoothing)
-    checks.require(beta > 0, "beta", beta, "a positive number")
-    known = get_args(LossType)
-    checks.require(loss_type in known, "loss_type", loss_type, f"{', '.join(known[:-1])} or {known[-1]}")
-    limit = {"sigmoid": 1.0, "robust": 0.5}.get(loss_type, 0.0)
-    fits = label_smoothing == 0 or 0 <= label_smoothing < limit
-    checks.require(fits, "label_smoothing", label_smoothing, f"0, or up to (not including) {limit} with {loss_type}")
-    checks.require(n_pairs_global > 0, "n_pairs_global", n_pairs_global, "a positive number")
-    checks.require(rpo_alpha >= 0, "rpo_alpha", rpo_alpha, "0 or a positive number")
-    checks.require(rpo_alpha == 0 or n_nll_global > 0, "n_nll_global", n_nll_global, "a positive number")
+        _check_consistency(consistency, pairs, settings)
     if runs_triton(logp) and len(pairs) > 0:
         from srlm_mega.kernels import dpo_kernel
 
-        settings = dpo_kernel.DpoSettings(beta, loss_type, label_smoothing, rpo_alpha, n_pairs_global, n_nll_global)
         return dpo_kernel.dpo_loss(logp, cu_seqlens, pairs, ref_logp, settings, consistency)
-    return reference.dpo_loss(
-        logp,
-        cu_seqlens,
-        pairs,
-        ref_logp,
-        beta=beta,
-        loss_type=loss_type,
-        label_smoothing=label_smoothing,
-        rpo_alpha=rpo_alpha,
-        n_pairs_global=n_pairs_global,
-        n_nll_global=n_nll_global,
-        consistency=consistency,
-    )
+    return reference.dpo_loss(logp, cu_seqlens, pairs, ref_logp, settings, consistency)
 
 
 def runs_triton(tensor: Tensor) -> bool:
@@ -198,11 +179,12 @@ def _check_dpo(logp: Tensor, cu_seqlens: Tensor, pairs: Tensor, ref_logp: Tensor
         checks.check_pairs(pairs, ref_logp.shape[0])
 
 
-def _check_consistency(consistency: Tensor, pairs: Tensor, loss_type: LossType, label_smoothing: float) -> None:
+def _check_consistency(consistency: Tensor, pairs: Tensor, settings: DpoSettings) -> None:
     checks.check_shape("consistency", consistency, len(pairs))
     checks.check_dtype("consistency", consistency, (torch.float32,))
     checks.check_same_device({"consistency": consistency}, pairs.device)
-    checks.require(loss_type == "sigmoid", "loss_type", loss_type, "sigmoid with consistency")
-    checks.require(label_smoothing == 0, "label_smoothing", label_smoothing, "0 with consistency")
+    checks.require(settings.loss_type == "sigmoid", "loss_type", settings.loss_type, "sigmoid with consistency")
+    smoothing = settings.label_smoothing
+    checks.require(smoothing == 0, "label_smoothing", smoothing, "0 with consistency")
     if not consistency.is_cuda:
         checks.check_shares(consistency)

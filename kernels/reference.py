@@ -4,17 +4,53 @@ Small pure functions of tensors, differentiated by autograd. `kernels/ops.py` is
 """
 
 from dataclasses import dataclass
-from typing import Literal, assert_never
+from typing import Literal, assert_never, get_args
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
-from srlm_mega.kernels.checks import IGNORE_INDEX
+from srlm_mega.kernels.checks import IGNORE_INDEX, require
 from srlm_mega.kernels.collectives import copy_to_ranks, gather_sequence, max_over_ranks, sum_over_ranks
 
 LossType = Literal["sigmoid", "robust", "hinge", "ipo"]
+
+
+@dataclass(frozen=True)
+class DpoSettings:
+    """The numbers of a DPO loss, the same for all pairs of a global batch. ValueError names what does not fit.
+
+    beta: factor of the log ratios, above 0.
+    loss_type: the loss of one pair; sigmoid is DPO's own.
+    label_smoothing: share of the pairs taken to be the wrong way round, from 0; with sigmoid (conservative DPO) below
+    1, with robust below 0.5, with hinge and ipo 0.
+    rpo_alpha: weight of the mean -log p of a chosen token, from 0.
+    chosen_tokens_per_pair: the mean over the global batch, above 0; read where rpo_alpha is above 0 only.
+    """
+
+    beta: float
+    loss_type: LossType = "sigmoid"
+    label_smoothing: float = 0.0
+    rpo_alpha: float = 0.0
+    chosen_tokens_per_pair: float = 0.0
+
+    def __post_init__(self) -> None:
+        known = get_args(LossType)
+        require(self.beta > 0, "beta", self.beta, "a positive number")
+        require(self.loss_type in known, "loss_type", self.loss_type, f"{', '.join(known[:-1])} or {known[-1]}")
+        limit = {"sigmoid": 1.0, "robust": 0.5}.get(self.loss_type, 0.0)
+        fits = self.label_smoothing == 0 or 0 <= self.label_smoothing < limit
+        expected = f"0, or up to (not including) {limit} with {self.loss_type}"
+        require(fits, "label_smoothing", self.label_smoothing, expected)
+        require(self.rpo_alpha >= 0, "rpo_alpha", self.rpo_alpha, "0 or a positive number")
+        counted = self.rpo_alpha == 0 or self.chosen_tokens_per_pair > 0
+        require(counted, "chosen_tokens_per_pair", self.chosen_tokens_per_pair, "a positive number with rpo_alpha")
+
+    @property
+    def nll_weight(self) -> float:
+        """Factor of the chosen tokens' -log p in the loss summed over pairs."""
+        return self.rpo_alpha / self.chosen_tokens_per_pair if self.rpo_alpha > 0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -71,16 +107,11 @@ def dpo_loss(
     cu_seqlens: Tensor,
     pairs: Tensor,
     ref_logp: Tensor,
-    *,
-    beta: float,
-    loss_type: LossType,
-    label_smoothing: float,
-    rpo_alpha: float,
-    n_pairs_global: float,
-    n_nll_global: float,
+    settings: DpoSettings,
     consistency: Tensor | None = None,
 ) -> DpoLoss:
     """The loss of pairs of packed sequences; see `ops.dpo_loss`."""
+    beta, loss_type = settings.beta, settings.loss_type
     lengths = cu_seqlens.diff()
     seq_logp = segment_sums(logp, cu_seqlens)
     ratios = seq_logp - ref_logp.to(seq_logp.dtype)
@@ -88,10 +119,10 @@ def dpo_loss(
     margins = ratios[chosen] - ratios[rejected]
     match loss_type:
         case "sigmoid":
-            smoothing = label_smoothing if consistency is None else 1 - consistency.to(margins.dtype)
+            smoothing = settings.label_smoothing if consistency is None else 1 - consistency.to(margins.dtype)
             per_pair = sigmoid_loss(margins, beta, smoothing)
         case "robust":
-            per_pair = robust_loss(margins, beta, label_smoothing)
+            per_pair = robust_loss(margins, beta, settings.label_smoothing)
         case "hinge":
             per_pair = hinge_loss(margins, beta)
         case "ipo":
@@ -99,9 +130,9 @@ def dpo_loss(
             per_pair = ipo_loss(mean_ratios[chosen] - mean_ratios[rejected], beta)
         case _:
             assert_never(loss_type)
-    loss = per_pair.sum() / n_pairs_global
-    if rpo_alpha > 0:
-        loss = loss - rpo_alpha * seq_logp[chosen].sum() / n_nll_global
+    loss = per_pair.sum()
+    if settings.rpo_alpha > 0:
+        loss = loss - settings.rpo_alpha * seq_logp[chosen].sum() / settings.chosen_tokens_per_pair
     with torch.no_grad():
         sums = torch.stack(
             [

@@ -5,7 +5,7 @@ dtype and on the whole vocabulary: how far that is from truth is how far a kerne
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from srlm_mega.kernels import reference
 from srlm_mega.kernels.checks import IGNORE_INDEX
-from srlm_mega.kernels.reference import DpoLoss, LossType
+from srlm_mega.kernels.reference import DpoLoss, DpoSettings, LossType
 
 Op = Callable[..., Tensor]
 
@@ -211,26 +211,19 @@ def run_dpo(
     pairs = torch.tensor([[0, 1], [3, 2]])
     ref = reference.segment_sums(logp, bounds) + torch.randint(-160, 160, (5,), generator=generator) / 16
     logp, bounds, pairs, ref = (tensor.to(device) for tensor in (logp, bounds, pairs, ref))
-    options: dict[str, Any] = {
-        "beta": 0.1,
-        "loss_type": loss_type,
-        "label_smoothing": smoothing,
-        "rpo_alpha": 0.2,
-        "n_pairs_global": 5.0,
-        "n_nll_global": 1700.0,
-        "consistency": None if consistency is None else torch.tensor(consistency, device=device),
-    }
+    settings = DpoSettings(0.1, loss_type, smoothing, rpo_alpha=0.2, chosen_tokens_per_pair=340.0)
+    shares = None if consistency is None else torch.tensor(consistency, device=device)
 
     def launch() -> tuple[DpoLoss, Tensor]:
         leaf = logp.clone().requires_grad_()
-        out = loss(leaf, bounds, pairs, ref, **options)
+        out = loss(leaf, bounds, pairs, ref, settings, shares)
         return out, torch.autograd.grad(out.loss, leaf)[0]
 
     (out, grad), (again, grad_again) = launch(), launch()
     leaf = logp.double().requires_grad_()
-    true = reference.dpo_loss(leaf, bounds, pairs, ref, **options)
+    true = reference.dpo_loss(leaf, bounds, pairs, ref, settings, shares)
     (true_grad,) = torch.autograd.grad(true.loss, leaf)
-    unsmoothed = reference.dpo_loss(leaf, bounds, pairs, ref, **options | {"label_smoothing": 0.0, "consistency": None})
+    unsmoothed = reference.dpo_loss(leaf, bounds, pairs, ref, replace(settings, label_smoothing=0.0))
     equal = [torch.equal(a, b) for a, b in [(out.loss, again.loss), (out.sums, again.sums), (grad, grad_again)]]
     return {
         "loss": distance(out.loss, true.loss.detach()),

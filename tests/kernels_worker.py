@@ -72,18 +72,13 @@ def second_backward(save: str) -> str:
 def unknown_loss() -> str:
     """What the kernel says to a loss that it does not have, behind the checks of `ops`."""
     logp, pairs, bounds, ref = torch.zeros(2), torch.tensor([[0, 1]]), torch.tensor([0, 1, 2]), torch.zeros(2)
-    settings = dpo_kernel.DpoSettings(0.1, "sigmoid", 0.0, 0.0, 1.0, 1.0)
+    settings = reference.DpoSettings(0.1)
     object.__setattr__(settings, "loss_type", "kto")
     try:
         dpo_kernel.dpo_loss(logp, bounds, pairs, ref, settings)
     except Exception as error:  # Triton's own, around what the kernel raised
         return f"{error!r}, {error.__cause__!r}"
     return "nothing"
-
-
-def dpo_kernel_loss(*tensors: Tensor, consistency: Tensor | None, **options: Any) -> reference.DpoLoss:
-    """What ops.dpo_loss calls on CUDA."""
-    return dpo_kernel.dpo_loss(*tensors, dpo_kernel.DpoSettings(**options), consistency)
 
 
 def largest(values: dict[str, Any], group: ProcessGroup | None) -> dict[str, Any]:
@@ -122,8 +117,8 @@ def main() -> None:
         results["second backward"] = {save: second_backward(save) for save in ("exp", "recompute")}
         results["unknown loss"] = unknown_loss()
         for loss_type, smoothing in cases.DPO_LOSSES:
-            results[f"dpo {loss_type} {smoothing}"] = cases.run_dpo(dpo_kernel_loss, loss_type, smoothing, CPU)
-        results["dpo per pair"] = cases.run_dpo(dpo_kernel_loss, "sigmoid", 0.0, CPU, cases.CONSISTENCY)
+            results[f"dpo {loss_type} {smoothing}"] = cases.run_dpo(dpo_kernel.dpo_loss, loss_type, smoothing, CPU)
+        results["dpo per pair"] = cases.run_dpo(dpo_kernel.dpo_loss, "sigmoid", 0.0, CPU, cases.CONSISTENCY)
     if group is None or group.rank() == 0:
         out.write_text(json.dumps(results))
     if group is not None:  # a rank that leaves while gloo's threads run can abort

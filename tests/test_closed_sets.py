@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -24,8 +23,9 @@ DPO = DpoConfig(train_iters=1, lr=1e-3, min_lr=0).model_copy(update={"loss_type"
 
 def reference_loss() -> None:
     logp, ref, bounds = torch.zeros(2), torch.zeros(2), torch.tensor([0, 1, 2])
-    options: dict[str, Any] = {"beta": 0.1, "loss_type": "kto", "label_smoothing": 0.0, "rpo_alpha": 0.0}
-    reference.dpo_loss(logp, bounds, torch.tensor([[0, 1]]), ref, n_pairs_global=1.0, n_nll_global=1.0, **options)
+    settings = reference.DpoSettings(0.1)
+    object.__setattr__(settings, "loss_type", "kto")  # behind its own check
+    reference.dpo_loss(logp, bounds, torch.tensor([[0, 1]]), ref, settings)
 
 
 @pytest.mark.parametrize(

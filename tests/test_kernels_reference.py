@@ -1,6 +1,7 @@
 """The definition: hand-worked numbers, TRL's own loss function, gradients by finite differences, what is refused."""
 
 import math
+from dataclasses import fields
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from srlm_mega.kernels import ops, reference
+from srlm_mega.kernels.ops import DpoSettings
 from srlm_mega.kernels.reference import DpoLoss, LossType
 
 LOSSES: list[tuple[LossType, float]] = [
@@ -23,10 +25,14 @@ PAIRS = torch.tensor([[0, 1], [4, 2]])
 
 
 def packed(logp: Tensor, loss_type: LossType = "sigmoid", smoothing: float = 0.0, **options: Any) -> DpoLoss:
-    """Two pairs of five sequences of 2, 1, 4, 2, 3 tokens; sequence 3 is in no pair."""
+    """Two pairs of five sequences of 2, 1, 4, 2, 3 tokens; sequence 3 is in no pair. Of a global batch of 4 pairs with
+    10 chosen tokens."""
+    consistency = options.pop("consistency", None)
+    settings = DpoSettings(
+        loss_type=loss_type, label_smoothing=smoothing, **{"beta": 0.5, "chosen_tokens_per_pair": 10 / 4} | options
+    )
     ref = torch.tensor([-2.0, -1.0, -5.0, -3.0, -4.0], dtype=logp.dtype)
-    defaults = {"beta": 0.5, "n_pairs_global": 4.0, "n_nll_global": 10.0}
-    return ops.dpo_loss(logp, BOUNDS, PAIRS, ref, loss_type=loss_type, label_smoothing=smoothing, **defaults | options)
+    return ops.dpo_loss(logp, BOUNDS, PAIRS, ref, settings, consistency)
 
 
 def log_probs(seed: int = 0) -> Tensor:
@@ -47,10 +53,10 @@ def test_dpo_loss_worked_out_by_hand() -> None:
     out = packed(logp, rpo_alpha=0.2)
     assert out.seq_logp.tolist() == [-2, -3, -6, -2, -1.5]
     assert out.per_pair.tolist() == pytest.approx([0.31326169, 0.16022415], abs=1e-8)
-    assert out.loss.item() == pytest.approx(0.11837146 + 0.07, abs=1e-8)
+    assert out.loss.item() / 4 == pytest.approx(0.11837146 + 0.07, abs=1e-8)
     # loss, chosen rewards 0 + 1.25, rejected rewards -1 - 0.5, margins above 0, chosen, rejected log p, tokens, pairs
     assert out.sums.tolist() == pytest.approx([0.47348584, 1.25, -1.5, 2, -3.5, -9, 5, 2], abs=1e-8)
-    (grad,) = torch.autograd.grad(out.loss, logp)
+    (grad,) = torch.autograd.grad(out.loss / 4, logp)
     assert grad[:2].tolist() == pytest.approx([-0.05361768] * 2, abs=1e-8)
     assert grad[3:7].tolist() == pytest.approx([0.01850590] * 4, abs=1e-8)
     assert grad[7:9].tolist() == [0, 0]
@@ -65,7 +71,7 @@ def test_consistency_worked_out_by_hand() -> None:
     logp.requires_grad_()
     out = packed(logp, consistency=torch.tensor([0.75, 0.25]))
     assert out.per_pair.tolist() == pytest.approx([0.56326169, 1.47272415], abs=1e-8)
-    (grad,) = torch.autograd.grad(out.loss, logp)
+    (grad,) = torch.autograd.grad(out.loss / 4, logp)
     assert grad[:2].tolist() == pytest.approx([-0.00236768] * 2, abs=1e-8)
     assert grad[9:].tolist() == pytest.approx([0.07524410] * 3, abs=1e-8)
     swapped = packed(logp, consistency=torch.tensor([0.25, 0.75]))
@@ -110,9 +116,8 @@ def test_loss_and_metrics_are_trl_s(loss_type: LossType, smoothing: float) -> No
 def one_pair(logp: Tensor, loss_type: LossType, smoothing: float) -> DpoLoss:
     """Four chosen tokens, then three rejected ones."""
     ref = torch.tensor([-3.0, -5.0], dtype=torch.float64)
-    options: dict[str, Any] = {"beta": 0.3, "n_pairs_global": 1.0, "n_nll_global": 1.0}
     bounds, pairs = torch.tensor([0, 4, 7]), torch.tensor([[0, 1]])
-    return ops.dpo_loss(logp, bounds, pairs, ref, loss_type=loss_type, label_smoothing=smoothing, **options)
+    return ops.dpo_loss(logp, bounds, pairs, ref, DpoSettings(0.3, loss_type, smoothing))
 
 
 def trl_loss(logp: Tensor, loss_type: str, smoothing: float) -> tuple[float, dict[str, float]]:
@@ -202,17 +207,8 @@ def test_nothing_to_compute_still_has_gradients() -> None:
     logp = ops.vp_linear_logprob(hidden, weight, none, none, vocab_start=0, tp_group=None)
     assert logp.shape == (0,)
     for loss_type, smoothing in LOSSES:
-        out = ops.dpo_loss(
-            logp,
-            torch.tensor([0]),
-            none.view(0, 2),
-            torch.zeros(0),
-            beta=0.1,
-            loss_type=loss_type,
-            label_smoothing=smoothing,
-            n_pairs_global=4.0,
-            n_nll_global=9.0,
-        )
+        settings = DpoSettings(0.1, loss_type, smoothing)
+        out = ops.dpo_loss(logp, torch.tensor([0]), none.view(0, 2), torch.zeros(0), settings)
         grads = torch.autograd.grad(out.loss, [hidden, weight], retain_graph=True)
         assert out.loss == 0 and out.sums.tolist() == [0] * 8 and not any(grad.any() for grad in grads)
 
@@ -230,10 +226,17 @@ DPO: dict[str, Any] = {
     "cu_seqlens": torch.tensor([0, 2, 4, 6]),
     "pairs": torch.tensor([[0, 1]]),
     "ref_logp": torch.zeros(3),
-    "beta": 0.1,
-    "n_pairs_global": 1.0,
-    "n_nll_global": 1.0,
 }
+
+
+def with_changes(changed: dict[str, Any]) -> None:
+    """The loss with some of the tensors or settings changed."""
+    settings = DpoSettings(**{"beta": 0.1} | {name: value for name, value in changed.items() if name in SETTINGS})
+    tensors = DPO | {name: value for name, value in changed.items() if name not in SETTINGS}
+    ops.dpo_loss(**tensors, settings=settings)
+
+
+SETTINGS = {field.name for field in fields(DpoSettings)}
 
 
 @pytest.mark.parametrize(
@@ -281,15 +284,14 @@ def test_head_refuses(changed: dict[str, Any], message: str) -> None:
         ({"consistency": torch.tensor([1.5])}, r"consistency: got \[1.5\], expected shares from 0 to 1"),
         ({"consistency": torch.ones(1), "loss_type": "ipo"}, "loss_type: got ipo, expected sigmoid"),
         ({"consistency": torch.ones(1), "label_smoothing": 0.1}, "label_smoothing: got 0.1"),
-        ({"n_pairs_global": 0.0}, "n_pairs_global: got 0.0"),
         ({"rpo_alpha": -1.0}, "rpo_alpha: got -1.0"),
-        ({"rpo_alpha": 1.0, "n_nll_global": 0.0}, "n_nll_global: got 0.0"),
+        ({"rpo_alpha": 1.0}, "chosen_tokens_per_pair: got 0.0"),
     ],
 )
 def test_dpo_loss_refuses(changed: dict[str, Any], message: str) -> None:
-    ops.dpo_loss(**DPO)
+    with_changes({})
     with pytest.raises(ValueError, match=message):
-        ops.dpo_loss(**DPO | changed)
+        with_changes(changed)
 
 
 def test_logits_are_refused_like_hidden_states() -> None:
@@ -306,5 +308,5 @@ def test_the_first_loss_of_a_round_is_ln_2() -> None:
     """Policy and reference are one model: every margin is 0."""
     logp = log_probs()
     ref = reference.segment_sums(logp, BOUNDS)
-    out = ops.dpo_loss(logp, BOUNDS, PAIRS, ref, beta=0.1, n_pairs_global=2.0, n_nll_global=1.0)
-    assert out.loss.item() == pytest.approx(math.log(2), abs=1e-12) and out.sums[3] == 0
+    out = ops.dpo_loss(logp, BOUNDS, PAIRS, ref, DpoSettings(0.1))
+    assert out.loss.item() / 2 == pytest.approx(math.log(2), abs=1e-12) and out.sums[3] == 0

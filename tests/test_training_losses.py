@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from srlm_mega.config.training import DpoConfig, ParallelConfig, TrainerConfig, TrainingConfig
+from srlm_mega.kernels.ops import DpoSettings
 from srlm_mega.records import ReferenceLogprobs
 from srlm_mega.training.batch import PairSequences, TokenSequence, padded_batch
 from srlm_mega.training.dpo import (
@@ -59,8 +60,7 @@ def two_pairs(rpo_alpha: float) -> tuple[DpoMicroBatch, Tensor]:
     micro_batch = DpoMicroBatch(
         batch=padded_batch(sequences, 4, 8),
         ref_logps=torch.tensor([-6.0, 0.0, 0.0, 0.0]),
-        section=section(beta=0.5, rpo_alpha=rpo_alpha),
-        nll_tokens=3 / 2,
+        settings=DpoSettings(beta=0.5, rpo_alpha=rpo_alpha, chosen_tokens_per_pair=3 / 2),
     )
     return micro_batch, -torch.tensor([1.0, 2, 4, 5, 2, 2])
 
@@ -102,7 +102,7 @@ def test_prepare_counts_over_the_global_batch() -> None:
     step = dpo_objective(rpo_alpha=0.3).prepare([1, 0])
     first = step.micro_batches[0]
     assert isinstance(first, DpoMicroBatch)
-    assert first.nll_tokens == 3
+    assert first.settings.chosen_tokens_per_pair == 3
     assert first.ref_logps.tolist() == [-4.0, -1.0]
     assert step.num_tokens == 12 and step.num_positions == 32
     assert step.padding_fraction == pytest.approx(1 - 8 / 32)

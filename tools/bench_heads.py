@@ -104,16 +104,12 @@ def our_loss(hidden: Tensor, weight: Tensor, batch: HeadBatch, save: ops.Save) -
     rows = None if all_rows else batch.rows
     target = batch.labels.flatten() if all_rows else batch.labels.flatten()[batch.rows]
     logp = ops.vp_linear_logprob(hidden, weight, target, rows, vocab_start=0, tp_group=None, save=save)
-    return our_dpo_loss(logp, batch)
+    return our_dpo_loss(logp, batch) / batch.shape.num_pairs
 
 
 def our_dpo_loss(logp: Tensor, batch: HeadBatch) -> Tensor:
-    """This project's loss of the completion rows' log p [N]."""
-    num_pairs = float(batch.shape.num_pairs)
-    out = ops.dpo_loss(
-        logp, batch.cu_seqlens, batch.pairs, batch.ref_logp, beta=BETA, n_pairs_global=num_pairs, n_nll_global=1.0
-    )
-    return out.loss
+    """This project's loss of the completion rows' log p [N], summed over pairs."""
+    return ops.dpo_loss(logp, batch.cu_seqlens, batch.pairs, batch.ref_logp, ops.DpoSettings(BETA)).loss
 
 
 def eager_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -142,15 +138,5 @@ def true_loss(hidden: Tensor, weight: Tensor, batch: HeadBatch) -> Tensor:
     logp = reference.vp_linear_logprob(
         hidden, weight, labels[batch.rows], batch.rows, vocab_start=0, tp_group=None, sequence_parallel=False
     )
-    return reference.dpo_loss(
-        logp,
-        batch.cu_seqlens,
-        batch.pairs,
-        batch.ref_logp,
-        beta=BETA,
-        loss_type="sigmoid",
-        label_smoothing=0.0,
-        rpo_alpha=0.0,
-        n_pairs_global=float(batch.shape.num_pairs),
-        n_nll_global=1.0,
-    ).loss
+    out = reference.dpo_loss(logp, batch.cu_seqlens, batch.pairs, batch.ref_logp, ops.DpoSettings(BETA))
+    return out.loss / batch.shape.num_pairs

@@ -12,7 +12,7 @@ from torch import Tensor
 from srlm_mega.config.training import DpoConfig, TrainerConfig
 from srlm_mega.errors import UserError
 from srlm_mega.kernels import checks
-from srlm_mega.kernels.ops import dpo_loss
+from srlm_mega.kernels.ops import DpoSettings, dpo_loss
 from srlm_mega.records import ReferenceLogprobs
 from srlm_mega.training.batch import Batch, PairSequences, TokenSequence
 from srlm_mega.training.schedule import Loss, Step
@@ -24,15 +24,12 @@ from srlm_mega.training.topology import Topology
 class DpoMicroBatch:
     """P pairs of one forward pass: sequence 2i of `batch` is pair i's chosen one, 2i + 1 its rejected one.
 
-    `consistency` [P] is None where every pair's is 1. `nll_tokens` is the number of chosen tokens per pair, both
-    counted over the global batch: the NLL term, divided by the pairs as the whole loss is, becomes the mean per chosen
-    token of the global batch.
+    `consistency` [P] is None where every pair's is 1.
     """
 
     batch: Batch
     ref_logps: Tensor  # [2P]
-    section: DpoConfig
-    nll_tokens: float
+    settings: DpoSettings
     consistency: Tensor | None = None
 
     def loss(self, logps: Tensor) -> Loss:
@@ -43,13 +40,8 @@ class DpoMicroBatch:
             self.batch.cu_seqlens,
             torch.arange(2 * num_pairs, device=logps.device).view(num_pairs, 2),
             self.ref_logps,
-            beta=self.section.beta,
-            loss_type=self.section.loss_type,
-            label_smoothing=self.section.label_smoothing,
-            rpo_alpha=self.section.rpo_alpha,
-            n_pairs_global=1.0,
-            n_nll_global=self.nll_tokens,
-            consistency=self.consistency,
+            self.settings,
+            self.consistency,
         )
         return out.loss, torch.tensor(num_pairs, device=logps.device).int(), out.sums.double()
 
@@ -82,15 +74,20 @@ class DpoObjective:
         """This rank's share of a global batch."""
         pairs = [self.pairs[index] for index in indices]
         cut = split(pairs, self.section, self.topology)
-        nll_tokens = sum(pair.chosen.num_targets for pair in pairs) / len(pairs)
+        settings = DpoSettings(
+            beta=self.section.beta,
+            loss_type=self.section.loss_type,
+            label_smoothing=self.section.label_smoothing,
+            rpo_alpha=self.section.rpo_alpha,
+            chosen_tokens_per_pair=sum(pair.chosen.num_targets for pair in pairs) / len(pairs),
+        )
         device = self.topology.device
         return Step(
             micro_batches=[
                 DpoMicroBatch(
                     batch=cut.batch(flat([pairs[place] for place in part]), device, self.vocab_size),
                     ref_logps=self._reference([indices[place] for place in part]).to(device),
-                    section=self.section,
-                    nll_tokens=nll_tokens,
+                    settings=settings,
                     consistency=self._consistency([pairs[place] for place in part]),
                 )
                 for part in cut.micro_batches

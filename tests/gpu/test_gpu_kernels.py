@@ -50,7 +50,7 @@ def test_nothing_waits_for_the_gpu(device: torch.device) -> None:
 
     def head() -> None:
         logp = ops.vp_linear_logprob(hidden, weight, target, rows, vocab_start=0, tp_group=None)
-        ops.dpo_loss(logp, bounds, pairs, ref, beta=0.1, n_pairs_global=1.0, n_nll_global=1.0).loss.backward()
+        ops.dpo_loss(logp, bounds, pairs, ref, ops.DpoSettings(0.1)).loss.backward()
 
     head()  # compiles
     torch.cuda.set_sync_debug_mode("error")

@@ -30,7 +30,7 @@ TYPES = {
     "peak": "*fp32", "log_total": "*fp32", "cu_seqlens": "*i32", "pairs": "*i64", "ref_logp": "*fp32",
     "seq_logp": "*fp32", "per_pair": "*fp32", "pair_sums": "*fp32", "loss": "*fp32", "sums": "*fp64",
     "arrived": "*i32", "consistency": "*fp32", "num_pairs": "i32", "beta": "fp32", "label_smoothing": "fp32",
-    "pair_weight": "fp32", "nll_weight": "fp32",
+    "nll_weight": "fp32",
 }  # fmt: skip
 
 
