@@ -16,7 +16,7 @@ from worker import read_metrics
 from srlm_mega.kernels import ops
 from srlm_mega.kernels.weight_gradient import WeightGradient
 from srlm_mega.training.topology import Topology, process_group
-from srlm_mega.training.trainer import train_sft
+from srlm_mega.training.trainer import TrainingJob, train_sft
 
 Metrics = list[dict[str, float]]
 
@@ -25,7 +25,7 @@ def train(start: Path, out: Path) -> Metrics:
     """Two steps of supervised training on one rank."""
     settings = config(Layout(""), 1, train_iters=2)
     with Topology.start(settings.parallel, settings.trainer, SEED) as topology:
-        train_sft(topology, settings, settings.sft, start, sequences(), out, SEED)
+        train_sft(TrainingJob(topology, settings, start, out, SEED), settings.sft, sequences())
     return read_metrics(out)
 
 

@@ -30,7 +30,7 @@ from srlm_mega.training.optimizer import update
 from srlm_mega.training.reference import compute_reference
 from srlm_mega.training.split import batch_order
 from srlm_mega.training.topology import Topology
-from srlm_mega.training.trainer import Trainer, train_dpo
+from srlm_mega.training.trainer import Trainer, TrainingJob, train_dpo
 
 pytestmark = pytest.mark.slow
 STEPS, BATCH, SEED, VOCAB_SIZE, END = 5, 4, 3, 48, 1
@@ -165,7 +165,7 @@ def our_steps(start: Path, out: Path, monkeypatch: pytest.MonkeyPatch, **section
     monkeypatch.setattr(trainer_module.Trainer, "step", step)
     with Topology.start(config.parallel, config.trainer, SEED) as topology:
         reference = compute_reference(topology, config, start, pairs())
-        train_dpo(topology, config, config.dpo, start, pairs(), reference, out, SEED)
+        train_dpo(TrainingJob(topology, config, start, out, SEED), pairs(), reference)
     return taken
 
 

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, assert_never
 
@@ -18,7 +19,7 @@ from srlm_mega.training.reference import compute_reference
 from srlm_mega.training.replay import num_replayed
 from srlm_mega.training.split import num_steps, within
 from srlm_mega.training.topology import Topology
-from srlm_mega.training.trainer import Leg, TrainingSummary, train_dpo, train_sft
+from srlm_mega.training.trainer import Leg, TrainingJob, TrainingSummary, train_dpo, train_sft
 from srlm_mega.work import Done, Work
 
 
@@ -82,17 +83,28 @@ def train_on(
     more: Sequence[TokenSequence] = (),
 ) -> Done:
     """SFT from `start` on files of examples, and more."""
-    sequences = [*sequences_of(start, files), *more]
-    seed = derive_seed(work.config.run.seed, work.stage.name)
-    report, stop_file = work.progress.update, work.run.stop_file
+    sequences, job = [*sequences_of(start, files), *more], job_of(work, topology, start)
 
     def train(leg: Leg | None) -> TrainingSummary:
-        return train_sft(topology, work.config, section, start, sequences, work.out, seed, report, stop_file, leg)
+        return train_sft(replace(job, leg=leg), section, sequences)
 
     if work.stage.name == "M1" and stops_early(work.config, "sft"):
         steps = num_steps(section, len(within(sequences, work.config.model.seq_length)))
         return train_with_pauses(work, topology, start, steps, train)
     return done(train(None))
+
+
+def job_of(work: Work, topology: Topology, start: Path) -> TrainingJob:
+    """The stage as the trainer takes it."""
+    return TrainingJob(
+        topology=topology,
+        config=work.config,
+        start=start,
+        out=work.out,
+        seed=derive_seed(work.config.run.seed, work.stage.name),
+        report=work.progress.update,
+        stop_file=work.run.stop_file,
+    )
 
 
 def seed_files(work: Work) -> list[Path]:
@@ -150,16 +162,12 @@ def preference(work: Work, topology: Topology) -> Done:
     pairs = read_pairs(work)
     path = work.read(f"round_{work.round}/reference", "reference.jsonl")
     logprobs = list(read_jsonl(path, ReferenceLogprobs))
-    start = work.run.weights(f"M{work.round}")
-    seed = derive_seed(work.config.run.seed, work.stage.name)
-    config, report, stop_file = work.config, work.progress.update, work.run.stop_file
+    start, config = work.run.weights(f"M{work.round}"), work.config
+    job = job_of(work, topology, start)
     replay = sequences_of(start, [eft_file(work)]) if config.dpo.eft_replay > 0 else []
 
     def train(leg: Leg | None) -> TrainingSummary:
-        out = work.out
-        return train_dpo(
-            topology, config, config.dpo, start, pairs, logprobs, out, seed, report, stop_file, replay, leg
-        )
+        return train_dpo(replace(job, leg=leg), pairs, logprobs, replay)
 
     if stops_early(config, "dpo"):
         steps = num_steps(config.dpo, len(within(pairs, config.model.seq_length)))

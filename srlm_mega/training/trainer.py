@@ -21,7 +21,7 @@ from torch import Tensor
 from srlm_mega.checkpoints_conversion.huggingface import read_shape
 from srlm_mega.checkpoints_conversion.llama import LlamaShape
 from srlm_mega.config import Config
-from srlm_mega.config.training import DpoConfig, TrainingConfig
+from srlm_mega.config.training import TrainingConfig
 from srlm_mega.errors import RunPreempted, RunStopped, UserError
 from srlm_mega.gpus import peak_tflops
 from srlm_mega.records import ReferenceLogprobs
@@ -35,7 +35,6 @@ from srlm_mega.training.fp8_shadow import Shadow
 from srlm_mega.training.metrics import MetricsLog, Report, metrics_log
 from srlm_mega.training.model import build_model, check_memory, transformer_config, wrap_data_parallel
 from srlm_mega.training.optimizer import build_optimizer, build_scheduler, update
-from srlm_mega.training.reference import compute_reference
 from srlm_mega.training.replay import REPLAY_LOSS, Turn, Turns, num_replayed
 from srlm_mega.training.schedule import Step, forward_backward
 from srlm_mega.training.sft import SftObjective
@@ -43,8 +42,6 @@ from srlm_mega.training.split import num_steps, within
 from srlm_mega.training.throughput import Meter, precision_of
 from srlm_mega.training.topology import Topology
 from srlm_mega.training.weights import load_weights, save_weights, verify_export
-
-__all__ = ["Leg", "TrainingSummary", "compute_reference", "train_dpo", "train_sft"]
 
 MAX_SKIPPED = 3  # steps in a row
 
@@ -92,95 +89,85 @@ class Leg:
     export: Path
 
 
-def train_sft(
-    topology: Topology,
-    config: Config,
-    section: TrainingConfig,
-    start: Path,
-    sequences: Sequence[TokenSequence],
-    out: Path,
-    seed: int,
-    report: Report | None = None,
-    stop_file: Path | None = None,
-    leg: Leg | None = None,
-) -> TrainingSummary:
-    """Train `start` (a Hugging Face folder) on target tokens; writes `out/huggingface/` and `out/metrics.jsonl`.
+@dataclass(frozen=True)
+class TrainingJob:
+    """What SFT and DPO have in common: which model is trained, where, and who is told.
 
-    Goes on from the newest checkpoint in `out/megatron/`. RunPreempted, with a checkpoint, after a stop signal or when
-    `stop_file` appears. With a `leg`, only so far.
+    start: Hugging Face folder of the model to train.
+    out: folder that gets `huggingface/`, `metrics.jsonl`, and `megatron/` with the checkpoints to resume from.
+    seed: of the data order and of dropout.
+    report: called on the main rank after each optimiser step.
+    stop_file: training stops when this file appears.
+    leg: the part to train now; None: all of it.
     """
-    kept = within(sequences, config.model.seq_length)
-    objective = SftObjective(kept, section, topology, read_shape(start).vocab_size)
-    too_long = len(sequences) - len(kept)
+
+    topology: Topology
+    config: Config
+    start: Path
+    out: Path
+    seed: int
+    report: Report | None = None
+    stop_file: Path | None = None
+    leg: Leg | None = None
+
+
+def train_sft(job: TrainingJob, section: TrainingConfig, sequences: Sequence[TokenSequence]) -> TrainingSummary:
+    """Train `job.start` on the target tokens of `sequences`, by the settings of `section`.
+
+    Resumes from the newest checkpoint in `out/megatron/`. RunPreempted, with a checkpoint, after a stop signal or when
+    `stop_file` appears.
+    """
+    kept = within(sequences, job.config.model.seq_length)
+    objective = SftObjective(kept, section, job.topology, read_shape(job.start).vocab_size)
     turns = Turns[Objective](objective, objective.num_items, num_steps(section, objective.num_items))
-    return _train(topology, config, section, turns, start, out, seed, report, stop_file, too_long, leg)
+    return _train(job, section, turns, excluded=len(sequences) - len(kept))
 
 
 def train_dpo(
-    topology: Topology,
-    config: Config,
-    section: DpoConfig,
-    start: Path,
+    job: TrainingJob,
     pairs: Sequence[PairSequences],
     reference: Sequence[ReferenceLogprobs],
-    out: Path,
-    seed: int,
-    report: Report | None = None,
-    stop_file: Path | None = None,
     replay: Sequence[TokenSequence] = (),
-    leg: Leg | None = None,
 ) -> TrainingSummary:
-    """Train `start` on preference pairs; `reference` is what `compute_reference` said of them, in their order.
-    `section.eft_replay` of the steps train on `replay` by SFT.
+    """Train `job.start` on preference pairs, by the settings of `config.dpo`; `reference` is what `compute_reference`
+    said of them, in their order. `dpo.eft_replay` of the steps train on `replay` by SFT.
 
     Resumes and stops as `train_sft` does.
     """
-    kept = within(pairs, config.model.seq_length)
-    vocab_size = read_shape(start).vocab_size
-    objective = DpoObjective(kept, reference, section, topology, vocab_size, first_step_tolerance(config.trainer))
-    too_long = len(pairs) - len(kept)
+    topology, section, seq_length = job.topology, job.config.dpo, job.config.model.seq_length
+    vocab_size, tolerance = read_shape(job.start).vocab_size, first_step_tolerance(job.config.trainer)
+    kept = within(pairs, seq_length)
+    objective = DpoObjective(kept, reference, section, topology, vocab_size, tolerance)
     steps = num_steps(section, objective.num_items)
     turns = Turns[Objective](objective, objective.num_items, steps)
     if section.eft_replay > 0:
-        examples = within(replay, config.model.seq_length)
+        examples = within(replay, seq_length)
         if not examples:
             raise UserError("dpo.eft_replay: there are no EFT examples that fit: set it to 0, or give EFT data")
         other = SftObjective(examples, section, topology, vocab_size)
         turns = replace(turns, other=other, num_others=len(examples), replayed=num_replayed(steps, section.eft_replay))
-    return _train(topology, config, section, turns, start, out, seed, report, stop_file, too_long, leg)
+    return _train(job, section, turns, excluded=len(pairs) - len(kept))
 
 
-def _train(
-    topology: Topology,
-    config: Config,
-    section: TrainingConfig,
-    turns: Turns[Objective],
-    start: Path,
-    out: Path,
-    seed: int,
-    report: Report | None,
-    stop_file: Path | None,
-    excluded: int,
-    leg: Leg | None,
-) -> TrainingSummary:
-    steps = turns.total
-    leg = leg or Leg(steps, out / "huggingface")
+def _train(job: TrainingJob, section: TrainingConfig, turns: Turns[Objective], excluded: int) -> TrainingSummary:
+    topology, config, steps = job.topology, job.config, turns.total
+    leg = job.leg or Leg(steps, job.out / "huggingface")
     assert leg.until <= steps, f"a leg up to step {leg.until} of {steps}"
-    checkpoints = Checkpoints(out / TRAINING_STATE, topology, config.trainer)
+    checkpoints = Checkpoints(job.out / TRAINING_STATE, topology, config.trainer)
     newest = checkpoints.newest()  # refused, if damaged, before anything is changed
-    trainer = Trainer.build(topology, config, section, start, steps)
+    trainer = Trainer.build(topology, config, section, job.start, steps)
     if topology.is_main:
         print(f"dropout: hidden {section.hidden_dropout}, attention {section.attention_dropout}", flush=True)
-    topology.seed_dropout(seed)
-    position = Position() if newest is None else trainer.resume(checkpoints, newest, seed)
+    topology.seed_dropout(job.seed)
+    position = Position() if newest is None else trainer.resume(checkpoints, newest, job.seed)
     with (
-        metrics_log(config, out, steps, report, position.step) if topology.is_main else nullcontext() as log,
-        StopRequest.watch(stop_file) as stop,
+        metrics_log(config, job.out, steps, job.report, position.step) if topology.is_main else nullcontext() as log,
+        StopRequest.watch(job.stop_file) as stop,
     ):
-        trainer.train(turns, leg.until, seed, log, checkpoints, position, stop)
+        trainer.train(turns, leg.until, job.seed, log, checkpoints, position, stop)
     topology.beat("export", "export")
-    shape = read_shape(start)
-    save_weights(trainer.model, shape, leg.export, start, topology)
+    shape = read_shape(job.start)
+    save_weights(trainer.model, shape, leg.export, job.start, topology)
     topology.barrier()
     verified = verify_export(trainer.model, shape, leg.export, topology)
     if topology.is_main and leg.until == steps and excluded:

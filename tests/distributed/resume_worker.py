@@ -171,7 +171,8 @@ def train(
     ended = "finished"
     with Topology.start(settings.parallel, settings.trainer, SEED) as topology:
         try:
-            trainer.train_sft(topology, settings, settings.sft, start, sequences(), folder, SEED, stop_file=stop_file)
+            job = trainer.TrainingJob(topology, settings, start, folder, SEED, stop_file=stop_file)
+            trainer.train_sft(job, settings.sft, sequences())
         except (RunPreempted, RunStopped, UserError) as error:
             ended = f"{type(error).__name__}: {error}"
         topology.barrier()

@@ -22,7 +22,7 @@ from srlm_mega.training.batch import PairSequences, TokenSequence, padded_batch
 from srlm_mega.training.model import build_model, transformer_config
 from srlm_mega.training.reference import compute_reference
 from srlm_mega.training.topology import Topology, process_group
-from srlm_mega.training.trainer import train_dpo
+from srlm_mega.training.trainer import TrainingJob, train_dpo
 from srlm_mega.training.weights import load_weights
 
 
@@ -47,7 +47,7 @@ def run(settings: Config, start: Path, pairs: list[PairSequences], out: Path) ->
             logits = logits_of(model, story, topology)
             story.append(int(logits[-1].argmax()))
         reference = compute_reference(topology, settings, start, pairs)
-        train_dpo(topology, settings, settings.dpo, start, pairs, reference, out, SEED)
+        train_dpo(TrainingJob(topology, settings, start, out, SEED), pairs, reference)
         if not topology.is_main:
             return {}
         (metrics,) = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

@@ -25,8 +25,9 @@ from srlm_mega.errors import RunStopped, UserError
 from srlm_mega.training.batch import TokenSequence, context_part, padded_batch
 from srlm_mega.training.context_parallel import cp_positions
 from srlm_mega.training.model import build_model, transformer_config
+from srlm_mega.training.reference import compute_reference
 from srlm_mega.training.topology import Topology, process_group
-from srlm_mega.training.trainer import compute_reference, train_dpo, train_sft
+from srlm_mega.training.trainer import TrainingJob, train_dpo, train_sft
 from srlm_mega.training.weights import load_weights, save_weights, verify_export
 
 Results = dict[str, Any]
@@ -51,9 +52,9 @@ def run(layout: Layout, world_size: int, models: Path, out: Path) -> Results:
     settings, start = config(layout, world_size), models / layout.model
     with Topology.start(settings.parallel, settings.trainer, SEED) as topology:
         save_logits(topology, settings, start, out)
-        train_sft(topology, settings, settings.sft, start, sequences(), out / "sft", SEED)
+        train_sft(TrainingJob(topology, settings, start, out / "sft", SEED), settings.sft, sequences())
         reference = compute_reference(topology, settings, start, pairs())
-        train_dpo(topology, settings, settings.dpo, start, pairs(), reference, out / "dpo", SEED)
+        train_dpo(TrainingJob(topology, settings, start, out / "dpo", SEED), pairs(), reference)
         if not topology.is_main:
             return {}
         return {
@@ -105,7 +106,7 @@ def determinism(models: Path, out: Path) -> Results:
     for number, seed in enumerate((SEED, SEED, SEED + 1)):
         folder = out / f"determinism_{number}"
         with Topology.start(settings.parallel, settings.trainer, SEED) as topology:
-            train_sft(topology, settings, settings.sft, models / "start", sequences(), folder, seed)
+            train_sft(TrainingJob(topology, settings, models / "start", folder, seed), settings.sft, sequences())
             if topology.is_main:
                 hashes.append(hashlib.sha256((folder / "huggingface/model.safetensors").read_bytes()).hexdigest())
     return {"hashes": hashes}
@@ -118,18 +119,18 @@ def refusals(models: Path, out: Path) -> Results:
     with Topology.start(settings.parallel, settings.trainer, SEED) as topology:
         reference = compute_reference(topology, settings, models / "other", pairs())
         try:
-            train_dpo(topology, settings, settings.dpo, models / "start", pairs(), reference, out / "wrong", SEED)
+            train_dpo(TrainingJob(topology, settings, models / "start", out / "wrong", SEED), pairs(), reference)
         except UserError as error:
             messages["reference of another model"] = str(error)
         exploding = config(Layout(""), 1, lr=1e20, min_lr=1e20)
         try:
-            train_sft(topology, exploding, exploding.sft, models / "start", sequences(), out / "explodes", SEED)
+            job = TrainingJob(topology, exploding, models / "start", out / "explodes", SEED)
+            train_sft(job, exploding.sft, sequences())
         except RunStopped as stop:
             messages["not finite"] = str(stop)
         long = TokenSequence("long", tuple(range(40)), 1)
-        summary = train_sft(
-            topology, settings, settings.sft, models / "start", [*sequences(), long], out / "too_long", SEED
-        )
+        job = TrainingJob(topology, settings, models / "start", out / "too_long", SEED)
+        summary = train_sft(job, settings.sft, [*sequences(), long])
         messages["altered export"] = altered_export(topology, settings, models / "start", out / "altered")
     assert math.isfinite(read_metrics(out / "too_long")[-1]["loss"])
     return {
