@@ -29,7 +29,7 @@ Task = tuple[Stored, ...]
 Report = Callable[[int], None]  # bytes that were written since the last call
 
 
-class Quantizer(Protocol):
+class QuantizeFunction(Protocol):
     """Makes FP8 of 16-bit numbers."""
 
     def __call__(self, bits: Bits, dtype: DType, scale: float) -> Bits: ...
@@ -53,7 +53,7 @@ class Plan:
     outputs: tuple[OutputFile, ...]
     stored: tuple[Stored, ...]
     texts: Mapping[str, bytes] = field(default_factory=dict)
-    quantizer: Quantizer | None = None
+    quantizer: QuantizeFunction | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -83,7 +83,7 @@ class Resources:
 
 
 @dataclass(frozen=True)
-class Work:
+class MatrixWriter:
     """What a process needs to fill matrices."""
 
     source: Checkpoint
@@ -163,7 +163,9 @@ def partial_folder(destination: Path) -> Path:
 
 
 @contextmanager
-def building(source: Checkpoint, plan: Plan, destination: Path, block_bytes: int) -> Iterator[tuple[Work, set[int]]]:
+def building(
+    source: Checkpoint, plan: Plan, destination: Path, block_bytes: int
+) -> Iterator[tuple[MatrixWriter, set[int]]]:
     """The folder of a conversion, its files at their final size, and the numbers of the tasks that are done already.
 
     When the block ends without an error everything is on the disk and the folder gets its name. ValueError when the
@@ -179,7 +181,7 @@ def building(source: Checkpoint, plan: Plan, destination: Path, block_bytes: int
         done = _finished_tasks(folder, _signature(source, plan))
         if done is None:
             _start(folder, plan, _signature(source, plan))
-        yield Work(source, plan, folder, block_bytes), done or set()
+        yield MatrixWriter(source, plan, folder, block_bytes), done or set()
         _publish(folder, plan, destination)
     finally:
         os.close(lock)

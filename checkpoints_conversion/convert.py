@@ -105,7 +105,7 @@ def make_plan(source: Checkpoint, wish: Wish, bar: Bar) -> Plan:
 
             return torch_dist.plan(source.shape, source.config, dtype, wish.tp, wish.pp)
         case Kind.TRTLLM:
-            return trtllm.plan(source.shape, trtllm.Split(wish.tp, wish.pp), dtype)
+            return trtllm.plan(source.shape, trtllm.RankSplit(wish.tp, wish.pp), dtype)
 
 
 def _fp8_plan(source: Checkpoint, wish: Wish, dtype: DType, amax: Amax, bar: Bar) -> Plan:
@@ -113,7 +113,7 @@ def _fp8_plan(source: Checkpoint, wish: Wish, dtype: DType, amax: Amax, bar: Bar
         raise ValueError("FP8 is made of 16-bit weights: add --dtype bfloat16 (or float16)")
     if wish.to is Kind.MEGATRON:
         raise ValueError("Megatron keeps 16-bit weights and casts by itself: --fp8 is for huggingface and trtllm")
-    split = trtllm.Split(wish.tp, wish.pp)
+    split = trtllm.RankSplit(wish.tp, wish.pp)
     trtllm.check_split(source.shape, split)
     with bar("ranges of the weights", source.num_bytes) as report:
         scales = shared_scales(weight_amax(source, dtype, report), amax)

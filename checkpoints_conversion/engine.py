@@ -79,7 +79,7 @@ class EngineRecord:
         return replace(self, weights_hash="").key
 
 
-class Step(Enum):
+class BuildStep(Enum):
     """What it takes to have an engine."""
 
     NOTHING = "it is there"
@@ -150,14 +150,14 @@ def wanted_record(checkpoint: Path, limits: Limits, runtime: Runtime) -> EngineR
     )
 
 
-def next_step(wanted: EngineRecord, cache: Path) -> Step:
+def next_step(wanted: EngineRecord, cache: Path) -> BuildStep:
     """What to do for an engine in a cache of engines. Scales are baked into the kernels: with other ones, or another
     version, GPU, split or limit, a plan is of no use."""
     if (cache / wanted.key / RECORD).is_file():
-        return Step.NOTHING
+        return BuildStep.NOTHING
     if not wanted.limits.strip_plan:
-        return Step.BUILD
-    return Step.REFIT if (cache / wanted.plan_key / RECORD).is_file() else Step.BUILD_AND_REFIT
+        return BuildStep.BUILD
+    return BuildStep.REFIT if (cache / wanted.plan_key / RECORD).is_file() else BuildStep.BUILD_AND_REFIT
 
 
 def read_record(engine: Path) -> EngineRecord:

@@ -13,10 +13,10 @@ import orjson
 
 from srlm_mega.checkpoints_conversion.build import partial_folder, sync
 from srlm_mega.checkpoints_conversion.engine import (
+    BuildStep,
     EngineRecord,
     Limits,
     Runtime,
-    Step,
     build_argv,
     next_step,
     refit_argv,
@@ -43,20 +43,22 @@ def probe_runtime(python: str) -> Runtime:
     return Runtime(**orjson.loads(done.stdout.strip().splitlines()[-1]))
 
 
-def build_engine(checkpoint: Path, cache: Path, limits: Limits, runtime: Runtime, workers: int) -> tuple[Path, Step]:
+def build_engine(
+    checkpoint: Path, cache: Path, limits: Limits, runtime: Runtime, workers: int
+) -> tuple[Path, BuildStep]:
     """The folder of the engine in `cache`, and what it took. RuntimeError when a command fails."""
     wanted = wanted_record(checkpoint, limits, runtime)
     engine, plan = cache / wanted.key, cache / wanted.plan_key
     step = next_step(wanted, cache)
     match step:
-        case Step.NOTHING:
+        case BuildStep.NOTHING:
             pass
-        case Step.BUILD:
+        case BuildStep.BUILD:
             _make(engine, wanted, build_argv(checkpoint, partial_folder(engine), limits, workers))
-        case Step.BUILD_AND_REFIT:
+        case BuildStep.BUILD_AND_REFIT:
             _make(plan, wanted, build_argv(checkpoint, partial_folder(plan), limits, workers))
             _make(engine, wanted, refit_argv(plan, checkpoint, partial_folder(engine)))
-        case Step.REFIT:
+        case BuildStep.REFIT:
             _make(engine, wanted, refit_argv(plan, checkpoint, partial_folder(engine)))
     return engine, step
 

@@ -12,7 +12,7 @@ from srlm_mega.checkpoints_conversion.folder import CONFIG, MAX_SHARD_BYTES, pre
 from srlm_mega.checkpoints_conversion.fp8 import Quantizer, Rounding, Scales, linear_names, scalar
 from srlm_mega.checkpoints_conversion.huggingface_files import (
     KIND,
-    Entry,
+    TensorEntry,
     safetensors_files,
     safetensors_shards,
 )
@@ -25,17 +25,17 @@ FLOAT = {"dynamic": False, "num_bits": 8, "type": "float"}
 KV_SCALE = 1.0  # keys and values fit e4m3 as they are; a calibrated scale gains nothing
 
 
-def engine_plan(shape: LlamaShape, split: trtllm.Split, dtype: DType, scales: Scales) -> Plan:
+def engine_plan(shape: LlamaShape, split: trtllm.RankSplit, dtype: DType, scales: Scales) -> Plan:
     """A checkpoint for `trtllm-build`; what is not FP8 is of `dtype`."""
-    files: dict[str, list[Entry]] = {}
+    files: dict[str, list[TensorEntry]] = {}
     for file, name, size, matrix in trtllm.rank_matrices(shape, split):
         entries = files.setdefault(file, [])
         linear = matrix.patches[0].source.removesuffix(".weight") if matrix.patches else ""
         if ".layers." not in name or "layernorm" in name:
-            entries.append(Entry(name, dtype, size, matrix))
+            entries.append(TensorEntry(name, dtype, size, matrix))
             continue
         module = name.removesuffix(".weight")
-        entries.append(Entry(name, DType.FLOAT8_E4M3, size, matrix, scales.weight(linear)))
+        entries.append(TensorEntry(name, DType.FLOAT8_E4M3, size, matrix, scales.weight(linear)))
         entries.append(_scale(f"{module}.weights_scaling_factor", (1,), scales.weight(linear)))
         entries.append(_scale(f"{module}.activation_scaling_factor", (1,), scales.input(linear)))
         if module.endswith("attention.qkv"):
@@ -59,7 +59,7 @@ def unified_plan(
     entries = []
     for name, size in huggingface_shapes(shape).items():
         linear = name.removesuffix(".weight")
-        entry = Entry(name, dtype, size, whole(name, size))
+        entry = TensorEntry(name, dtype, size, whole(name, size))
         if linear not in quantized:
             entries.append(entry)
             continue
@@ -84,5 +84,5 @@ def unified_plan(
     return Plan(KIND, dtype, outputs, stored, texts, Quantizer(Rounding.BY_16_BITS))
 
 
-def _scale(name: str, shape: tuple[int, ...], value: float) -> Entry:
-    return Entry(name, DType.FLOAT32, shape, scalar(value))
+def _scale(name: str, shape: tuple[int, ...], value: float) -> TensorEntry:
+    return TensorEntry(name, DType.FLOAT32, shape, scalar(value))

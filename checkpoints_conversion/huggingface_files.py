@@ -34,7 +34,7 @@ SCALES = (".weight_scale", ".input_scale", ".k_scale", ".v_scale")
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """A tensor to be written: patchwork with its scale if it is FP8, or known bytes."""
 
     name: str
@@ -82,14 +82,14 @@ def one_dtype(stored: list[Stored], folder: Path) -> DType:
 
 def plan(shape: LlamaShape, config: Mapping[str, Any], dtype: DType, max_shard_bytes: int = MAX_SHARD_BYTES) -> Plan:
     """A folder that transformers loads."""
-    entries = [Entry(name, dtype, size, whole(name, size)) for name, size in huggingface_shapes(shape).items()]
+    entries = [TensorEntry(name, dtype, size, whole(name, size)) for name, size in huggingface_shapes(shape).items()]
     outputs, stored, texts = safetensors_shards(entries, max_shard_bytes)
     texts[CONFIG] = pretty_json({**config, "torch_dtype": dtype.torch_name})
     return Plan(KIND, dtype, outputs, stored, texts)
 
 
 def safetensors_shards(
-    entries: list[Entry], max_shard_bytes: int
+    entries: list[TensorEntry], max_shard_bytes: int
 ) -> tuple[tuple[OutputFile, ...], tuple[Stored, ...], dict[str, bytes]]:
     """One `model.safetensors`, or several with their index among the texts."""
     groups = list(_shards(entries, max_shard_bytes))
@@ -102,7 +102,7 @@ def safetensors_shards(
     return *safetensors_files(dict(zip(names, groups, strict=True))), {INDEX: index}
 
 
-def safetensors_files(files: Mapping[str, list[Entry]]) -> tuple[tuple[OutputFile, ...], tuple[Stored, ...]]:
+def safetensors_files(files: Mapping[str, list[TensorEntry]]) -> tuple[tuple[OutputFile, ...], tuple[Stored, ...]]:
     """Files with these tensors in this order."""
     outputs, stored = [], []
     for file, entries in files.items():
@@ -118,9 +118,9 @@ def safetensors_files(files: Mapping[str, list[Entry]]) -> tuple[tuple[OutputFil
     return tuple(outputs), tuple(stored)
 
 
-def _shards(entries: list[Entry], max_bytes: int) -> Iterator[list[Entry]]:
+def _shards(entries: list[TensorEntry], max_bytes: int) -> Iterator[list[TensorEntry]]:
     """Cut into files of at most `max_bytes` (or of one tensor)."""
-    shard: list[Entry] = []
+    shard: list[TensorEntry] = []
     filled = 0
     for entry in entries:
         size = FileTensor(entry.name, entry.dtype, entry.shape).nbytes

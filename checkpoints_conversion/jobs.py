@@ -6,14 +6,14 @@ import queue
 from collections.abc import Sequence
 from multiprocessing.queues import Queue
 
-from srlm_mega.checkpoints_conversion.build import Report, Task, Work
+from srlm_mega.checkpoints_conversion.build import MatrixWriter, Report, Task
 
 POLL_SECONDS = 0.5
 REPORT_BYTES = 64 * 1024**2  # a message for every block would cost more than writing it
 Message = int | str  # bytes written, or why it failed
 
 
-def run(work: Work, tasks: Sequence[tuple[int, Task]], jobs: int, report: Report) -> None:
+def run(work: MatrixWriter, tasks: Sequence[tuple[int, Task]], jobs: int, report: Report) -> None:
     """Fill the matrices of all tasks. ValueError, as the process that met it says it, when something is wrong."""
     if jobs == 1 or len(tasks) < 2:
         work.fill(tasks, report)
@@ -47,7 +47,7 @@ def run(work: Work, tasks: Sequence[tuple[int, Task]], jobs: int, report: Report
             worker.kill()
 
 
-def _work(work: Work, tasks: Sequence[tuple[int, Task]], messages: "Queue[Message]", parent: int) -> None:
+def _work(work: MatrixWriter, tasks: Sequence[tuple[int, Task]], messages: "Queue[Message]", parent: int) -> None:
     unreported = 0
 
     def report(written: int) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from srlm_mega.checkpoints_conversion.bits import DType
 from srlm_mega.checkpoints_conversion.build import Plan
 from srlm_mega.checkpoints_conversion.folder import CONFIG, LLAMA_IDS, pretty_json, read_json
-from srlm_mega.checkpoints_conversion.huggingface_files import Entry, one_dtype, safetensors_files
+from srlm_mega.checkpoints_conversion.huggingface_files import TensorEntry, one_dtype, safetensors_files
 from srlm_mega.checkpoints_conversion.llama import LlamaShape, RopeScaling, check_size, huggingface_shapes, layer_names
 from srlm_mega.checkpoints_conversion.patches import Matrix, column_part, row_part, row_window, stack, whole
 from srlm_mega.checkpoints_conversion.reader import Checkpoint, Stored
@@ -22,14 +22,14 @@ KIND = "trtllm"
 
 
 @dataclass(frozen=True)
-class Split:
+class RankSplit:
     """Tensor and pipeline ranks."""
 
     tp: int = 1
     pp: int = 1
 
 
-def check_split(shape: LlamaShape, split: Split) -> None:
+def check_split(shape: LlamaShape, split: RankSplit) -> None:
     """ValueError, with the arithmetic, when the model cannot be split this way."""
     tp, groups = split.tp, shape.num_query_groups
     for number, what, by, parallel in (
@@ -55,7 +55,7 @@ def rank_file(rank: int) -> str:
 
 
 def rank_matrices(
-    shape: LlamaShape, split: Split, parallel_embedding: bool = True
+    shape: LlamaShape, split: RankSplit, parallel_embedding: bool = True
 ) -> Iterator[tuple[str, str, tuple[int, ...], Matrix]]:
     """(file, name, shape, patchwork) of every weight of every rank."""
     check_split(shape, split)
@@ -107,18 +107,18 @@ def _layer(shape: LlamaShape, tensors: Mapping[str, Matrix], tp_rank: int, tp: i
     yield "post_layernorm", tensors["post_attention_layernorm"]
 
 
-def plan(shape: LlamaShape, split: Split, dtype: DType) -> Plan:
+def plan(shape: LlamaShape, split: RankSplit, dtype: DType) -> Plan:
     """A checkpoint in 16 bits. ValueError for another dtype, or a split that is not possible."""
     if dtype is DType.FLOAT32:
         raise ValueError("TensorRT-LLM takes 16-bit weights: add --dtype bfloat16 (or float16)")
-    entries: dict[str, list[Entry]] = {}
+    entries: dict[str, list[TensorEntry]] = {}
     for file, name, size, matrix in rank_matrices(shape, split):
-        entries.setdefault(file, []).append(Entry(name, dtype, size, matrix))
+        entries.setdefault(file, []).append(TensorEntry(name, dtype, size, matrix))
     outputs, stored = safetensors_files(entries)
     return Plan(KIND, dtype, outputs, stored, {CONFIG: pretty_json(config(shape, split, dtype))})
 
 
-def config(shape: LlamaShape, split: Split, dtype: DType) -> dict[str, Any]:
+def config(shape: LlamaShape, split: RankSplit, dtype: DType) -> dict[str, Any]:
     """TensorRT-LLM's `config.json`."""
     return {
         "architecture": "LlamaForCausalLM",
@@ -179,9 +179,9 @@ def _is_derived(name: str) -> bool:
     return "embed_positions" in name or "rotary_inv_freq" in name or name.endswith("scaling_factor")
 
 
-def read_split(found: Mapping[str, Any]) -> Split:
+def read_split(found: Mapping[str, Any]) -> RankSplit:
     """Of a checkpoint's config."""
-    return Split(found["mapping"]["tp_size"], found["mapping"]["pp_size"])
+    return RankSplit(found["mapping"]["tp_size"], found["mapping"]["pp_size"])
 
 
 def read_shape(found: Mapping[str, Any], folder: Path, tied: bool) -> LlamaShape:

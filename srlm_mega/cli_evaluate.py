@@ -130,7 +130,7 @@ def mt_bench(
     print(f"{out}: answers to {len(asked)} questions")
 
 
-class Dtype(StrEnum):
+class LmEvalDtype(StrEnum):
     """In which lm-eval computes."""
 
     FLOAT32 = "float32"
@@ -140,7 +140,7 @@ class Dtype(StrEnum):
 @export_app.command("lm_eval")
 def lm_eval(
     model: Model,
-    dtype: Annotated[Dtype | None, typer.Option(help="None: bfloat16 where the run trains in it.")] = None,
+    dtype: Annotated[LmEvalDtype | None, typer.Option(help="None: bfloat16 where the run trains in it.")] = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="For a machine without a GPU.")] = False,
     output: Annotated[Path, typer.Option(help="Where lm-eval writes.")] = Path("lm_eval_results"),
 ) -> None:
@@ -149,7 +149,7 @@ def lm_eval(
     from srlm_mega.stages.head_to_head import RunModel
 
     found = RunModel.at(model)
-    chosen = dtype or (Dtype.BFLOAT16 if found.config.trainer.bf16 else Dtype.FLOAT32)
+    chosen = dtype or (LmEvalDtype.BFLOAT16 if found.config.trainer.bf16 else LmEvalDtype.FLOAT32)
     print("\n".join(lm_eval_commands(found.writer.folder.resolve(), chosen, cpu, output)))
 
 

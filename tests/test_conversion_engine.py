@@ -15,10 +15,10 @@ from srlm_mega.checkpoints_conversion.bar import no_bar
 from srlm_mega.checkpoints_conversion.build import Resources
 from srlm_mega.checkpoints_conversion.convert import Kind, Wish, convert
 from srlm_mega.checkpoints_conversion.engine import (
+    BuildStep,
     EngineRecord,
     Limits,
     Runtime,
-    Step,
     build_argv,
     check_engine,
     read_record,
@@ -99,10 +99,10 @@ def test_limits_that_cannot_be() -> None:
 def test_an_engine_is_built_once(tmp_path: Path, log: Path) -> None:
     source, cache = checkpoint(tmp_path), tmp_path / "engines"
     engine, step = build_engine(source, cache, LIMITS, RUNTIME, workers=1)
-    assert step is Step.BUILD and calls(log) == ["trtllm-build"]
+    assert step is BuildStep.BUILD and calls(log) == ["trtllm-build"]
     assert json.loads((engine / "rank0.engine").read_text())[1] == str(source)
     assert read_record(engine) == wanted_record(source, LIMITS, RUNTIME)
-    assert build_engine(source, cache, LIMITS, RUNTIME, workers=1) == (engine, Step.NOTHING)
+    assert build_engine(source, cache, LIMITS, RUNTIME, workers=1) == (engine, BuildStep.NOTHING)
     assert calls(log) == ["trtllm-build"]
     for limits, runtime in (
         (replace(LIMITS, max_batch_size=4), RUNTIME),
@@ -110,15 +110,15 @@ def test_an_engine_is_built_once(tmp_path: Path, log: Path) -> None:
         (LIMITS, replace(RUNTIME, gpu_sm="10.0")),
     ):
         other, step = build_engine(source, cache, limits, runtime, workers=1)
-        assert step is Step.BUILD and other != engine
+        assert step is BuildStep.BUILD and other != engine
 
 
 def test_other_weights_are_refitted_into_a_plan(tmp_path: Path, log: Path) -> None:
     limits, cache = replace(LIMITS, strip_plan=True), tmp_path / "engines"
     one, step = build_engine(checkpoint(tmp_path, "one"), cache, limits, RUNTIME, 1)
-    assert step is Step.BUILD_AND_REFIT and calls(log) == ["trtllm-build", "trtllm-refit"]
+    assert step is BuildStep.BUILD_AND_REFIT and calls(log) == ["trtllm-build", "trtllm-refit"]
     two, step = build_engine(checkpoint(tmp_path, "two", sign=-1), cache, limits, RUNTIME, 1)
-    assert step is Step.REFIT and two != one and calls(log)[2:] == ["trtllm-refit"]
+    assert step is BuildStep.REFIT and two != one and calls(log)[2:] == ["trtllm-refit"]
     assert read_record(one).weights_hash != read_record(two).weights_hash
 
 
@@ -139,7 +139,7 @@ def test_a_failed_build_leaves_nothing(tmp_path: Path, log: Path) -> None:
         build_engine(checkpoint(tmp_path), tmp_path / "engines", LIMITS, RUNTIME, 1)
     assert [path.suffix for path in (tmp_path / "engines").iterdir()] == [".partial"]
     commands(tmp_path, code=0)
-    assert build_engine(checkpoint(tmp_path, "again"), tmp_path / "engines", LIMITS, RUNTIME, 1)[1] is Step.BUILD
+    assert build_engine(checkpoint(tmp_path, "again"), tmp_path / "engines", LIMITS, RUNTIME, 1)[1] is BuildStep.BUILD
 
 
 def test_an_engine_of_another_machine_is_refused(tmp_path: Path, log: Path) -> None:

@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -34,16 +35,22 @@ def tree(path: Path) -> ast.Module:
 
 
 def imports(path: Path, top_level_only: bool = False) -> set[str]:
-    """Modules a file imports; `from a import b` counts as a.b as well, which may be a module."""
+    """Modules a file imports, those for type checkers alone left out; `from a import b` counts as a.b as well, which
+    may be a module."""
     nodes = tree(path).body if top_level_only else list(ast.walk(tree(path)))
+    typing_only = {child for node in nodes if is_type_checking(node) for child in ast.walk(node)}
     found: set[str] = set()
-    for node in nodes:
+    for node in set(nodes) - typing_only:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0 and node.module, f"{path}: relative import"
             found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
     return found
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
 def closure(start: str, top_level_only: bool = False) -> set[str]:
@@ -144,6 +151,27 @@ def test_no_import_is_tried_and_nothing_is_global() -> None:
                 assert not any(isinstance(child, ast.Import | ast.ImportFrom) for child in inner), (
                     f"{module}:{node.lineno}"
                 )
+
+
+def test_no_two_public_classes_have_one_name() -> None:
+    found: dict[str, list[str]] = {}
+    for module, path in sources().items():
+        for node in tree(path).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                found.setdefault(node.name, []).append(module)
+    assert not {name: modules for name, modules in found.items() if len(modules) > 1}
+
+
+def test_imports_run_in_no_circle() -> None:
+    modules = sources()
+    assert_no_circle({module: imports(path) & modules.keys() - {module} for module, path in modules.items()})
+    with pytest.raises(CycleError):
+        assert_no_circle({"interface": {"choice"}, "choice": {"backend"}, "backend": {"interface"}})
+
+
+def assert_no_circle(graph: dict[str, set[str]]) -> None:
+    """CycleError, which names the modules, where one imports itself by way of others."""
+    TopologicalSorter(graph).prepare()
 
 
 def test_files_and_functions_fit_a_screen_or_two() -> None:

@@ -38,7 +38,7 @@ Method = Callable[[Prompts, SamplingParams], int]
 
 
 @dataclass(frozen=True)
-class Part:
+class BenchPart:
     """The requests of one stage."""
 
     name: str
@@ -84,7 +84,7 @@ def measure(
         write_record(result, json)
 
 
-def requests_of(run: RunDir, config: Config, prompts: int) -> list[Part]:
+def requests_of(run: RunDir, config: Config, prompts: int) -> list[BenchPart]:
     """What candidates and judgements of round 1 ask for; the run must have its candidates."""
 
     def work(stage: str) -> Work:
@@ -95,8 +95,8 @@ def requests_of(run: RunDir, config: Config, prompts: int) -> list[Part]:
     chosen = {request.id for request in candidates.requests[:prompts]}
     judgements, _ = judgements_task(work("round_1/judgements"))
     return [
-        Part("candidates", [one.token_ids for one in candidates.requests if one.id in chosen], candidates.params),
-        Part(
+        BenchPart("candidates", [one.token_ids for one in candidates.requests if one.id in chosen], candidates.params),
+        BenchPart(
             "judgements",
             [one.token_ids for one in judgements.requests if one.source.prompt_id in chosen],
             judgements.params,
@@ -152,7 +152,7 @@ def generate(model: Any, eos_id: int, prompts: Prompts, params: SamplingParams, 
     return total
 
 
-def timed(parts: Sequence[Part], by_name: dict[str, Method], repetitions: int) -> Iterator[Sample]:
+def timed(parts: Sequence[BenchPart], by_name: dict[str, Method], repetitions: int) -> Iterator[Sample]:
     """All methods on all parts, repetition by repetition, each method warmed up once."""
     for part in parts:
         for method in by_name.values():
@@ -194,7 +194,7 @@ def rates(samples: Sequence[Sample], method: str) -> list[float]:
     return found
 
 
-def summed_up(run: RunDir, config: Config, parts: Sequence[Part], samples: list[Sample]) -> BenchRecord:
+def summed_up(run: RunDir, config: Config, parts: Sequence[BenchPart], samples: list[Sample]) -> BenchRecord:
     """The record of all samples: rates and ratios of whole repetitions, then every method on every part."""
     names = list(dict.fromkeys(sample.method for sample in samples))
     ours = rates(samples, OURS)
