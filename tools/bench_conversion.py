@@ -159,24 +159,15 @@ def run(root: Path, shape: LlamaShape, request: ConversionRequest) -> tuple[list
     source, num_bytes = root / "model", write_synthetic(root / "model", shape)
     srlm = [str(Path(sys.executable).parent / "srlm"), "convert"]
     out, trtllm = root / "out", root / "trtllm"
-    options = ["--jobs", str(request.jobs)]
+    jobs = ["--jobs", str(request.jobs)]
+    split = ["--tp", str(TP), *jobs]
     fp8 = ["--fp8", "--calibration", str(root / "amax.json")]
     commands: list[tuple[str, list[str], Path, Path]] = [
         (CP[0], ["cp", "--reflink=never", "-r", str(source), str(out)], out, source),
-        (
-            "to trtllm TP8",
-            [*srlm, str(source), str(trtllm), "--to", "trtllm", "--tp", str(TP), *options],
-            trtllm,
-            source,
-        ),
-        ("trtllm TP8 back", [*srlm, str(trtllm), str(out), "--to", "huggingface", *options], out, trtllm),
-        ("to megatron TP8", [*srlm, str(source), str(out), "--to", "megatron", "--tp", str(TP), *options], out, source),
-        (
-            "to trtllm TP8 FP8",
-            [*srlm, str(source), str(out), "--to", "trtllm", "--tp", str(TP), *fp8, *options],
-            out,
-            source,
-        ),
+        ("to trtllm TP8", [*srlm, str(source), str(trtllm), "--to", "trtllm", *split], trtllm, source),
+        ("trtllm TP8 back", [*srlm, str(trtllm), str(out), "--to", "huggingface", *jobs], out, trtllm),
+        ("to megatron TP8", [*srlm, str(source), str(out), "--to", "megatron", *split], out, source),
+        ("to trtllm TP8 FP8", [*srlm, str(source), str(out), "--to", "trtllm", *fp8, *split], out, source),
         ("verify", [*srlm, "verify", str(source), str(trtllm)], root / "none", trtllm),
         (CP[1], ["cp", "--reflink=never", "-r", str(source), str(out)], out, source),
     ]

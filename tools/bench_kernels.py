@@ -55,6 +55,7 @@ PACKAGES = ("triton", "liger-kernel")
 # Further than this from fp64, relatively, a loss or gradient is wrong: rounding logits to bf16, as eager code does,
 # moves a margin by some tenths of a nat.
 WRONG = {torch.bfloat16: 0.1, torch.float32: 1e-4}
+ALONE = "alone "  # what a row of one kernel begins with
 FLUSH_BYTES = 256 * 2**20  # several times the L2 cache
 Call = Callable[[], object]
 Status = Literal["ok", "wrong", "out of memory", "absent"]
@@ -85,15 +86,6 @@ class Result:
     forward_ms: tuple[float, ...] = ()
     forward_backward_ms: tuple[float, ...] = ()
     extra_bytes: int | None = None
-
-
-@dataclass(frozen=True)
-class PartResult:
-    """One kernel alone: raw samples in ms, and the bytes it cannot avoid to move."""
-
-    name: str
-    ms: tuple[float, ...]
-    useful_bytes: int
 
 
 @dataclass(frozen=True)
@@ -139,14 +131,10 @@ def run_benchmark(json: Path | None, rounds: int, only: Sequence[str], sweep: bo
 
 
 def record(
-    device: Device, shapes: Sequence[HeadShape], results: Sequence[Result], parts: Sequence[PartResult]
+    device: Device, shapes: Sequence[HeadShape], results: Sequence[Result], parts: Sequence[BenchRow]
 ) -> BenchRecord:
     """The JSON file. What was not timed has a row without samples that says why."""
-    rows = [row for result in results for row in rows_of(result)]
-    rows += [
-        make_row(f"alone {part.name}", "ms", part.ms, extra={"useful_bytes": float(part.useful_bytes)})
-        for part in parts
-    ]
+    rows = [*(row for result in results for row in rows_of(result)), *parts]
     settings = {
         "on_gpu": device.on_gpu,
         "dtype": str(device.dtype),
@@ -270,8 +258,9 @@ def extra_bytes(call: Call, hidden: Tensor, weight: Tensor) -> int:
     return int(torch.cuda.max_memory_allocated() - before - hidden.nbytes - weight.nbytes)
 
 
-def bench_parts(device: Device, rounds: int) -> list[PartResult]:
-    """`vp_logprob_` forward and backward, a copy of the logits, and `dpo_loss` of 8 pairs, which makes its gradient."""
+def bench_parts(device: Device, rounds: int) -> list[BenchRow]:
+    """`vp_logprob_` forward and backward, a copy of the logits, and `dpo_loss` of 8 pairs, which makes its gradient,
+    each with the bytes it cannot avoid to move."""
     num_rows, columns = (8192, 32000) if device.on_gpu else (32, 101)
     generator = torch.Generator(device.torch_device).manual_seed(0)
     options = {"device": device.torch_device, "generator": generator}
@@ -295,7 +284,9 @@ def bench_parts(device: Device, rounds: int) -> list[PartResult]:
     samples = interleaved(calls, device, rounds)
     # Log-probs: read once forward, read and written once backward.
     useful = {"vp_logprob_": 3 * logits.nbytes, "copy": 2 * logits.nbytes, "dpo_loss": 2 * logp.nbytes}
-    return [PartResult(name, samples[name], useful[name]) for name in calls]
+    return [
+        make_row(f"{ALONE}{name}", "ms", samples[name], extra={"useful_bytes": float(useful[name])}) for name in calls
+    ]
 
 
 def tflops(shape: HeadShape, milliseconds: float) -> float:
@@ -311,7 +302,7 @@ def spread(samples: Sequence[float]) -> str:
 
 
 def print_tables(
-    shapes: dict[str, HeadShape], results: Sequence[Result], parts: Sequence[PartResult], device: Device
+    shapes: dict[str, HeadShape], results: Sequence[Result], parts: Sequence[BenchRow], device: Device
 ) -> None:
     """What a person reads, as Markdown."""
     print(f"DPO head on {device.name}, {device.dtype}; ms: median [p10, p90]\n")
@@ -327,6 +318,7 @@ def print_tables(
         print("| " + " | ".join([result.shape, result.provider, *cells, error]) + " |")
     print("\n| alone | ms | GB/s |\n|---|---|---|")
     for part in parts:
-        print(f"| {part.name} | {spread(part.ms)} | {part.useful_bytes / statistics.median(part.ms) / 1e6:.1f} |")
+        rate = (part.extra["useful_bytes"] or 0) / statistics.median(part.samples) / 1e6
+        print(f"| {part.name.removeprefix(ALONE)} | {spread(part.samples)} | {rate:.1f} |")
     if not device.on_gpu:
         print("\nNo GPU: tiny shapes in fp32 on the CPU, where ours is the plain reference. No figure counts.")

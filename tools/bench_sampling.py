@@ -160,29 +160,20 @@ def timed(parts: Sequence[BenchPart], by_name: dict[str, Method], repetitions: i
     for repetition in range(repetitions):
         for part in parts:  # methods follow one another on the same part: as close in time as can be
             for name, method in by_name.items():
-                mine = every_tenth(part) if name == ONE_BY_ONE else part
+                mine = replace(part, prompts=part.prompts[::10]) if name == ONE_BY_ONE else part
                 begin = time.perf_counter()
                 output_tokens = method(mine.prompts, mine.params)
-                yield sample_of(repetition, name, mine, output_tokens, time.perf_counter() - begin)
-
-
-def every_tenth(part: Part) -> Part:
-    """A tenth of a stage's requests, from all over it."""
-    return replace(part, prompts=part.prompts[::10])
-
-
-def sample_of(repetition: int, method: str, part: Part, output_tokens: int, seconds: float) -> Sample:
-    """With what the requests say."""
-    return Sample(
-        repetition=repetition,
-        method=method,
-        part=part.name,
-        requests=len(part.prompts),
-        sequences=len(part.prompts) * part.params.n,
-        prompt_tokens=part.prompt_tokens * (part.params.n if method == NO_REUSE else 1),
-        output_tokens=output_tokens,
-        seconds=seconds,
-    )
+                seconds = time.perf_counter() - begin
+                yield Sample(
+                    repetition=repetition,
+                    method=name,
+                    part=part.name,
+                    requests=len(mine.prompts),
+                    sequences=len(mine.prompts) * part.params.n,
+                    prompt_tokens=mine.prompt_tokens * (part.params.n if name == NO_REUSE else 1),
+                    output_tokens=output_tokens,
+                    seconds=seconds,
+                )
 
 
 def rates(samples: Sequence[Sample], method: str) -> list[float]:

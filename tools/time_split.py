@@ -32,17 +32,9 @@ PARTS: dict[Part, str] = {
     "other": "the rest: the schedule's own Python, metrics",
 }
 COLLECTIVES = (
-    "all_reduce",
-    "all_gather",
-    "all_gather_into_tensor",
-    "reduce_scatter",
-    "reduce_scatter_tensor",
-    "broadcast",
-    "barrier",
-    "isend",
-    "irecv",
-    "batch_isend_irecv",
-)
+    "all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter", "reduce_scatter_tensor",
+    "broadcast", "barrier", "isend", "irecv", "batch_isend_irecv",
+)  # fmt: skip
 
 
 @dataclass

@@ -78,11 +78,6 @@ class Replica:
         steps = requests * samples * output / batch
         return requests * prefill + steps * self.decode_seconds(batch, context)
 
-    def output_tokens_per_second(self, prompt: float, output: float) -> float:
-        """Per GPU, with as many requests as the cache holds."""
-        requests = 4096.0
-        return requests * output / self.seconds(requests, prompt, prompt, 1, output) / self.gpus
-
     @property
     def _flops_per_second(self) -> float:
         gpu = self.gpu

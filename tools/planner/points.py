@@ -103,14 +103,13 @@ def read_points(path: Path) -> list[Point | Unreadable]:
 
 def parse_points(rows: Sequence[Mapping[str, Any]]) -> list[Point | Unreadable]:
     """Each row as a point, or why it is none."""
-    return [_point_or_reason(row, number) for number, row in enumerate(rows)]
-
-
-def _point_or_reason(row: Mapping[str, Any], number: int) -> Point | Unreadable:
-    try:
-        return read_point(row, number)
-    except (UserError, ValueError, TypeError, ZeroDivisionError) as error:
-        return Unreadable(str(row.get("id", f"point {number}")), str(error))
+    points: list[Point | Unreadable] = []
+    for number, row in enumerate(rows):
+        try:
+            points.append(read_point(row, number))
+        except (UserError, ValueError, TypeError, ZeroDivisionError) as error:
+            points.append(Unreadable(str(row.get("id", f"point {number}")), str(error)))
+    return points
 
 
 def read_point(row: Mapping[str, Any], number: int = 0) -> Point:

@@ -21,16 +21,8 @@ from srlm_mega.tools.planner.training_steps import Lengths, StepTime
 from srlm_mega.tools.planner.whole_run import Cluster, StageTime
 
 MEMORY_PARTS = (
-    "weights",
-    "gradients",
-    "optimizer",
-    "activations",
-    "head",
-    "communication",
-    "cp_buffers",
-    "pp_buffers",
-    "margin",
-)
+    "weights", "gradients", "optimizer", "activations", "head", "communication", "cp_buffers", "pp_buffers", "margin"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -82,9 +82,8 @@ def review(instruction: Instruction, response: str, care: Care, rng: random.Rand
     """
     judgement, score = [], 0
     truth = astuple(criteria(instruction.render(), response))
-    for met, asked, seen, choices, (good, bad) in zip(
-        truth, _asked(instruction), _seen(response), CHOICES, VERDICTS, strict=True
-    ):
+    wanted = (instruction.category, str(instruction.count), instruction.opening, instruction.style, instruction.closing)
+    for met, asked, seen, choices, (good, bad) in zip(truth, wanted, _seen(response), CHOICES, VERDICTS, strict=True):
         error = rng.random() < (care.false_alarm if met else care.wave_through)
         if met != error:
             judgement += [seen, good]
@@ -92,16 +91,6 @@ def review(instruction: Instruction, response: str, care: Care, rng: random.Rand
         else:
             judgement += [_another(choices, seen, rng) if error else asked, bad]
     return f"{' '.join(judgement)} Score: {score}"
-
-
-def _asked(instruction: Instruction) -> tuple[str, str, str, str, str]:
-    return (
-        instruction.category,
-        str(instruction.count),
-        instruction.opening,
-        instruction.style,
-        instruction.closing,
-    )
 
 
 def _seen(response: str) -> tuple[str, str, str, str, str]:

@@ -45,14 +45,8 @@ def make_toy_world(counts: SeedDataConfig, seed: int, mixture: Mixture = Mixture
 
     instructions = list(all_instructions())
     num_eft_eval = ceil(counts.num_eft_eval / len(EVAL_FAULTS))  # so many replies are ranked at a time
-    taken = (
-        counts.num_ift
-        + counts.num_eft
-        + num_eft_eval
-        + counts.num_validation
-        + counts.num_test
-        + counts.num_eft_sources
-    )
+    held_out = num_eft_eval + counts.num_validation + counts.num_test
+    taken = counts.num_ift + counts.num_eft + held_out + counts.num_eft_sources
     if taken >= len(instructions):
         raise UserError(
             f"num_ift + num_eft + num_eft_eval / 4 + num_validation + num_test + num_eft_sources = {taken}, but the "
