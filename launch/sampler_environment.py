@@ -14,17 +14,17 @@ from srlm_mega.launch.ranks import gpu_request, pyxis
 
 def check_sampler_environment(config: Config) -> None:
     """UserError when the environment has no `srlm`, or its container cannot be given the folders."""
-    runtime = config.runtime.sampler
-    if runtime.container is None and not Path(program(config)).is_file():
+    sampler = config.sampler
+    if sampler.container is None and not Path(program(config)).is_file():
         raise UserError(
-            f"runtime.sampler.python {runtime.python or sys.executable}: there is no srlm beside it. In that "
+            f"sampler.python {sampler.python or sys.executable}: there is no srlm beside it. In that "
             "environment: pip install --no-deps srlm-mega, and what docs/sampling.md lists"
         )
-    if runtime.slurm:
+    if sampler.slurm:
         try:
-            pyxis(runtime.container, runtime.mounts, Path.cwd())
+            pyxis(sampler.container, sampler.mounts, Path.cwd())
         except UserError as error:
-            raise UserError(f"runtime.sampler.mounts: {error}") from None
+            raise UserError(f"sampler.mounts: {error}") from None
 
 
 def sampler_process(config: Config, arguments: Sequence[str]) -> list[str]:
@@ -34,27 +34,27 @@ def sampler_process(config: Config, arguments: Sequence[str]) -> list[str]:
     for it (trtllm-llmapi-launch), over several nodes where one is too small.
     """
     check_sampler_environment(config)
-    runtime = config.runtime.sampler
-    if runtime.slurm:
+    sampler = config.sampler
+    if sampler.slurm:
         mpi = ["trtllm-llmapi-launch"] if config.sampler.traits.needs_mpi else []
         return [*srun_replica(config), *mpi, program(config), *arguments]
-    container = [] if runtime.container is None else docker(config, runtime.container)
+    container = [] if sampler.container is None else docker(config, sampler.container)
     return [*container, program(config), *arguments]
 
 
 def program(config: Config) -> str:
     """The `srlm` beside the Python, or on a container's PATH."""
-    runtime = config.runtime.sampler
-    if runtime.container is not None:
+    sampler = config.sampler
+    if sampler.container is not None:
         return "srlm"
-    return str(Path(runtime.python or sys.executable).absolute().parent / "srlm")
+    return str(Path(sampler.python or sys.executable).absolute().parent / "srlm")
 
 
 def docker(config: Config, image: str) -> list[str]:
     """A container on this node that sees the working directory, `mounts` and all GPUs, and ends with the process. Of
     the environment it is given the processes' settings and the keys of external judges, by name."""
     here = Path.cwd()
-    mounts = (path.resolve() for path in config.runtime.sampler.mounts)
+    mounts = (path.resolve() for path in config.sampler.mounts)
     judges = config.pairwise_judges.values()
     keys = sorted({judge.api_key_variable for judge in judges if judge.api_key_variable is not None})
     volumes = [f"--volume={folder}:{folder}" for folder in (here, *mounts)]
@@ -66,24 +66,24 @@ def docker(config: Config, image: str) -> list[str]:
 def srun_replica(config: Config) -> list[str]:
     """A step of this allocation for one replica, in a container (pyxis) where one is given. --exact lets steps share a
     node, --mem=0 its memory."""
-    runtime, devices = config.runtime.sampler, config.sampler.devices_per_replica
+    sampler, devices = config.sampler, config.sampler.devices_per_replica
     mpi = config.sampler.traits.needs_mpi
-    nodes = -(-devices // runtime.devices_per_node)
+    nodes = -(-devices // sampler.devices_per_node)
     tasks = devices if mpi else 1
-    cpus = max(1, int(os.environ.get("SLURM_CPUS_ON_NODE", "1")) // runtime.devices_per_node)
+    cpus = max(1, int(os.environ.get("SLURM_CPUS_ON_NODE", "1")) // sampler.devices_per_node)
     argv = [
         "srun", "--exact", f"--nodes={nodes}", f"--ntasks={tasks}", f"--ntasks-per-node={-(-tasks // nodes)}",
         f"--cpus-per-task={cpus}", "--mem=0", "--kill-on-bad-exit=1", "--export=ALL",
     ]  # fmt: skip
     if config.sampler.device != "cpu":
-        argv.append(gpu_request(config.launch.slurm.gpu_option, min(devices, runtime.devices_per_node)))
+        argv.append(gpu_request(config.launch.slurm.gpu_option, min(devices, sampler.devices_per_node)))
     argv += ["--mpi=pmix"] if mpi else []
-    return [*argv, *pyxis(runtime.container, runtime.mounts, Path.cwd())]
+    return [*argv, *pyxis(sampler.container, sampler.mounts, Path.cwd())]
 
 
 def devices_of(replica: int, config: Config) -> dict[str, str]:
     """CUDA_VISIBLE_DEVICES of a replica beside others on this node. Under Slurm the step decides."""
-    if config.runtime.sampler.slurm:
+    if config.sampler.slurm:
         return {}
     devices = config.sampler.devices_per_replica
     first = replica * devices

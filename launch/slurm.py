@@ -59,7 +59,7 @@ class SlurmJob:
     @property
     def nodes(self) -> int:
         """Nodes that training and sampling need, whichever the job does."""
-        sampler = self.config.runtime.sampler
+        sampler = self.config.sampler
         sampling = -(-sampler.num_devices // sampler.devices_per_node)
         match self.template:
             case "run":
@@ -74,7 +74,7 @@ class SlurmJob:
     @property
     def gpus_per_node(self) -> int:
         """GPUs that each node needs; 0 where everything runs on CPUs."""
-        config, sampler = self.config, self.config.runtime.sampler
+        config, sampler = self.config, self.config.sampler
         training = 0 if config.trainer.device == "cpu" else config.launch.processes_per_node
         sampling = 0 if config.sampler.device == "cpu" else min(sampler.num_devices, sampler.devices_per_node)
         match self.template:
@@ -103,8 +103,8 @@ def load_for_job(
     if nodes is None:
         return load_config(path, changed)
     if template == "sample":
-        devices = nodes * load_config(path, changed).runtime.sampler.devices_per_node
-        return load_config(path, [*changed, f"runtime.sampler.num_devices={devices}", "runtime.sampler.slurm=true"])
+        devices = nodes * load_config(path, changed).sampler.devices_per_node
+        return load_config(path, [*changed, f"sampler.num_devices={devices}", "sampler.slurm=true"])
     return load_config(path, [*changed, f"launch.nodes={nodes}"])
 
 
@@ -214,7 +214,7 @@ def check_fits(partition: str | None, nodes: int, gpus_per_node: int, kinds: Seq
     if gpus_per_node > most:
         raise UserError(
             f"{gpus_per_node} GPUs per node are more than a node of partition {chosen} has, {most}: change "
-            "launch.processes_per_node or runtime.sampler.devices_per_node, and --nodes"
+            "launch.processes_per_node or sampler.devices_per_node, and --nodes"
         )
     enough = sum(kind.nodes for kind in own if kind.gpus_per_node >= gpus_per_node)
     if nodes > enough:

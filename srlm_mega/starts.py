@@ -14,14 +14,14 @@ def starts(stage: Stage, config: Config) -> Literal["as ranks", "here", "in the 
     if stage.parallel:
         return "as ranks"
     replicated = stage.in_shards and config.sampler_replicas > 1
-    if stage.samples and config.runtime.sampler.elsewhere and not replicated:
+    if stage.samples and config.sampler.elsewhere and not replicated:
         return "in the sampler's environment"
     return "here"
 
 
 def check_sampler(missing: list[Stage], config: Config) -> None:
     """UserError now, and not after hours of training, where the sampler's environment cannot be entered."""
-    if config.runtime.sampler.elsewhere and any(stage.samples for stage in missing):
+    if config.sampler.elsewhere and any(stage.samples for stage in missing):
         check_sampler_environment(config)
 
 
@@ -48,7 +48,7 @@ def comparison_commands(stage: Stage, config: Config, run: RunDir) -> list[Start
     def here(*parts: str) -> Start:
         return start_one(config, run, f"{stage.name}/early_stopping", [*words, *parts], starts_steps=False)
 
-    if not config.runtime.sampler.elsewhere:
+    if not config.sampler.elsewhere:
         return [here("responses", "verdict")]
     there = sampler_process(config, words)
     if config.early_stopping.judge.endpoint is None:

@@ -137,18 +137,36 @@ def test_every_key_says_what_it_is_or_has_megatrons_name() -> None:
 
 
 def test_a_section_within_a_section(tmp_path: Path) -> None:
-    given = ["runtime.sampler.num_devices=4", "take_over_seconds=60"]
+    given = ["launch.slurm.max_restarts=4", "signal_seconds=60"]
     config = load_config(TOY, given)
-    assert config.runtime.sampler.num_devices == 4 and config.runtime.sampler.take_over_seconds == 60
-    assert leaves(config)["runtime.sampler.num_devices"] == 4
-    assert origins(TOY, given)["runtime.sampler.num_devices"] == "override"
-    assert origins(TOY, given)["runtime.sampler.slurm"] == "default"
+    assert config.launch.slurm.max_restarts == 4 and config.launch.slurm.signal_seconds == 60
+    assert leaves(config)["launch.slurm.max_restarts"] == 4
+    assert origins(TOY, given)["launch.slurm.max_restarts"] == "override"
+    assert origins(TOY, given)["launch.slurm.time"] == "default"
     (tmp_path / "again.yaml").write_text(to_yaml(config))
     assert load_config(tmp_path / "again.yaml", []) == config
-    with pytest.raises(
-        UserError, match=r"unknown key runtime\.sampler\.num_device\. Did you mean runtime\.sampler\.num"
-    ):
-        load_config(TOY, ["runtime.sampler.num_device=4"])
+    with pytest.raises(UserError, match=r"unknown key launch\.slurm\.max_restart\. Did you mean launch\.slurm\.max"):
+        load_config(TOY, ["launch.slurm.max_restart=4"])
+
+
+def test_former_names_are_understood_and_say_their_new_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Once per process. Given under both names, a key is refused, with all other mistakes."""
+    file = tmp_path / "old.yaml"
+    file.write_text(f"{TOY.read_text()}runtime: {{sampler: {{num_devices: 3, slurm: true}}}}\n")
+    config = load_config(file, ["runtime.sampler.take_over_seconds=60"])
+    assert config == load_config(TOY, ["num_devices=3", "sampler.slurm=true", "take_over_seconds=60"])
+    assert load_config(file, ["sampler.num_devices=4"]).sampler.num_devices == 4
+    assert origins(file, [])["sampler.num_devices"] == "old.yaml"
+    assert capsys.readouterr().err.splitlines() == [
+        f"{file}: runtime.sampler.num_devices is now sampler.num_devices, runtime.sampler.slurm is now sampler.slurm",
+        "override 'runtime.sampler.take_over_seconds=60': runtime.sampler.take_over_seconds is now "
+        "sampler.take_over_seconds",
+    ]
+    file.write_text(file.read_text().replace("\nsampler: {", "\nsampler: {num_devices: 2, batch: 1, "))
+    with pytest.raises(UserError, match="2 problem") as error:
+        load_config(file)
+    assert "runtime.sampler.num_devices is now sampler.num_devices, which is given too" in str(error.value)
+    assert "unknown key sampler.batch." in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +176,7 @@ def test_a_section_within_a_section(tmp_path: Path) -> None:
         (["sampler.tp_size=2", "num_devices=2"], "huggingface holds a model on one device"),
         (["sampler.backend=trtllm_torch", "sampler.tp_size=16", "num_devices=16"], "whole nodes"),
         (["num_devices=16"], "more than a node's 8"),
-        (["runtime.sampler.python=a", "runtime.sampler.container=b"], "not both"),
+        (["sampler.python=a", "sampler.container=b"], "not both"),
     ],
 )
 def test_replicas_that_cannot_be(overrides: list[str], said: str) -> None:

@@ -265,7 +265,7 @@ def test_a_judge_without_llamas_tokens_is_refused(paused: Callable[..., RunDir],
 def test_where_a_comparison_runs(tmp_path: Path) -> None:
     """Responses with the sampler; an endpoint is asked from here; a container gets the key's variable by its name."""
     run, stage = RunDir(tmp_path), find_stage(load_config(TOY, JUDGE), "M2")
-    endpoint, container = "early_stopping.judge.endpoint=http://host/v1", "runtime.sampler.container=image"
+    endpoint, container = "early_stopping.judge.endpoint=http://host/v1", "sampler.container=image"
 
     def starts(*overrides: str) -> list[list[str]]:
         return [start.argv for start in comparison_commands(stage, load_config(TOY, [*JUDGE, *overrides]), run)]

@@ -45,7 +45,16 @@ TRAINING_LAYOUT = {
         for key in ("micro_batch_size", "packed_sequence_size")
     ),
 }
-NOTHING = {"run.dir", "run.rounds", "tracking", "runtime"}
+NOTHING = {
+    "run.dir",
+    "run.rounds",
+    "tracking",
+    "runtime",
+    *(
+        f"sampler.{key}"  # once runtime.sampler
+        for key in ("python", "container", "mounts", "num_devices", "devices_per_node", "slurm", "take_over_seconds")
+    ),
+}
 
 
 def below(parts: set[str]) -> set[str]:

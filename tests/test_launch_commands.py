@@ -229,8 +229,8 @@ def test_srlm_run_refuses_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_an_environment_that_cannot_be_entered_is_named_before_the_training(tmp_path: Path) -> None:
     run, python = RunDir(tmp_path / "run"), tmp_path / "python"
     python.touch()
-    config = load_config(TOY, [f"runtime.sampler.python={python}", f"run.dir={run.root}"])
-    with pytest.raises(UserError, match=r"runtime\.sampler\.python .*there is no srlm beside it"):
+    config = load_config(TOY, [f"sampler.python={python}", f"run.dir={run.root}"])
+    with pytest.raises(UserError, match=r"sampler\.python .*there is no srlm beside it"):
         run_loop(config, run, (), display=None)  # type: ignore[arg-type]
     assert not run.config_file.exists() and run.manifest("seed") is None
 

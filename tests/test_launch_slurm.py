@@ -23,7 +23,7 @@ GOLDEN = Path(__file__).resolve().parent / "golden"
 LAUNCH = str(Path(slurm.__file__).parent)
 TOY = Path(LAUNCH) / "configs/toy_cpu.yaml"
 TWO_NODES = ("launch.nodes=2", "launch.processes_per_node=8", "trainer.device=cuda")
-SAMPLED = ("sampler.device=cuda", "runtime.sampler.slurm=true")
+SAMPLED = ("sampler.device=cuda", "sampler.slurm=true")
 
 
 def job(template: Template, *overrides: str, stages: tuple[str, ...] = (), workdir: Path = Path("/data")) -> SlurmJob:
@@ -56,10 +56,10 @@ JOBS = {
         "train", "launch.slurm.gpu_option=gres", "launch.slurm.partition=long", stages=("round_1/reference", "M2")
     ),
     "sample": job(
-        "sample", *SAMPLED, "runtime.sampler.num_devices=32", 'launch.slurm.time="24:00:00"',
+        "sample", *SAMPLED, "sampler.num_devices=32", 'launch.slurm.time="24:00:00"',
         stages=("round_1/candidates",),
     ),
-    "sample_few": job("sample", *SAMPLED, "runtime.sampler.num_devices=8", stages=("M1/evaluation",)),
+    "sample_few": job("sample", *SAMPLED, "sampler.num_devices=8", stages=("M1/evaluation",)),
     "bench": job("bench", "trainer.device=cpu", "launch.slurm.network_interface=ib0"),
     "run_awkward": awkward(
         slurm_option("python", "/opt/my srlm/bin/python"),

@@ -130,7 +130,8 @@ def test_a_configuration_file_with_removed_and_renamed_options(
     assert configured(run) == wanted
     assert configured(run, "judging.samples.k=3").judge.n == 3 == configured(run, "judge.n=3").judge.n
     said = capsys.readouterr().err
-    assert said.count(f"{run.config_file}: judging.samples.k is now judge.n\n") == 1 and "gone" not in said
+    assert said.count("sampler.slurm, runtime.sampler.take_over_seconds is now sampler.take_over_seconds, judging") == 1
+    assert said.count(", judging.samples.k is now judge.n\n") == 1 and "gone" not in said
     assert said.count("override 'judging.samples.k=3': judging.samples.k is now judge.n\n") == 1
     text = run.config_file.read_text().replace("gone: 3", "gone: 4")
     run.config_file.write_text(text.replace("\njudge:\n", "\njudge:\n  n: 2\n"))

@@ -207,23 +207,23 @@ TENSORRT_LLM = ("sampler.backend=trtllm_torch", "sampler.device=cuda")
 def own_python(tmp_path: Path) -> str:
     """An environment with an `srlm`, as an override."""
     (tmp_path / "srlm").touch()
-    return f"runtime.sampler.python={tmp_path}/python"
+    return f"sampler.python={tmp_path}/python"
 
 
 def devices(number: int, *overrides: str, pipeline: int = 1, backend: tuple[str, ...] = TENSORRT_LLM) -> Config:
     """A replica of so many."""
     sizes = [f"sampler.tp_size={number // pipeline}", f"sampler.pp_size={pipeline}"]
-    return load_config(TOY, [*backend, *sizes, f"runtime.sampler.num_devices={number}", *overrides])
+    return load_config(TOY, [*backend, *sizes, f"sampler.num_devices={number}", *overrides])
 
 
 def test_the_sampler_in_an_environment_of_its_own(own_python: str, tmp_path: Path) -> None:
     assert sampler_process(devices(1, own_python), ["stage", "r", "s"]) == [f"{tmp_path}/srlm", "stage", "r", "s"]
     assert devices_of(1, devices(4)) == {"CUDA_VISIBLE_DEVICES": "4,5,6,7"}
-    assert devices_of(1, devices(4, "runtime.sampler.slurm=true")) == {}
+    assert devices_of(1, devices(4, "sampler.slurm=true")) == {}
 
 
 def test_the_sampler_in_a_container() -> None:
-    config = devices(1, "runtime.sampler.container=image:1", 'runtime.sampler.mounts=["/models"]')
+    config = devices(1, "sampler.container=image:1", 'sampler.mounts=["/models"]')
     argv = sampler_process(config, ["replica", "r", "s", "0"])
     assert argv[:2] == ["docker", "run"] and argv[-6:] == ["image:1", "srlm", "replica", "r", "s", "0"]
     assert {"--gpus=all", f"--volume={Path.cwd()}:{Path.cwd()}", "--volume=/models:/models"} <= set(argv)
@@ -232,12 +232,12 @@ def test_the_sampler_in_a_container() -> None:
 
 def test_the_sampler_in_steps_of_an_allocation(own_python: str, tmp_path: Path) -> None:
     """TP 8 x PP 2 on nodes of 8: two nodes, a task per device, the command in the first of them only."""
-    step = "runtime.sampler.slurm=true"
+    step = "sampler.slurm=true"
     argv = sampler_process(devices(16, own_python, step, pipeline=2), ["replica", "r", "s", "3"])
     assert argv[0] == "srun"
     assert argv[-6:] == ["trtllm-llmapi-launch", f"{tmp_path}/srlm", "replica", "r", "s", "3"]
     assert {"--mpi=pmix", "--nodes=2", "--ntasks=16", "--gpus-per-node=8", "--exact", "--export=ALL"} <= set(argv)
-    small = sampler_process(devices(2, step, "runtime.sampler.container=i"), [])
+    small = sampler_process(devices(2, step, "sampler.container=i"), [])
     assert {"--nodes=1", "--ntasks=2", "--gpus-per-node=2", "--container-image=i"} <= set(small)
     by_gres = sampler_process(devices(16, own_python, step, "launch.slurm.gpu_option=gres", pipeline=2), [])
     assert "--gres=gpu:8" in by_gres and not any(word.startswith("--gpus") for word in by_gres)
@@ -258,23 +258,23 @@ def test_which_stages_start_in_the_samplers_environment() -> None:
         config = load_config(TOY, ["sampler.backend=trtllm_torch", *overrides])
         return [[stage.name for stage in group] for group in together(plan(config), plan(config), config)]
 
-    alone = groups("runtime.sampler.container=image")
+    alone = groups("sampler.container=image")
     assert ["M1/evaluation", "round_1/prompts", "round_1/candidates", "round_1/judgements"] in alone
     assert ["round_1/pairs", "round_1/health"] in alone
-    replicated = groups("runtime.sampler.container=image", "runtime.sampler.num_devices=4")
+    replicated = groups("sampler.container=image", "sampler.num_devices=4")
     assert ["M1/evaluation", "round_1/prompts"] in replicated
     assert ["round_1/candidates", "round_1/judgements", "round_1/pairs", "round_1/health"] in replicated
 
 
 def test_a_folder_that_a_container_cannot_see_is_named() -> None:
     """Docker has no such trouble with a comma."""
-    options = ["runtime.sampler.container=i", 'runtime.sampler.mounts=["/data/a,b"]', "runtime.sampler.num_devices=2"]
+    options = ["sampler.container=i", 'sampler.mounts=["/data/a,b"]', "sampler.num_devices=2"]
     check_sampler_environment(load_config(TOY, options))
-    with pytest.raises(UserError, match=r"runtime\.sampler\.mounts: /data/a,b: a container cannot"):
-        check_sampler_environment(load_config(TOY, [*options, "runtime.sampler.slurm=true"]))
+    with pytest.raises(UserError, match=r"sampler\.mounts: /data/a,b: a container cannot"):
+        check_sampler_environment(load_config(TOY, [*options, "sampler.slurm=true"]))
 
 
 def test_an_environment_without_srlm_is_named(tmp_path: Path) -> None:
-    config = load_config(TOY, [f"runtime.sampler.python={tmp_path}/bin/python"])
+    config = load_config(TOY, [f"sampler.python={tmp_path}/bin/python"])
     with pytest.raises(UserError, match="pip install --no-deps"):
         check_sampler_environment(config)

@@ -423,7 +423,7 @@ def test_a_port_that_is_taken_is_said() -> None:
 
 def test_gpus_are_trainings_or_else_samplings() -> None:
     presets = ROOT / "launch/configs"
-    big = load_config(presets / "llama2_70b_64gpu.yaml", ["runtime.sampler.devices_per_node=4"])
+    big = load_config(presets / "llama2_70b_64gpu.yaml", ["sampler.devices_per_node=4"])
     assert (coordinator.gpus_of(big, 8), coordinator.gpus_of(big, 2)) == (8, 4)
     assert coordinator.gpus_of(load_config(TOY), 1) is None
 

@@ -23,7 +23,7 @@ STAND_IN = Path(__file__).parent / "tensorrt_llm_stand_in"
 
 PROMPTS = [f"list {number % 7 + 1} animals upper please" for number in range(200)]
 SMALL = ["sampler.shard_size=8", "candidates.max_new_tokens=64"]  # seconds of work, to be killed in the middle of it
-TWO = [*SMALL, "runtime.sampler.num_devices=2"]
+TWO = [*SMALL, "sampler.num_devices=2"]
 
 
 @pytest.fixture(scope="module")

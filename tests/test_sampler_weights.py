@@ -119,7 +119,7 @@ def test_an_engine_is_built_of_a_proven_checkpoint_and_found_again(
     commands(tmp_path, code=0)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
     monkeypatch.setattr(sampler_weights, "probe_runtime", lambda python: Runtime("1.2.1", "10.14.1", "9.0"))
-    run, config = begin(tmp_path / "run", *ENGINE, "sampler.tp_size=2", "runtime.sampler.num_devices=2")
+    run, config = begin(tmp_path / "run", *ENGINE, "sampler.tp_size=2", "sampler.num_devices=2")
     assert make(run, config, "M1/sampler_weights").counts["verified_tensors"] == 21
     work = work_of(run, config, find_stage(config, "round_1/candidates"), tmp_path)
     record = read_record(loaded_folder(work, "M1"))

@@ -92,7 +92,7 @@ def test_the_light_modules_are_importable_there_and_nothing_heavy_is(environment
 @pytest.mark.extra
 def test_stages_sample_there(environment: Path, tmp_path: Path) -> None:
     """As `srlm run` starts them; then candidates again by two replicas that a process of this environment starts."""
-    overrides = ["sampler.backend=trtllm_torch", "sampler.shard_size=4", f"runtime.sampler.python={environment}"]
+    overrides = ["sampler.backend=trtllm_torch", "sampler.shard_size=4", f"sampler.python={environment}"]
     prompts = [f"list {number % 7 + 1} animals upper please" for number in range(12)]
     made = begin_run(tmp_path / "run", prompts, *overrides)
     sample(made, CANDIDATES)
@@ -101,7 +101,7 @@ def test_stages_sample_there(environment: Path, tmp_path: Path) -> None:
     assert [one.prompt_id for one in candidates] == [f"p{number:03d}" for number in range(12) for _ in range(4)]
     assert all(one.cumulative_logprob is not None for one in candidates)
     assert len(list(read_jsonl(made.output(JUDGEMENTS) / "judgements.jsonl", Judgement))) == 12 * 4 * 3
-    again = begin_run(tmp_path / "again", prompts, *overrides, "runtime.sampler.num_devices=2")
+    again = begin_run(tmp_path / "again", prompts, *overrides, "sampler.num_devices=2")
     sample(again, CANDIDATES)
     records = [(one.output(CANDIDATES) / "candidates.jsonl").read_bytes() for one in (made, again)]
     assert records[0] == records[1]
@@ -111,6 +111,6 @@ def sample(made: RunDir, stage: str) -> None:
     """A stage by the command line that the controller would use."""
     config = load_config(made.config_file)
     argv = command([find_stage(config, stage)], config, made).argv
-    assert argv[0].startswith(str(config.runtime.sampler.python.parent)) == (config.sampler_replicas == 1)  # type: ignore[union-attr]
+    assert argv[0].startswith(str(config.sampler.python.parent)) == (config.sampler_replicas == 1)  # type: ignore[union-attr]
     path = os.pathsep.join([str(STAND_IN), *([str(ROOT)] if config.sampler_replicas > 1 else [])])
     run([*argv], PYTHONPATH=path)

@@ -33,7 +33,7 @@ def test_what_the_largest_preset_asks_for(template: Template, nodes: int, gpus: 
 
 def test_nodes_are_what_training_and_sampling_need() -> None:
     """20 sampling GPUs on nodes of 8 are 3 nodes; training takes 2 of 4."""
-    sampler = ["runtime.sampler.num_devices=20", "runtime.sampler.slurm=true", "sampler.device=cuda"]
+    sampler = ["sampler.num_devices=20", "sampler.slurm=true", "sampler.device=cuda"]
     config = load_config(TOY, ["launch.nodes=2", "launch.processes_per_node=4", "trainer.device=cuda", *sampler])
     jobs = [SlurmJob("run", config), SlurmJob("train", config), SlurmJob("sample", config)]
     asked = {job.template: (job.nodes, job.gpus_per_node) for job in jobs}
@@ -48,7 +48,7 @@ def test_options_change_the_configuration() -> None:
     assert (config.launch.launcher, config.launch.nodes) == ("slurm", 2)
     assert (options.partition, options.account, options.time) == ("long", 'the "A" team', "1:00:00")
     sampling = load_for_job(TOY, [], "sample", 2, {"time": None})
-    assert sampling.runtime.sampler.num_devices == 16 and sampling.runtime.sampler.slurm
+    assert sampling.sampler.num_devices == 16 and sampling.sampler.slurm
     assert sampling.launch.nodes == 1
 
 
@@ -192,7 +192,7 @@ def test_progress_in_one_line(tmp_path: Path) -> None:
 
 
 def test_the_preflight_looks_at_the_nodes_that_train() -> None:
-    sampler = ["runtime.sampler.num_devices=16", "runtime.sampler.slurm=true", "launch.launcher=slurm"]
+    sampler = ["sampler.num_devices=16", "sampler.slurm=true", "launch.launcher=slurm"]
     config = load_config(TOY, [*sampler, "launch.nodes=1"])
     whole = SlurmJob("run", config)
     assert (whole.nodes, whole.preflight_nodes) == (2, 1)

@@ -2,12 +2,12 @@
 #
 #   docker build -f launch/containers/sampler.Dockerfile -t srlm-sampler .          (in the project's root)
 #   docker run --rm --gpus all srlm-sampler srlm doctor --for sampling
-#   srlm run CONFIG runtime.sampler.container=srlm-sampler
+#   srlm run CONFIG sampler.container=srlm-sampler
 #
 # Under Slurm pyxis takes a bare name for an image on Docker Hub; make a file that all nodes see:
 #
 #   enroot import --output /images/srlm-sampler.sqsh dockerd://srlm-sampler
-#   srlm launch slurm CONFIG runtime.sampler.container=/images/srlm-sampler.sqsh
+#   srlm launch slurm CONFIG sampler.container=/images/srlm-sampler.sqsh
 #
 # TensorRT-LLM, torch, transformers and modelopt are the image's own: its pins exclude the trainer's, which is why
 # sampling has an environment of its own (docs/sampling.md). Nothing here replaces a package that is already there.

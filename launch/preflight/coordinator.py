@@ -142,7 +142,7 @@ def look(config: Config, node: ThisNode) -> NodeReport:
 
 def gpus_of(config: Config, nodes: int) -> int | None:
     """GPUs of each node: training's where it has nodes enough, else sampling's. None: it is all on CPUs."""
-    sampler = config.runtime.sampler
+    sampler = config.sampler
     if config.trainer.device == "cuda" and nodes >= config.launch.nodes:
         return config.launch.processes_per_node
     if config.sampler.device == "cuda" or config.sampler.traits.needs_gpu:

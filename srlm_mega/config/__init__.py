@@ -106,4 +106,4 @@ class Config(Section, decides="output"):
     @property
     def sampler_replicas(self) -> int:
         """Processes that each hold the sampled model once."""
-        return self.runtime.sampler.num_devices // self.sampler.devices_per_replica
+        return self.sampler.num_devices // self.sampler.devices_per_replica

@@ -8,7 +8,10 @@ from typing import Any
 from srlm_mega.config.knobs import deciding, flat, knobs
 
 # Former name -> today's. Files, overrides and finished outputs may have either.
-RENAMED: dict[str, str] = {}
+RENAMED = {
+    f"runtime.sampler.{key}": f"sampler.{key}"
+    for key in ("python", "container", "mounts", "num_devices", "devices_per_node", "slurm", "take_over_seconds")
+}
 # A knob that is gone -> its last default, as JSON. With that value it is ignored, any other is refused.
 REMOVED: dict[str, Any] = {}
 
@@ -44,10 +47,11 @@ def in_todays_words(raw: dict[str, Any], source: str) -> None:
     """Give the values of a configuration file their present names, in place, and say so once; removed keys that have
     their last default go. What is left under an old name is an error, which `former` words."""
     given = flat(raw)
-    for old, new in RENAMED.items():
-        if old in given and new not in given:
-            put(raw, new, take(raw, old))
-            tell(f"{source}: {old} is now {new}")
+    found = {old: new for old, new in RENAMED.items() if old in given and new not in given}
+    for old, new in found.items():
+        put(raw, new, take(raw, old))
+    if found:
+        tell(f"{source}: " + ", ".join(f"{old} is now {new}" for old, new in found.items()))
     for key, default in REMOVED.items():
         if key in given and given[key] == default:
             take(raw, key)

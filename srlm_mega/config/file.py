@@ -168,7 +168,7 @@ def check_outside_files(config: Config) -> None:
         "prompts.writer": config.prompts.writer if isinstance(config.prompts.writer, Path) else None,
         "prompts.path": config.prompts.path,
         "judge.template": template if isinstance(template, Path) else None,
-        "runtime.sampler.python": config.runtime.sampler.python,
+        "sampler.python": config.sampler.python,
     }
     named |= {
         f"{section}.model": Path(judge.model)

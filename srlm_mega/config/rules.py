@@ -185,13 +185,11 @@ def round_problems(config: "Config") -> list[str]:
 
 def sampler_problems(config: "Config") -> list[str]:
     """Replicas that do not come out even, and settings of another backend."""
-    sampler, runtime = config.sampler, config.runtime.sampler
+    sampler = config.sampler
     size = sampler.devices_per_replica
     problems = []
-    if runtime.num_devices % size:
-        problems.append(
-            f"runtime.sampler.num_devices {runtime.num_devices} is not divisible by a replica's TP * PP = {size}"
-        )
+    if sampler.num_devices % size:
+        problems.append(f"sampler.num_devices {sampler.num_devices} is not divisible by a replica's TP * PP = {size}")
     if not sampler.traits.splits_model and size > 1:
         problems.append(f"sampler.backend={sampler.backend} holds a model on one device: TP * PP is {size}")
     if not sampler.traits.quantizes and sampler.quantization is not None:
@@ -203,18 +201,18 @@ def sampler_problems(config: "Config") -> list[str]:
             f"{', '.join(folders)}: checkpoints and judges are sampled as Hugging Face folders, which "
             f"sampler.backend={sampler.backend} does not load: take trtllm_torch"
         )
-    if size > runtime.devices_per_node and (size % runtime.devices_per_node or not runtime.slurm):
+    if size > sampler.devices_per_node and (size % sampler.devices_per_node or not sampler.slurm):
         problems.append(
-            f"a replica of {size} GPUs on nodes of {runtime.devices_per_node} (runtime.sampler.devices_per_node) "
-            "needs whole nodes and runtime.sampler.slurm=true"
+            f"a replica of {size} GPUs on nodes of {sampler.devices_per_node} (sampler.devices_per_node) "
+            "needs whole nodes and sampler.slurm=true"
         )
-    if runtime.num_devices > runtime.devices_per_node and not runtime.slurm:
+    if sampler.num_devices > sampler.devices_per_node and not sampler.slurm:
         problems.append(
-            f"runtime.sampler.num_devices {runtime.num_devices} are more than a node's {runtime.devices_per_node}: "
-            "set runtime.sampler.slurm=true"
+            f"sampler.num_devices {sampler.num_devices} are more than a node's {sampler.devices_per_node}: "
+            "set sampler.slurm=true"
         )
-    if runtime.python is not None and runtime.container is not None:
-        problems.append("runtime.sampler: give python or container, not both")
+    if sampler.python is not None and sampler.container is not None:
+        problems.append("sampler: give python or container, not both")
     return problems
 
 

@@ -1,4 +1,4 @@
-"""Where stages run, and how they are sampled."""
+"""How and where models are sampled, and how stages are watched."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,7 +10,7 @@ from srlm_mega.config.section import Decides, Section
 
 
 class SamplerConfig(Section, decides="output"):
-    """How a model is sampled: what decides the completions."""
+    """How a model is sampled, and where. Where it is sampled, and on how much, changes no completion."""
 
     backend: SamplerBackend = Field(
         "huggingface", description="trtllm_torch: a Hugging Face folder, bf16 or FP8; trtllm_engine: a built engine."
@@ -35,6 +35,27 @@ class SamplerConfig(Section, decides="output"):
     max_failed_share: Annotated[float, Decides("limit")] = Field(
         0.01, ge=0, lt=1, description="Requests of a stage that may fail for good, as a share; more stop the run."
     )
+    python: Annotated[Path | None, Decides("nothing")] = Field(
+        None, description="Python of the sampler's environment; none: the trainer's."
+    )
+    container: Annotated[str | None, Decides("nothing")] = Field(
+        None, description="Container image to sample in: docker, with Slurm pyxis."
+    )
+    mounts: Annotated[tuple[Path, ...], Decides("nothing")] = Field(
+        (), description="Folders the container sees besides the working directory."
+    )
+    num_devices: Annotated[int, Decides("nothing")] = Field(
+        1, ge=1, description="GPUs (processes, on a CPU) for sampling; replicas share them."
+    )
+    devices_per_node: Annotated[int, Decides("nothing")] = Field(
+        8, ge=1, description="GPUs of a node; a larger replica takes several nodes."
+    )
+    slurm: Annotated[bool, Decides("nothing")] = Field(
+        False, description="Start replicas by srun in this allocation, TensorRT-LLM's with pmix."
+    )
+    take_over_seconds: Annotated[float, Decides("nothing")] = Field(
+        1800.0, gt=0, description="A shard that takes a replica longer than this is given to another one too."
+    )
 
     @property
     def traits(self) -> BackendTraits:
@@ -51,20 +72,6 @@ class SamplerConfig(Section, decides="output"):
         """GPUs that hold the model once."""
         return self.tp_size * self.pp_size
 
-
-class SamplerRuntimeConfig(Section, decides="nothing"):
-    """Where sampling runs, and on how much. What is sampled does not depend on it."""
-
-    python: Path | None = Field(None, description="Python of the sampler's environment; none: the trainer's.")
-    container: str | None = Field(None, description="Container image to sample in: docker, with Slurm pyxis.")
-    mounts: tuple[Path, ...] = Field((), description="Folders the container sees besides the working directory.")
-    num_devices: int = Field(1, ge=1, description="GPUs (processes, on a CPU) for sampling; replicas share them.")
-    devices_per_node: int = Field(8, ge=1, description="GPUs of a node; a larger replica takes several nodes.")
-    slurm: bool = Field(False, description="Start replicas by srun in this allocation, TensorRT-LLM's with pmix.")
-    take_over_seconds: float = Field(
-        1800.0, gt=0, description="A shard that takes a replica longer than this is given to another one too."
-    )
-
     @property
     def elsewhere(self) -> bool:
         """Whether the sampler's processes start in another way than the trainer's."""
@@ -72,9 +79,8 @@ class SamplerRuntimeConfig(Section, decides="nothing"):
 
 
 class RuntimeConfig(Section, decides="nothing"):
-    """Where stages run. Changing this makes no stage another one."""
+    """How `srlm run` watches stages. Changing this makes no stage another one."""
 
-    sampler: SamplerRuntimeConfig = SamplerRuntimeConfig()
     progress_timeout_minutes: float = Field(
         120.0,
         gt=0,

@@ -72,7 +72,7 @@ def devices_of(stage: Stage, manifest: Manifest, config: Config) -> int:
         nodes = layout.get("launch.nodes", config.launch.nodes)
         return int(nodes * layout.get("launch.processes_per_node", config.launch.processes_per_node))
     if stage.samples:
-        return config.runtime.sampler.num_devices if stage.in_shards else config.sampler.devices_per_replica
+        return config.sampler.num_devices if stage.in_shards else config.sampler.devices_per_replica
     return 0
 
 

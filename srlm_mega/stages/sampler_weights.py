@@ -118,7 +118,7 @@ def build(work: Work, checkpoint: Path) -> None:
         max_seq_len=length,
         use_fp8_context_fmha=settings.quantization == "fp8",
     )
-    python = work.config.runtime.sampler.python
+    python = work.config.sampler.python
     runtime = probe_runtime("python3" if python is None else str(python))
     cache = work.run.root / "engines"
     engine, _ = build_engine(checkpoint, cache, limits, runtime, settings.devices_per_replica)

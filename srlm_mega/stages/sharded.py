@@ -65,7 +65,7 @@ def work_as_replica(work: Work, task: SamplingTask[T], number: int) -> int:
     files = shard_files(work, task.requests, task.file)
     try:
         with closing(patient_sampler(work, task)) as sampler:
-            seconds = work.config.runtime.sampler.take_over_seconds
+            seconds = work.config.sampler.take_over_seconds
             take_shards(files, partial(answer, task.params, task.records, sampler), number, seconds, nobody_watches)
     except (UserError, RunStopped) as error:
         Progress(replica_progress(files.folder, number)).failed(exit_code(error), str(error))

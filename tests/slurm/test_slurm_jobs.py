@@ -250,7 +250,7 @@ def test_a_whole_round_in_one_job(slurm: Cluster, tmp_path: Path) -> None:
         "prompts.generator=file", f"prompts.path={prompts}", "prompts.per_round=4", "candidates.n=16",
         "candidates.max_new_tokens=32", "judge.backend=random", "judge.max_new_tokens=4",
         "evaluation.judge_replicates=1", "sampler.shard_size=1",
-        "runtime.sampler.slurm=true", "runtime.sampler.num_devices=2", "runtime.sampler.devices_per_node=1",
+        "sampler.slurm=true", "sampler.num_devices=2", "sampler.devices_per_node=1",
     )  # fmt: skip
     ended = slurm.finished(job, 2 * LONG)
     assert ended.state == "COMPLETED" and ended.restarts == 0, said(run, slurm)

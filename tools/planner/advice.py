@@ -20,7 +20,7 @@ STEP_ADVICE = {
 }
 RUN_ADVICE = {
     "prompts": "one replica writes them: prompts.generator=file, or a smaller prompts.per_round",
-    "candidates": "more sampler GPUs (runtime.sampler.num_devices), fewer candidates.n",
+    "candidates": "more sampler GPUs (sampler.num_devices), fewer candidates.n",
     "judgements": "more sampler GPUs, fewer judge.n",
     "evaluation": "one replica makes them: fewer held-out prompts, or a replica of more GPUs",
     "conversion": "a faster file system",

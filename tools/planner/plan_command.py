@@ -49,7 +49,7 @@ def make_plan(request: PlanRequest) -> RunPlan:
     """With --gpus: as many replicas as they make, and all for the sampler. UserError where they do not divide."""
     config, gpu = request.config, find_gpu(request.gpu)
     layout = layout_of(config)
-    sampler_gpus = config.runtime.sampler.num_devices
+    sampler_gpus = config.sampler.num_devices
     if request.gpus is not None:
         size = config.parallel.model_parallel_size
         if request.gpus % size:
