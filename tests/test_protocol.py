@@ -10,7 +10,7 @@ from test_training_optimizer import RecordedRates
 
 from srlm_mega.config import Config
 from srlm_mega.config.file import leaves, load_config
-from srlm_mega.config.training import ParallelConfig, TrainingConfig
+from srlm_mega.config.training import OptimizationConfig, ParallelConfig
 from srlm_mega.training.batch import PairSequences, TokenSequence
 from srlm_mega.training.optimizer import build_scheduler
 from srlm_mega.training.split import batch_order, num_steps, split
@@ -21,7 +21,7 @@ PAPER, MODERN = (load_config(CONFIGS / f"llama2_70b_64gpu{name}.yaml") for name 
 ALONE = Topology(0, 1, torch.device("cpu"), 0, 1, 0, 1, 0, 1, ParallelConfig())
 
 
-def rates(section: TrainingConfig, items: int) -> list[float]:
+def rates(section: OptimizationConfig, items: int) -> list[float]:
     """The learning rate of every step over so many items."""
     optimizer = RecordedRates()
     steps = num_steps(section, items)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from srlm_mega.config.training import DpoConfig, ParallelConfig, TrainingConfig
+from srlm_mega.config.training import DpoConfig, OptimizationConfig, ParallelConfig
 from srlm_mega.kernels import ops
 from srlm_mega.records import ReferenceLogprobs
 from srlm_mega.training import batch as collator
@@ -107,7 +107,7 @@ class OnCuda(Tensor):
 
 
 def sft(packed: bool, vocab_size: int = 10) -> SftObjective:
-    section = TrainingConfig(train_iters=1, lr=1e-3, min_lr=0, packed_sequence_size=8 if packed else None)
+    section = OptimizationConfig(train_iters=1, lr=1e-3, min_lr=0, packed_sequence_size=8 if packed else None)
     return SftObjective([A, B], section, BLIND, vocab_size)
 
 

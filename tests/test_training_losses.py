@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from srlm_mega.config.training import DpoConfig, ParallelConfig, TrainerConfig, TrainingConfig
+from srlm_mega.config.training import DpoConfig, OptimizationConfig, ParallelConfig, TrainerConfig
 from srlm_mega.kernels.ops import DpoSettings
 from srlm_mega.records import ReferenceLogprobs
 from srlm_mega.training.batch import PairSequences, TokenSequence, padded_batch
@@ -49,7 +49,7 @@ def test_sft_counts_targets_only() -> None:
 
 def test_sft_mean_is_over_all_tokens_not_over_sequences() -> None:
     """Means per sequence would give (1.5 + 8) / 2 = 4.75."""
-    section = TrainingConfig(train_iters=1, lr=1e-3, min_lr=0)
+    section = OptimizationConfig(train_iters=1, lr=1e-3, min_lr=0)
     metrics = SftObjective([], section, TOPOLOGY, 10).metrics(torch.tensor([11.0, 3.0]))
     assert metrics["loss"] == pytest.approx(11 / 3)
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from srlm_mega.config.training import TrainingConfig
+from srlm_mega.config.training import OptimizationConfig
 from srlm_mega.training.optimizer import build_scheduler
 
 
@@ -18,7 +18,7 @@ class RecordedRates:
 def rates(steps: int, **settings: Any) -> list[float]:
     """The rate each step is taken with, lr 10 and min_lr 2."""
     optimizer = RecordedRates()
-    section = TrainingConfig(train_iters=steps, lr=10, min_lr=2, **settings)
+    section = OptimizationConfig(train_iters=steps, lr=10, min_lr=2, **settings)
     scheduler = build_scheduler(optimizer, section, steps)
     used = []
     for _ in range(steps):
@@ -54,5 +54,5 @@ def test_short_trainings(fraction: float) -> None:
 
 def test_norms_are_not_decayed() -> None:
     optimizer = RecordedRates()
-    build_scheduler(optimizer, TrainingConfig(train_iters=2, lr=1, min_lr=0, weight_decay=0.1), 2)
+    build_scheduler(optimizer, OptimizationConfig(train_iters=2, lr=1, min_lr=0, weight_decay=0.1), 2)
     assert optimizer.param_groups[0]["weight_decay"] == 0.0

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from srlm_mega.config.training import ParallelConfig, TrainingConfig
+from srlm_mega.config.training import OptimizationConfig, ParallelConfig
 from srlm_mega.training.batch import PairSequences, TokenSequence
 from srlm_mega.training.split import batch_order, even_parts, num_steps, packs, split, within
 from srlm_mega.training.topology import Topology
@@ -16,15 +16,15 @@ from srlm_mega.training.topology import Topology
 ALONE = Topology(0, 1, torch.device("cpu"), 0, 1, 0, 1, 0, 1, ParallelConfig())
 
 
-def section(**settings: int) -> TrainingConfig:
-    return TrainingConfig(lr=1e-3, min_lr=1e-4, **{"global_batch_size": 16, "train_iters": 1} | settings)
+def section(**settings: int) -> OptimizationConfig:
+    return OptimizationConfig(lr=1e-3, min_lr=1e-4, **{"global_batch_size": 16, "train_iters": 1} | settings)
 
 
 def sequence(num_inputs: int) -> TokenSequence:
     return TokenSequence(f"s{num_inputs}", (1,) * (num_inputs + 1), 0)
 
 
-def shares(items: list[TokenSequence], settings: TrainingConfig, dp_size: int) -> list[list[list[int]]]:
+def shares(items: list[TokenSequence], settings: OptimizationConfig, dp_size: int) -> list[list[list[int]]]:
     return [
         split(items, settings, replace(ALONE, dp_rank=rank, dp_size=dp_size)).micro_batches for rank in range(dp_size)
     ]
@@ -125,8 +125,8 @@ def test_batches_larger_than_the_data() -> None:
 
 
 def test_steps() -> None:
-    def of(**settings: int) -> TrainingConfig:
-        return TrainingConfig(lr=1e-3, min_lr=1e-4, global_batch_size=16, **settings)
+    def of(**settings: int) -> OptimizationConfig:
+        return OptimizationConfig(lr=1e-3, min_lr=1e-4, global_batch_size=16, **settings)
 
     assert num_steps(of(train_iters=7), 3) == 7
     assert num_steps(of(epochs=3), 100) == 18  # 300 / 16, the last partial batch dropped

@@ -16,7 +16,7 @@ import torch
 
 from srlm_mega.checkpoints_conversion.random_weights import LazyRandomWeights
 from srlm_mega.config import Config
-from srlm_mega.config.training import TrainingConfig
+from srlm_mega.config.training import OptimizationConfig
 from srlm_mega.errors import UserError
 from srlm_mega.records import ReferenceLogprobs
 from srlm_mega.stages.base import shape_of
@@ -101,7 +101,7 @@ class Bench:
 
     def __init__(self, config: Config, request: TrainingRequest, topology: Topology) -> None:
         self.config, self.request, self.topology = config, request, topology
-        self.section: TrainingConfig = config.dpo if request.objective == "dpo" else config.sft
+        self.section: OptimizationConfig = config.dpo if request.objective == "dpo" else config.sft
         self.num_steps = 2 * (request.warmup + request.steps)
         num_items = self.num_steps * self.section.global_batch_size
         self.pairs = random_pairs(num_items, config.model.seq_length, config.model.vocab_size)

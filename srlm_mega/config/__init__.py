@@ -26,10 +26,10 @@ from srlm_mega.config.section import Decides, Section
 from srlm_mega.config.training import (
     DpoConfig,
     ModelConfig,
+    OptimizationConfig,
     ParallelConfig,
     TrackingConfig,
     TrainerConfig,
-    TrainingConfig,
 )
 
 
@@ -47,8 +47,8 @@ class Config(Section, decides="output"):
     run: RunConfig
     model: ModelConfig
     seed_data: SeedDataConfig
-    pretrain: TrainingConfig | None = Field(None, description="Toy world: makes M0 from random weights.")
-    sft: TrainingConfig
+    pretrain: OptimizationConfig | None = Field(None, description="Toy world: makes M0 from random weights.")
+    sft: OptimizationConfig
     dpo: DpoConfig
     parallel: ParallelConfig = ParallelConfig()
     trainer: TrainerConfig = TrainerConfig()

@@ -48,8 +48,9 @@ class ModelConfig(Section, decides="output"):
         )
 
 
-class TrainingConfig(Section, decides="output"):
-    """One training stage. Exactly one of `train_iters` and `epochs`."""
+class OptimizationConfig(Section, decides="output"):
+    """Steps, batches, learning rate, Adam and dropout of one training stage. Set exactly one of `train_iters` and
+    `epochs`."""
 
     train_iters: int | None = Field(None, ge=1, description="Optimiser steps.")
     epochs: int | None = Field(None, ge=1, description="Passes over the data; a last partial batch is dropped.")
@@ -86,7 +87,7 @@ class TrainingConfig(Section, decides="output"):
         return self
 
 
-class DpoConfig(TrainingConfig, decides="output"):
+class DpoConfig(OptimizationConfig, decides="output"):
     """A round's DPO: loss -log sigmoid(beta * margin), reference = the round's starting model."""
 
     loss_type: Literal["sigmoid", "robust", "hinge", "ipo"] = "sigmoid"
@@ -139,7 +140,7 @@ class ParallelConfig(Section, decides="layout"):
 
 
 class TrainerConfig(Section, decides="output"):
-    """What all training stages share."""
+    """Device, precision, checkpoints and time limits of all training stages."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     bf16: bool = Field(False, description="bf16 compute with fp32 main gradients and master weights.")

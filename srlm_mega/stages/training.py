@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal, assert_never
 
 from srlm_mega.chat import Chat
-from srlm_mega.config.training import TrainingConfig
+from srlm_mega.config.training import OptimizationConfig
 from srlm_mega.errors import UserError
 from srlm_mega.plan import META_JUDGEMENTS, eft_source, stops_early
 from srlm_mega.records import Candidate, PreferencePair, ReferenceLogprobs, SftExample, read_jsonl, write_jsonl
@@ -77,7 +77,7 @@ def supervised_with_positives(work: Work, topology: Topology) -> Done:
 def train_on(
     work: Work,
     topology: Topology,
-    section: TrainingConfig,
+    section: OptimizationConfig,
     start: Path,
     files: Sequence[Path],
     more: Sequence[TokenSequence] = (),

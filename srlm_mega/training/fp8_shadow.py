@@ -10,7 +10,7 @@ import torch
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from srlm_mega.config.training import DpoConfig, TrainerConfig, TrainingConfig
+from srlm_mega.config.training import DpoConfig, OptimizationConfig, TrainerConfig
 from srlm_mega.errors import RunStopped
 from srlm_mega.kernels.reference import segment_sums
 from srlm_mega.training.batch import Batch
@@ -28,7 +28,7 @@ class Shadow:
     beta: float
 
     @classmethod
-    def of(cls, trainer: TrainerConfig, section: TrainingConfig) -> "Shadow | None":
+    def of(cls, trainer: TrainerConfig, section: OptimizationConfig) -> "Shadow | None":
         """None without FP8's check, and where there are no pairs."""
         if trainer.fp8_shadow_interval is None or not isinstance(section, DpoConfig):
             return None

@@ -13,7 +13,7 @@ from srlm_mega.checkpoints_conversion.layout import padded_vocab_size
 from srlm_mega.checkpoints_conversion.llama import LlamaShape, RopeScaling
 from srlm_mega.checkpoints_conversion.megatron import Placement, placements
 from srlm_mega.config import Config
-from srlm_mega.config.training import TrainingConfig
+from srlm_mega.config.training import OptimizationConfig
 from srlm_mega.errors import UserError
 from srlm_mega.training.backend import Backend, block, choose_backend, fuse_gradients
 from srlm_mega.training.fp8 import fp8_settings
@@ -99,7 +99,9 @@ def check_rope_scaling(shape: LlamaShape) -> None:
         raise UserError(f"the trainer computes only {LLAMA3_ROPE} with any factor, the model has {shape.rope_scaling}")
 
 
-def transformer_config(shape: LlamaShape, section: TrainingConfig, config: Config, topology: Topology) -> LlamaConfig:
+def transformer_config(
+    shape: LlamaShape, section: OptimizationConfig, config: Config, topology: Topology
+) -> LlamaConfig:
     """Llama 2's architecture in Megatron's words.
 
     `hidden_dropout` acts on the embeddings and on what each attention and MLP adds to the residual stream,

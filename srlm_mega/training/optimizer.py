@@ -9,13 +9,13 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 
-from srlm_mega.config.training import TrainerConfig, TrainingConfig
+from srlm_mega.config.training import OptimizationConfig, TrainerConfig
 from srlm_mega.training import adamw
 from srlm_mega.training.topology import Topology
 
 
 def build_optimizer(
-    model: Sequence[MegatronModule], section: TrainingConfig, trainer: TrainerConfig, topology: Topology
+    model: Sequence[MegatronModule], section: OptimizationConfig, trainer: TrainerConfig, topology: Topology
 ) -> ChainedOptimizer:
     """AdamW over the model's chunks; norms are not decayed. Call it after the weights are loaded."""
     adamw.use_without_fused()
@@ -54,7 +54,9 @@ def update(optimizer: ChainedOptimizer) -> float:
     return norm
 
 
-def build_scheduler(optimizer: ChainedOptimizer, section: TrainingConfig, num_steps: int) -> OptimizerParamScheduler:
+def build_scheduler(
+    optimizer: ChainedOptimizer, section: OptimizationConfig, num_steps: int
+) -> OptimizerParamScheduler:
     """Learning rate of step k = 1..num_steps: `lr` at the first step after warm-up, `min_lr` at the last.
 
     During W warm-up steps it is lr * k / (W + 1), so that no step is taken with a rate of zero.

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from srlm_mega.config.training import TrainingConfig
+from srlm_mega.config.training import OptimizationConfig
 from srlm_mega.training.batch import Batch, TokenSequence
 from srlm_mega.training.schedule import Loss, Step
 from srlm_mega.training.split import split
@@ -32,7 +32,7 @@ class SftObjective:
     """What the trainer needs to know about supervised training."""
 
     sequences: Sequence[TokenSequence]
-    section: TrainingConfig
+    section: OptimizationConfig
     topology: Topology
     vocab_size: int
     num_sums: ClassVar[int] = 2

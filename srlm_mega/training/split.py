@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 import numpy
 import torch
 
-from srlm_mega.config.training import TrainingConfig
+from srlm_mega.config.training import OptimizationConfig
 from srlm_mega.errors import UserError
 from srlm_mega.training.batch import Batch, TokenSequence, context_part, packed_batch, padded_batch
 from srlm_mega.training.topology import Topology
@@ -59,7 +59,7 @@ class Split:
         return batch.to(device, vocab_size)
 
 
-def split(items: Sequence[Item], section: TrainingConfig, topology: Topology) -> Split:
+def split(items: Sequence[Item], section: OptimizationConfig, topology: Topology) -> Split:
     """Cut a global batch for this rank."""
     # Megatron's interleaved schedule wants a multiple of the pipeline's stages.
     stages = topology.pp_size if topology.parallel.virtual_pipeline_model_parallel_size else 1
@@ -122,7 +122,7 @@ def within(items: Sequence[ItemT], seq_length: int) -> list[ItemT]:
     return [item for item in items if all(len(sequence.tokens) <= seq_length for sequence in item.sequences)]
 
 
-def num_steps(section: TrainingConfig, num_items: int) -> int:
+def num_steps(section: OptimizationConfig, num_items: int) -> int:
     """Optimiser steps of a stage. UserError when the data do not fill one batch."""
     steps = section.train_iters
     if steps is None:

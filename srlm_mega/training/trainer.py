@@ -21,7 +21,7 @@ from torch import Tensor
 from srlm_mega.checkpoints_conversion.huggingface import read_shape
 from srlm_mega.checkpoints_conversion.llama import LlamaShape
 from srlm_mega.config import Config
-from srlm_mega.config.training import TrainingConfig
+from srlm_mega.config.training import OptimizationConfig
 from srlm_mega.errors import RunPreempted, RunStopped, UserError
 from srlm_mega.gpus import peak_tflops
 from srlm_mega.records import ReferenceLogprobs
@@ -111,7 +111,7 @@ class TrainingJob:
     leg: Leg | None = None
 
 
-def train_sft(job: TrainingJob, section: TrainingConfig, sequences: Sequence[TokenSequence]) -> TrainingSummary:
+def train_sft(job: TrainingJob, section: OptimizationConfig, sequences: Sequence[TokenSequence]) -> TrainingSummary:
     """Train `job.start` on the target tokens of `sequences`, by the settings of `section`.
 
     Resumes from the newest checkpoint in `out/megatron/`. RunPreempted, with a checkpoint, after a stop signal or when
@@ -149,7 +149,7 @@ def train_dpo(
     return _train(job, section, turns, excluded=len(pairs) - len(kept))
 
 
-def _train(job: TrainingJob, section: TrainingConfig, turns: Turns[Objective], excluded: int) -> TrainingSummary:
+def _train(job: TrainingJob, section: OptimizationConfig, turns: Turns[Objective], excluded: int) -> TrainingSummary:
     topology, config, steps = job.topology, job.config, turns.total
     leg = job.leg or Leg(steps, job.out / "huggingface")
     assert leg.until <= steps, f"a leg up to step {leg.until} of {steps}"
@@ -180,7 +180,7 @@ class Trainer:
     """A model that learns: this rank's chunks with their optimizer and learning rate."""
 
     topology: Topology
-    section: TrainingConfig
+    section: OptimizationConfig
     model: list[MegatronModule]
     optimizer: ChainedOptimizer
     scheduler: OptimizerParamScheduler
@@ -188,7 +188,9 @@ class Trainer:
     shadow: Shadow | None
 
     @classmethod
-    def build(cls, topology: Topology, config: Config, section: TrainingConfig, start: Path, steps: int) -> "Trainer":
+    def build(
+        cls, topology: Topology, config: Config, section: OptimizationConfig, start: Path, steps: int
+    ) -> "Trainer":
         """Load `start` and get ready for `steps` optimiser steps."""
         shape = read_shape(start)
         check_memory(shape, config, topology)
@@ -204,7 +206,7 @@ class Trainer:
         model_config: TransformerConfig,
         topology: Topology,
         config: Config,
-        section: TrainingConfig,
+        section: OptimizationConfig,
         shape: LlamaShape,
         steps: int,
     ) -> "Trainer":

@@ -15,7 +15,7 @@ from small_run import SEED, Layout, config
 from torch import Tensor
 
 from srlm_mega.checkpoints_conversion.llama import LlamaShape
-from srlm_mega.config.training import DpoConfig, TrainingConfig
+from srlm_mega.config.training import DpoConfig, OptimizationConfig
 from srlm_mega.records import ReferenceLogprobs
 from srlm_mega.training.batch import Batch, PairSequences, TokenSequence
 from srlm_mega.training.dpo import DpoObjective
@@ -69,18 +69,18 @@ def items_of(lengths: Sequence[tuple[int, int, int]]) -> list[PairSequences]:
     ]
 
 
-def sft(pairs: Sequence[PairSequences], section: TrainingConfig, topology: Topology) -> SftObjective:
+def sft(pairs: Sequence[PairSequences], section: OptimizationConfig, topology: Topology) -> SftObjective:
     return SftObjective([pair.chosen for pair in pairs], section, topology, 32)
 
 
-def dpo(pairs: Sequence[PairSequences], section: TrainingConfig, topology: Topology) -> DpoObjective:
+def dpo(pairs: Sequence[PairSequences], section: OptimizationConfig, topology: Topology) -> DpoObjective:
     """References of a model that is not the policy, so that margins differ from 0."""
     reference = [ReferenceLogprobs(pair.id, -3.0 - number, -5.0) for number, pair in enumerate(pairs)]
     settings = section.model_dump() | {"rpo_alpha": 0.3, "loss_type": "sigmoid", "label_smoothing": 0.1}
     return DpoObjective(pairs, reference, DpoConfig.model_validate(settings), topology, 32, tolerance=None)
 
 
-def weighed(pairs: Sequence[PairSequences], section: TrainingConfig, topology: Topology) -> DpoObjective:
+def weighed(pairs: Sequence[PairSequences], section: OptimizationConfig, topology: Topology) -> DpoObjective:
     """Pairs with consistencies of their own: if they met other pairs, another cut would give another loss. They are
     below 1/4, because near 1/2 a pair's gradient is the difference of two equal numbers, all rounding."""
     own = [replace(pair, consistency=0.05 * (number % 5)) for number, pair in enumerate(pairs)]
@@ -88,7 +88,7 @@ def weighed(pairs: Sequence[PairSequences], section: TrainingConfig, topology: T
     return DpoObjective(own, reference, DpoConfig.model_validate(section.model_dump()), topology, 32, tolerance=None)
 
 
-Make = Callable[[Sequence[PairSequences], TrainingConfig, Topology], SftObjective | DpoObjective]
+Make = Callable[[Sequence[PairSequences], OptimizationConfig, Topology], SftObjective | DpoObjective]
 Change = Callable[[MicroBatch], MicroBatch]
 
 
@@ -101,7 +101,7 @@ def loss_and_gradient(
 ) -> tuple[float, Tensor]:
     """Of the global batch of all pairs, cut for every replica; `change` spoils the micro batches."""
     micro_batch_size, dp_size, packed = cut
-    section = TrainingConfig(
+    section = OptimizationConfig(
         train_iters=1,
         lr=1e-3,
         min_lr=0,

@@ -10,7 +10,7 @@ from small_run import BATCH, NUM_LAYERS, SEED, VOCAB_SIZE
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from srlm_mega.config.training import DpoConfig, TrainingConfig
+from srlm_mega.config.training import DpoConfig, OptimizationConfig
 from srlm_mega.training.batch import PairSequences, TokenSequence
 from srlm_mega.training.split import batch_order
 
@@ -69,7 +69,7 @@ def dpo_loss(
 
 
 def train(
-    start: Path, section: TrainingConfig, num_items: int, loss_of: Callable[[LlamaForCausalLM, list[int]], Tensor]
+    start: Path, section: OptimizationConfig, num_items: int, loss_of: Callable[[LlamaForCausalLM, list[int]], Tensor]
 ) -> list[TwinStep]:
     """AdamW with clipping and a cosine from lr to min_lr; norms are not decayed."""
     torch.set_num_threads(1)  # threads cost more than they bring on a model this small

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from srlm_mega.config import Config
 from srlm_mega.config.model_sizes import flops_per_token
-from srlm_mega.config.training import DpoConfig, TrainingConfig
+from srlm_mega.config.training import DpoConfig, OptimizationConfig
 from srlm_mega.gpus import GpuModel, Precision
 from srlm_mega.tools.planner.job import Job, ParallelLayout, Stack
 from srlm_mega.tools.planner.step_time import FITTED, NAMES, Quantities, step_parts
@@ -63,7 +63,7 @@ def layout_of(config: Config) -> ParallelLayout:
 
 
 def training_job(
-    config: Config, section: TrainingConfig, layout: ParallelLayout, gpu: GpuModel, lengths: Lengths
+    config: Config, section: OptimizationConfig, layout: ParallelLayout, gpu: GpuModel, lengths: Lengths
 ) -> Job:
     """One optimiser step, at assumed lengths: packed rows, or rows padded to the batch's longest sequence."""
     trainer = config.trainer
@@ -139,13 +139,13 @@ TERMS = {
 }
 
 
-def step_tokens(config: Config, section: TrainingConfig, lengths: Lengths) -> float:
+def step_tokens(config: Config, section: OptimizationConfig, lengths: Lengths) -> float:
     """Of a global batch, padding left out."""
     sequences = 2 if isinstance(section, DpoConfig) else 1
     return section.global_batch_size * sequences * min(lengths.sequence, config.model.seq_length)
 
 
-def steps_of(section: TrainingConfig, items: int) -> int:
+def steps_of(section: OptimizationConfig, items: int) -> int:
     """Optimiser steps of a stage that trains on so many items."""
     if section.train_iters is not None:
         return section.train_iters

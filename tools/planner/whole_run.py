@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from srlm_mega.config import Config
-from srlm_mega.config.training import TrainingConfig
+from srlm_mega.config.training import OptimizationConfig
 from srlm_mega.gpus import GpuModel
 from srlm_mega.plan import Stage, plan
 from srlm_mega.tools.planner.generation import Replica
@@ -81,7 +81,7 @@ def training_times(name: str, config: Config, cluster: Cluster, lengths: Lengths
     ]
 
 
-def taught(name: str, config: Config) -> tuple[str, TrainingConfig, int]:
+def taught(name: str, config: Config) -> tuple[str, OptimizationConfig, int]:
     """In words, by which section, and on how many items a model is trained."""
     data = config.seed_data
     seed_items = data.num_ift + (data.num_eft if config.eft.enabled else 0)
