@@ -78,6 +78,13 @@ def test_what_stages_read() -> None:
     assert (*SAMPLER, "early_stopping", "candidates.max_new_tokens") == EARLY_STOPPING
 
 
+def test_every_knob_has_a_description() -> None:
+    """One that can be read in an editor, and that is not only the name again."""
+    short = [key for key, knob in knobs().items() if len((knob.description or "").split()) < 2]
+    assert short == [], "unit, meaning, and what the paper has: Field(..., description=...)"
+    assert len(knobs()) > 240, "the walk reaches sections in sections"
+
+
 def test_a_section_that_does_not_say_what_its_knobs_decide_cannot_be() -> None:
     with pytest.raises(TypeError, match="decides"):
 

@@ -12,8 +12,8 @@ from srlm_mega.config.section import Section
 class SlurmConfig(Section, decides="layout"):
     """What `srlm launch slurm` writes into a job, and how the job's steps start."""
 
-    partition: str | None = Field(None, description="None: the cluster's default.")
-    account: str | None = None
+    partition: str | None = Field(None, description="Partition of the job; null: the cluster's default.")
+    account: str | None = Field(None, description="Account that the job is charged to; null: the cluster's default.")
     time: str | None = Field(None, description='Wall-clock limit, for example "24:00:00" (quoted); none: the default.')
     sbatch_options: tuple[str, ...] = Field((), description="Further lines, for example --qos=high.")
     gpu_option: Literal["gpus-per-node", "gres"] = Field("gpus-per-node", description="How GPUs are asked for here.")
@@ -34,8 +34,8 @@ class SlurmConfig(Section, decides="layout"):
 class LaunchConfig(Section, decides="layout"):
     """How training stages start."""
 
-    nodes: int = Field(1, ge=1)
-    processes_per_node: int = Field(1, ge=1)
+    nodes: int = Field(1, ge=1, description="Nodes of a training stage.")
+    processes_per_node: int = Field(1, ge=1, description="Ranks per node of a training stage: one per GPU.")
     threads_per_process: int = Field(1, ge=1, description="OMP_NUM_THREADS of a stage's processes.")
     launcher: Literal["torchrun", "slurm"] = Field(
         "torchrun", description="torchrun: on this node; slurm: as steps of the allocation that srlm run is in."

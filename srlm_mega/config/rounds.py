@@ -56,7 +56,7 @@ class MetaJudgeConfig(Section, decides="output"):
     """The model compares its own judgements; best and worst become pairs that train the judge. It decodes as the judge
     does (section judge)."""
 
-    enabled: bool = False
+    enabled: bool = Field(False, description="Train the judge too, on pairs of its own judgements.")
     max_share: float = Field(0.15, gt=0, lt=1, description="Largest share of a round's pairs that are of judgements.")
     max_chosen_length: int = Field(1100, ge=1, description="Characters; a longer judgement is never chosen.")
 
@@ -64,8 +64,8 @@ class MetaJudgeConfig(Section, decides="output"):
 class Limit(Section, decides="limit"):
     """Where a figure becomes a warning, and where it stops the run (exit code 3); null: never."""
 
-    warn: float | None = None
-    stop: float | None = None
+    warn: float | None = Field(None, description="The figure from which there is a warning; null: never.")
+    stop: float | None = Field(None, description="The figure from which the run stops (exit code 3); null: never.")
 
 
 class HealthConfig(Section, decides="limit"):

@@ -20,15 +20,19 @@ class ModelConfig(Section, decides="output"):
         None,
         description="SentencePiece .model, tokenizer.json or folder; none: the one in `path`, or the toy's.",
     )
-    num_layers: int = Field(ge=1)
-    hidden_size: int = Field(ge=1)
-    ffn_hidden_size: int = Field(ge=1)
-    num_attention_heads: int = Field(ge=1)
+    num_layers: int = Field(ge=1, description="Transformer layers; Llama 2 70B: 80.")
+    hidden_size: int = Field(ge=1, description="Width of the residual stream; Llama 2 70B: 8192.")
+    ffn_hidden_size: int = Field(ge=1, description="Width inside the feed-forward block (SwiGLU); Llama 2 70B: 28672.")
+    num_attention_heads: int = Field(ge=1, description="Query heads; Llama 2 70B: 64.")
     num_query_groups: int = Field(ge=1, description="Key/value heads (GQA).")
-    vocab_size: int = Field(ge=1)
-    max_position_embeddings: int = Field(4096, ge=1)
-    norm_epsilon: float = Field(1e-5, gt=0)
-    rotary_base: float = Field(10000.0, gt=0)
+    vocab_size: int = Field(
+        ge=1, description="Rows of the embedding and of the output layer, in tokens; Llama 2: 32000."
+    )
+    max_position_embeddings: int = Field(
+        4096, ge=1, description="Positions that the base model was trained for; Llama 2: 4096."
+    )
+    norm_epsilon: float = Field(1e-5, gt=0, description="Added to the mean square in RMSNorm.")
+    rotary_base: float = Field(10000.0, gt=0, description="Base of RoPE's wavelengths (theta); Llama 2: 10000.")
     init_method_std: float = Field(0.02, gt=0, description="Standard deviation of random weights.")
     seq_length: int = Field(4096, ge=8, description="Longest sequence, prompt and response, in tokens.")
     layer_backend: Literal["auto", "transformer_engine", "torch"] = Field(
@@ -66,17 +70,28 @@ class OptimizationConfig(Section, decides="output"):
     global_batch_size: Annotated[int, Decides("output", part="batches")] = Field(
         16, ge=1, description="Sequences (SFT) or pairs (DPO) per optimiser step."
     )
-    lr: float = Field(gt=0)
+    lr: float = Field(gt=0, description="Learning rate after warm-up; paper: 5.5e-6 for SFT, 1e-6 for DPO.")
     min_lr: float = Field(ge=0, description="Learning rate of the last step.")
-    lr_decay_style: Literal["constant", "linear", "cosine"] = "cosine"
-    lr_warmup_fraction: float = Field(0.0, ge=0, lt=1)
-    weight_decay: float = Field(0.0, ge=0)
+    lr_decay_style: Literal["constant", "linear", "cosine"] = Field(
+        "cosine", description="How the learning rate falls from lr to min_lr."
+    )
+    lr_warmup_fraction: float = Field(
+        0.0, ge=0, lt=1, description="Share of the steps in which the learning rate rises to lr."
+    )
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay (AdamW) of all weights but norms.")
     clip_grad: float = Field(1.0, gt=0, description="Largest gradient norm; a very large number never clips.")
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
-    adam_beta2: float = Field(0.95, ge=0, lt=1)
-    adam_eps: float = Field(1e-8, gt=0)
-    attention_dropout: float = Field(0.1, ge=0, lt=1)
-    hidden_dropout: float = Field(0.1, ge=0, lt=1)
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="Decay of Adam's mean of gradients.")
+    adam_beta2: float = Field(0.95, ge=0, lt=1, description="Decay of Adam's mean of squared gradients.")
+    adam_eps: float = Field(1e-8, gt=0, description="Added to the root of Adam's mean of squared gradients.")
+    attention_dropout: float = Field(
+        0.1,
+        ge=0,
+        lt=1,
+        description="Dropout of attention weights; paper: 0.1. With both 0 DPO's first loss is checked: ln 2.",
+    )
+    hidden_dropout: float = Field(
+        0.1, ge=0, lt=1, description="Dropout on what each block adds to the residual stream; paper: 0.1."
+    )
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -90,8 +105,11 @@ class OptimizationConfig(Section, decides="output"):
 class DpoConfig(OptimizationConfig, decides="output"):
     """A round's DPO: loss -log sigmoid(beta * margin), reference = the round's starting model."""
 
-    loss_type: Literal["sigmoid", "robust", "hinge", "ipo"] = "sigmoid"
-    beta: float = Field(0.1, gt=0)
+    loss_type: Literal["sigmoid", "robust", "hinge", "ipo"] = Field(
+        "sigmoid",
+        description="TRL's names: sigmoid is DPO (the paper's), with label_smoothing cDPO; robust, hinge and IPO.",
+    )
+    beta: float = Field(0.1, gt=0, description="Weight of the log-ratios to the reference in the margin; paper: 0.1.")
     label_smoothing: float = Field(
         0.0, ge=0, lt=0.5, description="Share of pairs taken to be the wrong way round: cDPO (sigmoid), robust DPO."
     )
@@ -112,13 +130,19 @@ class DpoConfig(OptimizationConfig, decides="output"):
 class ParallelConfig(Section, decides="layout"):
     """Megatron's axes. World size = tensor * pipeline * context * data."""
 
-    tensor_model_parallel_size: int = Field(1, ge=1)
-    pipeline_model_parallel_size: int = Field(1, ge=1)
-    data_parallel_size: int | None = Field(None, ge=1, description="None: what the world size leaves.")
+    tensor_model_parallel_size: int = Field(1, ge=1, description="Ranks that share each layer (TP).")
+    pipeline_model_parallel_size: int = Field(1, ge=1, description="Stages of layers, each on ranks of its own (PP).")
+    data_parallel_size: int | None = Field(
+        None, ge=1, description="Replicas of the model (DP); null: what the world size leaves."
+    )
     virtual_pipeline_model_parallel_size: int | None = Field(None, ge=2, description="Model chunks per stage.")
     context_parallel_size: int = Field(1, ge=1, description="Parts of each sequence, on as many ranks.")
-    sequence_parallel: bool = False
-    use_distributed_optimizer: bool = False
+    sequence_parallel: bool = Field(
+        False, description="Split activations between TP's matrix products along the sequence; needs TP above 1."
+    )
+    use_distributed_optimizer: bool = Field(
+        False, description="Split the optimiser's state over data-parallel ranks (ZeRO-1)."
+    )
     overlap_grad_reduce: bool = Field(False, description="Sum gradients over ranks while the backward pass runs.")
     overlap_param_gather: bool = Field(False, description="Gather updated weights while the next forward pass runs.")
 
@@ -142,7 +166,9 @@ class ParallelConfig(Section, decides="layout"):
 class TrainerConfig(Section, decides="output"):
     """Device, precision, checkpoints and time limits of all training stages."""
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Where training computes; auto: CUDA where there is one."
+    )
     bf16: bool = Field(False, description="bf16 compute with fp32 main gradients and master weights.")
     fp8: Literal["hybrid", "e4m3"] | None = Field(None, description="FP8 matrix products (Transformer Engine).")
     fp8_recipe: Literal["delayed", "tensorwise", "blockwise"] = Field(
@@ -150,15 +176,23 @@ class TrainerConfig(Section, decides="output"):
     )
     fp8_amax_history_len: int = Field(1024, ge=1, description="Passes whose largest value sets a delayed scale.")
     first_last_layers_bf16: bool = Field(False, description="Keep the first and last layers out of FP8.")
-    num_layers_at_start_in_bf16: int = Field(1, ge=0)
-    num_layers_at_end_in_bf16: int = Field(1, ge=0)
+    num_layers_at_start_in_bf16: int = Field(
+        1, ge=0, description="With first_last_layers_bf16: first layers that stay in bf16."
+    )
+    num_layers_at_end_in_bf16: int = Field(
+        1, ge=0, description="With first_last_layers_bf16: last layers that stay in bf16."
+    )
     fp8_shadow_interval: int | None = Field(
         None, ge=1, description="Every so many DPO steps, compare one micro batch's margins in FP8 with bf16."
     )
     fp8_shadow_threshold: float = Field(
         0.5, gt=0, description="Largest difference allowed in beta * margin (the reward margin); above it, stop."
     )
-    recompute_granularity: Annotated[Literal["full", "selective"] | None, Decides("layout")] = None
+    recompute_granularity: Annotated[Literal["full", "selective"] | None, Decides("layout")] = Field(
+        None,
+        description="Activations that the backward pass computes again: selective: attention's; "
+        "full: a whole layer's; null: none.",
+    )
     save_interval: Annotated[int | None, Decides("layout")] = Field(
         100, ge=1, description="Optimiser steps between checkpoints; null: only when training is asked to stop."
     )
