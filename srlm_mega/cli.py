@@ -98,9 +98,9 @@ def stage(
 def replica(run: RunFolder, name: str, number: int) -> None:
     """One of several processes that sample a stage of a run; `srlm stage` starts them."""
     from srlm_mega.run_dir import RunDir
-    from srlm_mega.stages.rewards import replica as sample
+    from srlm_mega.stages.sharded import work_as_replica
 
-    raise typer.Exit(sample(RunDir(run), name, number))
+    raise typer.Exit(work_as_replica(RunDir(run), name, number))
 
 
 @app.command(hidden=True)

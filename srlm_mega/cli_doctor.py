@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, assert_never
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import orjson
 import typer
@@ -94,15 +94,10 @@ def model_folders(config: "Config") -> int:
     """Models that lie on the disk at once: those that the run makes, and what the sampler loads in their place (of an
     engine its checkpoint too). Early stopping keeps two more, the newest and the best one before it."""
     from srlm_mega.plan import plan
+    from srlm_mega.stage_kinds import BASE, SAMPLER_WEIGHTS
 
     stages = plan(config)
-    made = sum(stage.trains or (stage.name == "M0" and config.model.path is None) for stage in stages)
-    converted = sum(stage.name.endswith("/sampler_weights") for stage in stages)
-    match config.sampler.backend:
-        case "huggingface" | "trtllm_torch":
-            copies = 1
-        case "trtllm_engine":
-            copies = 2
-        case other:
-            assert_never(other)
+    made = sum(stage.kind.trains or (stage.kind is BASE and config.model.path is None) for stage in stages)
+    converted = sum(stage.kind is SAMPLER_WEIGHTS for stage in stages)
+    copies = 2 if config.sampler.traits.loads_engine else 1
     return made + copies * converted + (0 if config.early_stopping is None else 2)

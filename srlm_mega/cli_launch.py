@@ -59,9 +59,9 @@ def check_stages(config: "Config", template: "Template", stages: Sequence[str]) 
                 raise UserError(f"--stage is for --template train or sample, not {template}")
             return
         case "train":
-            fitting = [stage for stage in plan(config) if stage.parallel]
+            fitting = [stage for stage in plan(config) if stage.kind.parallel]
         case "sample":
-            fitting = [stage for stage in plan(config) if stage.samples]
+            fitting = [stage for stage in plan(config) if stage.kind.samples]
         case other:
             assert_never(other)
     if not found or any(stage not in fitting for stage in found):

@@ -27,7 +27,7 @@ def config_of(stage: Stage, config: Config) -> dict[str, Any]:
 
 def layout_of(stage: Stage, config: Config) -> dict[str, Any]:
     """The values that say where and how a stage runs."""
-    parts = LAYOUT if stage.parallel else RECORDED
+    parts = LAYOUT if stage.kind.parallel else RECORDED
     return {key: value for key, value in read_by(stage, config).items() if within(key, parts)}
 
 

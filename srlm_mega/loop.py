@@ -40,7 +40,7 @@ def run_loop(config: Config, run: RunDir, redo: tuple[str, ...], display: Displa
         check_outside_files(config)
     with run.lock():
         check_finished([stage for stage in stages if stage.name not in doomed], config, run)
-        for stage in reversed(stages):  # what comes last goes first: a kill in between leaves a run that can go on
+        for stage in reversed(stages):  # what comes last goes first: a kill in between leaves a run that can resume
             if stage.name in doomed and run.remove(stage.name):
                 display.say(f"removed {run.output(stage.name)}")
         wanted = [find_stage(config, name) for name in only] or stages
@@ -101,7 +101,7 @@ def check_finished(stages: list[Stage], config: Config, run: RunDir) -> None:
 
 def run_group(group: list[Stage], config: Config, run: RunDir, display: Display, report: BackgroundReport) -> None:
     """Run stages that share their processes to their end. Whenever a training among them pauses, its newest checkpoint
-    is compared, and it goes on."""
+    is compared, and it resumes."""
     while group:
         try:
             execute(group, config, run, display, report)
@@ -149,7 +149,7 @@ def compare_checkpoints(stage: Stage, config: Config, run: RunDir, display: Disp
 def watch(stage: Stage, process: StageProcess, run: RunDir, display: Display, silence: Silence) -> bool:
     """Show a stage's progress until its output is there; False when the process ended without it. RunPreempted when
     asked to stop in a stage that does not train: such a one loses little and is ended at once. StageCrashed when
-    nothing goes on for too long."""
+    it shows no progress for too long."""
     start = time.monotonic()
     with display.stage(stage.name) as line:
         while True:
@@ -157,7 +157,7 @@ def watch(stage: Stage, process: StageProcess, run: RunDir, display: Display, si
             manifest = run.manifest(stage.name)
             if manifest is not None or ended:
                 break
-            if not stage.trains:
+            if not stage.kind.trains:
                 check_not_stopped(stage.name, run)
             state = read_progress(run.progress_file(stage.name))
             line.update(state)
@@ -171,4 +171,4 @@ def watch(stage: Stage, process: StageProcess, run: RunDir, display: Display, si
 def check_not_stopped(name: str, run: RunDir) -> None:
     """RunPreempted when somebody asked to stop."""
     if run.stop_file.exists():
-        raise RunPreempted(f"{name} was ended. What is finished is kept, and the same command goes on")
+        raise RunPreempted(f"{name} was ended. What is finished is kept, and the same command resumes the run")

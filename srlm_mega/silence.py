@@ -31,7 +31,7 @@ def longest_silence(stage: Stage, config: Config) -> float:
         trainer.checkpoint_timeout_minutes,
         trainer.export_timeout_minutes,
     )
-    return 60 * (2 * max(phases) if stage.parallel else config.runtime.progress_timeout_minutes)
+    return 60 * (2 * max(phases) if stage.kind.parallel else config.runtime.progress_timeout_minutes)
 
 
 class Silence:

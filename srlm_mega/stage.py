@@ -1,9 +1,10 @@
-"""Stages as a process: begin an output, do its work, commit. The only file that knows which code makes which."""
+"""Stages as a process: begin an output, call the function of its kind, commit."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.metadata import version
+from pkgutil import resolve_name
 
 from srlm_mega.config import Config
 from srlm_mega.config.file import load_config
@@ -47,7 +48,7 @@ def run_stages(run: RunDir, names: Sequence[str]) -> int:
 
 def joined_ranks(config: Config, stages: Sequence[Stage]) -> AbstractContextManager[object]:
     """The ranks that torchrun started meet once, for all their stages."""
-    if not any(stage.parallel for stage in stages):
+    if not any(stage.kind.parallel for stage in stages):
         return nullcontext()
     from srlm_mega.training.compiling import compile_on_gpus_only
 
@@ -64,7 +65,7 @@ def run_stage(run: RunDir, config: Config, stage: Stage) -> int:
         if run.manifest(stage.name) is not None:
             raise UserError(f"{run.output(stage.name)} is finished. Make it again: srlm run ... --redo {stage.name}")
         work = Work(run, config, stage, run.partial(stage.name), progress)
-        if stage.parallel:
+        if stage.kind.parallel:
             run_parallel(work)
         else:
             run_single(work)
@@ -85,24 +86,24 @@ def explained(error: Exception, progress: Progress) -> int:
 
 def run_single(work: Work) -> None:
     """A stage in this process."""
+    function: Callable[[Work], Done] = resolve_name(work.stage.kind.function)
     with output(work) as done:
-        done.append(single_function(work.stage.name)(work))
+        done.append(function(work))
 
 
 def run_parallel(work: Work) -> None:
     """A stage in all ranks of a torchrun job; the main rank owns the output."""
-    from srlm_mega.stages.training import parallel_function
     from srlm_mega.training.topology import Topology, watched
 
     def stuck(message: str) -> None:
         work.progress.failed(CRASHED, message)
 
+    function: Callable[[Work, Topology], Done] = resolve_name(work.stage.kind.function)
     trainer = work.config.trainer
     with (
         Topology.start(work.config.parallel, trainer, work.config.run.seed) as started,
         watched(started, trainer, stuck) as topology,
     ):
-        function = parallel_function(work.stage.name, work.config.round.method)
         if topology.is_main:
             with output(work) as done:
                 topology.barrier()
@@ -119,66 +120,7 @@ def output(work: Work) -> Iterator[list[Done]]:
     identity = identity_of(work.stage, work.config, work.run)
     for name in work.stage.inputs:
         work.run.verify(name, quick=False)
-    work.run.begin(identity, resumable=work.stage.goes_on)
+    work.run.begin(identity, resumable=work.stage.kind.resumable)
     with stopwatch() as seconds:
         yield done
     work.run.commit(identity, done[0].rows, seconds[0], version("srlm-mega"), done[0].counts)
-
-
-def single_function(name: str) -> Callable[[Work], Done]:
-    """The function that makes a single-process output. Imports wait until here: each stage loads only what it uses."""
-    match name.rpartition("/")[2]:
-        case "seed":
-            from srlm_mega.stages.seed import make_seed
-
-            return make_seed
-        case "M0":
-            from srlm_mega.stages.base import make_base
-
-            return make_base
-        case "eft":
-            from srlm_mega.stages.eft import build_eft
-
-            return build_eft
-        case "prompt_writer":
-            from srlm_mega.stages.base import take_writer
-
-            return take_writer
-        case "prompts":
-            from srlm_mega.stages.prompts import write_prompts
-
-            return write_prompts
-        case "candidates" | "anchors":
-            from srlm_mega.stages.rewards import sample_candidates
-
-            return sample_candidates
-        case "judgements" | "anchor_judgements" | "previous_judgements":
-            from srlm_mega.stages.rewards import judge_candidates
-
-            return judge_candidates
-        case "pairs":
-            from srlm_mega.stages.pairing import select_pairs
-
-            return select_pairs
-        case "sampler_weights":
-            from srlm_mega.stages.sampler_weights import make_sampler_weights
-
-            return make_sampler_weights
-        case "health":
-            from srlm_mega.stages.health import look_at_health
-
-            return look_at_health
-        case "meta_judgements":
-            from srlm_mega.stages.meta import judge_judgements
-
-            return judge_judgements
-        case "positives":
-            from srlm_mega.stages.pairing import select_positives
-
-            return select_positives
-        case "evaluation":
-            from srlm_mega.stages.evaluate import evaluate
-
-            return evaluate
-        case other:
-            raise AssertionError(f"no code makes {other}")

@@ -11,17 +11,17 @@ from srlm_mega.run_dir import RunDir
 
 def starts(stage: Stage, config: Config) -> Literal["as ranks", "here", "in the sampler's environment"]:
     """How a stage's process starts. One whose replicas share its shards starts them itself, from here."""
-    if stage.parallel:
+    if stage.kind.parallel:
         return "as ranks"
-    replicated = stage.in_shards and config.sampler_replicas > 1
-    if stage.samples and config.sampler.elsewhere and not replicated:
+    replicated = stage.kind.in_shards and config.sampler_replicas > 1
+    if stage.kind.samples and config.sampler.elsewhere and not replicated:
         return "in the sampler's environment"
     return "here"
 
 
 def check_sampler(missing: list[Stage], config: Config) -> None:
     """UserError now, and not after hours of training, where the sampler's environment cannot be entered."""
-    if config.sampler.elsewhere and any(stage.samples for stage in missing):
+    if config.sampler.elsewhere and any(stage.kind.samples for stage in missing):
         check_sampler_environment(config)
 
 
@@ -35,7 +35,7 @@ def command(group: list[Stage], config: Config, run: RunDir) -> Start:
         case "in the sampler's environment":
             return Start(sampler_process(config, arguments))
         case "here":
-            replicated = config.sampler_replicas > 1 and any(stage.in_shards for stage in group)
+            replicated = config.sampler_replicas > 1 and any(stage.kind.in_shards for stage in group)
             return start_one(config, run, names[0], arguments, starts_steps=replicated)
 
 

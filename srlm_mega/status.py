@@ -15,6 +15,7 @@ from srlm_mega.plan import Stage, plan
 from srlm_mega.progress import read_progress
 from srlm_mega.run_dir import TRAINING_STATE, Manifest, RunDir
 from srlm_mega.sampling.throughput import duration
+from srlm_mega.stage_kinds import PAIRS, StageKind, round_folder
 from srlm_mega.training.checkpoint_files import complete_steps
 
 TAIL_BYTES = 1 << 16
@@ -76,12 +77,12 @@ def read_status(folder: Path) -> RunStatus:
     """The state of a run now."""
     run = RunDir(folder)
     stages = plan(load_config(run.config_file))
-    manifests = {stage.name: run.manifest(stage.name) for stage in stages}
-    finished = {name: manifest for name, manifest in manifests.items() if manifest is not None}
+    finished = {stage: manifest for stage in stages if (manifest := run.manifest(stage.name)) is not None}
     states = tuple(state_of(stage, run, finished) for stage in stages)
     left = [one.seconds for one in states if one.state != "done"]
     known = [seconds for seconds in left if seconds is not None]
-    trained = [losses for stage in stages if stage.trains and (losses := newest_losses(run, stage.name)) is not None]
+    models = [stage.name for stage in stages if stage.kind.trains]
+    trained = [losses for name in models if (losses := newest_losses(run, name)) is not None]
     controller = read_controller(run)
     return RunStatus(
         run=str(folder),
@@ -90,38 +91,32 @@ def read_status(folder: Path) -> RunStatus:
         stages=states,
         seconds_left=sum(known) if len(known) == len(left) else None,
         losses=tuple(trained[-2:]),
-        health=tuple(shares_of(run, name, manifest) for name, manifest in finished.items() if name.endswith("/pairs")),
+        health=tuple(shares_of(run, stage, manifest) for stage, manifest in finished.items() if stage.kind is PAIRS),
     )
 
 
-def state_of(stage: Stage, run: RunDir, finished: Mapping[str, Manifest]) -> StageStatus:
+def state_of(stage: Stage, run: RunDir, finished: Mapping[Stage, Manifest]) -> StageStatus:
     """One stage's."""
-    manifest = finished.get(stage.name)
+    manifest = finished.get(stage)
     if manifest is not None:
         return StageStatus(stage.name, "done", manifest.rows, manifest.rows, "", "", manifest.seconds)
-    usual = usual_seconds(stage.name, finished)
+    usual = usual_seconds(stage.kind, finished)
     if not run.partial(stage.name).exists():
         return StageStatus(stage.name, "missing", 0, 0, "", "", usual)
     progress = read_progress(run.progress_file(stage.name))
     seconds = None if usual is None or not progress.total else usual * (1 - progress.done / progress.total)
     note = progress.note
-    step = step_seconds(run.partial(stage.name) / "metrics.jsonl") if stage.trains else None
+    step = step_seconds(run.partial(stage.name) / "metrics.jsonl") if stage.kind.trains else None
     if step is not None and progress.total:
         seconds = step * (progress.total - progress.done)
         note = f"{note}, {duration(seconds)} left"
     return StageStatus(stage.name, "partial", progress.done, progress.total, progress.unit, note, seconds)
 
 
-def usual_seconds(name: str, finished: Mapping[str, Manifest]) -> float | None:
-    """What the newest finished stage of the same kind took: round 1's candidates tell about round 2's."""
-    same = [manifest.seconds for other, manifest in finished.items() if kind_of(other) == kind_of(name)]
+def usual_seconds(kind: StageKind, finished: Mapping[Stage, Manifest]) -> float | None:
+    """What the newest finished stage of this kind took: round 1's candidates tell about round 2's."""
+    same = [manifest.seconds for stage, manifest in finished.items() if stage.kind is kind]
     return same[-1] if same else None
-
-
-def kind_of(name: str) -> str:
-    """`candidates`, `evaluation`, `seed`, ...; M2, M3 and so on are `dpo`, M0 and M1 are themselves."""
-    folder, _, part = name.partition("/")
-    return part or ("dpo" if folder.startswith("M") and folder not in ("M0", "M1") else folder)
 
 
 def newest_losses(run: RunDir, model: str) -> Losses | None:
@@ -150,18 +145,17 @@ def tail(path: Path) -> list[dict[str, Any]]:
     return [orjson.loads(line) for line in lines[1 if size > TAIL_BYTES else 0 : -1]]
 
 
-def shares_of(run: RunDir, stage: str, manifest: Manifest) -> RoundShares:
+def shares_of(run: RunDir, stage: Stage, manifest: Manifest) -> RoundShares:
     """From the counts of its pairs, and from its health where that is known."""
     shares = {
         label: manifest.counts[part] / manifest.counts[whole]
         for label, (part, whole) in SHARES.items()
         if manifest.counts.get(whole)
     }
-    folder = stage.partition("/")[0]
-    health = read_health(run, int(folder.removeprefix("round_")))
+    health = read_health(run, stage.round)
     figures = {} if health is None else health.beyond("stop") | health.beyond("warn")
     beyond = tuple(f"{figure.state}: {key} {figure.value:.3g}" for key, figure in figures.items())
-    return RoundShares(folder, shares, beyond)
+    return RoundShares(round_folder(stage.round), shares, beyond)
 
 
 def share_done(stages: Sequence[StageStatus]) -> str:
@@ -179,7 +173,7 @@ def progress_line(folder: Path) -> str:
         partial = run.partial(stage.name)
         if run.manifest(stage.name) is not None:
             parts.append(stage.name)
-        elif stage.trains:
+        elif stage.kind.trains:
             parts += [f"{stage.name} step {step}" for step in complete_steps(partial / TRAINING_STATE)[-1:]]
         elif shards := len(list(partial.glob("*.shards/shard_*[0-9].jsonl"))):
             parts.append(f"{stage.name} {shards} shards")

@@ -26,15 +26,9 @@ class Work:
         return self.run.output(stage) / file
 
     @property
-    def folder(self) -> str:
-        """The model or round this stage belongs to: M1, round_1, ..."""
-        return self.stage.name.partition("/")[0]
-
-    @property
     def round(self) -> int:
-        """The round this stage belongs to; M(t+1) is made by round t."""
-        folder = self.folder
-        return int(folder.removeprefix("round_")) if folder.startswith("round_") else int(folder.removeprefix("M")) - 1
+        """The number of the stage's round."""
+        return self.stage.round
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def test_where_the_stages_stand_in_the_plan() -> None:
     names = [stage.name for stage in plan(built)]
     assert names[:6] == ["seed", "M0", "sft_baseline", "eft", "M1", "M1/evaluation"]
     assert find_stage(built, "M1").inputs == ("M0", "seed", "eft")
-    assert find_stage(built, "eft").in_shards and find_stage(built, "sft_baseline").trains
+    assert find_stage(built, "eft").kind.in_shards and find_stage(built, "sft_baseline").kind.trains
     for overrides in ((), ("eft.enabled=false",), (*BUILD, "eft.enabled=false")):
         config = load_config(TOY, overrides)
         assert "eft" not in {stage.name for stage in plan(config)}

@@ -59,7 +59,7 @@ def test_positives_only_starts_from_the_base_and_needs_no_reference() -> None:
     names = folders("round.method=positives_sft")
     assert "round_1/reference" not in names and names.index("round_1/positives") < names.index("M2")
     assert find_stage(config, "M2").inputs == ("M0", "seed", "round_1/positives")
-    assert find_stage(config, "M2").trains and "sft.lr" in config_of(find_stage(config, "M2"), config)
+    assert find_stage(config, "M2").kind.trains and "sft.lr" in config_of(find_stage(config, "M2"), config)
 
 
 def test_replay_reads_the_seed() -> None:
@@ -151,7 +151,7 @@ def test_every_layout_key_exists() -> None:
 
 
 def test_who_trains() -> None:
-    trains = [stage.name for stage in plan(CONFIG) if stage.trains]
+    trains = [stage.name for stage in plan(CONFIG) if stage.kind.trains]
     assert trains == ["M0", "M1", "M2", "M3"]
 
 

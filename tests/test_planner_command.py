@@ -15,6 +15,7 @@ from srlm_mega.config.file import load_config
 from srlm_mega.errors import UserError
 from srlm_mega.gpus import find_gpu
 from srlm_mega.plan import plan as stages_of
+from srlm_mega.stage_kinds import Estimate
 from srlm_mega.tools.planner.advice import RUN_ADVICE, STEP_ADVICE, kind_of, step_advice
 from srlm_mega.tools.planner.plan_command import PlanRequest, make_plan, planned, predictions, searched
 from srlm_mega.tools.planner.points import CALIBRATION_FILE
@@ -60,15 +61,15 @@ def test_requests_by_hand() -> None:
     """5000 prompts of 4 candidates and 3 judgements; held out: a greedy and a sampled answer, 3 judgements a reply. A
     judge reads its template of 420 tokens, 120 of the prompt and 350 of the response."""
     config = request("llama2_70b_64gpu.yaml", "seed_data.num_test=0").config
-    (file,) = requests_of("round_1/prompts", config, LENGTHS)
+    (file,) = requests_of(Estimate.PROMPTS, config, LENGTHS)
     assert (file.count, file.samples, file.output) == (5000 / 4, 1, 480)
-    assert requests_of("round_1/candidates", config, LENGTHS) == [Requests(5000, 120, 4, 350)]
-    assert requests_of("round_1/judgements", config, LENGTHS) == [Requests(20_000, 890, 3, 140)]
-    answers, judgements = requests_of("M1/evaluation", config, LENGTHS)
+    assert requests_of(Estimate.CANDIDATES, config, LENGTHS) == [Requests(5000, 120, 4, 350)]
+    assert requests_of(Estimate.JUDGEMENTS, config, LENGTHS) == [Requests(20_000, 890, 3, 140)]
+    answers, judgements = requests_of(Estimate.EVALUATION, config, LENGTHS)
     assert answers == Requests(config.seed_data.num_validation, 120, 2, 350)
     assert judgements == Requests(config.seed_data.num_eft_eval, 890, 3, 140)
     random = request("llama2_70b_64gpu.yaml", "judge.backend=random").config
-    assert requests_of("round_1/judgements", random, LENGTHS) == []
+    assert requests_of(Estimate.JUDGEMENTS, random, LENGTHS) == []
 
 
 def test_a_dpo_step_by_hand() -> None:

@@ -13,16 +13,18 @@ from typing import Any
 
 import orjson
 import pytest
-from fake_run import HOSTILE, FakeRun, make_run
+from fake_run import HOSTILE, PRESET, FakeRun, make_run
 from rich.console import Console
 
+from srlm_mega.config.file import load_config
+from srlm_mega.plan import find_stage
 from srlm_mega.records import parse_line, write_jsonl
 from srlm_mega.report import page as page_module
 from srlm_mega.report.costs import StageCost
 from srlm_mega.report.drawing import CSS_VARIABLES
 from srlm_mega.report.lineage_sample import LineageSample, PairLeaf, place
 from srlm_mega.report.page import render, write_report
-from srlm_mega.report.plots import part_of, running_mean
+from srlm_mega.report.plots import row_of, running_mean
 from srlm_mega.report.summary import Summary, build_summary, movement, write_summary
 from srlm_mega.report.terminal import summary_table
 from srlm_mega.report.text import duration, shortened, visible
@@ -324,8 +326,10 @@ def test_outcomes() -> None:
 
 
 def test_device_hours_and_parts() -> None:
-    assert StageCost("M2", 1800.0, 64, {}, {}).device_hours == 32.0
-    assert [part_of(stage) for stage in ("seed", "M0", "M1/evaluation", "round_2/pairs", "M3", "M3/evaluation")] == [
+    config = load_config(PRESET)
+    assert StageCost(find_stage(config, "M2"), 1800.0, 64, {}, {}).device_hours == 32.0
+    names = ("seed", "M0", "M1/evaluation", "round_2/pairs", "M3", "M3/evaluation")
+    assert [row_of(find_stage(config, name)) for name in names] == [
         "start", "start", "start", "round 2", "round 2", "round 2"
     ]  # fmt: skip
 

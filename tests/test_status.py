@@ -15,10 +15,13 @@ from typer.testing import CliRunner
 
 from srlm_mega import status_view
 from srlm_mega.cli import app
+from srlm_mega.config.file import load_config
 from srlm_mega.controller import Controller, announced, controller_file, read_controller
+from srlm_mega.plan import find_stage
 from srlm_mega.progress import ProgressState
 from srlm_mega.run_dir import RunDir, write_atomic
-from srlm_mega.status import StageStatus, kind_of, read_status
+from srlm_mega.stage_kinds import DPO, EVALUATION, PAIRS, PRETRAINED_BASE, SEED, SFT
+from srlm_mega.status import StageStatus, read_status
 
 
 def stage(run: Path, name: str) -> StageStatus:
@@ -78,8 +81,9 @@ def test_figures_beyond_their_limits_are_named(half: FakeRun) -> None:
 def test_nothing_is_guessed_before_a_round_is_known(tmp_path: Path) -> None:
     run = FakeRun(tmp_path / "toy")
     assert read_status(run.folder.root).seconds_left is None
-    assert [kind_of(name) for name in ("seed", "M0", "M1", "M2", "M3", "M1/evaluation", "round_2/pairs")] == [
-        "seed", "M0", "M1", "dpo", "dpo", "evaluation", "pairs"
+    names = ("seed", "M0", "M1", "M2", "M3", "M1/evaluation", "round_2/pairs")
+    assert [find_stage(load_config(run.folder.config_file), name).kind for name in names] == [
+        SEED, PRETRAINED_BASE, SFT, DPO, DPO, EVALUATION, PAIRS
     ]  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from srlm_mega.evaluation.results import ModelEvaluation
 from srlm_mega.judging.pair_counts import PairCounts
 from srlm_mega.records import STRICT, parse_line
 from srlm_mega.run_dir import RunDir
+from srlm_mega.stage_kinds import HEALTH
 
 State = Literal["fine", "warn", "stop", "unknown"]
 
@@ -115,7 +116,7 @@ def health_table(run: RunDir, rounds: int) -> HealthTable | None:
 
 def read_health(run: RunDir, number: int) -> RoundHealth | None:
     """One round's; of a round that its health stopped, the partial stage's."""
-    stage = f"round_{number}/health"
+    stage = HEALTH.of(number)
     for folder in (run.output(stage), run.partial(stage)):
         path = folder / "health.json"
         if path.is_file():

@@ -9,13 +9,14 @@ from srlm_mega.evaluation.paper import NO_CLAIM, is_llama2_70b
 from srlm_mega.evaluation.results import Comparison, JudgeMetrics, ModelEvaluation
 from srlm_mega.records import PreferencePair, parse_line, read_jsonl
 from srlm_mega.run_dir import RunDir
+from srlm_mega.stage_kinds import EVALUATION, PAIRS, model_name
 
 
 def evaluations(run: RunDir) -> Iterator[tuple[int, ModelEvaluation]]:
     """Number and evaluation of every evaluated model, in order."""
     number = 1
-    while run.manifest(f"M{number}/evaluation") is not None:
-        path = run.output(f"M{number}/evaluation") / "evaluation.json"
+    while run.manifest(EVALUATION.of(model_name(number))) is not None:
+        path = run.output(EVALUATION.of(model_name(number))) / "evaluation.json"
         yield number, parse_line(ModelEvaluation, path.read_bytes())
         number += 1
 
@@ -26,9 +27,9 @@ def length_lines(folder: Path) -> Iterator[str]:
     run = RunDir(folder)
     for number, evaluation in evaluations(run):
         if evaluation.lengths is not None:
-            yield f"M{number} responses: {described(evaluation.lengths)}"
-        if run.manifest(f"round_{number}/pairs") is not None:
-            pairs = pair_lengths(read_jsonl(run.output(f"round_{number}/pairs") / "pairs.jsonl", PreferencePair))
+            yield f"{model_name(number)} responses: {described(evaluation.lengths)}"
+        if run.manifest(PAIRS.of(number)) is not None:
+            pairs = pair_lengths(read_jsonl(run.output(PAIRS.of(number)) / "pairs.jsonl", PreferencePair))
             yield f"round {number} chosen: {described(pairs.chosen)}"
             yield f"round {number} rejected: {described(pairs.rejected)}"
             yield f"round {number} the chosen one is longer in {pairs.chosen_longer:.1%} of {pairs.chosen.count} pairs"
@@ -46,10 +47,10 @@ def beside(folder: Path) -> str:
     """What was measured of the run, as Markdown; for a model of another shape, that it cannot stand beside the
     paper's."""
     run = RunDir(folder)
-    model = load_config(run.config_file).model
-    if not is_llama2_70b(model):
+    shape = load_config(run.config_file).model
+    if not is_llama2_70b(shape):
         return (
-            f"\n{folder} is no Llama 2 70B ({model.num_layers} layers of {model.hidden_size}): its numbers say nothing "
+            f"\n{folder} is no Llama 2 70B ({shape.num_layers} layers of {shape.hidden_size}): its numbers say nothing "
             "beside the paper's. srlm report shows them"
         )
     lines = [
@@ -62,7 +63,7 @@ def beside(folder: Path) -> str:
     ]
     compared = []
     for number, evaluation in evaluations(run):
-        lines += [judge_line(f"M{number}", one.judgements, one.metrics) for one in evaluation.judge_means]
+        lines += [judge_line(model_name(number), one.judgements, one.metrics) for one in evaluation.judge_means]
         compared += [] if evaluation.pairwise is None else [evaluation.pairwise]
     if compared:
         lines += ["", "Head-to-head, both orders", "", "| models | judge | win / tie / loss % | prompts |"]

@@ -32,7 +32,7 @@ SAMPLING_RATES = {
 class StageCost:
     """One finished stage. `devices`: GPUs it held, processes on a CPU; 0 for one that computes nothing on them."""
 
-    stage: str
+    stage: Stage
     seconds: float
     devices: int
     training: Mapping[str, float]
@@ -43,12 +43,6 @@ class StageCost:
         """Devices times hours."""
         return self.devices * self.seconds / 3600
 
-    @property
-    def kind(self) -> str:
-        """The part of the loop it is: `candidates`, `training`, ..."""
-        last = self.stage.rpartition("/")[2]
-        return "training" if last.startswith("M") else last
-
 
 def stage_costs(run: RunDir, config: Config) -> list[StageCost]:
     """Every finished stage, in the order of the loop."""
@@ -57,22 +51,22 @@ def stage_costs(run: RunDir, config: Config) -> list[StageCost]:
         manifest = run.manifest(stage.name)
         if manifest is not None:
             path = run.output(stage.name) / "metrics.jsonl"
-            training = training_rates(path) if stage.trains else {}
-            sampling = sampling_rates(path) if stage.samples else {}
+            training = training_rates(path) if stage.kind.trains else {}
+            sampling = sampling_rates(path) if stage.kind.samples else {}
             devices = devices_of(stage, manifest, config)
-            found.append(StageCost(stage.name, manifest.seconds, devices, training, sampling))
+            found.append(StageCost(stage, manifest.seconds, devices, training, sampling))
     return found
 
 
 def devices_of(stage: Stage, manifest: Manifest, config: Config) -> int:
     """Training: the ranks of the layout it was finished in. Sampling: the sampler's devices, one replica's where the
     stage has no shards."""
-    if stage.parallel:
+    if stage.kind.parallel:
         layout: Mapping[str, Any] = manifest.layout
         nodes = layout.get("launch.nodes", config.launch.nodes)
         return int(nodes * layout.get("launch.processes_per_node", config.launch.processes_per_node))
-    if stage.samples:
-        return config.sampler.num_devices if stage.in_shards else config.sampler.devices_per_replica
+    if stage.kind.samples:
+        return config.sampler.num_devices if stage.kind.in_shards else config.sampler.devices_per_replica
     return 0
 
 

@@ -32,6 +32,7 @@ from srlm_mega.report.round_parts import RoundPart, read_round
 from srlm_mega.report.summary import Summary, build_summary, decimal, findings, percent
 from srlm_mega.report.text import duration, visible
 from srlm_mega.run_dir import RunDir, write_atomic
+from srlm_mega.stage_kinds import CANDIDATES, EVALUATION, model_name
 
 SHOWN_PROMPTS = 6
 SHOWN_PAIRS = 2
@@ -81,7 +82,7 @@ def render(run: Path) -> str:
     folder = RunDir(run)
     config = load_config(folder.config_file)
     summary = build_summary(run)
-    numbers = [number for number in range(1, config.run.rounds + 1) if f"round_{number}/candidates" in summary.seconds]
+    numbers = [number for number in range(1, config.run.rounds + 1) if CANDIDATES.of(number) in summary.seconds]
     rounds = [read_round(folder, number, TEXT_BYTES // len(numbers)) for number in numbers]
     samples = read_samples(folder, summary)
     costs = stage_costs(folder, config)
@@ -98,7 +99,7 @@ def render(run: Path) -> str:
             findings=findings(summary),
             facts=facts(config),
             is_control=config.judge.backend == "random",
-            expected=[f"M{number}" for number in range(1, config.run.rounds + 2)],
+            expected=[model_name(number) for number in range(1, config.run.rounds + 2)],
             figures=figures(summary, rounds, samples, costs),
             rounds=rounds,
             examples={part.number: list(first_pairs(part.trees, SHOWN_PAIRS)) for part in rounds},
@@ -131,7 +132,7 @@ def asset(name: str) -> Markup:
 def read_samples(folder: RunDir, summary: Summary) -> dict[str, list[EvaluationSample]]:
     """Each evaluated model's responses to the held-out prompts."""
     return {
-        name: list(read_jsonl(folder.output(f"{name}/evaluation") / "samples.jsonl", EvaluationSample))
+        name: list(read_jsonl(folder.output(EVALUATION.of(name)) / "samples.jsonl", EvaluationSample))
         for name in summary.models
     }
 
@@ -165,7 +166,7 @@ def figures(
         models.append(lengths_plot("lengths", "sampled response", "words", words))
     if scores := {part.number: part.scores for part in rounds if part.scores}:
         pairs.append(scores_plot(scores))
-    if lengths := {f"M{part.number}": part.lengths for part in rounds if part.lengths}:
+    if lengths := {model_name(part.number): part.lengths for part in rounds if part.lengths}:
         pairs.append(lengths_plot("candidates", "candidate", "tokens", lengths))
     steps = {part.number: part.dpo for part in rounds if part.dpo}
     if costs:

@@ -35,14 +35,14 @@ def planned_rows(run: RunDir, costs: Sequence[StageCost]) -> list[PlannedRow]:
     by_stage: dict[str, float] = {}
     for stage in plan["stages"]:  # training and the conversion after it are two entries of one stage
         by_stage[stage["name"]] = by_stage.get(stage["name"], 0.0) + stage["seconds"]
-    taken = {cost.stage: cost.seconds for cost in costs}
+    taken = {cost.stage.name: cost.seconds for cost in costs}
     rows = [PlannedRow(f"{name}, seconds", seconds, taken.get(name)) for name, seconds in by_stage.items()]
     return step_rows(plan, costs) + rows
 
 
 def step_rows(plan: Mapping[str, Any], costs: Sequence[StageCost]) -> list[PlannedRow]:
     """The plan's DPO step beside the newest model's that was trained by DPO; medians over its steps."""
-    trained = [cost.training for cost in costs if cost.training and cost.stage not in ("M0", "M1", "sft_baseline")]
+    trained = [cost.training for cost in costs if cost.training and cost.stage.round > 0]
     rates: Mapping[str, float] = trained[-1] if trained else {}
     step = plan["step"]
     speed = step["tokens"] / step["total"] / plan["gpus"]

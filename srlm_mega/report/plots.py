@@ -7,24 +7,26 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from srlm_mega.plan import Stage
 from srlm_mega.report.costs import StageCost
 from srlm_mega.report.drawing import MODEL_COLORS, MUTED, PAPER, RULE, Plot, legend, model_color, plot
 from srlm_mega.report.round_parts import DpoStep
-from srlm_mega.report.summary import ModelSummary, model_number, movement
+from srlm_mega.report.summary import ModelSummary, movement
+from srlm_mega.stage_kinds import Part, model_name, model_number
 
 SCORES = range(6)
 SMOOTHING_WINDOWS = 12  # a running mean spans this part of a run: 5 of 60 steps
 DRAWN_STEPS = 500  # a curve's points in the page, at most about
-KINDS = {  # of stages, with their colours
-    "seed": RULE,
-    "prompts": MODEL_COLORS[0],
-    "candidates": MODEL_COLORS[1],
-    "judgements": MODEL_COLORS[2],
-    "pairs": RULE,
-    "reference": MODEL_COLORS[5],
-    "training": MODEL_COLORS[4],
-    "evaluation": MODEL_COLORS[3],
-    "other": MUTED,
+PART_COLORS = {
+    Part.SEED: RULE,
+    Part.PROMPTS: MODEL_COLORS[0],
+    Part.CANDIDATES: MODEL_COLORS[1],
+    Part.JUDGEMENTS: MODEL_COLORS[2],
+    Part.PAIRS: RULE,
+    Part.REFERENCE: MODEL_COLORS[5],
+    Part.TRAINING: MODEL_COLORS[4],
+    Part.EVALUATION: MODEL_COLORS[3],
+    Part.OTHER: MUTED,
 }
 
 
@@ -160,39 +162,35 @@ def dpo_plots(steps: Mapping[int, Sequence[DpoStep]]) -> list[Plot]:
 
 def time_plot(costs: Sequence[StageCost]) -> Plot:
     """Where the wall-clock time of each part of the loop went."""
-    parts: dict[str, dict[str, float]] = {}
-    total: dict[str, float] = {}
+    rows: dict[str, dict[Part, float]] = {}
+    total: dict[Part, float] = {}
     for cost in costs:
-        for sums in (parts.setdefault(part_of(cost.stage), {}), total):
-            kind = cost.kind if cost.kind in KINDS else "other"
-            sums[kind] = sums.get(kind, 0.0) + cost.seconds
-    longest = max(sum(kinds.values()) for kinds in parts.values())
+        for sums in (rows.setdefault(row_of(cost.stage), {}), total):
+            part = cost.stage.kind.part
+            sums[part] = sums.get(part, 0.0) + cost.seconds
+    longest = max(sum(row.values()) for row in rows.values())
     unit, seconds = ("h", 3600.0) if longest > 7200 else ("min", 60.0) if longest > 120 else ("s", 1.0)
 
     def paint(axes: Axes) -> None:
-        for place, kind in enumerate(KINDS):
-            if kind in total:
-                before = [sum(kinds.get(one, 0.0) for one in list(KINDS)[:place]) / seconds for kinds in parts.values()]
-                widths = [kinds.get(kind, 0.0) / seconds for kinds in parts.values()]
-                axes.barh(range(len(parts)), widths, 0.5, before, color=KINDS[kind], label=kind)
-        axes.set_yticks(range(len(parts)), list(parts))
-        axes.set(xlabel=f"wall-clock time ({unit})", ylim=(len(parts) - 0.4, -0.6))
+        for place, part in enumerate(Part):
+            if part in total:
+                before = [sum(row.get(one, 0.0) for one in list(Part)[:place]) / seconds for row in rows.values()]
+                widths = [row.get(part, 0.0) / seconds for row in rows.values()]
+                axes.barh(range(len(rows)), widths, 0.5, before, color=PART_COLORS[part], label=part)
+        axes.set_yticks(range(len(rows)), list(rows))
+        axes.set(xlabel=f"wall-clock time ({unit})", ylim=(len(rows) - 0.4, -0.6))
         axes.grid(axis="x")
         axes.grid(visible=False, axis="y")
         legend(axes, columns=4)
 
-    most = max(total, key=lambda kind: total[kind])
+    most = max(total, key=lambda part: total[part])
     title = f"{most.capitalize()} takes {100 * total[most] / max(1e-9, sum(total.values())):.0f} % of the time"
     return plot("time", title, "Stages of a round; M0, M1 and what they are made from are the start.", paint)
 
 
-def part_of(stage: str) -> str:
+def row_of(stage: Stage) -> str:
     """The row of the time plot: 'round 2' holds the DPO and the evaluation of M3."""
-    name = stage.partition("/")[0]
-    if name.startswith("round_"):
-        return name.replace("_", " ")
-    number = model_number(name) if name.startswith("M") else 0
-    return f"round {number - 1}" if number > 1 else "start"
+    return f"round {stage.round}" if stage.round > 0 else "start"
 
 
 def _two_lines(
@@ -230,7 +228,7 @@ def _curves(
         at = [step.step for step in steps[number]][::stride]
         color = model_color(number + 1)
         axes.plot(at, values[::stride], color=color, linewidth=0.8, alpha=0.35)
-        name = f"M{number} → M{number + 1}" if named else None
+        name = f"{model_name(number)} → {model_name(number + 1)}" if named else None
         axes.plot(at, running_mean(values)[::stride], line, color=color, label=name)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     legend(axes)

@@ -11,6 +11,7 @@ import orjson
 
 from srlm_mega.report.lineage_sample import LineageSample, PairLeaf, PromptTree
 from srlm_mega.run_dir import RunDir
+from srlm_mega.stage_kinds import CANDIDATES, JUDGEMENTS, PAIRS, PROMPTS, model_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,23 +59,22 @@ class RoundPart:
 
 def read_round(run: RunDir, number: int, room: int) -> RoundPart:
     """One round; of its texts as many as fit into `room` bytes."""
-    folder = f"round_{number}"
     lineage = LineageSample(room)
-    for prompt in lines(run, f"{folder}/prompts"):
+    for prompt in lines(run, PROMPTS.of(number), "prompts.jsonl"):
         lineage.add_prompt(prompt["id"], prompt["text"])
     lengths: Counter[int] = Counter()
-    for one in lines(run, f"{folder}/candidates"):
+    for one in lines(run, CANDIDATES.of(number), "candidates.jsonl"):
         lengths[len(one["token_ids"])] += 1
         lineage.add_candidate(one["prompt_id"], one["id"], one["text"], len(one["token_ids"]), one["finish_reason"])
     scores: Counter[float | None] = Counter()
-    for one in lines(run, f"{folder}/judgements"):
+    for one in lines(run, JUDGEMENTS.of(number), "judgements.jsonl"):
         scores[one["score"]] += 1
         lineage.add_judgement(one["candidate_id"], one["score"], one["text"])
-    for one in lines(run, f"{folder}/pairs"):
+    for one in lines(run, PAIRS.of(number), "pairs.jsonl"):
         ends = (one["chosen_id"], one["rejected_id"], one["chosen_score"], one["rejected_score"])
         lineage.add_pair(PairLeaf(one["id"], *ends))
-    paired = run.manifest(f"{folder}/pairs")
-    trained = f"M{number + 1}"
+    paired = run.manifest(PAIRS.of(number))
+    trained = model_name(number + 1)
     return RoundPart(
         number=number,
         judgements=scores.total(),
@@ -86,13 +86,13 @@ def read_round(run: RunDir, number: int, room: int) -> RoundPart:
     )
 
 
-def lines(run: RunDir, stage: str) -> Iterator[dict[str, Any]]:
-    """The records of a stage's main file, none when the stage is not finished. They were validated when they were
+def lines(run: RunDir, stage: str, file: str) -> Iterator[dict[str, Any]]:
+    """The records in a file of a stage, none when the stage is not finished. They were validated when they were
     written and when the next stage read them; here only the fields that are shown are looked at."""
     if run.manifest(stage) is None:
         return
-    with (run.output(stage) / f"{stage.rpartition('/')[2]}.jsonl").open("rb") as file:
-        for line in file:
+    with (run.output(stage) / file).open("rb") as content:
+        for line in content:
             yield orjson.loads(line)
 
 

@@ -7,9 +7,10 @@ import orjson
 
 from srlm_mega.config.file import load_config
 from srlm_mega.evaluation.results import JudgeMetrics, ModelEvaluation
-from srlm_mega.plan import plan
+from srlm_mega.plan import Stage, plan
 from srlm_mega.records import parse_line
 from srlm_mega.run_dir import RunDir, write_atomic
+from srlm_mega.stage_kinds import EVALUATION, PAIRS
 
 ABSENT = "–"
 
@@ -46,11 +47,10 @@ class Summary:
 def build_summary(run: Path) -> Summary:
     """The table of everything that is finished in a run folder."""
     folder = RunDir(run)
-    stages = [stage.name for stage in plan(load_config(folder.config_file))]
-    manifests = [manifest for manifest in map(folder.manifest, stages) if manifest is not None]
-    seconds = {manifest.stage: manifest.seconds for manifest in manifests}
-    names = [stage.removesuffix("/evaluation") for stage in seconds if stage.endswith("/evaluation")]
-    return Summary({name: _model_summary(folder, name) for name in names}, seconds)
+    stages = plan(load_config(folder.config_file))
+    finished = {stage: manifest for stage in stages if (manifest := folder.manifest(stage.name)) is not None}
+    models = {stage.model: _model_summary(folder, stage) for stage in finished if stage.kind is EVALUATION}
+    return Summary(models, {stage.name: manifest.seconds for stage, manifest in finished.items()})
 
 
 def write_summary(run: Path) -> Summary:
@@ -60,15 +60,10 @@ def write_summary(run: Path) -> Summary:
     return summary
 
 
-def model_number(name: str) -> int:
-    """3 for M3."""
-    return int(name.removeprefix("M"))
-
-
-def _model_summary(folder: RunDir, name: str) -> ModelSummary:
-    content = (folder.output(f"{name}/evaluation") / "evaluation.json").read_bytes()
+def _model_summary(folder: RunDir, stage: Stage) -> ModelSummary:
+    content = (folder.output(stage.name) / "evaluation.json").read_bytes()
     evaluation = parse_line(ModelEvaluation, content)
-    pairs = folder.manifest(f"round_{model_number(name) - 1}/pairs")
+    pairs = folder.manifest(PAIRS.of(stage.round))
     return ModelSummary(
         quality_sampled=evaluation.quality_sampled,
         quality_greedy=evaluation.quality_greedy,

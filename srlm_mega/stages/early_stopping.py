@@ -11,6 +11,7 @@ from srlm_mega.plan import find_stage
 from srlm_mega.progress import Progress
 from srlm_mega.records import Prompt, read_jsonl
 from srlm_mega.run_dir import RunDir
+from srlm_mega.stage_kinds import model_name
 from srlm_mega.stages.judges import open_judge
 from srlm_mega.stages.pairwise import compare, matches_of
 from srlm_mega.stages.responses import Writer, respond
@@ -26,7 +27,7 @@ def compare_checkpoints(run: RunDir, name: str, parts: Sequence[str]) -> int:
     files = EarlyStoppingFiles(work.out)
     step = files.waiting()
     if step is None:
-        raise UserError(f"{name} has no checkpoint that waits for a comparison: `srlm run` goes on by itself")
+        raise UserError(f"{name} has no checkpoint that waits for a comparison: `srlm run` resumes it by itself")
     try:
         if "responses" in parts:
             sample_responses(work, files, step)
@@ -53,7 +54,7 @@ def sample_responses(work: Work, files: EarlyStoppingFiles, step: int) -> None:
 def writer(work: Work, files: EarlyStoppingFiles, step: int) -> Writer:
     """The model of a step."""
     if step == START:
-        start = f"M{work.round}"
+        start = model_name(work.round)
         return Writer(work.run.digest(start), work.run.weights(start))
     return Writer(f"{work.stage.name} step {step}", files.export(step))
 
@@ -73,7 +74,7 @@ def write_verdict(work: Work, files: EarlyStoppingFiles, step: int) -> None:
             f"needed {settings.min_valid_share:.0%} (early_stopping.min_valid_share): {comparison.unparsed} of its "
             f"answers have no `Verdict: A`, `B` or `tie` ({comparison.truncated} were cut off), {comparison.failed} "
             f"prompts failed, {comparison.too_long} were too long. No verdict is invented. Read {file}; to have it ask "
-            "again, remove this file; the same command goes on"
+            "again, remove this file; the same command resumes it"
         )
     verdict = decide(settings, step, exported.max_steps, comparison, verdicts)
     print(f"{work.stage.name}: {verdict.reason}", flush=True)

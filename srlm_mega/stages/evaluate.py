@@ -22,6 +22,7 @@ from srlm_mega.sampling.retries import PatientSampler, none_failed
 from srlm_mega.sampling.sampler import SamplingParams
 from srlm_mega.sampling.shards import write_durably, write_records
 from srlm_mega.seeds import derive_seed
+from srlm_mega.stage_kinds import EVALUATION
 from srlm_mega.stages.pairwise import compare_with_m1
 from srlm_mega.stages.responses import held_out
 from srlm_mega.stages.sampler_weights import open_model
@@ -30,7 +31,7 @@ from srlm_mega.work import Done, Work
 
 def evaluate(work: Work) -> Done:
     """`evaluation.json` and `samples.jsonl` of one model."""
-    model = work.folder
+    model = work.stage.model
     is_compared = work.config.evaluation.pairwise and model != "M1"
     samples, measured = measure(work, model, keep=is_compared)
     judge, judge_single, *judge_means = measured.judged
@@ -60,7 +61,7 @@ def evaluate(work: Work) -> Done:
 
 
 def measure(work: Work, model: str, keep: bool) -> tuple[list[EvaluationSample], Measured]:
-    """All that takes the model; writes `samples.jsonl`. With `keep`, an attempt that goes on gets what the first one
+    """All that takes the model; writes `samples.jsonl`. With `keep`, an attempt that resumes gets what the first one
     measured: the verdicts on its samples must stay verdicts on these samples."""
     samples_file, measured_file = work.out / "samples.jsonl", work.out / "measured.json"
     if keep and samples_file.exists():  # written last
@@ -175,7 +176,7 @@ def score_replies(
 
 def against_m1(work: Work, samples: Sequence[EvaluationSample]) -> HeadToHead | None:
     """Sampled responses against M1's to the same prompts by ground truth; None without one."""
-    first = list(read_jsonl(work.read("M1/evaluation", "samples.jsonl"), EvaluationSample))
+    first = list(read_jsonl(work.read(EVALUATION.of("M1"), "samples.jsonl"), EvaluationSample))
     ours, theirs = qualities(samples), qualities(first)
     return head_to_head(ours, theirs) if ours else None
 

@@ -9,6 +9,7 @@ from srlm_mega.evaluation.health_limits import HealthFigure, RoundHealth, round_
 from srlm_mega.evaluation.results import ModelEvaluation
 from srlm_mega.judging.pair_counts import PairCounts
 from srlm_mega.records import parse_line
+from srlm_mega.stage_kinds import EVALUATION, PAIRS, model_name
 from srlm_mega.work import Done, Work
 
 # What each figure says of the round, and what helps.
@@ -33,11 +34,11 @@ MEANINGS = {
 def look_at_health(work: Work) -> Done:
     """`health.json`. RunStopped where a figure is beyond its limit `stop`; the file is there all the same."""
     number = work.round
-    selected = work.run.manifest(f"round_{number}/pairs")
+    selected = work.run.manifest(PAIRS.of(number))
     assert selected is not None, "pairs are an input, so they are finished"
     counts = parse_line(PairCounts, orjson.dumps(selected.counts))
-    before = None if number == 1 else read_evaluation(work.read(f"M{number - 1}/evaluation", "evaluation.json"))
-    now = read_evaluation(work.read(f"M{number}/evaluation", "evaluation.json"))
+    before = None if number == 1 else read_evaluation(work, number - 1)
+    now = read_evaluation(work, number)
     health = round_health(number, counts, now, before, work.config.health)
     (work.out / "health.json").write_bytes(orjson.dumps(health, option=orjson.OPT_INDENT_2))
     bad = health.beyond("stop") | health.beyond("warn")
@@ -50,9 +51,9 @@ def look_at_health(work: Work) -> Done:
     )
 
 
-def read_evaluation(path: Path) -> ModelEvaluation:
-    """A model's figures."""
-    return parse_line(ModelEvaluation, path.read_bytes())
+def read_evaluation(work: Work, number: int) -> ModelEvaluation:
+    """The figures of M(number)."""
+    return parse_line(ModelEvaluation, work.read(EVALUATION.of(model_name(number)), "evaluation.json").read_bytes())
 
 
 def why_stopped(health: RoundHealth, file: Path) -> str:

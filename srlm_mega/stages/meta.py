@@ -22,6 +22,7 @@ from srlm_mega.judging.scored_candidates import judgements_by_candidate, score_c
 from srlm_mega.judging.template import JudgeTemplate
 from srlm_mega.records import Candidate, Judgement, Message, MetaJudgement, PreferencePair, read_jsonl, write_jsonl
 from srlm_mega.sampling.sampler import Completion, SamplingParams
+from srlm_mega.stage_kinds import CANDIDATES, JUDGEMENTS, PAIRS, model_name
 from srlm_mega.stages.sampling_task import SampledBy, SamplingRequest, SamplingTask, that_fit
 from srlm_mega.stages.sharded import sample_in_shards
 from srlm_mega.work import Done, Work
@@ -61,8 +62,8 @@ def judge_judgements(work: Work) -> Done:
 
 def comparisons_task(work: Work) -> tuple[SamplingTask[JudgementComparison], int, list[Contest]]:
     """A request per comparison; how many were left out, too long for a whole answer; and what they decide."""
-    settings, model = work.config.judge, f"M{work.round}"
-    chat, model_hash = Chat.from_folder(work.run.weights(model)), work.run.digest(model)
+    settings, judge = work.config.judge, model_name(work.round)
+    chat, model_hash = Chat.from_folder(work.run.weights(judge)), work.run.digest(judge)
     template, contests = meta_template(), contests_of(work)
 
     def request(contest: Contest, first: Judgement, second: Judgement) -> SamplingRequest[JudgementComparison]:
@@ -96,15 +97,15 @@ def comparisons_task(work: Work) -> tuple[SamplingTask[JudgementComparison], int
             )
 
     fitting = that_fit(work.config, requests, settings.max_new_tokens)
-    task = SamplingTask(model, fitting, params, records, "meta_judgements.jsonl", "comparisons")
+    task = SamplingTask(judge, fitting, params, records, "meta_judgements.jsonl", "comparisons")
     return task, len(requests) - len(fitting), contests
 
 
 def contests_of(work: Work) -> list[Contest]:
     """One response of each prompt, those first whose scores vary most: as many as the largest share can need."""
-    folder = f"round_{work.round}"
-    judgements = judgements_by_candidate(read_jsonl(work.read(f"{folder}/judgements", "judgements.jsonl"), Judgement))
-    candidates = read_jsonl(work.read(f"{folder}/candidates", "candidates.jsonl"), Candidate)
+    judged_in = work.read(JUDGEMENTS.of(work.round), "judgements.jsonl")
+    judgements = judgements_by_candidate(read_jsonl(judged_in, Judgement))
+    candidates = read_jsonl(work.read(CANDIDATES.of(work.round), "candidates.jsonl"), Candidate)
     found: list[Contest] = []
     for _, group in groupby(candidates, lambda candidate: candidate.prompt_id):
         judged = [(candidate, judgements.take(candidate.id)) for candidate in group]
@@ -118,7 +119,7 @@ def contests_of(work: Work) -> list[Contest]:
 
 def largest_number(work: Work) -> int:
     """Pairs of judgements that may join the round's pairs."""
-    selected = work.run.manifest(f"round_{work.round}/pairs")
+    selected = work.run.manifest(PAIRS.of(work.round))
     assert selected is not None, "pairs are an input, so they are finished"
     return most_pairs(selected.rows, work.config.meta_judge.max_share)
 
@@ -126,7 +127,7 @@ def largest_number(work: Work) -> int:
 def judgement_pairs(work: Work, contests: Sequence[Contest], judged: Sequence[MetaJudgement]) -> list[PreferencePair]:
     """A pair of judgements for each response where one is better, up to the largest share. Trained on as they were
     sampled: the judge's prompt, the better and the worse judgement."""
-    chat = Chat.from_folder(work.run.weights(f"M{work.round}"))
+    chat = Chat.from_folder(work.run.weights(model_name(work.round)))
     template = JudgeTemplate.from_text(work.read("seed", "judge_template.txt").read_text(encoding="utf-8"), "seed")
     weights = position_weights(judged)
     by_candidate: dict[str, list[MetaJudgement]] = {}

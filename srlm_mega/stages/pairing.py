@@ -10,21 +10,29 @@ from srlm_mega.judging.pair_counts import PairCounter, PairCounts, pairs_of
 from srlm_mega.judging.rewards import read_rewards
 from srlm_mega.judging.scored_candidates import ScoredCandidate, scored_prompts
 from srlm_mega.judging.scores import MAX_SCORE
-from srlm_mega.plan import ANCHOR_JUDGEMENTS, ANCHORS, PREVIOUS_JUDGEMENTS
 from srlm_mega.records import Candidate, read_jsonl, write_jsonl
 from srlm_mega.seeds import derive_seed
+from srlm_mega.stage_kinds import (
+    ANCHOR_JUDGEMENTS,
+    ANCHORS,
+    CANDIDATES,
+    JUDGEMENTS,
+    PREVIOUS_JUDGEMENTS,
+    StageKind,
+    model_name,
+)
 from srlm_mega.work import Done, Work
 
 
 def select_pairs(work: Work) -> Done:
     """Best against worst of each prompt; with too few pairs to train on the run stops and says why."""
-    settings, folder = work.config.pairs, f"round_{work.round}"
+    settings, inputs = work.config.pairs, work.stage.inputs
     seed, counter = derive_seed(work.config.run.seed, work.stage.name), PairCounter()
     anchors = None
-    if f"{folder}/{ANCHORS}" in work.stage.inputs:
+    if ANCHORS.of(work.round) in inputs:
         anchors = scored(work, ANCHORS, ANCHOR_JUDGEMENTS)
     earlier = PREVIOUS_JUDGEMENTS if settings.weighs_consistency(work.round) else None
-    prompts = scored(work, "candidates", "judgements", earlier)
+    prompts = scored(work, CANDIDATES, JUDGEMENTS, earlier)
     write_jsonl(work.out / "pairs.jsonl", pairs_of(prompts, settings, work.round, seed, counter, anchors))
     counts = counter.counts()
     if work.config.round.method == "dpo" and counts.pairs < settings.min_pairs:
@@ -32,20 +40,22 @@ def select_pairs(work: Work) -> Done:
     return Done(counts.pairs, asdict(counts))
 
 
-def scored(work: Work, answers: str, judgements: str, earlier: str | None = None) -> Iterator[list[ScoredCandidate]]:
+def scored(
+    work: Work, answers: StageKind, judgements: StageKind, earlier: StageKind | None = None
+) -> Iterator[list[ScoredCandidate]]:
     """A round's candidates with their rewards, prompt by prompt."""
-    folder, min_valid = f"round_{work.round}", work.config.judge.min_valid
+    min_valid = work.config.judge.min_valid
     return scored_prompts(
-        read_jsonl(work.read(f"{folder}/{answers}", "candidates.jsonl"), Candidate),
-        read_rewards(work.read(f"{folder}/{judgements}", "judgements.jsonl"), min_valid),
-        () if earlier is None else read_rewards(work.read(f"{folder}/{earlier}", "judgements.jsonl"), min_valid),
+        read_jsonl(work.read(answers.of(work.round), "candidates.jsonl"), Candidate),
+        read_rewards(work.read(judgements.of(work.round), "judgements.jsonl"), min_valid),
+        () if earlier is None else read_rewards(work.read(earlier.of(work.round), "judgements.jsonl"), min_valid),
     )
 
 
 def select_positives(work: Work) -> Done:
     """Responses whose mean score is perfect, a text once per prompt; of too many a seeded sample, in their order."""
     settings = work.config.round
-    found = [candidate for group in scored(work, "candidates", "judgements") for candidate in perfect(group)]
+    found = [candidate for group in scored(work, CANDIDATES, JUDGEMENTS) for candidate in perfect(group)]
     kept = found
     if settings.max_positives is not None and len(found) > settings.max_positives:
         rng = random.Random(derive_seed(work.config.run.seed, work.stage.name))
@@ -53,7 +63,7 @@ def select_positives(work: Work) -> Done:
     if not kept:
         raise RunStopped(
             f"no response of round {work.round} has a perfect mean score of {MAX_SCORE:g}, so there is nothing to add "
-            f"to the seed. Read {work.run.output(f'round_{work.round}/judgements') / 'judgements.jsonl'}; more "
+            f"to the seed. Read {work.run.output(JUDGEMENTS.of(work.round)) / 'judgements.jsonl'}; more "
             "prompts.per_round or candidates.n give more. Everything so far is kept."
         )
     write_jsonl(work.out / "positives.jsonl", kept)
@@ -71,8 +81,8 @@ def perfect(group: list[ScoredCandidate]) -> list[Candidate]:
 
 def too_few_pairs(work: Work, counts: PairCounts) -> str:
     """Why there is nothing to train on, in figures, and what to do."""
-    judge = f"M{work.round}" if work.config.judge.backend == "model" else "the random judge"
-    folder = work.run.output(f"round_{work.round}/judgements")
+    judge = model_name(work.round) if work.config.judge.backend == "model" else "the random judge"
+    folder = work.run.output(JUDGEMENTS.of(work.round))
     return (
         f"{counts.pairs} preference pairs from {counts.prompts} prompts, needed {work.config.pairs.min_pairs} "
         f"(pairs.min_pairs).\n"

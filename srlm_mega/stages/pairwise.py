@@ -13,6 +13,7 @@ from srlm_mega.judging.pairwise import Outcome, outcome, pairwise_template
 from srlm_mega.records import Candidate, FailedRequest, PairwiseJudgement, read_jsonl
 from srlm_mega.sampling.shards import FAILED, ShardFiles, cut_into_shards, run_shards
 from srlm_mega.sampling.throughput import ShardWatch
+from srlm_mega.stage_kinds import EVALUATION
 from srlm_mega.stages.judges import LocalJudge, open_judge
 from srlm_mega.stages.pairwise_judge import OpenJudge, PairwiseQuestion
 from srlm_mega.stages.responses import Say
@@ -35,7 +36,7 @@ def compare_with_m1(work: Work, samples: Sequence[EvaluationSample]) -> Comparis
     config, settings = work.config, work.config.evaluation.pairwise_judge
     theirs = {
         sample.prompt_id: sample.sampled
-        for sample in read_jsonl(work.read("M1/evaluation", "samples.jsonl"), EvaluationSample)
+        for sample in read_jsonl(work.read(EVALUATION.of("M1"), "samples.jsonl"), EvaluationSample)
     }
     matches = [Match(sample.prompt_id, sample.prompt, sample.sampled, theirs[sample.prompt_id]) for sample in samples]
 
@@ -51,7 +52,7 @@ def compare_with_m1(work: Work, samples: Sequence[EvaluationSample]) -> Comparis
     def say(done: int, total: int, note: str) -> None:
         work.progress.update(done, total, "questions to the judge", note)
 
-    return compare((work.folder, "M1"), matches, opened, work.out / "pairwise.jsonl", say)
+    return compare((work.stage.model, "M1"), matches, opened, work.out / "pairwise.jsonl", say)
 
 
 def compare(names: tuple[str, str], matches: Sequence[Match], opened: OpenJudge, file: Path, say: Say) -> Comparison:

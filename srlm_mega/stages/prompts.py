@@ -13,6 +13,7 @@ from srlm_mega.sampling.retries import PatientSampler
 from srlm_mega.sampling.sampler import ModelLimits, SamplingParams
 from srlm_mega.sampling.shards import write_durably, write_records
 from srlm_mega.seeds import derive_seed
+from srlm_mega.stage_kinds import PROMPTS, model_name
 from srlm_mega.stages.sampler_weights import open_model
 from srlm_mega.stages.sampling_task import SampledBy
 from srlm_mega.work import Done, Work
@@ -69,7 +70,7 @@ def self_instruct(work: Work) -> Done:
     earlier = [
         prompt.text
         for before in range(1, work.round)
-        for prompt in read_jsonl(work.read(f"round_{before}/prompts", "prompts.jsonl"), Prompt)
+        for prompt in read_jsonl(work.read(PROMPTS.of(before), "prompts.jsonl"), Prompt)
     ]
     known = [*seed_prompts(work), *earlier]
     task_filter = TaskFilter(settings.min_words, settings.max_words, settings.rouge_l_max, known)
@@ -152,14 +153,14 @@ def writer_model(work: Work) -> str:
         case "base":
             return "M0"
         case "current":
-            return f"M{work.round}"
+            return model_name(work.round)
         case _:
             return "prompt_writer"
 
 
 def answering_chat(work: Work) -> Chat:
     """The tokenizer that all models of the run share; the writer's may be another."""
-    return Chat.from_folder(work.run.weights("M0" if "M0" in work.stage.inputs else f"M{work.round}"))
+    return Chat.from_folder(work.run.weights("M0" if "M0" in work.stage.inputs else model_name(work.round)))
 
 
 def seed_prompts(work: Work) -> list[str]:

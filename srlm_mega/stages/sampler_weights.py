@@ -23,6 +23,7 @@ from srlm_mega.errors import UserError
 from srlm_mega.records import SftExample, read_jsonl
 from srlm_mega.sampling.retries import PatientSampler, open_patient_sampler
 from srlm_mega.seeds import derive_seed
+from srlm_mega.stage_kinds import SAMPLER_WEIGHTS, model_name
 from srlm_mega.work import Done, Work
 
 AMAX, CHECKPOINT, ENGINE, FOLDER = "amax.json", "checkpoint", "engine", "huggingface"
@@ -41,7 +42,7 @@ def loaded_folder(work: Work, model: str) -> Path:
     if not work.config.sampler.converts:
         return work.run.weights(model)
     is_engine = work.config.sampler.traits.loads_engine
-    stage = f"{model}/sampler_weights"
+    stage = SAMPLER_WEIGHTS.of(model)
     try:
         check_proven(work.read(stage, CHECKPOINT if is_engine else FOLDER))
     except ValueError as error:
@@ -61,7 +62,7 @@ def require_verified(folder: Path) -> None:
 def make_sampler_weights(work: Work) -> Done:
     """Convert a model for the sampler, prove it, and build its engine where the backend runs engines."""
     settings = work.config.sampler
-    source = work.run.weights(work.folder)
+    source = work.run.weights(work.stage.model)
     is_engine = settings.traits.loads_engine
     destination = work.out / (CHECKPOINT if is_engine else FOLDER)
     counts: dict[str, float] = {}
@@ -89,9 +90,9 @@ def activation_ranges(work: Work, source: Path) -> tuple[Amax, dict[str, float]]
     from srlm_mega.checkpoints_conversion.calibrate import calibrate
 
     settings, prompts = work.config.sampler, calibration_prompts(work, source)
-    before = [name for name in work.stage.inputs if name.endswith("/sampler_weights")]
-    if before:
-        reference = Amax.load(work.read(before[0], AMAX), open_checkpoint(source).shape)
+    before = SAMPLER_WEIGHTS.of(model_name(work.stage.round))
+    if before in work.stage.inputs:
+        reference = Amax.load(work.read(before, AMAX), open_checkpoint(source).shape)
         probe = calibrate(source, prompts[: settings.calibration_probe])
         grown = outgrown(reference, probe, settings.calibration_margin)
         if not grown:

@@ -5,12 +5,16 @@ import subprocess
 from collections.abc import Sequence
 from contextlib import closing
 from functools import partial
+from pkgutil import resolve_name
 from typing import TypeVar
 
+from srlm_mega.config.file import load_config
 from srlm_mega.errors import RunStopped, UserError, exit_code
 from srlm_mega.launch.child_process import die_with, show_stacks_when_asked
 from srlm_mega.launch.sampler_environment import devices_of, sampler_process
+from srlm_mega.plan import find_stage
 from srlm_mega.progress import Progress
+from srlm_mega.run_dir import RunDir
 from srlm_mega.sampling.replicas import replica_progress, run_replicas
 from srlm_mega.sampling.retries import PatientSampler
 from srlm_mega.sampling.shards import (
@@ -57,11 +61,19 @@ def start_replica(work: Work, number: int) -> "subprocess.Popen[bytes]":
     )
 
 
-def work_as_replica(work: Work, task: SamplingTask[T], number: int) -> int:
+def work_as_replica(run: RunDir, stage_name: str, number: int) -> int:
     """Take shards of a stage that another process began until all are there. Returns the exit code; a mistake or a
     stop leaves its message for that process."""
     die_with(os.getppid())
     show_stacks_when_asked()
+    config = load_config(run.config_file)
+    stage = find_stage(config, stage_name)
+    if stage.kind.requests is None:
+        raise UserError(f"{stage_name} is not sampled in shards, so replicas have nothing to share")
+    progress = Progress(run.progress_file(f"{stage_name}.replica_{number}"))
+    work = Work(run, config, stage, run.partial(stage_name), progress)
+    task: SamplingTask[object]
+    task, *_ = resolve_name(stage.kind.requests)(work)
     files = shard_files(work, task.requests, task.file)
     try:
         with closing(patient_sampler(work, task)) as sampler:

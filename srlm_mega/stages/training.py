@@ -1,17 +1,18 @@
 """The stages that run on all ranks: pre-training (toy world), SFT, reference log-probabilities, DPO."""
 
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, assert_never
+from typing import assert_never
 
 from srlm_mega.chat import Chat
 from srlm_mega.config.training import OptimizationConfig
 from srlm_mega.errors import UserError
-from srlm_mega.plan import META_JUDGEMENTS, eft_source, stops_early
+from srlm_mega.plan import eft_source, stops_early
 from srlm_mega.records import Candidate, PreferencePair, ReferenceLogprobs, SftExample, read_jsonl, write_jsonl
 from srlm_mega.seeds import derive_seed
+from srlm_mega.stage_kinds import META_JUDGEMENTS, PAIRS, POSITIVES, REFERENCE, SFT, model_name
 from srlm_mega.stages.base import write_random
 from srlm_mega.stages.pausing import train_with_pauses
 from srlm_mega.training.batch import PairSequences, TokenSequence
@@ -21,23 +22,6 @@ from srlm_mega.training.split import num_steps, within
 from srlm_mega.training.topology import Topology
 from srlm_mega.training.trainer import Leg, TrainingJob, TrainingSummary, train_dpo, train_sft
 from srlm_mega.work import Done, Work
-
-
-def parallel_function(name: str, method: Literal["dpo", "positives_sft"]) -> Callable[[Work, Topology], Done]:
-    """The function that makes a stage's output on all ranks."""
-    match name:
-        case "M0":
-            return pretrain
-        case "sft_baseline":
-            return baseline
-        case "M1":
-            return supervised
-        case _ if name.endswith("/reference"):
-            return reference
-        case _ if method == "positives_sft":
-            return supervised_with_positives
-        case _:
-            return preference
 
 
 def pretrain(work: Work, topology: Topology) -> Done:
@@ -66,7 +50,7 @@ def supervised(work: Work, topology: Topology) -> Done:
 
 def supervised_with_positives(work: Work, topology: Topology) -> Done:
     """M(t+1) of the ablation: M0 trained on the seed and the round's perfect responses, as they were sampled."""
-    path = work.read(f"round_{work.round}/positives", "positives.jsonl")
+    path = work.read(POSITIVES.of(work.round), "positives.jsonl")
     positives = [
         TokenSequence(one.id, one.prompt_token_ids + one.token_ids, len(one.prompt_token_ids))
         for one in read_jsonl(path, Candidate)
@@ -88,7 +72,7 @@ def train_on(
     def train(leg: Leg | None) -> TrainingSummary:
         return train_sft(replace(job, leg=leg), section, sequences)
 
-    if work.stage.name == "M1" and stops_early(work.config, "sft"):
+    if work.stage.kind is SFT and stops_early(work.config, "sft"):
         steps = num_steps(section, len(within(sequences, work.config.model.seq_length)))
         return train_with_pauses(work, topology, start, steps, train)
     return done(train(None))
@@ -149,7 +133,7 @@ def tokenized(examples: Iterable[SftExample], chat: Chat) -> Iterable[TokenSeque
 def reference(work: Work, topology: Topology) -> Done:
     """Log-probabilities of the round's pairs under its starting model, once."""
     pairs = read_pairs(work)
-    start, report = work.run.weights(f"M{work.round}"), work.progress.update
+    start, report = work.run.weights(model_name(work.round)), work.progress.update
     records = compute_reference(topology, work.config, start, pairs, report)
     if topology.is_main:
         write_jsonl(work.out / "reference.jsonl", records)
@@ -160,9 +144,9 @@ def preference(work: Work, topology: Topology) -> Done:
     """M(t+1): M(t) trained by DPO on the round's pairs."""
     check_reference(work)
     pairs = read_pairs(work)
-    path = work.read(f"round_{work.round}/reference", "reference.jsonl")
+    path = work.read(REFERENCE.of(work.round), "reference.jsonl")
     logprobs = list(read_jsonl(path, ReferenceLogprobs))
-    start, config = work.run.weights(f"M{work.round}"), work.config
+    start, config = work.run.weights(model_name(work.round)), work.config
     job = job_of(work, topology, start)
     replay = sequences_of(start, [eft_file(work)]) if config.dpo.eft_replay > 0 else []
 
@@ -178,7 +162,7 @@ def preference(work: Work, topology: Topology) -> Done:
 def check_reference(work: Work) -> None:
     """UserError unless the reference was computed by the model, tokenizer (in the model's folder), pairs and longest
     length that this stage trains with."""
-    name = f"round_{work.round}/reference"
+    name = REFERENCE.of(work.round)
     manifest = work.run.manifest(name)
     assert manifest is not None, f"{name} is an input, so it is finished"
     made_with = {**manifest.inputs, "model.seq_length": manifest.config["model.seq_length"]}
@@ -200,7 +184,7 @@ def read_pairs(work: Work) -> list[PairSequences]:
     def sequence(pair: PreferencePair, name: str, response: tuple[int, ...]) -> TokenSequence:
         return TokenSequence(f"{pair.id}/{name}", pair.prompt_token_ids + response, len(pair.prompt_token_ids))
 
-    parts = [f"round_{work.round}/{name}" for name in ("pairs", META_JUDGEMENTS)]
+    parts = [kind.of(work.round) for kind in (PAIRS, META_JUDGEMENTS)]
     paths = [work.read(part, "pairs.jsonl") for part in parts if part in work.stage.inputs]
     return [
         PairSequences(

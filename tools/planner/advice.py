@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from srlm_mega.stage_kinds import Estimate
 from srlm_mega.tools.planner.whole_run import StageTime
 
 STEP_ADVICE = {
@@ -33,22 +34,27 @@ FP8_ADVICE = {  # where the GPU has FP8 units
     "judgements": "FP8 (sampler.quantization=fp8)",
     "training": "FP8 (trainer.fp8=hybrid)",
 }
-KINDS = {  # of the other stages
-    "anchors": "candidates",
-    "anchor_judgements": "judgements",
-    "previous_judgements": "judgements",
-    "meta_judgements": "judgements",
-    "eft": "judgements",
-    "sampler_weights": "conversion",
-}
 
 
 def kind_of(time: StageTime) -> str:
     """One of RUN_ADVICE."""
-    if time.what == "conversion":
-        return time.what
-    name = time.name.rpartition("/")[2]
-    return name if name in RUN_ADVICE else KINDS.get(name, "training")
+    match time.estimate:
+        case Estimate.PROMPTS:
+            return "prompts"
+        case Estimate.CANDIDATES:
+            return "candidates"
+        case Estimate.JUDGEMENTS | Estimate.META_JUDGEMENTS | Estimate.EFT:
+            return "judgements"
+        case Estimate.EVALUATION:
+            return "evaluation"
+        case Estimate.CONVERSION:
+            return "conversion"
+        case Estimate.FORWARD_PASS:
+            return "reference"
+        case Estimate.PRETRAINING | Estimate.SFT_ON_IFT | Estimate.SFT | Estimate.SFT_ON_POSITIVES | Estimate.DPO:
+            return "training"
+        case Estimate.NO_GPU:  # seconds
+            return "training"
 
 
 def change(name: str, advice: str, fp8: bool) -> str:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from srlm_mega.config import Config
+from srlm_mega.stage_kinds import Estimate
 from srlm_mega.tools.planner.training_steps import Lengths
 
 PROMPTS_PER_REQUEST = 4  # new instructions that pass the filters, of a Self-Instruct request
@@ -19,35 +20,35 @@ class Requests:
     output: int
 
 
-def requests_of(stage: str, config: Config, lengths: Lengths) -> list[Requests]:
-    """By the stage's name; empty where no model is asked."""
+def requests_of(estimate: Estimate, config: Config, lengths: Lengths) -> list[Requests]:
+    """What a kind of stage asks of a model; empty where it asks none."""
     prompts, judged = config.prompts.per_round, lengths.judge_template + lengths.sequence
     answers = Requests(prompts, lengths.prompt, config.candidates.n, lengths.response)
     judgements = Requests(prompts * config.candidates.n, judged, config.judge.n, lengths.judgement)
-    match stage.rpartition("/")[2]:
-        case "prompts":
+    match estimate:
+        case Estimate.PROMPTS:
             return new_prompts(config, lengths)
-        case "candidates" | "anchors":
+        case Estimate.CANDIDATES:
             return [answers]
-        case "judgements":
+        case Estimate.JUDGEMENTS:
             return [] if config.judge.backend == "random" else [judgements]
-        case "anchor_judgements" | "previous_judgements":
-            return [judgements]
-        case "meta_judgements":  # two judgements of a response side by side, in both orders
+        case Estimate.META_JUDGEMENTS:  # two judgements of a response side by side, in both orders
             compared = prompts * config.judge.n * (config.judge.n - 1)
             return [Requests(compared, judged + 2 * lengths.judgement, 1, lengths.judgement)]
-        case "eft":
+        case Estimate.EFT:
             replies = config.seed_data.num_eft_sources * REPLIES_PER_SOURCE
             return [Requests(replies, judged, config.eft.attempts, lengths.judgement)]
-        case "evaluation":
+        case Estimate.EVALUATION:
             held_out = config.seed_data.num_test or config.seed_data.num_validation
             samples = config.judge.n * config.evaluation.judge_replicates
             return [
                 Requests(held_out, lengths.prompt, 2, lengths.response),
                 Requests(config.seed_data.num_eft_eval, judged, samples, lengths.judgement),
             ]
-        case other:
-            raise AssertionError(f"no requests are known of the stage {other}")
+        case Estimate.NO_GPU | Estimate.FORWARD_PASS | Estimate.CONVERSION:
+            return []
+        case Estimate.PRETRAINING | Estimate.SFT_ON_IFT | Estimate.SFT | Estimate.SFT_ON_POSITIVES | Estimate.DPO:
+            return []
 
 
 def new_prompts(config: Config, lengths: Lengths) -> list[Requests]:

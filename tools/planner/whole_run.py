@@ -6,6 +6,7 @@ from srlm_mega.config import Config
 from srlm_mega.config.training import OptimizationConfig
 from srlm_mega.gpus import GpuModel
 from srlm_mega.plan import Stage, plan
+from srlm_mega.stage_kinds import Estimate
 from srlm_mega.tools.planner.generation import Replica
 from srlm_mega.tools.planner.job import ParallelLayout
 from srlm_mega.tools.planner.requests import requests_of
@@ -26,6 +27,7 @@ class StageTime:
     """One stage. `gpus` are at work; the allocation pays for all."""
 
     name: str
+    estimate: Estimate
     what: str
     gpus: int
     seconds: float
@@ -58,46 +60,51 @@ def run_times(config: Config, cluster: Cluster, lengths: Lengths) -> list[StageT
 
 def stage_times(stage: Stage, config: Config, cluster: Cluster, lengths: Lengths) -> list[StageTime]:
     """One stage."""
-    if stage.name.endswith("/reference"):
-        return [reference_time(stage.name, config, cluster, lengths)]
-    if stage.name.endswith("/sampler_weights"):
-        return [conversion_time(stage.name, config, cluster)]
-    if stage.samples:
-        return [sampling_time(stage, config, cluster, lengths)]
-    if stage.trains:
-        return training_times(stage.name, config, cluster, lengths)
-    return [StageTime(stage.name, "no GPU", 0, CPU_STAGE_SECONDS)]
+    match stage.kind.estimate:
+        case Estimate.NO_GPU:
+            return [StageTime(stage.name, Estimate.NO_GPU, "no GPU", 0, CPU_STAGE_SECONDS)]
+        case Estimate.FORWARD_PASS:
+            return [reference_time(stage.name, config, cluster, lengths)]
+        case Estimate.CONVERSION:
+            return [conversion_time(stage.name, config, cluster)]
+        case Estimate.PRETRAINING | Estimate.SFT_ON_IFT | Estimate.SFT | Estimate.SFT_ON_POSITIVES | Estimate.DPO:
+            return training_times(stage, config, cluster, lengths)
+        case Estimate.PROMPTS | Estimate.CANDIDATES | Estimate.JUDGEMENTS | Estimate.META_JUDGEMENTS:
+            return [sampling_time(stage, config, cluster, lengths)]
+        case Estimate.EFT | Estimate.EVALUATION:
+            return [sampling_time(stage, config, cluster, lengths)]
 
 
-def training_times(name: str, config: Config, cluster: Cluster, lengths: Lengths) -> list[StageTime]:
+def training_times(stage: Stage, config: Config, cluster: Cluster, lengths: Lengths) -> list[StageTime]:
     """A model: its optimiser steps, and its folder."""
-    what, section, items = taught(name, config)
+    what, section, items = taught(stage.kind.estimate, config)
     gpus, weights = cluster.layout.gpus, 2 * config.model.sizes.parameters / DISK_BYTES_PER_SECOND
     job = training_job(config, section, cluster.layout, cluster.gpu, lengths)
     step = measure(job, step_tokens(config, section, lengths)).total
-    return [
-        StageTime(name, what, gpus, steps_of(section, items) * step + START_SECONDS + weights),
-        StageTime(name, "conversion", gpus, 2 * weights),  # written, and read back to be verified
-    ]
+    seconds = steps_of(section, items) * step + START_SECONDS + weights
+    written_and_read_back = StageTime(stage.name, Estimate.CONVERSION, "conversion", gpus, 2 * weights)
+    return [StageTime(stage.name, stage.kind.estimate, what, gpus, seconds), written_and_read_back]
 
 
-def taught(name: str, config: Config) -> tuple[str, OptimizationConfig, int]:
+def taught(estimate: Estimate, config: Config) -> tuple[str, OptimizationConfig, int]:
     """In words, by which section, and on how many items a model is trained."""
     data = config.seed_data
     seed_items = data.num_ift + (data.num_eft if config.eft.enabled else 0)
-    match name:
-        case "M0":
+    match estimate:
+        case Estimate.PRETRAINING:
             assert config.pretrain is not None, "only a pre-trained M0 is trained"
             return "pre-training", config.pretrain, data.num_documents
-        case "sft_baseline":
+        case Estimate.SFT_ON_IFT:
             return "SFT on IFT", config.sft, data.num_ift
-        case "M1":
+        case Estimate.SFT:
             return "SFT", config.sft, seed_items
-        case _ if config.round.method == "positives_sft":
+        case Estimate.SFT_ON_POSITIVES:
             positives = int(config.prompts.per_round * config.candidates.n * POSITIVE_SHARE)
             return "SFT on positives", config.sft, seed_items + min(positives, config.round.max_positives or positives)
-        case _:
+        case Estimate.DPO:
             return "DPO", config.dpo, num_pairs(config)
+        case other:
+            raise AssertionError(f"{other} trains no model")
 
 
 def num_pairs(config: Config) -> int:
@@ -110,7 +117,8 @@ def reference_time(name: str, config: Config, cluster: Cluster, lengths: Lengths
     job = training_job(config, config.dpo, cluster.layout, cluster.gpu, lengths)
     step = measure(replace(job, recompute="none", frozen=True), step_tokens(config, config.dpo, lengths)).total
     batches = num_pairs(config) / config.dpo.global_batch_size
-    return StageTime(name, "forward pass", cluster.layout.gpus, batches * step * FORWARD_SHARE + START_SECONDS)
+    seconds = batches * step * FORWARD_SHARE + START_SECONDS
+    return StageTime(name, Estimate.FORWARD_PASS, "forward pass", cluster.layout.gpus, seconds)
 
 
 def conversion_time(name: str, config: Config, cluster: Cluster) -> StageTime:
@@ -118,18 +126,18 @@ def conversion_time(name: str, config: Config, cluster: Cluster) -> StageTime:
     each = replica_of(config, cluster)
     moved = (2 * 2 * config.model.sizes.parameters + 2 * each.weight_bytes) / DISK_BYTES_PER_SECOND
     if not config.sampler.traits.loads_engine:
-        return StageTime(name, "conversion", each.gpus, moved + START_SECONDS)
+        return StageTime(name, Estimate.CONVERSION, "conversion", each.gpus, moved + START_SECONDS)
     build = ENGINE_SECONDS + ENGINE_SECONDS_PER_BYTE * each.weight_bytes / each.gpus
-    return StageTime(name, "conversion, engine build", each.gpus, moved + build + START_SECONDS)
+    return StageTime(name, Estimate.CONVERSION, "conversion, engine build", each.gpus, moved + build + START_SECONDS)
 
 
 def sampling_time(stage: Stage, config: Config, cluster: Cluster, lengths: Lengths) -> StageTime:
     """What samples in one replica (prompts, evaluations) leaves the other GPUs idle."""
-    requests = requests_of(stage.name, config, lengths)
+    requests = requests_of(stage.kind.estimate, config, lengths)
     if not requests:
-        return StageTime(stage.name, "no model", 0, CPU_STAGE_SECONDS)
+        return StageTime(stage.name, stage.kind.estimate, "no model", 0, CPU_STAGE_SECONDS)
     each = replica_of(config, cluster)
-    replicas = max(1, cluster.sampler_gpus // each.gpus) if stage.in_shards else 1
+    replicas = max(1, cluster.sampler_gpus // each.gpus) if stage.kind.in_shards else 1
     busy = sum(
         each.seconds(group.count / replicas, group.prompt, group.prompt, group.samples, group.output)
         for group in requests
@@ -137,7 +145,7 @@ def sampling_time(stage: Stage, config: Config, cluster: Cluster, lengths: Lengt
     load = START_SECONDS + each.weight_bytes / DISK_BYTES_PER_SECOND
     gpus = replicas * each.gpus
     speed = sum(group.count * group.samples * group.output for group in requests) / busy / gpus
-    return StageTime(stage.name, f"{replicas} x {each.gpus} GPUs", gpus, busy + load, speed)
+    return StageTime(stage.name, stage.kind.estimate, f"{replicas} x {each.gpus} GPUs", gpus, busy + load, speed)
 
 
 def replica_of(config: Config, cluster: Cluster) -> Replica:
