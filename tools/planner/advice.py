@@ -27,6 +27,7 @@ RUN_ADVICE = {
     "conversion": "a faster file system",
     "reference": "a layout with fewer pipeline stages, or a larger dpo.packed_sequence_size",
     "training": "a better layout (srlm plan CONFIG --search), fewer epochs",
+    "work without a GPU": "a faster CPU and file system",
 }
 FP8_ADVICE = {  # where the GPU has FP8 units
     "bf16 products": "FP8 (trainer.fp8=hybrid)",
@@ -53,8 +54,8 @@ def kind_of(time: StageTime) -> str:
             return "reference"
         case Estimate.PRETRAINING | Estimate.SFT_ON_IFT | Estimate.SFT | Estimate.SFT_ON_POSITIVES | Estimate.DPO:
             return "training"
-        case Estimate.NO_GPU:  # seconds
-            return "training"
+        case Estimate.NO_GPU:
+            return "work without a GPU"
 
 
 def change(name: str, advice: str, fp8: bool) -> str:
