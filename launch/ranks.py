@@ -14,7 +14,7 @@ from typing import Literal, assert_never
 from srlm_mega.config import Config
 from srlm_mega.config.launch import LaunchConfig
 from srlm_mega.errors import RunStopped, UserError
-from srlm_mega.run_dir import RunDir
+from srlm_mega.run.run_dir import RunDir
 
 # A node's task of a step. What it is given: a file that all nodes must see, torchrun and its arguments. USR1 (save)
 # and USR2 (show stacks) are left to the ranks: they would end the agent. SLURM_NODEID is the node's own only here.

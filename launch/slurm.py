@@ -17,7 +17,8 @@ from srlm_mega.config import Config
 from srlm_mega.config.file import check_outside_files, load_config, to_yaml
 from srlm_mega.errors import UserError
 from srlm_mega.launch.ranks import gpu_request, literal, pyxis
-from srlm_mega.run_dir import RunDir, write_atomic
+from srlm_mega.run.files import write_atomic
+from srlm_mega.run.run_dir import RunDir
 
 Template = Literal["run", "train", "sample", "bench"]
 PARTITION = re.compile(r"[^|]+\|\d+\|[^|]*")  # sites have sinfo and sbatch say other things as well

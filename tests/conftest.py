@@ -5,10 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
 pytest.register_assert_rewrite("sampler_contract")
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,22 +1,22 @@
 """A value outside a closed set is an error that names it, never the last branch of a choice."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
+from places import CONFIGS
 
 from srlm_mega.config.file import load_config
 from srlm_mega.config.training import DpoConfig, ParallelConfig, TrainerConfig
+from srlm_mega.gpus import peak_tflops
 from srlm_mega.kernels import reference
 from srlm_mega.training.backend import Backend, block, choose_backend
 from srlm_mega.training.dpo import loss_without_margin
-from srlm_mega.training.fp8 import length_multiple, precision_before_training
-from srlm_mega.training.throughput import peak_tflops
+from srlm_mega.training.fp8_recipe import length_multiple, precision_before_training
 from srlm_mega.training.topology import choose_device
 
 FP8 = TrainerConfig(bf16=True, fp8="hybrid").model_copy(update={"fp8_recipe": "kto"})
-TOY = load_config(Path(__file__).resolve().parent.parent / "launch/configs/toy_cpu.yaml")
+TOY = load_config(CONFIGS / "toy_cpu.yaml")
 CONFIG = TOY.model_copy(update={"model": TOY.model.model_copy(update={"layer_backend": "kto"})})
 DPO = DpoConfig(train_iters=1, lr=1e-3, min_lr=0).model_copy(update={"loss_type": "kto"})
 

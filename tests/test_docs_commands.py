@@ -10,7 +10,7 @@ import typer
 from pages import ROOT, blocks
 from typer.core import TyperGroup, TyperOption
 
-from srlm_mega.cli import app
+from srlm_mega.cli.main import app
 from srlm_mega.config.knobs import knobs
 from srlm_mega.tools.planner.plan_command import PlanRequest, planned
 from srlm_mega.tools.planner.training_steps import Lengths

@@ -1,4 +1,4 @@
-"""The architecture as a test: what may import what, sizes, and one line per file in the README."""
+"""The architecture as a test: what may import what, sizes, and one line per file in docs/architecture.md."""
 
 import ast
 import subprocess
@@ -8,12 +8,24 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 LINKED = ("kernels", "launch", "tools", "checkpoints_conversion")
 HEAVY = {"torch", "transformers", "megatron", "transformer_engine", "matplotlib", "tensorrt_llm"}
 TRUTH = "srlm_mega.data.toy_world.truth"
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 80
+FLOORS: tuple[tuple[str, ...], ...] = (
+    ("errors", "kernels", "checkpoints_conversion"),
+    ("config",),
+    ("records", "chat", "seeds", "gpus", "run"),
+    ("judging", "launch"),
+    ("data", "sampling", "training"),
+    ("evaluation",),
+    ("report", "stages"),
+    ("controller",),
+    ("tools",),
+    ("cli",),
+)
 
 
 def sources() -> dict[str, Path]:
@@ -85,7 +97,7 @@ def test_the_root_is_not_importable() -> None:
 
 @pytest.mark.parametrize(
     ("name", "allowed"),
-    [("kernels", ()), ("checkpoints_conversion", ()), ("launch", ("config", "errors", "run_dir"))],
+    [("kernels", ()), ("checkpoints_conversion", ()), ("launch", ("config", "errors", "run"))],
 )
 def test_what_parts_import_of_ours(name: str, allowed: tuple[str, ...]) -> None:
     """kernels and checkpoints_conversion could be lifted out; launch knows what a run is told and where it lies."""
@@ -96,20 +108,47 @@ def test_what_parts_import_of_ours(name: str, allowed: tuple[str, ...]) -> None:
             assert {".".join(other.split(".")[:2]) for other in ours} <= rooms, f"{module} imports {ours}"
 
 
+def test_imports_lead_downstairs_only() -> None:
+    """A room imports rooms of lower floors, and files of its own."""
+    floor = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+    for module, path in sources().items():
+        for other in imports(path) & sources().keys():
+            if room_of(other) != room_of(module):
+                assert floor[room_of(other)] < floor[room_of(module)], f"{module} imports {other}"
+
+
+def room_of(module: str) -> str:
+    """The folder of the package that a module is in, or the module at the package's root."""
+    return module.partition(".")[2].partition(".")[0]
+
+
+def test_the_root_keeps_the_nouns() -> None:
+    assert len(list((ROOT / "srlm_mega").glob("*.py"))) <= 10
+
+
+def test_no_two_files_have_one_name() -> None:
+    """A file of the command line may be called as what it commands."""
+    names: dict[str, list[str]] = {}
+    for module, path in sources().items():
+        if path.name != "__init__.py" and room_of(module) != "cli":
+            names.setdefault(path.name, []).append(module)
+    assert not {name: modules for name, modules in names.items() if len(modules) > 1}
+
+
 def test_the_controller_needs_no_heavy_package() -> None:
-    for start in ("cli", "loop", "plan", "records", "run_dir", "config", "status", "lineage", "chat"):
-        assert not heavy_packages(f"srlm_mega.{start}"), start
     for module in sources():
-        if module.startswith(("srlm_mega.judging", "srlm_mega.data", "srlm_mega.launch")):
+        if room_of(module) in ("cli", "controller", "run", "config", "judging", "data", "launch", "records", "chat"):
             assert not heavy_packages(module), module
+    for start in ("report.status", "report.status_view", "report.lineage"):
+        assert not heavy_packages(f"srlm_mega.{start}"), start
 
 
 def test_the_check_for_heavy_packages_can_fail() -> None:
-    assert "torch" in heavy_packages("srlm_mega.stages.training")
+    assert "torch" in heavy_packages("srlm_mega.stages.train")
 
 
 def test_starting_the_controller_loads_no_torch() -> None:
-    code = f"import sys, srlm_mega.cli, srlm_mega.loop; print(*sorted({HEAVY!r} & set(sys.modules)))"
+    code = f"import sys, srlm_mega.cli.main, srlm_mega.controller.loop; print(*sorted({HEAVY!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
 
@@ -124,12 +163,12 @@ def test_sampling_and_training_do_not_know_each_other() -> None:
 
 def test_only_the_command_line_imports_tools() -> None:
     for module, path in sources().items():
-        if not module.startswith(("srlm_mega.cli", "srlm_mega.tools")):
+        if not module.startswith(("srlm_mega.cli.", "srlm_mega.tools")):
             assert not any(name.startswith("srlm_mega.tools") for name in imports(path)), module
 
 
 def test_no_stage_of_a_round_can_reach_the_ground_truth() -> None:
-    for stage in ("prompts", "rewards", "eft", "training", "base"):
+    for stage in ("prompts", "sample_and_judge", "eft", "train", "base"):
         assert TRUTH not in closure(f"srlm_mega.stages.{stage}"), f"stages/{stage} reaches the ground truth"
     assert TRUTH in closure("srlm_mega.stages.evaluate"), "the check above would pass for a module that is not there"
 
@@ -184,8 +223,12 @@ def test_files_and_functions_fit_a_screen_or_two() -> None:
                 assert length <= MAX_FUNCTION_LINES, f"{module}.{node.name} has {length} lines"
 
 
-def test_the_readme_has_a_line_for_every_file() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_architecture_page_has_a_line_for_every_file() -> None:
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
     for module, path in sources().items():
         if path.name != "__init__.py":
-            assert path.name in readme, f"README's tree does not have {module}"
+            assert path.name in page, f"the tree in docs/architecture.md does not have {module}"
+
+
+def test_the_readme_takes_two_screens() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150

@@ -14,11 +14,12 @@ import orjson
 import psutil
 import pytest
 from browser import browser
+from places import ROOT
 
 from srlm_mega.records import Candidate, Judgement, PreferencePair, Prompt, read_jsonl
-from srlm_mega.run_dir import MANIFEST, RunDir, log_name
+from srlm_mega.run.manifest import MANIFEST, log_name
+from srlm_mega.run.run_dir import RunDir
 
-ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
     "run.rounds=1",
     "seed_data.num_documents=3000",

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 from fake_run import make_run
+from places import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 LINKED = ("kernels", "launch", "tools", "checkpoints_conversion")
 SCRIPTS = "tools/scripts/"  # run in a checkout, no part of the wheel
 

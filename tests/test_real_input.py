@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import pytest
-from test_main_road import ROOT, contents, srlm
+from places import ROOT
+from test_main_road import contents, srlm
 
 from srlm_mega.records import Candidate, Judgement, SftExample, read_jsonl
-from srlm_mega.run_dir import RunDir
+from srlm_mega.run.run_dir import RunDir
 
 
 @pytest.mark.extra

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from srlm_mega.errors import UserError
 from srlm_mega.kernels import ops
-from srlm_mega.provenance import package_version
+from srlm_mega.run.provenance import package_version
 from srlm_mega.tools.bench_heads import (
     PROVIDERS,
     Head,

@@ -13,8 +13,8 @@ import orjson
 from pydantic import with_config
 
 from srlm_mega.errors import UserError
-from srlm_mega.provenance import PACKAGES, commit, package_version
 from srlm_mega.records import STRICT, parse_line
+from srlm_mega.run.provenance import PACKAGES, commit, package_version
 
 SCHEMA_VERSION = 1
 Better = Literal["lower", "higher", "neither"]

@@ -20,15 +20,15 @@ from srlm_mega.chat import Chat
 from srlm_mega.config import Config
 from srlm_mega.config.file import apply_overrides, parse_config, read_yaml
 from srlm_mega.config.runtime import SamplerConfig
-from srlm_mega.plan import find_stage
-from srlm_mega.progress import Progress
-from srlm_mega.run_dir import RunDir
+from srlm_mega.run.plan import find_stage
+from srlm_mega.run.progress import Progress
+from srlm_mega.run.run_dir import RunDir
+from srlm_mega.run.work import Work
 from srlm_mega.sampling.backends import open_sampler
-from srlm_mega.sampling.huggingface import automatic_device, left_padded
+from srlm_mega.sampling.huggingface_sampler import automatic_device, left_padded
 from srlm_mega.sampling.sampler import SamplingParams
-from srlm_mega.stages.rewards import candidates_task, judgements_task
+from srlm_mega.stages.sample_and_judge import candidates_task, judgements_task
 from srlm_mega.tools.bench_record import BenchRecord, BenchRow, make_record, make_row, write_record
-from srlm_mega.work import Work
 
 ONE_BY_ONE, FIXED_BATCHES = "generate, request by request", "generate, fixed batches"
 OURS, NO_REUSE = "srlm", "srlm, every copy prefilled"

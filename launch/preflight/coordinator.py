@@ -34,7 +34,7 @@ from srlm_mega.launch.preflight.findings import Finding, check_absent, findings,
 from srlm_mega.launch.preflight.node_report import InstalledGpu, NodeReport, local_report
 from srlm_mega.launch.preflight.roll_call import Caller, RollCall, call
 from srlm_mega.launch.preflight.this_node import ThisNode
-from srlm_mega.run_dir import write_atomic
+from srlm_mega.run.files import write_atomic
 
 ATTEMPT = "attempt"
 HOPELESS = ("report", "GPUs", "host name", "shared folder")  # the ranks would not start or not meet

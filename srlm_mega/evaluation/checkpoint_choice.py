@@ -16,7 +16,7 @@ from pydantic import with_config
 from srlm_mega.config.comparison import EarlyStoppingConfig
 from srlm_mega.evaluation.results import Comparison
 from srlm_mega.records import STRICT, parse_line
-from srlm_mega.run_dir import write_atomic
+from srlm_mega.run.files import write_atomic
 
 START = 0  # the model that training started from is the checkpoint of step 0
 

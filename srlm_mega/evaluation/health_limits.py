@@ -10,8 +10,8 @@ from srlm_mega.evaluation.judge_metrics import ratio
 from srlm_mega.evaluation.results import ModelEvaluation
 from srlm_mega.judging.pair_counts import PairCounts
 from srlm_mega.records import STRICT, parse_line
-from srlm_mega.run_dir import RunDir
-from srlm_mega.stage_kinds import HEALTH
+from srlm_mega.run.run_dir import RunDir
+from srlm_mega.run.stage_kinds import HEALTH
 
 State = Literal["fine", "warn", "stop", "unknown"]
 

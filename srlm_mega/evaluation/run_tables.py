@@ -8,8 +8,8 @@ from srlm_mega.evaluation.lengths import LengthStatistics, pair_lengths
 from srlm_mega.evaluation.paper import NO_CLAIM, is_llama2_70b
 from srlm_mega.evaluation.results import Comparison, JudgeMetrics, ModelEvaluation
 from srlm_mega.records import PreferencePair, parse_line, read_jsonl
-from srlm_mega.run_dir import RunDir
-from srlm_mega.stage_kinds import EVALUATION, PAIRS, model_name
+from srlm_mega.run.run_dir import RunDir
+from srlm_mega.run.stage_kinds import EVALUATION, PAIRS, model_name
 
 
 def evaluations(run: RunDir) -> Iterator[tuple[int, ModelEvaluation]]:

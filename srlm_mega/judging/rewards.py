@@ -7,8 +7,8 @@ from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
+from srlm_mega.judging.prefetch import prefetch
 from srlm_mega.judging.scores import mean_score, score_variance
-from srlm_mega.prefetch import prefetch
 from srlm_mega.records import Judgement, JudgementScore, read_jsonl
 
 WORTH_A_PROCESS = 64 * 1024**2  # bytes of judgements: fewer are read before another process has started

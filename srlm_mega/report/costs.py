@@ -9,8 +9,9 @@ from typing import Any
 import orjson
 
 from srlm_mega.config import Config
-from srlm_mega.plan import Stage, plan
-from srlm_mega.run_dir import Manifest, RunDir
+from srlm_mega.run.manifest import Manifest
+from srlm_mega.run.plan import Stage, plan
+from srlm_mega.run.run_dir import RunDir
 
 TRAINING_RATES = {
     "step_seconds": "seconds per step",

@@ -31,8 +31,9 @@ from srlm_mega.report.plots import dpo_plots, judge_plot, lengths_plot, quality_
 from srlm_mega.report.round_parts import RoundPart, read_round
 from srlm_mega.report.summary import Summary, build_summary, decimal, findings, percent
 from srlm_mega.report.text import duration, visible
-from srlm_mega.run_dir import RunDir, write_atomic
-from srlm_mega.stage_kinds import CANDIDATES, EVALUATION, model_name
+from srlm_mega.run.files import write_atomic
+from srlm_mega.run.run_dir import RunDir
+from srlm_mega.run.stage_kinds import CANDIDATES, EVALUATION, model_name
 
 SHOWN_PROMPTS = 6
 SHOWN_PAIRS = 2

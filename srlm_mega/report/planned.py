@@ -7,7 +7,7 @@ from typing import Any
 import orjson
 
 from srlm_mega.report.costs import StageCost
-from srlm_mega.run_dir import RunDir
+from srlm_mega.run.run_dir import RunDir
 
 FILE = "plan.json"
 

@@ -7,12 +7,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from srlm_mega.plan import Stage
 from srlm_mega.report.costs import StageCost
 from srlm_mega.report.drawing import MODEL_COLORS, MUTED, PAPER, RULE, Plot, legend, model_color, plot
 from srlm_mega.report.round_parts import DpoStep
 from srlm_mega.report.summary import ModelSummary, movement
-from srlm_mega.stage_kinds import Part, model_name, model_number
+from srlm_mega.run.plan import Stage
+from srlm_mega.run.stage_kinds import Part, model_name, model_number
 
 SCORES = range(6)
 SMOOTHING_WINDOWS = 12  # a running mean spans this part of a run: 5 of 60 steps

@@ -10,8 +10,8 @@ from typing import Any
 import orjson
 
 from srlm_mega.report.lineage_sample import LineageSample, PairLeaf, PromptTree
-from srlm_mega.run_dir import RunDir
-from srlm_mega.stage_kinds import CANDIDATES, JUDGEMENTS, PAIRS, PROMPTS, model_name
+from srlm_mega.run.run_dir import RunDir
+from srlm_mega.run.stage_kinds import CANDIDATES, JUDGEMENTS, PAIRS, PROMPTS, model_name
 
 
 @dataclass(frozen=True, slots=True)

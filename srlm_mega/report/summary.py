@@ -7,10 +7,11 @@ import orjson
 
 from srlm_mega.config.file import load_config
 from srlm_mega.evaluation.results import JudgeMetrics, ModelEvaluation
-from srlm_mega.plan import Stage, plan
 from srlm_mega.records import parse_line
-from srlm_mega.run_dir import RunDir, write_atomic
-from srlm_mega.stage_kinds import EVALUATION, PAIRS
+from srlm_mega.run.files import write_atomic
+from srlm_mega.run.plan import Stage, plan
+from srlm_mega.run.run_dir import RunDir
+from srlm_mega.run.stage_kinds import EVALUATION, PAIRS
 
 ABSENT = "–"
 

@@ -14,7 +14,7 @@ def open_sampler(config: SamplerConfig, model_folder: Path, eos_id: int) -> Samp
     """
     match config.backend:
         case "huggingface":
-            from srlm_mega.sampling.huggingface import HuggingFaceSampler
+            from srlm_mega.sampling.huggingface_sampler import HuggingFaceSampler
 
             return HuggingFaceSampler(model_folder, eos_id, config.device, config.batch_size)
         case "trtllm_torch":

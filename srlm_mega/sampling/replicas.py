@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from srlm_mega.errors import STOPPED, USER_ERROR, RunStopped, UserError
-from srlm_mega.progress import read_progress
+from srlm_mega.run.progress import read_progress
+from srlm_mega.sampling.sampling_rate import ShardWatch
 from srlm_mega.sampling.shards import WAIT_SECONDS, ShardFiles, ShardReport
-from srlm_mega.sampling.throughput import ShardWatch
 
 PATIENCE_SECONDS = 30.0
 R = TypeVar("R")

@@ -19,7 +19,7 @@ import orjson
 
 from srlm_mega.errors import RunStopped
 from srlm_mega.records import FailedRequest, read_jsonl, write_jsonl
-from srlm_mega.run_dir import fsync, write_atomic
+from srlm_mega.run.files import fsync, write_atomic
 from srlm_mega.seeds import derive_seed
 
 FAILED = "failed.jsonl"

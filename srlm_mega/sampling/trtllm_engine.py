@@ -14,7 +14,7 @@ from srlm_mega.checkpoints_conversion.folder import read_json
 from srlm_mega.config.runtime import SamplerConfig
 from srlm_mega.errors import UserError
 from srlm_mega.sampling.sampler import ModelLimits
-from srlm_mega.sampling.trtllm import TrtllmSampler
+from srlm_mega.sampling.trtllm_sampler import TrtllmSampler
 
 
 def open_trtllm_engine(config: SamplerConfig, engine: Path, eos_id: int) -> TrtllmSampler:

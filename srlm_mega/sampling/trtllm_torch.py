@@ -8,7 +8,7 @@ from tensorrt_llm.llmapi import KvCacheConfig
 
 from srlm_mega.config.runtime import SamplerConfig
 from srlm_mega.sampling.sampler import ModelLimits
-from srlm_mega.sampling.trtllm import TrtllmSampler
+from srlm_mega.sampling.trtllm_sampler import TrtllmSampler
 
 
 def open_trtllm_torch(config: SamplerConfig, model_folder: Path, eos_id: int) -> TrtllmSampler:

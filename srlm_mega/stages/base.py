@@ -14,9 +14,9 @@ from srlm_mega.checkpoints_conversion.random_weights import random_weights
 from srlm_mega.checkpoints_conversion.verify import check_proven
 from srlm_mega.config.training import ModelConfig
 from srlm_mega.errors import UserError
+from srlm_mega.run.work import Done, Work
 from srlm_mega.seeds import derive_seed
 from srlm_mega.stages.sampler_weights import require_verified
-from srlm_mega.work import Done, Work
 
 
 def make_base(work: Work) -> Done:

@@ -7,15 +7,15 @@ from functools import partial
 from srlm_mega.config.file import load_config
 from srlm_mega.errors import RunStopped, UserError, exit_code, reason
 from srlm_mega.evaluation.checkpoint_choice import START, EarlyStoppingFiles, decide, kept_step
-from srlm_mega.plan import find_stage
-from srlm_mega.progress import Progress
 from srlm_mega.records import Prompt, read_jsonl
-from srlm_mega.run_dir import RunDir
-from srlm_mega.stage_kinds import model_name
+from srlm_mega.run.plan import find_stage
+from srlm_mega.run.progress import Progress
+from srlm_mega.run.run_dir import RunDir
+from srlm_mega.run.stage_kinds import model_name
+from srlm_mega.run.work import Work
+from srlm_mega.stages.compare_responses import compare, matches_of
 from srlm_mega.stages.judges import open_judge
-from srlm_mega.stages.pairwise import compare, matches_of
 from srlm_mega.stages.responses import Writer, respond
-from srlm_mega.work import Work
 
 
 def compare_checkpoints(run: RunDir, name: str, parts: Sequence[str]) -> int:

@@ -18,15 +18,15 @@ from srlm_mega.evaluation.win_rates import HeadToHead, head_to_head
 from srlm_mega.judging.scores import mean_score, parse_score
 from srlm_mega.judging.template import JudgeTemplate
 from srlm_mega.records import Prompt, RankedReplies, read_jsonl
+from srlm_mega.run.stage_kinds import EVALUATION
+from srlm_mega.run.work import Done, Work
 from srlm_mega.sampling.retries import PatientSampler, none_failed
 from srlm_mega.sampling.sampler import SamplingParams
 from srlm_mega.sampling.shards import write_durably, write_records
 from srlm_mega.seeds import derive_seed
-from srlm_mega.stage_kinds import EVALUATION
-from srlm_mega.stages.pairwise import compare_with_m1
+from srlm_mega.stages.compare_responses import compare_with_m1
 from srlm_mega.stages.responses import held_out
 from srlm_mega.stages.sampler_weights import open_model
-from srlm_mega.work import Done, Work
 
 
 def evaluate(work: Work) -> Done:

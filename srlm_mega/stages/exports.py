@@ -17,9 +17,9 @@ from srlm_mega.evaluation.export_formats import (
     alpaca_json,
     mt_bench_line,
 )
-from srlm_mega.identity import responding
 from srlm_mega.records import Candidate, Prompt, read_jsonl
-from srlm_mega.run_dir import write_atomic
+from srlm_mega.run.files import write_atomic
+from srlm_mega.run.identity import responding
 from srlm_mega.sampling.retries import PatientSampler, none_failed, open_patient_sampler
 from srlm_mega.sampling.sampler import Completion, SamplingParams
 from srlm_mega.seeds import derive_seed

@@ -9,8 +9,8 @@ from srlm_mega.evaluation.health_limits import HealthFigure, RoundHealth, round_
 from srlm_mega.evaluation.results import ModelEvaluation
 from srlm_mega.judging.pair_counts import PairCounts
 from srlm_mega.records import parse_line
-from srlm_mega.stage_kinds import EVALUATION, PAIRS, model_name
-from srlm_mega.work import Done, Work
+from srlm_mega.run.stage_kinds import EVALUATION, PAIRS, model_name
+from srlm_mega.run.work import Done, Work
 
 # What each figure says of the round, and what helps.
 MEANINGS = {

@@ -11,8 +11,7 @@ from srlm_mega.judging.rewards import read_rewards
 from srlm_mega.judging.scored_candidates import ScoredCandidate, scored_prompts
 from srlm_mega.judging.scores import MAX_SCORE
 from srlm_mega.records import Candidate, read_jsonl, write_jsonl
-from srlm_mega.seeds import derive_seed
-from srlm_mega.stage_kinds import (
+from srlm_mega.run.stage_kinds import (
     ANCHOR_JUDGEMENTS,
     ANCHORS,
     CANDIDATES,
@@ -21,7 +20,8 @@ from srlm_mega.stage_kinds import (
     StageKind,
     model_name,
 )
-from srlm_mega.work import Done, Work
+from srlm_mega.run.work import Done, Work
+from srlm_mega.seeds import derive_seed
 
 
 def select_pairs(work: Work) -> Done:

@@ -18,10 +18,11 @@ from srlm_mega.evaluation.checkpoint_choice import (
     comparison_steps,
     kept_step,
 )
-from srlm_mega.run_dir import files_below, fsync
+from srlm_mega.run.files import fsync
+from srlm_mega.run.run_dir import files_below
+from srlm_mega.run.work import Done, Work
 from srlm_mega.training.topology import Topology
 from srlm_mega.training.trainer import Leg, TrainingSummary
-from srlm_mega.work import Done, Work
 
 
 def train_with_pauses(

@@ -9,14 +9,14 @@ from srlm_mega.chat import Chat
 from srlm_mega.data.self_instruct import KnownTexts, TaskFilter, few_shot_prompt, parse_tasks
 from srlm_mega.errors import RunStopped, UserError
 from srlm_mega.records import FailedRequest, Prompt, PromptDraft, RankedReplies, SftExample, read_jsonl, write_jsonl
+from srlm_mega.run.stage_kinds import PROMPTS, model_name
+from srlm_mega.run.work import Done, Work
 from srlm_mega.sampling.retries import PatientSampler
 from srlm_mega.sampling.sampler import ModelLimits, SamplingParams
 from srlm_mega.sampling.shards import write_durably, write_records
 from srlm_mega.seeds import derive_seed
-from srlm_mega.stage_kinds import PROMPTS, model_name
 from srlm_mega.stages.sampler_weights import open_model
 from srlm_mega.stages.sampling_task import SampledBy
-from srlm_mega.work import Done, Work
 
 REQUESTS_PER_WAVE = 64
 

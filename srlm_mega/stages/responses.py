@@ -10,11 +10,11 @@ from srlm_mega.chat import Chat
 from srlm_mega.config import Config
 from srlm_mega.errors import UserError
 from srlm_mega.records import Prompt
-from srlm_mega.run_dir import RunDir
+from srlm_mega.run.run_dir import RunDir
 from srlm_mega.sampling.retries import open_patient_sampler
 from srlm_mega.sampling.sampler import SamplingParams
+from srlm_mega.sampling.sampling_rate import ShardWatch
 from srlm_mega.sampling.shards import ShardFiles, cut_into_shards, run_shards
-from srlm_mega.sampling.throughput import ShardWatch
 from srlm_mega.seeds import derive_seed
 from srlm_mega.stages.sampling_task import SampledBy, SamplingRequest, answer, candidates_of, that_fit
 

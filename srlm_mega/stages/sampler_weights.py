@@ -21,10 +21,10 @@ from srlm_mega.checkpoints_conversion.fp8 import Amax, outgrown
 from srlm_mega.checkpoints_conversion.verify import check_proven, prove
 from srlm_mega.errors import UserError
 from srlm_mega.records import SftExample, read_jsonl
+from srlm_mega.run.stage_kinds import SAMPLER_WEIGHTS, model_name
+from srlm_mega.run.work import Done, Work
 from srlm_mega.sampling.retries import PatientSampler, open_patient_sampler
 from srlm_mega.seeds import derive_seed
-from srlm_mega.stage_kinds import SAMPLER_WEIGHTS, model_name
-from srlm_mega.work import Done, Work
 
 AMAX, CHECKPOINT, ENGINE, FOLDER = "amax.json", "checkpoint", "engine", "huggingface"
 MIB = 1 << 20

@@ -12,11 +12,13 @@ from srlm_mega.config.file import load_config
 from srlm_mega.errors import RunStopped, UserError, exit_code
 from srlm_mega.launch.child_process import die_with, show_stacks_when_asked
 from srlm_mega.launch.sampler_environment import devices_of, sampler_process
-from srlm_mega.plan import find_stage
-from srlm_mega.progress import Progress
-from srlm_mega.run_dir import RunDir
+from srlm_mega.run.plan import find_stage
+from srlm_mega.run.progress import Progress
+from srlm_mega.run.run_dir import RunDir
+from srlm_mega.run.work import Work
 from srlm_mega.sampling.replicas import replica_progress, run_replicas
 from srlm_mega.sampling.retries import PatientSampler
+from srlm_mega.sampling.sampling_rate import ShardWatch
 from srlm_mega.sampling.shards import (
     ShardFiles,
     ShardReport,
@@ -24,11 +26,9 @@ from srlm_mega.sampling.shards import (
     run_shards,
     take_shards,
 )
-from srlm_mega.sampling.throughput import ShardWatch
 from srlm_mega.seeds import derive_seed
 from srlm_mega.stages.sampler_weights import open_model
 from srlm_mega.stages.sampling_task import SamplingTask, answer
-from srlm_mega.work import Work
 
 T = TypeVar("T")
 

@@ -21,7 +21,7 @@ from srlm_mega.config import Config
 from srlm_mega.config.file import load_config
 from srlm_mega.launch.child_process import die_with
 from srlm_mega.launch.preflight.allreduce import GroupSpeed
-from srlm_mega.run_dir import write_atomic
+from srlm_mega.run.files import write_atomic
 from srlm_mega.training.topology import Topology, started_as
 
 REPETITIONS = 3

@@ -13,7 +13,8 @@ from pathlib import Path
 import orjson
 
 from srlm_mega.errors import UserError
-from srlm_mega.run_dir import FileEntry, damage, file_hash, fsync, remove_folder, write_atomic
+from srlm_mega.run.files import fsync, remove_folder, write_atomic
+from srlm_mega.run.manifest import FileEntry, damage, file_hash
 
 FILES = "files.json"
 LATEST = "latest_checkpointed_iteration.txt"

@@ -14,7 +14,7 @@ from srlm_mega.config.training import DpoConfig, OptimizationConfig, TrainerConf
 from srlm_mega.errors import RunStopped
 from srlm_mega.kernels.reference import segment_sums
 from srlm_mega.training.batch import Batch
-from srlm_mega.training.fp8 import without_fp8
+from srlm_mega.training.fp8_recipe import without_fp8
 from srlm_mega.training.schedule import forward
 from srlm_mega.training.topology import Topology
 

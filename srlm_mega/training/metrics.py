@@ -11,7 +11,7 @@ from typing import IO
 import orjson
 
 from srlm_mega.config import Config
-from srlm_mega.run_dir import write_atomic
+from srlm_mega.run.files import write_atomic
 from srlm_mega.training.replay import REPLAY_LOSS
 from srlm_mega.training.tracker import Tracker, open_trackers
 

@@ -16,7 +16,7 @@ from srlm_mega.config import Config
 from srlm_mega.config.training import OptimizationConfig
 from srlm_mega.errors import UserError
 from srlm_mega.training.backend import Backend, block, choose_backend, fuse_gradients
-from srlm_mega.training.fp8 import fp8_settings
+from srlm_mega.training.fp8_recipe import fp8_settings
 from srlm_mega.training.llama_model import LlamaModel
 from srlm_mega.training.memory_budget import MemoryBudget, num_parameters
 from srlm_mega.training.topology import Topology

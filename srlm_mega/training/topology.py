@@ -21,7 +21,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from srlm_mega.config.training import ParallelConfig, TrainerConfig
 from srlm_mega.errors import UserError
 from srlm_mega.training import cpu_backend
-from srlm_mega.training.fp8 import length_multiple
+from srlm_mega.training.fp8_recipe import length_multiple
 from srlm_mega.training.heartbeat import Heartbeat, Phase
 from srlm_mega.training.meeting import meet
 

@@ -7,7 +7,7 @@ from typing import Protocol
 from uuid import uuid4
 
 from srlm_mega.config import Config
-from srlm_mega.run_dir import TRACKING_ID
+from srlm_mega.run.manifest import TRACKING_ID
 
 
 class Tracker(Protocol):

@@ -25,8 +25,8 @@ from srlm_mega.config.training import OptimizationConfig
 from srlm_mega.errors import RunPreempted, RunStopped, UserError
 from srlm_mega.gpus import peak_tflops
 from srlm_mega.records import ReferenceLogprobs
-from srlm_mega.run_dir import TRAINING_STATE
-from srlm_mega.stop import StopRequest
+from srlm_mega.run.run_dir import TRAINING_STATE
+from srlm_mega.run.stop_signals import StopRequest
 from srlm_mega.training.batch import PairSequences, TokenSequence
 from srlm_mega.training.checkpoint import Checkpoints, Position
 from srlm_mega.training.device import device_name, peak_memory

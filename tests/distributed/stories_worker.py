@@ -20,7 +20,7 @@ from srlm_mega.checkpoints_conversion.huggingface import read_shape
 from srlm_mega.config import Config
 from srlm_mega.training.batch import PairSequences, TokenSequence, padded_batch
 from srlm_mega.training.model import build_model, transformer_config
-from srlm_mega.training.reference import compute_reference
+from srlm_mega.training.reference_logprobs import compute_reference
 from srlm_mega.training.topology import Topology, process_group
 from srlm_mega.training.trainer import TrainingJob, train_dpo
 from srlm_mega.training.weights import load_weights

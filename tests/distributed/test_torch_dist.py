@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from model_weights import weights_of
 from small_run import NUM_LAYERS, VOCAB_SIZE
 
 from srlm_mega.checkpoints_conversion.bar import no_bar
@@ -15,9 +16,6 @@ from srlm_mega.checkpoints_conversion.convert import Kind, Wish, convert
 from srlm_mega.checkpoints_conversion.huggingface import write_folder
 from srlm_mega.checkpoints_conversion.llama import LlamaShape
 from srlm_mega.checkpoints_conversion.verify import prove
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from test_conversion_huggingface import weights_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.extra]
 

@@ -25,7 +25,7 @@ from srlm_mega.errors import RunStopped, UserError
 from srlm_mega.training.batch import TokenSequence, context_part, padded_batch
 from srlm_mega.training.context_parallel import cp_positions
 from srlm_mega.training.model import build_model, transformer_config
-from srlm_mega.training.reference import compute_reference
+from srlm_mega.training.reference_logprobs import compute_reference
 from srlm_mega.training.topology import Topology, process_group
 from srlm_mega.training.trainer import TrainingJob, train_dpo, train_sft
 from srlm_mega.training.weights import load_weights, save_weights, verify_export

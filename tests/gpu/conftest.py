@@ -11,7 +11,7 @@ import pytest
 import torch
 from gpu_runs import Figures
 
-from srlm_mega.provenance import PACKAGES, package_version
+from srlm_mega.run.provenance import PACKAGES, package_version
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

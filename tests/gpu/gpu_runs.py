@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 
 from srlm_mega.config import Config
-from srlm_mega.tools.bench_training import Bench, Request
+from srlm_mega.tools.bench_training import Bench, TrainingRequest
 from srlm_mega.training.device import peak_memory
 from srlm_mega.training.topology import Topology
 
@@ -69,7 +69,7 @@ def sft_losses(config: Config) -> list[float]:
     """Losses of 20 SFT steps on one repeated batch."""
     with Topology.start(config.parallel, config.trainer, SEED) as topology:
         bench = Bench(
-            config, Request("sft", steps=1, warmup=0, baseline=False, baseline_size=None, json=None), topology
+            config, TrainingRequest("sft", steps=1, warmup=0, baseline=False, baseline_size=None, json=None), topology
         )
         step = bench.objective.prepare(bench.indices(0))
         return [bench.trainer.step(bench.objective, step, number)["loss"] for number in range(1, STEPS + 1)]
@@ -81,7 +81,9 @@ def dpo_step(config: Config, steps: int, warmup: int) -> dict[str, float]:
         if topology.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         bench = Bench(
-            config, Request("dpo", steps=steps, warmup=warmup, baseline=False, baseline_size=None, json=None), topology
+            config,
+            TrainingRequest("dpo", steps=steps, warmup=warmup, baseline=False, baseline_size=None, json=None),
+            topology,
         )
         samples = bench.time_steps()
         rates = {key: torch.tensor([row[key] for row in samples.metrics]).median().item() for key in samples.metrics[0]}

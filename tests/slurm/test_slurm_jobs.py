@@ -14,11 +14,11 @@ from pathlib import Path
 import psutil
 import pytest
 from cluster import Cluster, all_idle, text
+from places import ROOT
 
-from srlm_mega.run_dir import RunDir
+from srlm_mega.run.run_dir import RunDir
 
 pytestmark = [pytest.mark.extra, pytest.mark.timing]
-ROOT = Path(__file__).resolve().parent.parent.parent
 SRLM = Path(sys.executable).parent / "srlm"
 LONG = 600.0  # seconds for what takes 30 on an idle machine
 TINY = [

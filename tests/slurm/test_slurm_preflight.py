@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from cluster import Cluster, text
 from hosts import ETC
+from places import ROOT
 
 pytestmark = [pytest.mark.extra, pytest.mark.timing]
-ROOT = Path(__file__).resolve().parent.parent.parent
 SRLM = Path(sys.executable).parent / "srlm"
 CONFIG = [ROOT / "launch/configs/toy_cpu.yaml", "launch.nodes=2", "launch.processes_per_node=1"]
 LIMITS = ["launch.preflight.report_seconds=100", "launch.preflight.allreduce_seconds=200"]  # for a busy machine

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 from hosts import Host, hosts, why_no_hosts
+from places import ROOT
 
-from srlm_mega.run_dir import RunDir
+from srlm_mega.run.run_dir import RunDir
 from srlm_mega.training.checkpoint_files import complete_steps
 
 pytestmark = [pytest.mark.extra, pytest.mark.timing]
-ROOT = Path(__file__).resolve().parent.parent.parent
 SRLM = Path(sys.executable).parent / "srlm"
 LONG = 300.0  # seconds for what takes 30 on an idle machine
 PHASE_MINUTES = 0.4  # longest time of a step or a checkpoint; a step takes a twentieth of a second

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from srlm_mega.stage_kinds import Estimate
+from srlm_mega.run.stage_kinds import Estimate
 from srlm_mega.tools.planner.whole_run import StageTime
 
 STEP_ADVICE = {

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from srlm_mega.config import Config
-from srlm_mega.stage_kinds import Estimate
+from srlm_mega.run.stage_kinds import Estimate
 from srlm_mega.tools.planner.training_steps import Lengths
 
 PROMPTS_PER_REQUEST = 4  # new instructions that pass the filters, of a Self-Instruct request

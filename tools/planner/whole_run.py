@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from srlm_mega.config import Config
 from srlm_mega.config.training import OptimizationConfig
 from srlm_mega.gpus import GpuModel
-from srlm_mega.plan import Stage, plan
-from srlm_mega.stage_kinds import Estimate
+from srlm_mega.run.plan import Stage, plan
+from srlm_mega.run.stage_kinds import Estimate
 from srlm_mega.tools.planner.generation import Replica
 from srlm_mega.tools.planner.job import ParallelLayout
 from srlm_mega.tools.planner.requests import requests_of

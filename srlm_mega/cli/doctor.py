@@ -1,0 +1,103 @@
+"""`srlm launch preflight` and `srlm doctor`: is this where it can run?"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import orjson
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from srlm_mega.cli.arguments import ConfigFile, Overrides
+from srlm_mega.errors import USER_ERROR
+
+if TYPE_CHECKING:
+    from srlm_mega.config import Config
+    from srlm_mega.launch.doctor import DoctorRow
+    from srlm_mega.launch.versions import VersionSet
+
+TABLE_WIDTH = 120
+COLOURS = {"ok": "green", "untested": "yellow", "bad": "red", "absent": "dim", "not asked": "dim"}
+
+
+def doctor(
+    purpose: Annotated[
+        Literal["cpu", "training", "sampling"] | None,
+        typer.Option("--for", help="What it is for; by itself: training where a GPU is, else cpu."),
+    ] = None,
+    slurm: Annotated[bool, typer.Option(help="Jobs are to run under Slurm.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The rows as JSON.")] = False,
+    timeout: Annotated[
+        float, typer.Option(min=1, help="Seconds for each probe; imports from a network disk are slow.")
+    ] = 120,
+) -> None:
+    """Is this environment one that works? Each part is tried in a process of its own; a remedy for what is not."""
+    from srlm_mega.launch.doctor import diagnose, is_well, run_probes
+    from srlm_mega.launch.probe import NAMES
+    from srlm_mega.launch.versions import version_set
+
+    chosen = purpose or ("training" if Path("/dev/nvidiactl").exists() else "cpu")
+    versions = version_set(chosen)
+    rows = diagnose(run_probes(NAMES, timeout), versions, slurm)
+    if as_json:
+        print(orjson.dumps({"for": chosen, "rows": [asdict(row) for row in rows]}, option=orjson.OPT_INDENT_2).decode())
+    else:
+        show(rows, chosen, versions)
+    raise typer.Exit(0 if is_well(rows) else USER_ERROR)
+
+
+def show(rows: "Sequence[DoctorRow]", purpose: str, versions: "VersionSet") -> None:
+    """The table, then what to do."""
+    console = Console(width=None if os.isatty(1) else TABLE_WIDTH)
+    table = Table("", "", "found", "wanted", box=None)
+    for row in rows:
+        table.add_row(row.name, Text(row.status, COLOURS[row.status]), Text(row.found), Text(row.wanted))
+    console.print(f"For {purpose} ({versions.source})", highlight=False)
+    console.print(table)
+    for row in rows:
+        if row.remedy:
+            console.print(Text.assemble((row.name, COLOURS[row.status]), f": {row.remedy}"))
+
+
+def preflight(
+    config_file: ConfigFile,
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option(help="Folder for the reports, on a file system that all nodes see.")] = Path(
+        "preflight"
+    ),
+    node_rank: Annotated[int | None, typer.Option(min=0, help="Which node this is; under Slurm it knows.")] = None,
+    nnodes: Annotated[int | None, typer.Option(min=1, help="How many there are; under Slurm it knows.")] = None,
+    master_addr: Annotated[str | None, typer.Option(help="Address of node 0.")] = None,
+    master_port: Annotated[
+        int | None, typer.Option(min=1, max=65534, help="A free port there, and the one behind it.")
+    ] = None,
+) -> None:
+    """Look at all nodes before a job: run it on each (srun --ntasks-per-node=1 srlm launch preflight ...)."""
+    from srlm_mega.config.file import load_config
+    from srlm_mega.launch.preflight.coordinator import run_preflight
+    from srlm_mega.launch.preflight.this_node import this_node
+    from srlm_mega.launch.ranks import check_resolves
+
+    config = load_config(config_file, overrides or [])
+    if master_addr is not None:
+        check_resolves(master_addr)
+    node = this_node(os.environ, node_rank, nnodes, master_addr, master_port)
+    arguments = [str(config_file), *(overrides or [])]
+    run_preflight(config, arguments, out, node, model_folders(config), Console(width=TABLE_WIDTH))
+
+
+def model_folders(config: "Config") -> int:
+    """Models that lie on the disk at once: those that the run makes, and what the sampler loads in their place (of an
+    engine its checkpoint too). Early stopping keeps two more, the newest and the best one before it."""
+    from srlm_mega.run.plan import plan
+    from srlm_mega.run.stage_kinds import BASE, SAMPLER_WEIGHTS
+
+    stages = plan(config)
+    made = sum(stage.kind.trains or (stage.kind is BASE and config.model.path is None) for stage in stages)
+    converted = sum(stage.kind is SAMPLER_WEIGHTS for stage in stages)
+    copies = 2 if config.sampler.traits.loads_engine else 1
+    return made + copies * converted + (0 if config.early_stopping is None else 2)

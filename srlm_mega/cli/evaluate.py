@@ -1,0 +1,158 @@
+"""`srlm evaluate` and `srlm export`: of finished models, imported where they are needed."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from srlm_mega.cli.arguments import RunFolder, existing_run
+
+if TYPE_CHECKING:
+    from srlm_mega.config.comparison import PairwiseJudgeConfig
+    from srlm_mega.evaluation.results import Comparison
+
+evaluate_app = typer.Typer(help="Measure finished models.", no_args_is_help=True, rich_markup_mode=None)
+export_app = typer.Typer(help="For other people's evaluations.", no_args_is_help=True, rich_markup_mode=None)
+Model = Annotated[Path, typer.Argument(help="A finished model of a run, for example runs/toy/M2.", metavar="RUN/M")]
+Out = Annotated[Path, typer.Option(help="The file to write.")]
+
+
+@evaluate_app.command("head-to-head")
+def head_to_head(
+    ours: Model,
+    theirs: Annotated[Path, typer.Argument(help="Another one, or any Hugging Face folder.", metavar="RUN/M|FOLDER")],
+    out: Annotated[Path, typer.Option(help="A folder for responses, judgements and result.json.")],
+    prompts: Annotated[Path | None, typer.Option(help="JSONL of prompts; none: our run's test or validation.")] = None,
+    judge: Annotated[str | None, typer.Option(help="Folder of the judge, or its name; none: our run's M1.")] = None,
+    endpoint: Annotated[str | None, typer.Option(help="Base URL where the judge answers.")] = None,
+    api_key_variable: Annotated[str | None, typer.Option(help="NAME of the variable with the endpoint's key.")] = None,
+    temperature: Annotated[float, typer.Option(help="Of both models; 0: greedy.", min=0)] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Of both models.", min=0, max=1)] = 1.0,
+) -> None:
+    """Two models' responses to the same prompts, compared by a judge in both orders; what it prefers only in one order
+    is a tie."""
+    from srlm_mega.stages.head_to_head import HeadToHeadWish
+    from srlm_mega.stages.head_to_head import head_to_head as run
+
+    settings = judge_settings(judge, endpoint, api_key_variable)
+    print(described(run(HeadToHeadWish(ours, theirs, prompts, settings, temperature, top_p), out)))
+
+
+def judge_settings(judge: str | None, endpoint: str | None, variable: str | None) -> "PairwiseJudgeConfig | None":
+    """The judge of the command line. UserError for a part of one."""
+    from pydantic import ValidationError
+
+    from srlm_mega.config.comparison import PairwiseJudgeConfig
+    from srlm_mega.errors import UserError
+
+    if judge is None:
+        if endpoint is not None or variable is not None:
+            raise UserError("--endpoint and --api-key-variable need --judge NAME: the model's name there")
+        return None
+    try:
+        return PairwiseJudgeConfig(model=judge, endpoint=endpoint, api_key_variable=variable)
+    except ValidationError as error:
+        problems = [str(item["msg"]).removeprefix("Value error, ") for item in error.errors()]
+        raise UserError("; ".join(problems)) from None
+
+
+def described(comparison: "Comparison") -> str:
+    """A comparison in words."""
+    head = f"{comparison.ours} against {comparison.theirs}, judged by {comparison.judge}"
+    left_out = (
+        f"{comparison.prompts} prompts; {comparison.too_long} too long for the judge, {comparison.failed} failed; "
+        f"{comparison.unparsed} judgements without a verdict, {comparison.truncated} cut off"
+    )
+    result, controlled = comparison.result, comparison.length_controlled
+    if result is None or controlled is None:
+        return f"{head}\nno prompt has a verdict in both orders\n{left_out}"
+    lines = [
+        head,
+        f"wins {result.wins} ({result.win_rate:.1%}), ties {result.ties} ({result.tie_rate:.1%}), "
+        f"losses {result.losses} ({result.loss_rate:.1%})",
+        f"score (ties half) {result.score:.1%}, Wilson's 95% {result.score_low:.1%} to {result.score_high:.1%}",
+        "length-controlled score "
+        + ("not defined: one side is always longer" if controlled.score is None else f"{controlled.score:.1%}")
+        + f"; mean characters {controlled.mean_characters_ours:.0f} against {controlled.mean_characters_theirs:.0f}",
+        *(
+            f"  ours {one.name}: {one.score:.1%} on {one.prompts} prompts ({one.score_low:.1%} to {one.score_high:.1%})"
+            for one in controlled.bins
+        ),
+        left_out,
+    ]
+    return "\n".join(lines)
+
+
+@evaluate_app.command("lengths")
+def lengths(run: RunFolder) -> None:
+    """Lengths of each model's responses, and of the chosen and rejected ones of each round."""
+    from srlm_mega.evaluation.run_tables import length_lines
+
+    print("\n".join(length_lines(existing_run(run))))
+
+
+@export_app.command("alpaca_eval")
+def alpaca_eval(
+    model: Model,
+    prompts: Annotated[Path, typer.Option(help="AlpacaEval's set: alpaca_eval.json, or JSON lines.")],
+    out: Out,
+    generator: Annotated[str | None, typer.Option(help="The model's name in the file; none: of run and model.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="None: evaluation.temperature of the run.", min=0)] = None,
+) -> None:
+    """AlpacaEval 2's model_outputs: instruction, output, generator, dataset."""
+    from srlm_mega.evaluation.export_formats import read_alpaca_instructions
+    from srlm_mega.stages.exports import export_alpaca_eval
+    from srlm_mega.stages.head_to_head import RunModel
+
+    found = RunModel.at(model)
+    instructions = read_alpaca_instructions(prompts)
+    chosen = found.config.evaluation.temperature if temperature is None else temperature
+    too_long = export_alpaca_eval(found, instructions, generator or name_of(model), chosen, out)
+    left_out = f"; {too_long} left out, too long for a whole answer" if too_long else ""
+    print(f"{out}: {len(instructions) - too_long} outputs{left_out}")
+
+
+@export_app.command("mt_bench")
+def mt_bench(
+    model: Model,
+    questions: Annotated[Path, typer.Option(help="FastChat's question.jsonl.")],
+    out: Out,
+    model_id: Annotated[str | None, typer.Option(help="The model's name in the file; none: of run and model.")] = None,
+) -> None:
+    """FastChat's model_answer file of MT-Bench: both turns of every question."""
+    from srlm_mega.evaluation.export_formats import read_mt_bench_questions
+    from srlm_mega.stages.exports import export_mt_bench
+    from srlm_mega.stages.head_to_head import RunModel
+
+    found, asked = RunModel.at(model), read_mt_bench_questions(questions)
+    export_mt_bench(found, asked, model_id or name_of(model), out)
+    print(f"{out}: answers to {len(asked)} questions")
+
+
+class LmEvalDtype(StrEnum):
+    """In which lm-eval computes."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+@export_app.command("lm_eval")
+def lm_eval(
+    model: Model,
+    dtype: Annotated[LmEvalDtype | None, typer.Option(help="None: bfloat16 where the run trains in it.")] = None,
+    cpu: Annotated[bool, typer.Option("--cpu", help="For a machine without a GPU.")] = False,
+    output: Annotated[Path, typer.Option(help="Where lm-eval writes.")] = Path("lm_eval_results"),
+) -> None:
+    """Print the command lines of lm-eval for the paper's nine benchmarks, one per number of shots."""
+    from srlm_mega.evaluation.export_formats import lm_eval_commands
+    from srlm_mega.stages.head_to_head import RunModel
+
+    found = RunModel.at(model)
+    chosen = dtype or (LmEvalDtype.BFLOAT16 if found.config.trainer.bf16 else LmEvalDtype.FLOAT32)
+    print("\n".join(lm_eval_commands(found.writer.folder.resolve(), chosen, cpu, output)))
+
+
+def name_of(model: Path) -> str:
+    """`toy-M2` for runs/toy/M2."""
+    return f"{model.resolve().parent.name}-{model.name}"

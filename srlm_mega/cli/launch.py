@@ -1,0 +1,79 @@
+"""`srlm launch`: jobs for clusters."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Literal, assert_never
+
+import typer
+
+from srlm_mega.cli.arguments import OVERRIDES, ConfigFile, Overrides, RunFolder
+from srlm_mega.errors import UserError
+
+if TYPE_CHECKING:
+    from srlm_mega.config import Config
+    from srlm_mega.launch.slurm import Template
+
+launch_app = typer.Typer(help="Start runs on clusters.", no_args_is_help=True, rich_markup_mode=None)
+
+
+@launch_app.command("slurm", context_settings=OVERRIDES)
+def launch_slurm(
+    config_file: ConfigFile,
+    overrides: Overrides = None,
+    template: Annotated[
+        Literal["run", "train", "sample", "bench"], typer.Option(help="The whole run, or one kind of work.")
+    ] = "run",
+    stage: Annotated[list[str] | None, typer.Option(help="Of train and sample; may be repeated.")] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="launch.nodes; with sample the sampler's.")] = None,
+    partition: Annotated[str | None, typer.Option(help="launch.slurm.partition")] = None,
+    account: Annotated[str | None, typer.Option(help="launch.slurm.account")] = None,
+    time: Annotated[str | None, typer.Option(help="launch.slurm.time, for example 24:00:00.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script, write nothing.")] = False,
+    submitted: Annotated[bool, typer.Option("--submit", help="Hand the script to sbatch.")] = False,
+) -> None:
+    """Write a job's script and configuration to RUN/slurm/; a preempted job goes on from its checkpoint."""
+    from srlm_mega.launch.slurm import SlurmJob, load_for_job, render, submit, write_job
+
+    if dry_run and submitted:
+        raise UserError("--dry-run or --submit, not both: a dry run writes nothing that could be submitted")
+    given = {"partition": partition, "account": account, "time": time}
+    job = SlurmJob(template, load_for_job(config_file, overrides or [], template, nodes, given), tuple(stage or ()))
+    check_stages(job.config, template, job.stages)
+    if dry_run:
+        print(render(job), end="")
+        return
+    script = write_job(job)
+    if submitted:
+        print(f"job {submit(script)}: {script}; it logs to {job.run.jobs}")
+    else:
+        print(f"wrote {script}. Submit it: sbatch {script}")
+
+
+def check_stages(config: "Config", template: "Template", stages: Sequence[str]) -> None:
+    """UserError unless the stages are such as the template runs."""
+    from srlm_mega.run.plan import find_stage, plan
+
+    found = [find_stage(config, name) for name in stages]
+    match template:
+        case "run" | "bench":
+            if stages:
+                raise UserError(f"--stage is for --template train or sample, not {template}")
+            return
+        case "train":
+            fitting = [stage for stage in plan(config) if stage.kind.parallel]
+        case "sample":
+            fitting = [stage for stage in plan(config) if stage.kind.samples]
+        case other:
+            assert_never(other)
+    if not found or any(stage not in fitting for stage in found):
+        names = ", ".join(stage.name for stage in fitting)
+        raise UserError(
+            f"--template {template} takes --stage, one or more of: {names}; got {', '.join(stages) or 'none'}"
+        )
+
+
+@launch_app.command("progress")
+def launch_progress(run: RunFolder) -> None:
+    """What is done, in one line: a job compares it before and after an attempt."""
+    from srlm_mega.report.status import progress_line
+
+    print(progress_line(run))

@@ -1,0 +1,74 @@
+"""The `srlm` command. Every command is a few lines: the work is elsewhere, imported where it is needed, so that
+`srlm run` starts in a blink."""
+
+import sys
+
+import typer
+
+from srlm_mega.cli.arguments import OVERRIDES
+from srlm_mega.cli.bench import bench_app
+from srlm_mega.cli.config import config_app
+from srlm_mega.cli.convert import convert, engine_app
+from srlm_mega.cli.doctor import doctor, preflight
+from srlm_mega.cli.evaluate import evaluate_app, export_app
+from srlm_mega.cli.launch import launch_app
+from srlm_mega.cli.planner import plan
+from srlm_mega.cli.run import compare_checkpoints, replica, run, stage
+from srlm_mega.cli.show import compare, report, show_app, status
+from srlm_mega.errors import (
+    CRASHED,
+    PREEMPTED,
+    STOPPED,
+    USER_ERROR,
+    RunPreempted,
+    RunStopped,
+    StageCrashed,
+    UserError,
+    exit_code,
+    reason,
+)
+
+WORDS = {CRASHED: "crashed", USER_ERROR: "error", STOPPED: "stopped", PREEMPTED: "interrupted"}
+
+app = typer.Typer(
+    help="Train self-rewarding language models: one run is one folder, and what is on disk is what is done.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command(context_settings=OVERRIDES)(run)
+app.command()(status)
+app.add_typer(show_app, name="show")
+app.command()(report)
+app.command()(compare)
+app.add_typer(evaluate_app, name="evaluate")
+app.add_typer(export_app, name="export")
+app.command()(convert)
+app.add_typer(engine_app, name="engine")
+app.command(context_settings=OVERRIDES)(plan)
+app.add_typer(launch_app, name="launch")
+launch_app.command(context_settings=OVERRIDES)(preflight)
+app.command()(doctor)
+app.add_typer(config_app, name="config")
+app.add_typer(bench_app, name="bench")
+app.command()(stage)
+app.command(hidden=True)(replica)
+app.command(hidden=True)(compare_checkpoints)
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one message, never a traceback."""
+    try:
+        app()
+    except (UserError, RunStopped, RunPreempted, StageCrashed, OSError) as error:
+        code = exit_code(error)
+        if code == CRASHED and not isinstance(error, StageCrashed):
+            raise
+        exit_with(code, f"{WORDS[code]}: {reason(error)}")
+
+
+def exit_with(code: int, message: str) -> None:
+    """Print to stderr and leave."""
+    print(message, file=sys.stderr)
+    sys.exit(code)

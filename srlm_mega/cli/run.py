@@ -1,0 +1,82 @@
+"""`srlm run`, and the commands that it starts: `srlm stage`, `srlm replica`, `srlm compare-checkpoints`."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from srlm_mega.cli.arguments import ConfigFile, Overrides, RunFolder, existing_run
+from srlm_mega.errors import RunStopped
+
+
+def run(
+    config_file: ConfigFile,
+    overrides: Overrides = None,
+    redo: Annotated[list[str] | None, typer.Option(help="Make this stage again, and all that comes from it.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Make no other stage than this; may be repeated.")] = None,
+) -> None:
+    """Run the whole self-rewarding loop; started again, it goes on where it stopped."""
+    from srlm_mega.config.file import load_config
+    from srlm_mega.controller.display import Display
+    from srlm_mega.controller.loop import run_loop
+    from srlm_mega.run.run_dir import RunDir
+
+    console = Console()
+    config = load_config(config_file, overrides or [])
+    folder = RunDir(config.run.dir)
+    try:
+        made = run_loop(config, folder, tuple(redo or ()), Display(console), tuple(only or ()))
+    except RunStopped:
+        write_report(folder.root)
+        raise
+    if made or not folder.report_file.is_file():
+        write_report(folder.root)
+    else:
+        console.print(f"Nothing to do: every stage of {folder.root} is finished.", markup=False, highlight=False)
+    print_summary(folder.root, console)
+
+
+def stage(
+    run: RunFolder,
+    names: Annotated[list[str], typer.Argument(help="For example round_1/candidates.", metavar="NAME...")],
+) -> None:
+    """Make outputs of a run, in this process. `srlm run` starts these, under torchrun where ranks are needed."""
+    from srlm_mega.run.run_dir import RunDir
+    from srlm_mega.stages.run_stages import run_stages
+
+    existing_run(run)
+    raise typer.Exit(run_stages(RunDir(run), names))
+
+
+def replica(run: RunFolder, name: str, number: int) -> None:
+    """One of several processes that sample a stage of a run; `srlm stage` starts them."""
+    from srlm_mega.run.run_dir import RunDir
+    from srlm_mega.stages.sharded import work_as_replica
+
+    raise typer.Exit(work_as_replica(RunDir(run), name, number))
+
+
+def compare_checkpoints(run: RunFolder, name: str, parts: list[str]) -> None:
+    """What a training stage that pauses for early stopping waits for; `srlm run` starts it."""
+    from srlm_mega.run.run_dir import RunDir
+    from srlm_mega.stages.early_stopping import compare_checkpoints as compare_them
+
+    raise typer.Exit(compare_them(RunDir(run), name, parts))
+
+
+def write_report(run: Path) -> None:
+    """`srlm report` in a process of its own: plots need packages that the controller does without."""
+    argv = [str(Path(sys.executable).parent / "srlm"), "report", str(run)]
+    subprocess.run(argv, check=False, stdout=subprocess.DEVNULL)
+
+
+def print_summary(run: Path, console: Console) -> None:
+    """The final table, and where the rest is."""
+    from srlm_mega.report.summary import build_summary
+    from srlm_mega.report.terminal import summary_table
+
+    console.print(summary_table(build_summary(run)))
+    console.print(f"Report: {run / 'report.html'}\nA pair's history: srlm show pair ID {run}", highlight=False)

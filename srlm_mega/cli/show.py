@@ -1,0 +1,76 @@
+"""Commands that look at runs: `srlm status`, `srlm report`, `srlm compare`, `srlm show`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from srlm_mega.cli.arguments import RunFolder, existing_run
+
+show_app = typer.Typer(help="Look inside a run.", no_args_is_help=True, rich_markup_mode=None)
+
+
+def status(
+    run: RunFolder,
+    watch: Annotated[bool, typer.Option("--watch", help="Follow the run until it ends.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="As JSON, once.")] = False,
+) -> None:
+    """Stages with rows and seconds, what is left, the newest losses, the rounds' health; reads files only."""
+    from srlm_mega.report.status import read_status
+    from srlm_mega.report.status_view import view
+    from srlm_mega.report.status_view import watch as follow
+
+    existing_run(run)
+    if json:
+        import orjson
+
+        print(orjson.dumps(read_status(run), option=orjson.OPT_INDENT_2).decode())
+    elif watch:
+        follow(run, Console())
+    else:
+        Console().print(view(read_status(run)))
+
+
+def report(run: RunFolder) -> None:
+    """Write summary.json and report.html of a run, finished or not."""
+    from srlm_mega.report.page import write_report as write_page
+    from srlm_mega.report.summary import write_summary
+
+    existing_run(run)
+    write_summary(run)
+    print(write_page(run))
+
+
+def compare(runs: Annotated[list[Path], typer.Argument(help="Run folders, for example one per seed.")]) -> None:
+    """The final tables of several runs beside one another, as Markdown."""
+    from srlm_mega.tools.compare_runs import comparison
+
+    print(comparison([existing_run(run) for run in runs]))
+
+
+@show_app.command("pair")
+def show_pair(pair_id: Annotated[str, typer.Argument(metavar="ID")], run: RunFolder) -> None:
+    """A preference pair with all it came from: prompt, candidates, scores, judge texts, model hash, seeds."""
+    from srlm_mega.report.lineage import pair_text
+
+    print(pair_text(existing_run(run), pair_id))
+
+
+@show_app.command("seed")
+def show_seed(run: RunFolder) -> None:
+    """What the seed data came to, step by step: lines read, left out and why, drawn; and the yield of EFT."""
+    from srlm_mega.report.lineage import seed_text
+
+    print(seed_text(existing_run(run)))
+
+
+@show_app.command("paper")
+def show_paper(run: Annotated[Path | None, typer.Argument(help="A run of Llama 2 70B to show beside.")] = None) -> None:
+    """The paper's numbers, and beside them those of a run of Llama 2 70B."""
+    from srlm_mega.evaluation.paper import as_markdown
+    from srlm_mega.evaluation.run_tables import beside
+
+    print(as_markdown())
+    if run is not None:
+        print(beside(existing_run(run)))

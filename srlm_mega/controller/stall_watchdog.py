@@ -1,0 +1,78 @@
+"""A stage that shows no progress for too long says where it hangs, and is ended.
+
+Training has a watchdog among its ranks, which speaks first and knows more (training/heartbeat.py). This one is the
+controller's: for stages in one process, samplers and their replicas, and for ranks that never came to be.
+"""
+
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+
+from srlm_mega.config import Config
+from srlm_mega.errors import StageCrashed
+from srlm_mega.launch.child_process import SHOW_STACKS
+from srlm_mega.run.plan import Stage
+from srlm_mega.run.progress import ProgressState
+from srlm_mega.sampling.shards import held_shards
+
+TIME_TO_SHOW = 3.0
+
+
+def longest_silence(stage: Stage, config: Config) -> float:
+    """Seconds without progress after which a stage is given up. Ranks get twice their longest phase: their own
+    watchdog comes first."""
+    trainer = config.trainer
+    phases = (
+        trainer.start_timeout_minutes,
+        trainer.step_timeout_minutes,
+        trainer.checkpoint_timeout_minutes,
+        trainer.export_timeout_minutes,
+    )
+    return 60 * (2 * max(phases) if stage.kind.parallel else config.runtime.progress_timeout_minutes)
+
+
+class Silence:
+    """How long what is called `name` has shown the same state. `output`: the folder it works in."""
+
+    def __init__(self, name: str, output: Path, log_file: Path, seconds: float) -> None:
+        self._name, self._output, self._log_file, self._seconds = name, output, log_file, seconds
+        self._state, self._since = ProgressState(), time.monotonic()
+
+    def check(self, state: ProgressState, pid: int) -> None:
+        """StageCrashed when the state of the stage (of process `pid`) is too old; the stacks of its processes are in
+        the log then."""
+        if state != self._state:
+            self._state, self._since = state, time.monotonic()
+        if time.monotonic() - self._since <= self._seconds:
+            return
+        asked = ask_for_stacks(pid)
+        where = f" at {state.done:,} of {state.total:,} {state.unit}" if state.total else ""
+        holders = "; ".join(held_shards(self._output))
+        raise StageCrashed(
+            f"{self._name}: no progress for {self._seconds / 60:g} min{where}"
+            + (f". Waited for: {holders}" if holders else "")
+            + f". The stacks of {asked} processes are in {self._log_file}; a longer time: "
+            "runtime.progress_timeout_minutes, where ranks train trainer.*_timeout_minutes"
+        )
+
+
+def ask_for_stacks(pid: int) -> int:
+    """Ask a process and all below it, as far as they listen; how many did."""
+    asked = 0
+    for process in (psutil.Process(pid), *psutil.Process(pid).children(recursive=True)):
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+            if listens(process.pid):
+                os.kill(process.pid, SHOW_STACKS)
+                asked += 1
+    time.sleep(TIME_TO_SHOW)
+    return asked
+
+
+def listens(pid: int) -> bool:
+    """Whether the signal would not end the process: it is caught or, as by srun, held back to be passed on."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    masks = dict(line.split(":", 1) for line in status.splitlines() if line.startswith(("SigCgt:", "SigBlk:")))
+    return any(int(mask, 16) >> (SHOW_STACKS - 1) & 1 for mask in masks.values())

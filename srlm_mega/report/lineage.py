@@ -1,0 +1,107 @@
+"""`srlm show pair`: from a preference pair back to its prompt, candidates, judge texts, seeds and models."""
+
+from collections.abc import Iterator, Sequence
+from itertools import count, takewhile
+from pathlib import Path
+from typing import TypeVar
+
+from srlm_mega.errors import UserError
+from srlm_mega.records import Candidate, Judgement, MetaJudgement, PreferencePair, Prompt, PromptDraft, read_jsonl
+from srlm_mega.run.run_dir import RunDir
+from srlm_mega.run.stage_kinds import CANDIDATES, JUDGEMENTS, META_JUDGEMENTS, PAIRS, PROMPTS, round_folder
+
+T = TypeVar("T")
+
+
+def seed_text(folder: Path) -> str:
+    """What became of the source of the seed data, step by step, and (where it was built) of EFT."""
+    run = RunDir(folder)
+    lines = []
+    for name in ("seed", "eft"):
+        manifest = run.manifest(name)
+        if manifest is not None:
+            lines += [f"{name:<5} {step:<24} {count:>12,g}" for step, count in manifest.counts.items()]
+    return "\n".join(lines) or f"{run.output('seed')} is not finished: `srlm run` makes it"
+
+
+def pair_text(folder: Path, pair_id: str) -> str:
+    """Everything known of a pair, as text."""
+    run = RunDir(folder)
+    rounds = list(takewhile(lambda number: run.output(PAIRS.of(number)).is_dir(), count(1)))
+    for number in rounds:
+        for kind in (PROMPTS, CANDIDATES, JUDGEMENTS, PAIRS):
+            run.verify(kind.of(number), quick=True)
+    for number in rounds:
+        for pair in read(run, PAIRS.of(number), "pairs.jsonl", PreferencePair):
+            if pair.id == pair_id:
+                return "\n".join(describe(run, number, pair))
+        if run.manifest(META_JUDGEMENTS.of(number)) is not None:
+            for pair in read(run, META_JUDGEMENTS.of(number), "pairs.jsonl", PreferencePair):
+                if pair.id == pair_id:
+                    return "\n".join(describe_judgements(run, number, pair))
+    example = first(rounds, run)
+    raise UserError(
+        f"no pair {pair_id} in {folder}." + (f" An id looks like {example}." if example else " It has no pairs yet.")
+    )
+
+
+def describe(run: RunDir, number: int, pair: PreferencePair) -> Iterator[str]:
+    """The lines of one pair."""
+    candidates = {c.id: c for c in read(run, CANDIDATES.of(number), "candidates.jsonl", Candidate)}
+    prompt_id = candidates[pair.chosen_id].prompt_id
+    prompt = next(p for p in read(run, PROMPTS.of(number), "prompts.jsonl", Prompt) if p.id == prompt_id)
+    judgements: dict[str, list[Judgement]] = {}
+    for judgement in read(run, JUDGEMENTS.of(number), "judgements.jsonl", Judgement):
+        judgements.setdefault(judgement.candidate_id, []).append(judgement)
+    yield f"pair {pair.id}   {round_folder(number)}"
+    yield f"prompt {prompt.id} ({prompt.source}): {prompt.text}"
+    for draft in drafts(run, number):
+        if prompt.source == f"self_instruct/{draft.id}":
+            yield f"  written in draft {draft.id} (seed {draft.seed}, model {draft.model_hash}): {draft.text}"
+    for candidate in candidates.values():
+        if candidate.prompt_id != prompt_id:
+            continue
+        role = {pair.chosen_id: "chosen", pair.rejected_id: "rejected"}.get(candidate.id, "candidate")
+        score = {"chosen": f" score {pair.chosen_score:g}", "rejected": f" score {pair.rejected_score:g}"}.get(role, "")
+        yield ""
+        origin = f"{candidate.finish_reason}, seed {candidate.seed}, model {candidate.model_hash}"
+        yield f"{role} {candidate.id}{score} ({origin})"
+        yield f"  {candidate.text}"
+        for judgement in judgements.get(candidate.id, []):
+            shown = "no score" if judgement.score is None else f"{judgement.score:g}"
+            yield f"  judged {shown}: {judgement.text}  (seed {judgement.seed}, model {judgement.model_hash})"
+
+
+def describe_judgements(run: RunDir, number: int, pair: PreferencePair) -> Iterator[str]:
+    """The lines of a pair of judgements: what was judged, both of them, and how they were compared."""
+    judgements = {one.id: one for one in read(run, JUDGEMENTS.of(number), "judgements.jsonl", Judgement)}
+    judged = judgements[pair.chosen_id].candidate_id
+    yield f"pair {pair.id}   {round_folder(number)}, two judgements of candidate {judged}"
+    yield f"prompt: {pair.prompt[0].content}"
+    scores = {pair.chosen_id: ("chosen", pair.chosen_score), pair.rejected_id: ("rejected", pair.rejected_score)}
+    for name, (role, rating) in scores.items():
+        own = judgements[name]
+        yield f"{role} {name} (Elo {rating:.0f}, seed {own.seed}, model {own.model_hash}): {own.text}"
+    for one in read(run, META_JUDGEMENTS.of(number), "meta_judgements.jsonl", MetaJudgement):
+        if one.candidate_id == judged:
+            verdict = one.verdict or "no verdict"
+            yield f"  {one.first_id} against {one.second_id}: {verdict}: {one.text}  (seed {one.seed})"
+
+
+def drafts(run: RunDir, number: int) -> Iterator[PromptDraft]:
+    """What the prompt writer wrote in a round; nothing when the prompts came from a file."""
+    for path in sorted(run.output(PROMPTS.of(number)).glob("drafts_*.jsonl")):
+        yield from read_jsonl(path, PromptDraft)
+
+
+def read(run: RunDir, stage: str, file: str, record: type[T]) -> Iterator[T]:
+    """The records in a file of a stage's output."""
+    return read_jsonl(run.output(stage) / file, record)
+
+
+def first(rounds: Sequence[int], run: RunDir) -> str | None:
+    """The id of some pair, for an error message."""
+    for number in rounds:
+        for pair in read(run, PAIRS.of(number), "pairs.jsonl", PreferencePair):
+            return pair.id
+    return None

@@ -1,0 +1,181 @@
+"""`srlm status`: which outputs of a run are there, how far the others are, when it will be done. Reads files only."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+import orjson
+
+from srlm_mega.config.file import load_config
+from srlm_mega.evaluation.health_limits import read_health
+from srlm_mega.run.manifest import Manifest
+from srlm_mega.run.plan import Stage, plan
+from srlm_mega.run.presence import read_controller
+from srlm_mega.run.progress import read_progress
+from srlm_mega.run.run_dir import TRAINING_STATE, RunDir
+from srlm_mega.run.stage_kinds import PAIRS, StageKind, round_folder
+from srlm_mega.sampling.sampling_rate import duration
+from srlm_mega.training.checkpoint_files import complete_steps
+
+TAIL_BYTES = 1 << 16
+RECENT_STEPS = 20
+SHARES = {  # of a round's pairs: what is counted, and of what
+    "pairs": ("pairs", "prompts"),
+    "ties": ("tied", "prompts"),
+    "unparsed": ("unparsed", "judgements"),
+    "truncated": ("truncated", "candidates"),
+}
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    """One stage. `done` of `total` units while it is partial; `seconds` it took, or may still take, None: not known."""
+
+    name: str
+    state: Literal["done", "partial", "missing"]
+    done: int
+    total: int
+    unit: str
+    note: str
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The newest optimiser step of a model."""
+
+    model: str
+    step: int
+    figures: Mapping[str, float | None]
+
+
+@dataclass(frozen=True)
+class RoundShares:
+    """What became of a round whose pairs are made; `beyond` names the figures of its health.json that are beyond a
+    limit."""
+
+    round: str
+    shares: Mapping[str, float]
+    beyond: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """A run as its files tell it. `ended`: how the newest `srlm run` ended, empty while it works."""
+
+    run: str
+    works: bool
+    ended: str
+    stages: tuple[StageStatus, ...]
+    seconds_left: float | None
+    losses: tuple[Losses, ...]
+    health: tuple[RoundShares, ...]
+
+
+def read_status(folder: Path) -> RunStatus:
+    """The state of a run now."""
+    run = RunDir(folder)
+    stages = plan(load_config(run.config_file))
+    finished = {stage: manifest for stage in stages if (manifest := run.manifest(stage.name)) is not None}
+    states = tuple(state_of(stage, run, finished) for stage in stages)
+    left = [one.seconds for one in states if one.state != "done"]
+    known = [seconds for seconds in left if seconds is not None]
+    models = [stage.name for stage in stages if stage.kind.trains]
+    trained = [losses for name in models if (losses := newest_losses(run, name)) is not None]
+    controller = read_controller(run)
+    return RunStatus(
+        run=str(folder),
+        works=controller is not None and controller.works,
+        ended="" if controller is None else controller.ended,
+        stages=states,
+        seconds_left=sum(known) if len(known) == len(left) else None,
+        losses=tuple(trained[-2:]),
+        health=tuple(shares_of(run, stage, manifest) for stage, manifest in finished.items() if stage.kind is PAIRS),
+    )
+
+
+def state_of(stage: Stage, run: RunDir, finished: Mapping[Stage, Manifest]) -> StageStatus:
+    """One stage's."""
+    manifest = finished.get(stage)
+    if manifest is not None:
+        return StageStatus(stage.name, "done", manifest.rows, manifest.rows, "", "", manifest.seconds)
+    usual = usual_seconds(stage.kind, finished)
+    if not run.partial(stage.name).exists():
+        return StageStatus(stage.name, "missing", 0, 0, "", "", usual)
+    progress = read_progress(run.progress_file(stage.name))
+    seconds = None if usual is None or not progress.total else usual * (1 - progress.done / progress.total)
+    note = progress.note
+    step = step_seconds(run.partial(stage.name) / "metrics.jsonl") if stage.kind.trains else None
+    if step is not None and progress.total:
+        seconds = step * (progress.total - progress.done)
+        note = f"{note}, {duration(seconds)} left"
+    return StageStatus(stage.name, "partial", progress.done, progress.total, progress.unit, note, seconds)
+
+
+def usual_seconds(kind: StageKind, finished: Mapping[Stage, Manifest]) -> float | None:
+    """What the newest finished stage of this kind took: round 1's candidates tell about round 2's."""
+    same = [manifest.seconds for stage, manifest in finished.items() if stage.kind is kind]
+    return same[-1] if same else None
+
+
+def newest_losses(run: RunDir, model: str) -> Losses | None:
+    """Of a model that is trained or being trained."""
+    for folder in (run.output(model), run.partial(model)):
+        if rows := tail(folder / "metrics.jsonl"):
+            keys = ("loss", "rewards/margins", "rewards/accuracies", "grad_norm")
+            return Losses(model, rows[-1]["step"], {key: rows[-1][key] for key in keys if key in rows[-1]})
+    return None
+
+
+def step_seconds(path: Path) -> float | None:
+    """The median of the newest steps."""
+    newest = [row["step_seconds"] for row in tail(path)[-RECENT_STEPS:] if row.get("step_seconds") is not None]
+    return median(newest) if newest else None
+
+
+def tail(path: Path) -> list[dict[str, Any]]:
+    """The last whole lines of a metrics.jsonl that may be growing; none when there is no such file."""
+    if not path.is_file():
+        return []
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(0, size - TAIL_BYTES))
+        lines = file.read().split(b"\n")
+    return [orjson.loads(line) for line in lines[1 if size > TAIL_BYTES else 0 : -1]]
+
+
+def shares_of(run: RunDir, stage: Stage, manifest: Manifest) -> RoundShares:
+    """From the counts of its pairs, and from its health where that is known."""
+    shares = {
+        label: manifest.counts[part] / manifest.counts[whole]
+        for label, (part, whole) in SHARES.items()
+        if manifest.counts.get(whole)
+    }
+    health = read_health(run, stage.round)
+    figures = {} if health is None else health.beyond("stop") | health.beyond("warn")
+    beyond = tuple(f"{figure.state}: {key} {figure.value:.3g}" for key, figure in figures.items())
+    return RoundShares(round_folder(stage.round), shares, beyond)
+
+
+def share_done(stages: Sequence[StageStatus]) -> str:
+    """'12 of 17 stages'."""
+    return f"{sum(one.state == 'done' for one in stages)} of {len(stages)} stages"
+
+
+def progress_line(folder: Path) -> str:
+    """What is on disk of the work: finished stages, and of unfinished ones the newest checkpoint or the shards."""
+    run = RunDir(folder)
+    if not run.config_file.is_file():
+        return "nothing"
+    parts = []
+    for stage in plan(load_config(run.config_file)):
+        partial = run.partial(stage.name)
+        if run.manifest(stage.name) is not None:
+            parts.append(stage.name)
+        elif stage.kind.trains:
+            parts += [f"{stage.name} step {step}" for step in complete_steps(partial / TRAINING_STATE)[-1:]]
+        elif shards := len(list(partial.glob("*.shards/shard_*[0-9].jsonl"))):
+            parts.append(f"{stage.name} {shards} shards")
+    return ", ".join(parts) or "nothing"

@@ -1,0 +1,76 @@
+"""What decides an output's bytes: its stage's configuration and inputs. A finished output must still have the same."""
+
+from collections.abc import Container
+from itertools import accumulate
+from typing import Any
+
+from srlm_mega.config import Config
+from srlm_mega.config.compatibility import changed, listed
+from srlm_mega.config.file import leaves
+from srlm_mega.config.knobs import deciding
+from srlm_mega.errors import UserError
+from srlm_mega.run.manifest import Identity
+from srlm_mega.run.plan import SAMPLER, Stage
+from srlm_mega.run.run_dir import RunDir
+
+# What is recorded and never compared, so that a stopped run can resume with another value.
+RECORDED = deciding("limit", "reach")
+# What training stages record and do not compare: it changes their result by rounding, and which numbers dropout draws.
+LAYOUT = deciding("layout") | RECORDED
+NOTHING = deciding("nothing")
+
+
+def config_of(stage: Stage, config: Config) -> dict[str, Any]:
+    """The values, by dotted key, that decide a stage's bytes."""
+    layout = layout_of(stage, config)
+    return {key: value for key, value in read_by(stage, config).items() if key not in layout}
+
+
+def layout_of(stage: Stage, config: Config) -> dict[str, Any]:
+    """The values that say where and how a stage runs."""
+    parts = LAYOUT if stage.kind.parallel else RECORDED
+    return {key: value for key, value in read_by(stage, config).items() if within(key, parts)}
+
+
+def read_by(stage: Stage, config: Config) -> dict[str, Any]:
+    """The values, by dotted key, that a stage records."""
+    return {
+        key: value for key, value in leaves(config).items() if within(key, stage.config) and not within(key, NOTHING)
+    }
+
+
+def responding(config: Config) -> dict[str, Any]:
+    """The values, by dotted key, that decide what a model answers outside the plan: comparisons, exports."""
+    parts = (*SAMPLER, "candidates.max_new_tokens")
+    return {
+        key: value
+        for key, value in leaves(config).items()
+        if within(key, parts) and not within(key, RECORDED | NOTHING)
+    }
+
+
+def within(key: str, parts: Container[str]) -> bool:
+    """Tell whether a dotted key is one of these keys, or in one of these sections."""
+    return any(part in parts for part in accumulate(key.split("."), "{}.{}".format))
+
+
+def identity_of(stage: Stage, config: Config, run: RunDir) -> Identity:
+    """What the stage's output will be made from; its inputs must be finished."""
+    inputs = {name: run.digest(name) for name in stage.inputs}
+    return Identity(stage.name, config_of(stage, config), inputs, layout_of(stage, config))
+
+
+def check_unchanged(stage: Stage, config: Config, run: RunDir) -> None:
+    """A finished output must be what this configuration and these inputs would make."""
+    manifest = run.manifest(stage.name)
+    assert manifest is not None, f"check of an unfinished stage {stage.name}"
+    remedy = f"Use another run folder (run.dir=...), or make it again: the same command with --redo {stage.name}"
+    changes = changed(manifest.config, config_of(stage, config), layout_of(stage, config))
+    if changes:
+        raise UserError(f"{run.output(stage.name)} was made with another configuration:{listed(changes)}\n{remedy}")
+    if set(manifest.inputs) != set(stage.inputs):
+        before, now = (", ".join(sorted(names)) for names in (manifest.inputs, stage.inputs))
+        raise UserError(f"{run.output(stage.name)} was made from {before}, and would now be from {now}. {remedy}")
+    for name in stage.inputs:
+        if run.manifest(name) is not None and run.digest(name) != manifest.inputs.get(name):
+            raise UserError(f"{run.output(stage.name)} was made from another {name}. {remedy}")

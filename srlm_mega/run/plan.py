@@ -1,0 +1,287 @@
+"""The stages of a run in order, and what each depends on: a stage's config and inputs decide its bytes."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from srlm_mega.config import Config
+from srlm_mega.config.knobs import keys_of
+from srlm_mega.errors import UserError
+from srlm_mega.run.stage_kinds import (
+    ANCHOR_JUDGEMENTS,
+    ANCHORS,
+    BASE,
+    CANDIDATES,
+    DPO,
+    EFT,
+    EVALUATION,
+    HEALTH,
+    JUDGEMENTS,
+    META_JUDGEMENTS,
+    OUTSIDE_ROUNDS,
+    PAIRS,
+    POSITIVES,
+    PRETRAINED_BASE,
+    PREVIOUS_JUDGEMENTS,
+    PROMPT_WRITER,
+    PROMPTS,
+    REFERENCE,
+    SAMPLER_WEIGHTS,
+    SEED,
+    SFT,
+    SFT_BASELINE,
+    SFT_ON_POSITIVES,
+    StageKind,
+    model_name,
+    model_number,
+)
+
+TRAINER = ("run.seed", "model", "parallel", "trainer", "launch")
+JUDGING = keys_of("judge", part=None)
+BATCHES = keys_of("dpo", part="batches")
+SAMPLER = ("run.seed", "model.seq_length", "sampler", "launch.threads_per_process")
+EARLY_STOPPING = (*SAMPLER, "early_stopping", "candidates.max_new_tokens")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: processes that read its inputs and write one output; `kind` says how.
+
+    `subject`: its round's number (0: before the first one), or its model's name. `config` lists the sections and keys
+    that decide its bytes.
+    """
+
+    kind: StageKind
+    subject: int | str
+    inputs: tuple[str, ...]
+    config: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """Its output's place in the run folder."""
+        return self.kind.of(self.subject)
+
+    @property
+    def model(self) -> str:
+        """The model that it makes, measures or converts."""
+        assert isinstance(self.subject, str), f"{self.name} belongs to a round, not to a model"
+        return self.subject
+
+    @property
+    def round(self) -> int:
+        """The number of its round, 0 before the first one. M(t+1), and what is made from it, belong to round t."""
+        if isinstance(self.subject, int):
+            return self.subject
+        return 0 if self.subject in OUTSIDE_ROUNDS else model_number(self.subject) - 1
+
+
+def plan(config: Config) -> list[Stage]:
+    """M0, then M1 by supervised training, then a model per self-rewarding round."""
+    tokenizer = ("model.tokenizer", "model.path", "model.vocab_size", "model.seq_length")
+    outside = ("run.seed", "seed_data", "prompts.path", "judge.template", *tokenizer)
+    stages = [
+        Stage(SEED, 0, (), outside),
+        base_model(config),
+        *(sampler_weights(config, "M0") if samples_base(config) else ()),
+        *first_model(config),
+        *sampler_weights(config, "M1"),
+        evaluation(config, "M1"),
+        *(prompt_writer(config) if config.run.rounds else ()),
+    ]
+    for t in range(1, config.run.rounds + 1):
+        stages += self_rewarding_round(config, t)
+    return stages
+
+
+def self_rewarding_round(config: Config, t: int) -> list[Stage]:
+    """M(t) answers new prompts and judges its own answers; training on the best and the worst of them makes M(t+1)."""
+    current, trained = model_name(t), model_name(t + 1)
+    prompts, candidates, judgements = PROMPTS.of(t), CANDIDATES.of(t), JUDGEMENTS.of(t)
+    earlier_prompts = tuple(PROMPTS.of(earlier) for earlier in range(1, t))
+    judge = () if config.judge.backend == "random" else loaded(config, current)
+    extra = (*anchor_stages(config, t), *previous_judge(config, t))
+    judged = (candidates, judgements, *(stage.name for stage in extra))
+    prompts_config = (*SAMPLER, "prompts", "candidates.max_new_tokens")
+    return [
+        Stage(PROMPTS, t, ("seed", *prompt_source(config, t), *earlier_prompts), prompts_config),
+        Stage(CANDIDATES, t, (prompts, *loaded(config, current)), (*SAMPLER, "candidates")),
+        Stage(JUDGEMENTS, t, (candidates, "seed", *judge), (*SAMPLER, *JUDGING, "judge.backend")),
+        *extra,
+        Stage(PAIRS, t, judged, ("run.seed", "pairs", "judge.min_valid", "round.method")),
+        health(t),
+        *training(config, t),
+        *sampler_weights(config, trained, before=current),
+        evaluation(config, trained),
+    ]
+
+
+def training(config: Config, t: int) -> tuple[Stage, ...]:
+    """What makes M(t+1)."""
+    match config.round.method:
+        case "dpo":
+            return train_on_pairs(config, t)
+        case "positives_sft":
+            return train_on_positives(config, t)
+
+
+def base_model(config: Config) -> Stage:
+    """M0: a given folder, random weights, or (toy world) pre-trained from random weights."""
+    if config.pretrain is None:
+        return Stage(BASE, 0, ("seed",), ("run.seed", "model"))
+    return Stage(PRETRAINED_BASE, 0, ("seed",), (*TRAINER, "pretrain"))
+
+
+def first_model(config: Config) -> list[Stage]:
+    """M1: M0 trained on IFT and EFT. Where EFT is built, M0 trained on IFT alone judges ranked replies before."""
+    training_config = (*TRAINER, "sft", "eft.enabled", *(EARLY_STOPPING if stops_early(config, "sft") else ()))
+    first = Stage(SFT, 0, ("M0", *seed_sets(config)), training_config)
+    if not config.builds_eft:
+        return [first]
+    building = (*SAMPLER, "eft", "seed_data.num_eft", "judge.template", "judge.max_new_tokens")
+    return [
+        Stage(SFT_BASELINE, 0, ("M0", "seed"), (*TRAINER, "sft")),
+        *sampler_weights(config, "sft_baseline"),
+        Stage(EFT, 0, (*loaded(config, "sft_baseline"), "seed"), building),
+        first,
+    ]
+
+
+def eft_source(config: Config) -> str:
+    """Whose output has the EFT examples."""
+    return "eft" if config.builds_eft else "seed"
+
+
+def seed_sets(config: Config) -> tuple[str, ...]:
+    """Whose outputs have IFT and EFT."""
+    return ("seed", "eft") if config.builds_eft else ("seed",)
+
+
+def samples_base(config: Config) -> bool:
+    """Whether M0 writes prompts, or answers them for the rejected side of pairs."""
+    writes = config.prompts.generator == "self_instruct" and config.prompts.writer == "base"
+    return writes or config.pairs.rejected_from == "M0"
+
+
+def prompt_writer(config: Config) -> tuple[Stage, ...]:
+    """Another model that writes the prompts of all rounds, where there is one."""
+    if config.prompts.generator == "file" or config.prompts.writer in ("base", "current"):
+        return ()
+    return (Stage(PROMPT_WRITER, 0, (), ("prompts.writer",)), *sampler_weights(config, "prompt_writer"))
+
+
+def sampler_weights(config: Config, of: str, before: str | None = None) -> tuple[Stage, ...]:
+    """What the sampler loads of a model, where that is not the Hugging Face folder. FP8 ranges of the model before are
+    used as long as they fit."""
+    if not config.sampler.converts:
+        return ()
+    ranges = (SAMPLER_WEIGHTS.of(before),) if before is not None and config.sampler.quantization is not None else ()
+    return (Stage(SAMPLER_WEIGHTS, of, (of, "seed", *ranges), ("run.seed", "model", "sampler")),)
+
+
+def loaded(config: Config, name: str) -> tuple[str, ...]:
+    """The inputs of a stage that samples a model."""
+    return (name, SAMPLER_WEIGHTS.of(name)) if config.sampler.converts else (name,)
+
+
+def prompt_source(config: Config, t: int) -> tuple[str, ...]:
+    """Whose prompts round t has; of an outside writer's, M0's tokenizer says which leave room for an answer."""
+    match config.prompts.writer:
+        case "current":
+            return loaded(config, model_name(t))
+        case "base":
+            return loaded(config, "M0") if config.prompts.generator == "self_instruct" else ("M0",)
+        case _:
+            return ("M0", *(loaded(config, "prompt_writer") if config.prompts.generator == "self_instruct" else ()))
+
+
+def anchor_stages(config: Config, t: int) -> tuple[Stage, ...]:
+    """Where rejected responses are an anchor's: it answers the round's prompts, and M(t) judges its answers too."""
+    anchor = config.pairs.rejected_from
+    if anchor == "round":
+        return ()
+    sampled, judge = (*SAMPLER, "candidates", "pairs.rejected_from"), loaded(config, model_name(t))
+    return (
+        Stage(ANCHORS, t, (PROMPTS.of(t), *loaded(config, anchor)), sampled),
+        Stage(ANCHOR_JUDGEMENTS, t, (ANCHORS.of(t), "seed", *judge), (*SAMPLER, *JUDGING)),
+    )
+
+
+def previous_judge(config: Config, t: int) -> tuple[Stage, ...]:
+    """Where pairs are weighed by consistency: M(t-1) judges the round's candidates too. Round 1 has no M(t-1)."""
+    if not config.pairs.consistency or t == 1:
+        return ()
+    inputs = (CANDIDATES.of(t), "seed", *loaded(config, model_name(t - 1)))
+    return (Stage(PREVIOUS_JUDGEMENTS, t, inputs, (*SAMPLER, *JUDGING)),)
+
+
+def health(t: int) -> Stage:
+    """Figures of what the round made, before it is trained on; later models are compared with the one before."""
+    models = (model_name(t),) if t == 1 else (model_name(t), model_name(t - 1))
+    return Stage(HEALTH, t, (PAIRS.of(t), *(EVALUATION.of(name) for name in models)), ("health",))
+
+
+def train_on_pairs(config: Config, t: int) -> tuple[Stage, ...]:
+    """M(t+1) by DPO on the round's pairs: of responses, and where asked for of judgements."""
+    current, pairs = model_name(t), PAIRS.of(t)
+    judged = (CANDIDATES.of(t), JUDGEMENTS.of(t), pairs, "seed", *loaded(config, current))
+    meta_config = (*SAMPLER, *JUDGING, "judge.min_valid", "meta_judge")
+    meta = (Stage(META_JUDGEMENTS, t, judged, meta_config),) if config.meta_judge.enabled else ()
+    all_pairs = (pairs, *(stage.name for stage in meta))
+    stops = stops_early(config, "dpo")
+    seed = {*((eft_source(config),) if config.dpo.eft_replay > 0 else ()), *(("seed",) if stops else ())}
+    return (
+        *meta,
+        Stage(REFERENCE, t, (current, *all_pairs), (*TRAINER, *BATCHES)),
+        Stage(
+            DPO,
+            model_name(t + 1),
+            (current, *all_pairs, REFERENCE.of(t), *sorted(seed)),
+            (*TRAINER, "dpo", *(EARLY_STOPPING if stops else ())),
+        ),
+    )
+
+
+def train_on_positives(config: Config, t: int) -> tuple[Stage, ...]:
+    """M(t+1) by SFT of M0 on the seed and the round's responses with a perfect score: the ablation without pairs."""
+    inputs, training_config = (
+        ("M0", *seed_sets(config), POSITIVES.of(t)),
+        (*TRAINER, "sft", "eft.enabled", "round.method"),
+    )
+    return (
+        Stage(POSITIVES, t, (CANDIDATES.of(t), JUDGEMENTS.of(t)), ("run.seed", "judge.min_valid", "round")),
+        Stage(SFT_ON_POSITIVES, model_name(t + 1), inputs, training_config),
+    )
+
+
+def stops_early(config: Config, kind: Literal["sft", "dpo"]) -> bool:
+    """Whether this kind of training compares its checkpoints."""
+    return config.early_stopping is not None and kind in config.early_stopping.stages
+
+
+def evaluation(config: Config, name: str) -> Stage:
+    """What a model writes and how it judges, on held-out data; later ones are compared with M1, on demand by M1."""
+    by_m1 = config.evaluation.pairwise and config.evaluation.pairwise_judge is None
+    against = () if name == "M1" else (*(loaded(config, "M1") if by_m1 else ()), EVALUATION.of("M1"))
+    return Stage(
+        EVALUATION,
+        name,
+        (*loaded(config, name), "seed", *against),
+        (*SAMPLER, "evaluation", "seed_data.source", "candidates.max_new_tokens", *JUDGING, "judge.min_valid"),
+    )
+
+
+def find_stage(config: Config, name: str) -> Stage:
+    """The stage of that name; UserError lists the ones there are."""
+    stages = plan(config)
+    for stage in stages:
+        if stage.name == name:
+            return stage
+    raise UserError(f"no stage {name}. Stages of this run: " + ", ".join(stage.name for stage in stages))
+
+
+def downstream(stages: list[Stage], name: str) -> list[str]:
+    """The stage and all that is made from it."""
+    doomed = [name]
+    for stage in stages:
+        if stage.name not in doomed and not set(stage.inputs).isdisjoint(doomed):
+            doomed.append(stage.name)
+    return doomed

@@ -1,0 +1,56 @@
+"""The controller's own file, RUN/logs/controller.json: that `srlm run` works here, or how it ended; for who watches."""
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import orjson
+
+from srlm_mega.errors import reason
+from srlm_mega.run.files import write_atomic
+from srlm_mega.run.run_dir import RunDir
+
+
+@dataclass(frozen=True)
+class Controller:
+    """One `srlm run`. `ended` is empty while it works, and says in words how it ended."""
+
+    pid: int
+    host: str
+    ended: str = ""
+
+    @property
+    def works(self) -> bool:
+        """Whether it goes on. One that was killed on another machine cannot be told from one that works."""
+        return not self.ended and (self.host != socket.gethostname() or Path(f"/proc/{self.pid}").exists())
+
+
+@contextmanager
+def announced(run: RunDir) -> Iterator[None]:
+    """The block is the controller's work."""
+    path = controller_file(run)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    working = Controller(os.getpid(), socket.gethostname())
+    write_atomic(path, orjson.dumps(asdict(working)))
+    ended = "finished"
+    try:
+        yield
+    except BaseException as error:
+        ended = (reason(error) if isinstance(error, Exception) else "") or type(error).__name__
+        raise
+    finally:
+        write_atomic(path, orjson.dumps(asdict(replace(working, ended=ended))))
+
+
+def read_controller(run: RunDir) -> Controller | None:
+    """The newest controller, None where none has worked yet."""
+    path = controller_file(run)
+    return Controller(**orjson.loads(path.read_bytes())) if path.is_file() else None
+
+
+def controller_file(run: RunDir) -> Path:
+    """Beside the stages' progress files."""
+    return run.root / "logs" / "controller.json"

@@ -1,0 +1,237 @@
+"""Every file name of a run, manifests, and the atomic commit of a stage's output.
+
+A stage's output is a folder `RUN/<stage>/`. It is built as `<stage>.partial/`, fsynced, given its `manifest.json`
+last, and renamed: what has its final name is whole. What is finished is exactly what exists on disk.
+"""
+
+import fcntl
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import orjson
+
+from srlm_mega.config.compatibility import changed, listed
+from srlm_mega.errors import UserError
+from srlm_mega.run.files import fsync, remove_folder, write_atomic
+from srlm_mega.run.manifest import (
+    IDENTITY,
+    MANIFEST,
+    FileEntry,
+    Identity,
+    Manifest,
+    begun_with,
+    damage,
+    digest_of,
+    file_hash,
+    log_name,
+)
+
+LOCK = ".lock"
+JOBS = "slurm"
+TRAINING_STATE = "megatron"  # a training's checkpoints: several times the model's size, and no part of the output
+
+
+class RunDir:
+    """A run's folder: paths, what is finished, and the way an output gets its final name."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @property
+    def config_file(self) -> Path:
+        """The resolved configuration, as YAML."""
+        return self.root / "config.yaml"
+
+    @property
+    def provenance_file(self) -> Path:
+        """Versions, command and commit of the newest `srlm run`."""
+        return self.root / "provenance.json"
+
+    @property
+    def summary_file(self) -> Path:
+        """The final table."""
+        return self.root / "summary.json"
+
+    @property
+    def report_file(self) -> Path:
+        """The page a person reads."""
+        return self.root / "report.html"
+
+    @property
+    def stop_file(self) -> Path:
+        """Asks whatever works here to stop, with a checkpoint where it trains; the next `srlm run` removes it."""
+        return self.root / "stop"
+
+    @property
+    def jobs(self) -> Path:
+        """Slurm's scripts, and a folder per job with what its steps printed."""
+        return self.root / JOBS
+
+    def log_file(self, stage: str) -> Path:
+        """What processes printed whose first stage is this one, all attempts."""
+        return self.root / "logs" / f"{stage.replace('/', '-')}.log"
+
+    def progress_file(self, stage: str) -> Path:
+        """How far a stage is, or why it failed: written by the stage, read by whoever watches."""
+        return self.root / "logs" / f"{stage.replace('/', '-')}.progress.json"
+
+    def output(self, stage: str) -> Path:
+        """The finished output of a stage."""
+        return self.root / stage
+
+    def partial(self, stage: str) -> Path:
+        """Where a stage builds its output."""
+        return self.root / f"{stage}.partial"
+
+    def weights(self, model: str) -> Path:
+        """Hugging Face folder of M0, M1, ..."""
+        return self.output(model) / "huggingface"
+
+    def manifest(self, stage: str) -> Manifest | None:
+        """The manifest of a finished stage, None when the stage is not finished."""
+        path = self.output(stage) / MANIFEST
+        if not path.is_file():
+            return None
+        try:
+            raw = orjson.loads(path.read_bytes())
+            raw["files"] = {name: FileEntry(**entry) for name, entry in raw["files"].items()}
+            raw["logs"] = tuple(raw["logs"])
+            return Manifest(**raw)
+        except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is not a manifest ({error}). {remedy(stage)}") from None
+
+    def digest(self, stage: str) -> str:
+        """The hash that stands for a finished output in lineage."""
+        manifest = self.manifest(stage)
+        if manifest is None:
+            raise UserError(f"{self.output(stage)} is not finished: `srlm run` makes it")
+        return manifest.digest
+
+    def verify(self, stage: str, quick: bool) -> None:
+        """Compare an output with its manifest; `quick` skips the hash of files above 256 MiB."""
+        manifest = self.manifest(stage)
+        assert manifest is not None, f"verify of an unfinished stage {stage}"
+        if digest_of(manifest.files) != manifest.digest:
+            raise UserError(f"{self.output(stage) / MANIFEST} was altered: its digest is another. {remedy(stage)}")
+        for name, entry in manifest.files.items():
+            found = damage(self.output(stage) / name, entry, f"{stage}/{MANIFEST}", "its manifest", quick)
+            if found is not None:
+                raise UserError(f"{found}. {remedy(stage)}")
+
+    def begin(self, identity: Identity, resumable: bool) -> Path:
+        """The partial folder of a stage: new and empty, or, where the stage can resume, a killed attempt's of the same
+        identity. UserError for a training that was begun from other inputs or with other values."""
+        if self.output(identity.stage).exists():
+            raise UserError(
+                f"{self.output(identity.stage)} is there without a {MANIFEST}, so it is not known to be whole: "
+                "restore the manifest, or move the folder away"
+            )
+        partial = self.partial(identity.stage)
+        begun = begun_with(partial / IDENTITY)
+        changes = {} if begun is None else changed(begun.config, identity.config, identity.layout)
+        same = begun is not None and not changes and (begun.stage, begun.inputs) == (identity.stage, identity.inputs)
+        if partial.exists() and not (resumable and same):
+            if (partial / TRAINING_STATE).exists():  # hours of training are not thrown away in passing
+                raise UserError(
+                    f"{partial} holds a training that was begun with another configuration or from other inputs: give "
+                    f"the earlier values back, or start it anew: the same command with --redo {identity.stage}"
+                    + listed(changes)
+                )
+            shutil.rmtree(partial)
+        if not partial.exists():
+            partial.mkdir(parents=True)
+            write_atomic(partial / IDENTITY, identity.compared)
+        return partial
+
+    def commit(self, identity: Identity, rows: int, seconds: float, version: str, counts: Mapping[str, float]) -> None:
+        """Give the partial folder its manifest and then its final name."""
+        partial = self.partial(identity.stage)
+        (partial / MANIFEST).unlink(missing_ok=True)  # of an attempt that was killed in its commit
+        names = sorted(str(path.relative_to(partial)) for path in files_below(partial))
+        names = [name for name in names if not name.startswith(f"{TRAINING_STATE}/")]
+        logs = {name: log_name(name) for name in names}
+        files = {
+            name: FileEntry((partial / name).stat().st_size, file_hash(partial / name))
+            for name in names
+            if logs[name] is None
+        }
+        manifest = Manifest(
+            stage=identity.stage,
+            digest=digest_of(files),
+            files=files,
+            inputs=identity.inputs,
+            config=identity.config,
+            rows=rows,
+            seconds=round(seconds, 3),
+            version=version,
+            logs=tuple(sorted({log for log in logs.values() if log is not None})),
+            counts=counts,
+            layout=identity.layout,
+        )
+        for folder, _, found in os.walk(partial):  # not through links: what they point to is not ours
+            for name in found:
+                fsync(Path(folder) / name)
+            fsync(Path(folder))
+        write_atomic(partial / MANIFEST, orjson.dumps(asdict(manifest), option=orjson.OPT_INDENT_2))
+        fsync(partial)
+        os.rename(partial, self.output(identity.stage))
+        fsync(self.output(identity.stage).parent)
+        self.remove_leftovers(identity.stage)
+
+    def remove_leftovers(self, stage: str) -> None:
+        """Take what a killed stage goes on with out of a finished output: without it a kill would cost a training."""
+        (self.output(stage) / IDENTITY).unlink(missing_ok=True)
+        shutil.rmtree(self.output(stage) / TRAINING_STATE, ignore_errors=True)
+
+    def remove(self, stage: str) -> bool:
+        """Take an output and everything nested in it away (for --redo); whether there was one."""
+        existed = self.output(stage).exists()
+        for path in (self.output(stage), self.partial(stage)):
+            if path.exists():
+                remove_folder(path, path.with_name(f"{path.name}.removed"))
+        return existed
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """One controller per run folder. The lock goes with the process, however it ends."""
+        others = [path for path in self.root.iterdir() if path.name not in (LOCK, JOBS)] if self.root.is_dir() else []
+        if others and not self.config_file.is_file():
+            raise UserError(f"{self.root} is not empty and not a run folder: give another one (run.dir=...)")
+        self.root.mkdir(parents=True, exist_ok=True)
+        with (self.root / LOCK).open("a+b") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"another srlm run works in {self.root}. Wait for it to end, or end it, then start again."
+                ) from None
+            yield
+
+
+def remedy(stage: str) -> str:
+    """What to do about a damaged output."""
+    return f"Restore it, or make it again: the same `srlm run` command with --redo {stage}"
+
+
+@contextmanager
+def stopwatch() -> Iterator[list[float]]:
+    """Wall-clock seconds of the block, as the only element once the block has ended."""
+    seconds: list[float] = []
+    start = time.monotonic()
+    yield seconds
+    seconds.append(time.monotonic() - start)
+
+
+def files_below(folder: Path) -> list[Path]:
+    """All files of an output, through links to folders too; not the two that say what it is, nor temporary ones."""
+    return [
+        Path(root) / name
+        for root, _, names in os.walk(folder, followlinks=True)
+        for name in names
+        if name not in (MANIFEST, IDENTITY) and not name.startswith(".")
+    ]

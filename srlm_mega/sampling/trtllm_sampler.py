@@ -1,0 +1,93 @@
+"""What the two TensorRT-LLM backends share: from our requests to its LLM API, and back. Written for 1.2.
+
+Never run on real hardware: TensorRT-LLM cannot be imported without a GPU. It was tested against a strict stand-in of
+the documented API (tests/support/tensorrt_llm_stand_in); tests/gpu has the same tests for the real one.
+"""
+
+from collections.abc import Sequence
+
+from tensorrt_llm import SamplingParams as TrtllmParams
+from tensorrt_llm.llmapi import LLM, CompletionOutput
+
+from srlm_mega.records import FinishReason
+from srlm_mega.sampling.sampler import Completion, ModelLimits, SamplingParams
+from srlm_mega.seeds import derive_seed
+
+
+class TrtllmSampler:
+    """A loaded `LLM`. The n completions of a prompt are one request, whose prompt is computed once; what prompts have
+    in common is reused from the KV cache, where they follow one another."""
+
+    def __init__(self, llm: LLM, eos_id: int, limits: ModelLimits, logprobs: bool) -> None:
+        self._llm = llm
+        self._eos_id = eos_id
+        self._limits = limits
+        self._logprobs = 1 if logprobs else None
+
+    def sample(
+        self, prompts: Sequence[tuple[int, ...]], params: SamplingParams, first: int = 0
+    ) -> list[list[Completion]]:
+        """See `Sampler.sample`. TensorRT-LLM gives copy i of a request the request's seed + i."""
+        self._limits.check(prompts, params.max_new_tokens)
+        seeds = [derive_seed(params.seed, place) for place in range(first, first + len(prompts))]
+        outputs = self._llm.generate(
+            [list(prompt) for prompt in prompts],
+            [self._request(params, seed) for seed in seeds],
+            use_tqdm=False,
+        )
+        assert len(outputs) == len(prompts), f"{len(prompts)} requests, {len(outputs)} answers"
+        return [
+            [self._completion(one, params, seed + copy) for copy, one in enumerate(output.outputs)]
+            for output, seed in zip(outputs, seeds, strict=True)
+        ]
+
+    def close(self) -> None:
+        """End the workers, which frees their memory."""
+        self._llm.shutdown()
+
+    def _request(self, params: SamplingParams, seed: int) -> TrtllmParams:
+        """Greedy is asked for by name: with temperature, top_p and top_k all left out it depends on the version."""
+        greedy = params.temperature == 0
+        return TrtllmParams(
+            n=params.n,
+            max_tokens=params.max_new_tokens,
+            temperature=None if greedy else params.temperature,
+            top_p=None if greedy else params.top_p,
+            top_k=1 if greedy else None,
+            seed=seed,
+            end_id=self._eos_id,
+            pad_id=self._eos_id,
+            logprobs=self._logprobs,
+            detokenize=False,
+            add_special_tokens=False,
+        )
+
+    def _completion(self, output: CompletionOutput, params: SamplingParams, seed: int) -> Completion:
+        """RuntimeError for an answer that broke off (`timeout`, `cancelled`), which is worth another try."""
+        tokens = tuple(output.token_ids)
+        # The end token itself is left out of the answer by some versions and kept by others.
+        if output.finish_reason == "stop" and tokens[-1:] != (self._eos_id,):
+            tokens = (*tokens, self._eos_id)
+        reason = self._finish_reason(output, tokens, params)
+        # Its own stop words need its tokenizer and one spelling in tokens; a stop string has several.
+        cut = None if params.stop is None else params.stop.cut(tokens)
+        if cut is not None:
+            return Completion(cut, "stop", seed)
+        return Completion(tokens, reason, seed, rounded(output.cumulative_logprob))
+
+    def _finish_reason(self, output: CompletionOutput, tokens: Sequence[int], params: SamplingParams) -> FinishReason:
+        match output.finish_reason:
+            case "stop":
+                return "stop"
+            case "length":
+                assert len(tokens) == params.max_new_tokens, (
+                    f"{len(tokens)} tokens, yet it ended at max_tokens={params.max_new_tokens}"
+                )
+                return "length"
+            case other:
+                raise RuntimeError(f"TensorRT-LLM ended a request with {other!r}")
+
+
+def rounded(logprob: float | None) -> float | None:
+    """To 1e-4 nats: further digits are rounding of the arithmetic."""
+    return None if logprob is None else round(logprob, 4)

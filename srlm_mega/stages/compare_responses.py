@@ -1,0 +1,127 @@
+"""Head to head by a judge, where no ground truth is: two models' responses to the same prompts, in both orders."""
+
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from srlm_mega.evaluation.lengths import length_controlled
+from srlm_mega.evaluation.results import Comparison, EvaluationSample
+from srlm_mega.evaluation.win_rates import head_to_head_of
+from srlm_mega.judging.pairwise import Outcome, outcome, pairwise_template
+from srlm_mega.records import Candidate, FailedRequest, PairwiseJudgement, read_jsonl
+from srlm_mega.run.stage_kinds import EVALUATION
+from srlm_mega.run.work import Work
+from srlm_mega.sampling.sampling_rate import ShardWatch
+from srlm_mega.sampling.shards import FAILED, ShardFiles, cut_into_shards, run_shards
+from srlm_mega.stages.judges import LocalJudge, open_judge
+from srlm_mega.stages.pairwise_judge import OpenJudge, PairwiseQuestion
+from srlm_mega.stages.responses import Say
+from srlm_mega.stages.sampler_weights import loaded_folder
+
+
+@dataclass(frozen=True)
+class Match:
+    """A prompt and two responses to it."""
+
+    prompt_id: str
+    prompt: str
+    ours: str
+    theirs: str
+
+
+def compare_with_m1(work: Work, samples: Sequence[EvaluationSample]) -> Comparison:
+    """A model's sampled responses against M1's, by M1 or the configured judge; writes `pairwise.jsonl`."""
+    config, settings = work.config, work.config.evaluation.pairwise_judge
+    theirs = {
+        sample.prompt_id: sample.sampled
+        for sample in read_jsonl(work.read(EVALUATION.of("M1"), "samples.jsonl"), EvaluationSample)
+    }
+    matches = [Match(sample.prompt_id, sample.prompt, sample.sampled, theirs[sample.prompt_id]) for sample in samples]
+
+    def m1(questions: int) -> LocalJudge:
+        folder, length = work.run.weights("M1"), config.judge.max_new_tokens
+        loaded = loaded_folder(work, "M1")
+        name, longest = work.run.digest("M1"), config.model.seq_length
+        return LocalJudge.of_folder(name, folder, loaded, length, config.sampler, allowed=0, seq_length=longest)
+
+    allow_unverified = config.model.allow_unverified
+    opened: OpenJudge = m1 if settings is None else partial(open_judge, settings, config.sampler, allow_unverified)
+
+    def say(done: int, total: int, note: str) -> None:
+        work.progress.update(done, total, "questions to the judge", note)
+
+    return compare((work.stage.model, "M1"), matches, opened, work.out / "pairwise.jsonl", say)
+
+
+def compare(names: tuple[str, str], matches: Sequence[Match], opened: OpenJudge, file: Path, say: Say) -> Comparison:
+    """Ask a judge about every match in both orders: what it prefers only in one order is a tie. What it says is written
+    to `file`, by way of shards that survive a kill, so `file` belongs to these matches and this judge."""
+    questions = questions_of(matches)
+    with closing(opened(len(questions))) as judge:
+        name = judge.name
+        too_long = {question.prompt_id for question in questions if not judge.fits(question.text)}
+        sent = [question for question in questions if question.prompt_id not in too_long]
+        watch = ShardWatch(file.with_name("metrics.jsonl"), say, len(sent), devices=1, replicas=1)
+        files = ShardFiles(cut_into_shards(sent, judge.shard_size, 0, "pairwise"), file)
+        run_shards(files, judge.answer, watch.earlier, watch.finished)
+        watch.close()
+    judgements = list(read_jsonl(file, PairwiseJudgement))
+    failed_file = file.with_name(FAILED)
+    failed = {one.id for one in read_jsonl(failed_file, FailedRequest)} if failed_file.exists() else set[str]()
+    outcomes = outcomes_of(judgements)
+    decided = [match for match in matches if match.prompt_id in outcomes]
+    controlled = (
+        length_controlled(
+            [outcomes[match.prompt_id] for match in decided],
+            [len(match.ours) for match in decided],
+            [len(match.theirs) for match in decided],
+        )
+        if decided
+        else None
+    )
+    return Comparison(
+        ours=names[0],
+        theirs=names[1],
+        judge=name,
+        prompts=len(matches),
+        too_long=len(too_long),
+        failed=len(failed),
+        unparsed=sum(judgement.verdict is None for judgement in judgements),
+        truncated=sum(judgement.finish_reason == "length" for judgement in judgements),
+        result=head_to_head_of(outcomes) if outcomes else None,
+        length_controlled=controlled,
+    )
+
+
+def matches_of(ours: Path, theirs: Path) -> list[Match]:
+    """The responses of two models to the prompts that both answered, from two files of candidates."""
+    other = {candidate.prompt_id: candidate.text for candidate in read_jsonl(theirs, Candidate)}
+    return [
+        Match(candidate.prompt_id, candidate.prompt, candidate.text, other[candidate.prompt_id])
+        for candidate in read_jsonl(ours, Candidate)
+        if candidate.prompt_id in other
+    ]
+
+
+def questions_of(matches: Sequence[Match]) -> list[PairwiseQuestion]:
+    """Each match in both orders, one after the other: they share all up to the first response."""
+    template = pairwise_template()
+
+    def question(match: Match, ours_first: bool) -> PairwiseQuestion:
+        first, second = (match.ours, match.theirs) if ours_first else (match.theirs, match.ours)
+        text = template.fill({"instruction": match.prompt, "first": first, "second": second})
+        return PairwiseQuestion(match.prompt_id, ours_first, text)
+
+    return [question(match, ours_first) for match in matches for ours_first in (True, False)]
+
+
+def outcomes_of(judgements: Sequence[PairwiseJudgement]) -> dict[str, Outcome]:
+    """By prompt, where both orders have a verdict."""
+    verdicts = {(one.prompt_id, one.ours_first): one.verdict for one in judgements}
+    found = {
+        prompt_id: outcome(verdicts.get((prompt_id, True)), verdicts.get((prompt_id, False)))
+        for prompt_id in dict.fromkeys(one.prompt_id for one in judgements)
+    }
+    return {prompt_id: result for prompt_id, result in found.items() if result is not None}

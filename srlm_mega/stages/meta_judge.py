@@ -1,0 +1,168 @@
+"""meta_judgements: the model compares its own judgements, and the best and worst of a response become pairs."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from srlm_mega.chat import Chat
+from srlm_mega.judging.meta import (
+    Contest,
+    best_and_worst,
+    comparisons,
+    contest_of,
+    elo,
+    meta_template,
+    most_pairs,
+    position_weights,
+)
+from srlm_mega.judging.pairwise import parse_verdict
+from srlm_mega.judging.rewards import reward_of
+from srlm_mega.judging.scored_candidates import judgements_by_candidate, score_candidate
+from srlm_mega.judging.template import JudgeTemplate
+from srlm_mega.records import Candidate, Judgement, Message, MetaJudgement, PreferencePair, read_jsonl, write_jsonl
+from srlm_mega.run.stage_kinds import CANDIDATES, JUDGEMENTS, PAIRS, model_name
+from srlm_mega.run.work import Done, Work
+from srlm_mega.sampling.sampler import Completion, SamplingParams
+from srlm_mega.stages.sampling_task import SampledBy, SamplingRequest, SamplingTask, that_fit
+from srlm_mega.stages.sharded import sample_in_shards
+
+SPARE = 1.5  # responses asked about for each pair that may come of them: some end in a draw
+
+
+@dataclass(frozen=True)
+class JudgementComparison:
+    """Two judgements of one response, in one order."""
+
+    candidate_id: str
+    first: Judgement
+    second: Judgement
+
+
+def judge_judgements(work: Work) -> Done:
+    """`meta_judgements.jsonl` and `pairs.jsonl`; no pairs at all is no reason to stop."""
+    task, too_long, contests = comparisons_task(work)
+    if task.requests:
+        sample_in_shards(work, task)
+    else:
+        write_jsonl(work.out / task.file, ())
+    judged = list(read_jsonl(work.out / task.file, MetaJudgement))
+    pairs = judgement_pairs(work, contests, judged)
+    write_jsonl(work.out / "pairs.jsonl", pairs)
+    counts: dict[str, float] = {
+        "pairs": len(pairs),
+        "responses": len(contests),
+        "unparsed": sum(one.verdict is None for one in judged),
+        "first_wins": sum(one.verdict == "first" for one in judged),
+        "second_wins": sum(one.verdict == "second" for one in judged),
+        "too_long": too_long,
+    }
+    return Done(len(judged), counts)
+
+
+def comparisons_task(work: Work) -> tuple[SamplingTask[JudgementComparison], int, list[Contest]]:
+    """A request per comparison; how many were left out, too long for a whole answer; and what they decide."""
+    settings, judge = work.config.judge, model_name(work.round)
+    chat, model_hash = Chat.from_folder(work.run.weights(judge)), work.run.digest(judge)
+    template, contests = meta_template(), contests_of(work)
+
+    def request(contest: Contest, first: Judgement, second: Judgement) -> SamplingRequest[JudgementComparison]:
+        values = {
+            "instruction": contest.candidate.prompt,
+            "response": contest.candidate.text,
+            "first": first.text,
+            "second": second.text,
+        }
+        name = f"{first.id}-over-{second.id}"
+        compared = JudgementComparison(contest.candidate.id, first, second)
+        return SamplingRequest(name, compared, chat.prompt(template.fill(values)))
+
+    requests = [request(contest, *both) for contest in contests for both in comparisons(contest)]
+    params = SamplingParams(1, settings.temperature, settings.top_p, settings.max_new_tokens, seed=0)
+    by = SampledBy(chat, model_hash, params)
+
+    def records(
+        request: SamplingRequest[JudgementComparison], completions: Sequence[Completion]
+    ) -> Iterator[MetaJudgement]:
+        for completion in completions:
+            fields = by.fields(completion)
+            yield MetaJudgement(
+                id=request.id,
+                candidate_id=request.source.candidate_id,
+                first_id=request.source.first.id,
+                second_id=request.source.second.id,
+                verdict=parse_verdict(fields["text"]),
+                cumulative_logprob=completion.cumulative_logprob,
+                **fields,
+            )
+
+    fitting = that_fit(work.config, requests, settings.max_new_tokens)
+    task = SamplingTask(judge, fitting, params, records, "meta_judgements.jsonl", "comparisons")
+    return task, len(requests) - len(fitting), contests
+
+
+def contests_of(work: Work) -> list[Contest]:
+    """One response of each prompt, those first whose scores vary most: as many as the largest share can need."""
+    judged_in = work.read(JUDGEMENTS.of(work.round), "judgements.jsonl")
+    judgements = judgements_by_candidate(read_jsonl(judged_in, Judgement))
+    candidates = read_jsonl(work.read(CANDIDATES.of(work.round), "candidates.jsonl"), Candidate)
+    found: list[Contest] = []
+    for _, group in groupby(candidates, lambda candidate: candidate.prompt_id):
+        judged = [(candidate, judgements.take(candidate.id)) for candidate in group]
+        min_valid = work.config.judge.min_valid
+        contest = contest_of([(score_candidate(one, reward_of(one.id, own, min_valid)), own) for one, own in judged])
+        if contest is not None:
+            found.append(contest)
+    found.sort(key=lambda contest: -contest.variance)
+    return found[: math.ceil(SPARE * largest_number(work))]
+
+
+def largest_number(work: Work) -> int:
+    """Pairs of judgements that may join the round's pairs."""
+    selected = work.run.manifest(PAIRS.of(work.round))
+    assert selected is not None, "pairs are an input, so they are finished"
+    return most_pairs(selected.rows, work.config.meta_judge.max_share)
+
+
+def judgement_pairs(work: Work, contests: Sequence[Contest], judged: Sequence[MetaJudgement]) -> list[PreferencePair]:
+    """A pair of judgements for each response where one is better, up to the largest share. Trained on as they were
+    sampled: the judge's prompt, the better and the worse judgement."""
+    chat = Chat.from_folder(work.run.weights(model_name(work.round)))
+    template = JudgeTemplate.from_text(work.read("seed", "judge_template.txt").read_text(encoding="utf-8"), "seed")
+    weights = position_weights(judged)
+    by_candidate: dict[str, list[MetaJudgement]] = {}
+    for one in judged:
+        by_candidate.setdefault(one.candidate_id, []).append(one)
+    pairs: list[PreferencePair] = []
+    for contest in contests:
+        own = by_candidate.get(contest.candidate.id, [])
+        ratings = elo([judgement.id for judgement in contest.judgements], own, weights)
+        found = best_and_worst(contest, ratings, work.config.meta_judge.max_chosen_length)
+        if found is not None:
+            prompt = template.fill(contest.candidate.prompt, contest.candidate.text)
+            pairs.append(judgement_pair(contest.candidate.id, prompt, chat.prompt(prompt), found, ratings))
+    return pairs[: largest_number(work)]
+
+
+def judgement_pair(
+    candidate_id: str,
+    prompt: str,
+    prompt_token_ids: tuple[int, ...],
+    found: tuple[Judgement, Judgement],
+    ratings: dict[str, float],
+) -> PreferencePair:
+    """The record; its scores are Elo ratings."""
+    best, worst = found
+    return PreferencePair(
+        id=f"{candidate_id}-meta",
+        prompt=(Message("user", prompt),),
+        chosen=(Message("assistant", best.text),),
+        rejected=(Message("assistant", worst.text),),
+        chosen_id=best.id,
+        rejected_id=worst.id,
+        chosen_score=ratings[best.id],
+        rejected_score=ratings[worst.id],
+        prompt_token_ids=prompt_token_ids,
+        chosen_token_ids=best.token_ids,
+        rejected_token_ids=worst.token_ids,
+    )

@@ -1,0 +1,126 @@
+"""Stages as a process: begin an output, call the function of its kind, commit."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from importlib.metadata import version
+from pkgutil import resolve_name
+
+from srlm_mega.config import Config
+from srlm_mega.config.file import load_config
+from srlm_mega.errors import (
+    CRASHED,
+    PAUSED,
+    RunPreempted,
+    RunStopped,
+    StageCrashed,
+    TrainingPaused,
+    UserError,
+    exit_code,
+    reason,
+)
+from srlm_mega.launch.child_process import die_with, show_stacks_when_asked
+from srlm_mega.run.identity import identity_of
+from srlm_mega.run.plan import Stage, find_stage
+from srlm_mega.run.progress import Progress
+from srlm_mega.run.run_dir import RunDir, stopwatch
+from srlm_mega.run.work import Done, Work
+
+
+def run_stages(run: RunDir, names: Sequence[str]) -> int:
+    """Make outputs, in this order, until one cannot be made. Returns the exit code."""
+    die_with(os.getppid())
+    show_stacks_when_asked()
+    config = load_config(run.config_file)
+    stages = [find_stage(config, name) for name in names]
+    try:
+        with joined_ranks(config, stages):
+            codes = (run_stage(run, config, stage) for stage in stages)
+            code = next((code for code in codes if code), 0)
+            return 0 if code == PAUSED else code  # torchrun would report a failure; the progress file says what it is
+    except UserError as error:
+        return explained(error, Progress(run.progress_file(stages[0].name)))
+    except StageCrashed as error:  # ranks that did not meet
+        Progress(run.progress_file(stages[0].name)).failed(CRASHED, str(error))
+        print(error, flush=True)
+        return CRASHED
+
+
+def joined_ranks(config: Config, stages: Sequence[Stage]) -> AbstractContextManager[object]:
+    """The ranks that torchrun started meet once, for all their stages."""
+    if not any(stage.kind.parallel for stage in stages):
+        return nullcontext()
+    from srlm_mega.training.compiling import compile_on_gpus_only
+
+    compile_on_gpus_only()
+    from srlm_mega.training.topology import process_group
+
+    return process_group(config.trainer)
+
+
+def run_stage(run: RunDir, config: Config, stage: Stage) -> int:
+    """Make one output. Returns the exit code; a mistake or a stop leaves its message in the progress file too."""
+    progress = Progress(run.progress_file(stage.name))
+    try:
+        if run.manifest(stage.name) is not None:
+            raise UserError(f"{run.output(stage.name)} is finished. Make it again: srlm run ... --redo {stage.name}")
+        work = Work(run, config, stage, run.partial(stage.name), progress)
+        if stage.kind.parallel:
+            run_parallel(work)
+        else:
+            run_single(work)
+    except (UserError, RunStopped, RunPreempted, TrainingPaused, OSError) as error:
+        return explained(error, progress)
+    return 0
+
+
+def explained(error: Exception, progress: Progress) -> int:
+    """Leave the reason where the controller looks for it; returns the exit code."""
+    code = exit_code(error)
+    if code == CRASHED:
+        raise error
+    progress.failed(code, reason(error))
+    print(reason(error), flush=True)
+    return code
+
+
+def run_single(work: Work) -> None:
+    """A stage in this process."""
+    function: Callable[[Work], Done] = resolve_name(work.stage.kind.function)
+    with output(work) as done:
+        done.append(function(work))
+
+
+def run_parallel(work: Work) -> None:
+    """A stage in all ranks of a torchrun job; the main rank owns the output."""
+    from srlm_mega.training.topology import Topology, watched
+
+    def stuck(message: str) -> None:
+        work.progress.failed(CRASHED, message)
+
+    function: Callable[[Work, Topology], Done] = resolve_name(work.stage.kind.function)
+    trainer = work.config.trainer
+    with (
+        Topology.start(work.config.parallel, trainer, work.config.run.seed) as started,
+        watched(started, trainer, stuck) as topology,
+    ):
+        if topology.is_main:
+            with output(work) as done:
+                topology.barrier()
+                done.append(function(work, topology))
+        else:
+            topology.barrier()
+            function(work, topology)
+
+
+@contextmanager
+def output(work: Work) -> Iterator[list[Done]]:
+    """Verify the inputs, begin the output, and commit it with what the block appended."""
+    done: list[Done] = []
+    identity = identity_of(work.stage, work.config, work.run)
+    for name in work.stage.inputs:
+        work.run.verify(name, quick=False)
+    work.run.begin(identity, resumable=work.stage.kind.resumable)
+    with stopwatch() as seconds:
+        yield done
+    work.run.commit(identity, done[0].rows, seconds[0], version("srlm-mega"), done[0].counts)

@@ -1,0 +1,128 @@
+"""candidates, judgements: the model answers new prompts and judges its own answers.
+
+Where the configuration asks for it, an anchor model answers them too, and the previous model judges them too.
+"""
+
+import random
+from functools import partial
+from typing import TypeVar, assert_never
+
+from srlm_mega.chat import Chat
+from srlm_mega.config.data import CandidatesConfig, JudgeConfig
+from srlm_mega.judging.scores import MAX_SCORE, score_variance
+from srlm_mega.judging.template import JudgeTemplate
+from srlm_mega.records import Candidate, Judgement, Prompt, read_jsonl
+from srlm_mega.run.stage_kinds import ANCHOR_JUDGEMENTS, ANCHORS, CANDIDATES, PREVIOUS_JUDGEMENTS, PROMPTS, model_name
+from srlm_mega.run.work import Done, Work
+from srlm_mega.sampling.sampler import SamplingParams
+from srlm_mega.sampling.shards import Answered, Shard, run_shards
+from srlm_mega.stages.sampling_task import (
+    SampledBy,
+    SamplingRequest,
+    SamplingTask,
+    candidates_of,
+    judgements_of,
+    that_fit,
+)
+from srlm_mega.stages.sharded import sample_in_shards, shard_files
+
+T = TypeVar("T")
+
+
+def sample_candidates(work: Work) -> Done:
+    """N responses to each prompt, by the round's model or its anchor."""
+    task, too_long = candidates_task(work)
+    sample_in_shards(work, task)
+    candidates = list(read_jsonl(work.out / task.file, Candidate))
+    truncated = sum(candidate.finish_reason == "length" for candidate in candidates)
+    failed = len(task.requests) - len({candidate.prompt_id for candidate in candidates})
+    return Done(len(candidates), {"truncated": truncated, "too_long": too_long, "failed": failed})
+
+
+def judge_candidates(work: Work) -> Done:
+    """k judgements of each candidate: by the round's model, the previous one, or (the control) by chance."""
+    match work.config.judge.backend:
+        case "model":
+            task, too_long = judgements_task(work)
+            sample_in_shards(work, task)
+            requested = len(task.requests)
+        case "random":
+            candidates, too_long = read_candidates(work), 0
+            files = shard_files(work, candidates, "judgements.jsonl")
+            run_shards(files, partial(judge_at_random, work), lambda _: None, lambda _: None)
+            requested = len(candidates)
+        case other:
+            assert_never(other)
+    judgements = list(read_jsonl(work.out / "judgements.jsonl", Judgement))
+    scores: dict[str, list[float | None]] = {}
+    for judgement in judgements:
+        scores.setdefault(judgement.candidate_id, []).append(judgement.score)
+    variances = [variance for one in scores.values() if (variance := score_variance(one)) is not None]
+    counts: dict[str, float] = {
+        "unparsed": sum(judgement.score is None for judgement in judgements),
+        "truncated": sum(judgement.finish_reason == "length" for judgement in judgements),
+        "too_long": too_long,
+        "failed": requested - len(scores),
+    }
+    if variances:
+        counts["mean_variance"] = sum(variances) / len(variances)
+    return Done(len(judgements), counts)
+
+
+def candidates_task(work: Work) -> tuple[SamplingTask[Prompt], int]:
+    """A request per prompt; and how many prompts were left out, too long for a whole response."""
+    is_anchor = work.stage.kind is ANCHORS
+    writer, letter = (work.config.pairs.rejected_from, "a") if is_anchor else (model_name(work.round), "c")
+    settings = work.config.candidates
+    chat = Chat.from_folder(work.run.weights(writer))
+    model_hash = work.run.digest(writer)
+    prompts = read_jsonl(work.read(PROMPTS.of(work.round), "prompts.jsonl"), Prompt)
+    requests = [SamplingRequest(prompt.id, prompt, chat.prompt(prompt.text)) for prompt in prompts]
+    params = params_of(settings)
+    records = partial(candidates_of, SampledBy(chat, model_hash, params), letter)
+    fitting = that_fit(work.config, requests, settings.max_new_tokens)
+    return SamplingTask(writer, fitting, params, records, "candidates.jsonl", "prompts"), len(requests) - len(fitting)
+
+
+def judgements_task(work: Work) -> tuple[SamplingTask[Candidate], int]:
+    """A request per candidate for all its judgements; and how many candidates were left out, too long to be judged
+    whole. The order is the candidates': those of a prompt follow one another, so that the beginning they share, the
+    rubric and the prompt, is still in a sampler's cache."""
+    settings, is_previous = work.config.judge, work.stage.kind is PREVIOUS_JUDGEMENTS
+    judge, letter = (model_name(work.round - 1), "p") if is_previous else (model_name(work.round), "j")
+    chat = Chat.from_folder(work.run.weights(judge))
+    model_hash = work.run.digest(judge)
+    template = JudgeTemplate.from_text(work.read("seed", "judge_template.txt").read_text(encoding="utf-8"), "seed")
+    requests = [
+        SamplingRequest(candidate.id, candidate, chat.prompt(template.fill(candidate.prompt, candidate.text)))
+        for candidate in read_candidates(work)
+    ]
+    params = params_of(settings)
+    records = partial(judgements_of, SampledBy(chat, model_hash, params), letter)
+    fitting = that_fit(work.config, requests, settings.max_new_tokens)
+    return SamplingTask(judge, fitting, params, records, "judgements.jsonl", "responses"), len(requests) - len(fitting)
+
+
+def read_candidates(work: Work) -> list[Candidate]:
+    """What this stage judges, in the order of their prompts: the round's candidates, or its anchor's."""
+    judged = ANCHORS if work.stage.kind is ANCHOR_JUDGEMENTS else CANDIDATES
+    return list(read_jsonl(work.read(judged.of(work.round), "candidates.jsonl"), Candidate))
+
+
+def params_of(settings: CandidatesConfig | JudgeConfig) -> SamplingParams:
+    """How to decode; the seed is each shard's own."""
+    return SamplingParams(settings.n, settings.temperature, settings.top_p, settings.max_new_tokens, seed=0)
+
+
+def judge_at_random(work: Work, shard: Shard[Candidate]) -> Answered:
+    """Whole scores from 0 to 5, all equally likely, whatever the response."""
+    rng = random.Random(shard.seed)
+    judgements: list[Judgement] = []
+    for candidate in shard.requests:
+        for number in range(work.config.judge.n):
+            score = rng.randint(0, int(MAX_SCORE))
+            text = f"Score: {score}"
+            judgements.append(
+                Judgement(f"{candidate.id}-j{number}", candidate.id, text, score, "stop", shard.seed, "random")
+            )
+    return Answered(judgements)

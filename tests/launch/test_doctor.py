@@ -1,0 +1,285 @@
+"""srlm doctor in environments that are broken on purpose: fake packages before the real ones."""
+
+import json
+import os
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+from places import ROOT
+
+from srlm_mega.launch.doctor import DoctorRow, Probed, diagnose, is_well, run_probe
+from srlm_mega.launch.probe import Answer
+from srlm_mega.launch.versions import FILE, Purpose, VersionSet, fits, version_set
+
+TRAINING, SAMPLING, CPU = version_set("training"), version_set("sampling"), version_set("cpu")
+TORCH = Answer("2.10.0a0+b4e4ee81d3", cuda="13.1", triton='triton==3.6.0; platform_system == "Linux"')
+WELL = {
+    "python": Answer("3.12.3"),
+    "torch": TORCH,
+    "cuda": Answer("13.1", detail="8 devices"),
+    "nccl": Answer("2.28.9"),
+    "megatron-core": Answer("0.16.1"),
+    "transformer-engine": Answer("2.10.0"),
+    "apex": Answer("0.1"),
+    "flash-attn": Answer(absent=True),
+    "triton": Answer("3.6.0"),
+    "tensorrt-llm": Answer(absent=True),
+    "modelopt": Answer("0.47.0"),
+    "transformers": Answer("5.23.0"),
+    "slurm": Answer("24.05.3", detail="controller is UP"),
+}
+
+
+def rows(chosen: VersionSet = TRAINING, under_slurm: bool = False, **changes: Answer | str) -> dict[str, DoctorRow]:
+    """Of a well environment in which some probes (by name, _ for -) answer otherwise; a text is a failure."""
+    probed = WELL | {name.replace("_", "-"): answer for name, answer in changes.items()}
+    found = [
+        Probed(name, None, answer) if isinstance(answer, str) else Probed(name, answer)
+        for name, answer in probed.items()
+    ]
+    return {row.name: row for row in diagnose(found, chosen, under_slurm)}
+
+
+def bad(chosen: VersionSet = TRAINING, under_slurm: bool = False, **changes: Answer | str) -> DoctorRow:
+    """The only red row."""
+    (row,) = [row for row in rows(chosen, under_slurm, **changes).values() if row.status == "bad"]
+    return row
+
+
+def test_a_well_environment_is_well() -> None:
+    found = rows()
+    assert is_well(list(found.values())) and all(row.remedy == "" for row in found.values())
+    assert found["flash-attn"].status == "absent" and found["tensorrt-llm"].status == "not asked"
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "found", "remedy"),
+    [
+        ({"cuda": "OSError: libcuda.so.1: cannot open shared object file"}, "cuda", "libcuda.so.1", "NVIDIA's driver"),
+        ({"torch": Answer("2.13.0+cpu", detail="CPU build")}, "torch", "CPU build", "CUDA build"),
+        ({"cuda": Answer("12.8")}, "cuda", "12.8", "driver up to date"),
+        ({"megatron_core": Answer("0.15.0")}, "megatron-core", "0.15.0", "megatron-core==0.16.1"),
+        ({"megatron_core": Answer(absent=True)}, "megatron-core", "absent", "megatron-core==0.16.1"),
+        ({"apex": Answer("0.9.10.dev0", stranger=True)}, "apex", "another project's", "pip uninstall apex"),
+        ({"triton": Answer("3.9.0")}, "triton", "3.9.0", "pip install 'triton==3.6.0'"),
+        ({"modelopt": "ImportError: No module named 'requests'"}, "modelopt", "requests", "pip install requests"),
+        ({"megatron_core": "ModuleNotFoundError: No module named 'megatron.core'"}, "megatron-core", "megatron.core",
+         "pip install --no-deps megatron-core==0.16.1"),
+        ({"flash_attn": "ImportError: x.so: undefined symbol: _ZN3c10"}, "flash-attn", "_ZN3c10", "does not fit this"),
+        ({"transformer_engine": "ended by SIGSEGV"}, "transformer-engine", "SIGSEGV", "does not fit this torch"),
+        ({"transformers": "no answer in 120 s"}, "transformers", "no answer", "faulthandler -c 'import transformers'"),
+        ({"python": Answer("3.10.1")}, "python", "3.10.1", "Python >=3.11"),
+    ],
+)  # fmt: skip
+def test_the_red_row_and_its_remedy(changes: dict[str, Answer | str], name: str, found: str, remedy: str) -> None:
+    row = bad(**changes)
+    assert row.name == name and found in row.found and remedy in row.remedy
+
+
+def test_what_is_needed_depends_on_the_purpose() -> None:
+    laptop = {"cuda": "OSError: libcuda.so.1", "torch": Answer("2.13.0+cpu"), "nccl": Answer(absent=True)}
+    assert is_well(list(rows(CPU, triton=Answer("3.9.0"), **laptop).values()))
+    assert bad(CPU, torch=Answer(absent=True)).name == "torch"
+    missing = [row.name for row in rows(SAMPLING).values() if row.status == "bad"]
+    assert missing == ["torch", "tensorrt-llm", "transformers"], "the trainer's environment is not the sampler's"
+
+
+def test_an_untested_version_is_yellow_and_no_failure() -> None:
+    found = rows(torch=Answer("2.12.0", cuda="13.0"))
+    assert found["torch"].status == "untested" and "may work" in found["torch"].remedy
+    assert is_well(list(found.values()))
+
+
+@pytest.mark.parametrize(
+    "answer", [Answer(absent=True), Answer("24.05", detail="no controller answers"), "no answer in 9 s"]
+)
+def test_slurm_where_jobs_are_to_run_under_it(answer: Answer | str) -> None:
+    assert "scontrol ping" in bad(under_slurm=True, slurm=answer).remedy
+    if isinstance(answer, Answer):
+        assert is_well(list(rows(slurm=answer).values()))
+
+
+def fake(folder: Path, name: str, version: str, code: str = "", requires: str = "", module: str = "") -> None:
+    """A distribution, and its module (by default of the same name), whose first package's code is this."""
+    inner = folder.joinpath(*(module or name).split("."))
+    inner.mkdir(parents=True)
+    for package in (inner, *inner.parents):
+        if package == folder:
+            break
+        (package / "__init__.py").write_text(code + "\n")
+    info = folder / f"{name}-{version}.dist-info"
+    info.mkdir()
+    lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
+    (info / "METADATA").write_text("\n".join([*lines, *([f"Requires-Dist: {requires}"] if requires else []), ""]))
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of packages that comes before the real ones."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]))
+    return folder
+
+
+def probed(name: str, seconds: float = 60) -> DoctorRow:
+    """The row of a part as it is found here, for training."""
+    return {row.name: row for row in diagnose([run_probe(name, seconds)], TRAINING, False)}[name]
+
+
+def test_a_probe_that_is_none_is_named() -> None:
+    assert run_probe("pytorch", 60).failure.startswith("ValueError: no probe 'pytorch': there are python, torch, cuda")
+
+
+def test_the_apex_of_pypi(site: Path) -> None:
+    """It is told by what it asks for; importing it fails in another package."""
+    fake(
+        site,
+        "apex",
+        "0.9.10.dev0",
+        "from pyramid.session import UnencryptedCookieSessionFactoryConfig",
+        "pyramid>1.1.2",
+    )
+    row = probed("apex")
+    assert (row.status, row.found) == ("bad", "0.9.10.dev0, another project's") and "pip uninstall apex" in row.remedy
+
+
+def test_the_apex_of_nvidia(site: Path) -> None:
+    fake(site, "apex", "0.1", "", "packaging>20.6")
+    assert probed("apex").status == "ok"
+
+
+def test_a_package_that_misses_libcuda(site: Path) -> None:
+    fake(site, "flash_attn", "2.8.3", "raise ImportError('libcuda.so.1: cannot open shared object file')")
+    row = probed("flash-attn")
+    assert row.status == "bad" and "libcuda.so.1" in row.found and "comes with NVIDIA's driver" in row.remedy
+
+
+def test_a_driver_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "libcuda.so.1").write_text("not a library")
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
+    row = probed("cuda")
+    assert row.status == "bad" and "libcuda.so.1" in row.found and "docker run --gpus all" in row.remedy
+
+
+def test_an_import_that_hangs_is_a_red_row(site: Path) -> None:
+    fake(site, "flash_attn", "2.8.3", "import time\ntime.sleep(600)")
+    row = probed("flash-attn", seconds=1)
+    assert (row.status, row.found) == ("bad", "no answer in 1 s") and "faulthandler" in row.remedy
+
+
+def test_an_import_that_crashes_is_a_red_row(site: Path) -> None:
+    fake(site, "flash_attn", "2.8.3", "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)")
+    row = probed("flash-attn")
+    assert (row.status, row.found) == ("bad", "ended by SIGSEGV") and "does not fit" in row.remedy
+
+
+FAKE_TORCH = """
+import types
+class ones:
+    def __init__(self, *shape): pass
+    def __matmul__(self, other): return self
+    def sum(self): return 8.0
+version = types.SimpleNamespace(cuda="13.0")
+distributed = types.SimpleNamespace(is_nccl_available=lambda: True)
+cuda = types.SimpleNamespace(nccl=types.SimpleNamespace(version=lambda: (2, 28, 9)))
+"""
+
+
+def fake_environment(site: Path) -> None:
+    """Everything that training needs, but for a driver and a slurm; triton is not what torch asks for."""
+    fake(site, "torch", "2.11.0", FAKE_TORCH, "triton==3.6.0; sys_platform == 'linux'")
+    for name, module, version in (
+        ("megatron_core", "megatron.core", "0.16.1"), ("transformer_engine", "transformer_engine.pytorch", "2.10.0"),
+        ("triton", "triton.language", "3.9.0"), ("flash_attn", "flash_attn", "2.8.3"), ("apex", "apex", "0.1"),
+        ("transformers", "transformers.models.llama.modeling_llama", "5.23.0"),
+        ("nvidia_modelopt", "modelopt.torch.quantization", "0.47.0"),
+    ):  # fmt: skip
+        fake(site, name, version, module=module)
+
+
+def test_the_command_with_a_mismatched_triton_and_no_driver(site: Path, tmp_path: Path, srlm: Path) -> None:
+    fake_environment(site)
+    (tmp_path / "libcuda.so.1").write_text("not a library")
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}
+    argv = [str(srlm), "doctor", "--for", "training"]
+    done = subprocess.run([*argv, "--json"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    table = {row["name"]: row for row in json.loads(done.stdout)["rows"]}
+    assert {name for name, row in table.items() if row["status"] == "bad"} == {"cuda", "triton"}
+    assert table["triton"]["wanted"] == "==3.6.0, by torch 2.11.0"
+    assert table["triton"]["remedy"] == "pip install 'triton==3.6.0'"
+    assert table["torch"]["found"] == "2.11.0 (CUDA 13.0)" and table["nccl"]["found"] == "2.28.9"
+
+    (site / "triton-3.9.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: triton\nVersion: 3.6.0\n")
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "triton" in done.stdout and "pip install 'triton" not in done.stdout
+    assert "cuda: libcuda.so.1 comes with NVIDIA's driver" in " ".join(done.stdout.split())
+
+
+@pytest.mark.extra
+def test_this_environment_is_one_that_was_tested(srlm: Path) -> None:
+    done = subprocess.run([str(srlm), "doctor", "--for", "cpu", "--json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    status = {row["name"]: row["status"] for row in json.loads(done.stdout)["rows"]}
+    assert status["torch"] == status["megatron-core"] == status["transformers"] == "ok"
+
+
+def test_versions_as_pip_reads_them() -> None:
+    assert fits("2.10.0a0+b4e4ee81d3.nv25.12", "==2.10.*") and fits("2.13.0+cpu", "==2.13.0") and fits("1", "")
+    assert not fits("0.16.2", "==0.16.1")
+
+
+def pins() -> dict[str, str]:
+    """constraints.txt."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    return dict(line.split("==") for line in lines if line and not line.startswith("#"))
+
+
+def test_the_cpu_set_is_constraints_txt() -> None:
+    for name, package in CPU.packages.items():
+        pin = pins().get("nvidia-modelopt" if name == "modelopt" else name)
+        assert package.tested == (f"=={pin}" if pin else ""), name
+        assert pin is None or f"=={pin}" in package.install, name
+
+
+def test_what_is_tested_is_within_what_is_needed() -> None:
+    for purpose in tomllib.loads(FILE.read_text()):
+        for name, package in version_set(purpose).packages.items():
+            for version in re.findall(r"^==([\d.]+)$", package.tested):
+                assert fits(version, package.needs), (purpose, name)
+
+
+@pytest.mark.parametrize("purpose", ["cpu", "training"])
+def test_what_is_needed_is_what_pip_would_ask_for(purpose: Purpose) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for name in ("torch", "megatron-core", "transformers"):
+        assert f"{name}{version_set(purpose).packages[name].needs}" in project["dependencies"]
+
+
+@pytest.mark.parametrize(("file", "purpose"), [("training", "training"), ("sampler", "sampling")])
+def test_the_dockerfiles_are_built_on_the_table(file: str, purpose: Purpose) -> None:
+    text = (ROOT / "launch" / "containers" / f"{file}.Dockerfile").read_text()
+    chosen = version_set(purpose)
+    assert re.findall(r"^FROM (.+)$", text, re.MULTILINE) == [chosen.image]
+    for name, version in re.findall(r"([\w-]+)==([\w.]+)", text):
+        assert chosen.packages[name].tested == f"=={version}", name
+    assert "pip install --no-cache-dir --no-deps /opt/srlm-mega" in text
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = {re.split(r"[=<>]", line)[0] for line in project["dependencies"]} - {"torch"}
+    if purpose == "training":
+        assert asked <= set(re.findall(r"[\w-]+", text)), "what pip would install is named, all but torch"
+    else:
+        guide = (ROOT / "docs" / "sampling.md").read_text()
+        (light,) = re.findall(r"^pip install (numpy .+)$", guide, re.MULTILINE)
+        assert f"pip install --no-cache-dir {light}" in text, "the same as docs/sampling.md's"
+
+
+def test_the_dockerfiles_copy_the_whole_package() -> None:
+    for file in ("training", "sampler"):
+        text = (ROOT / "launch" / "containers" / f"{file}.Dockerfile").read_text()
+        for link in (path for path in (ROOT / "srlm_mega").iterdir() if path.is_symlink()):
+            assert f"COPY {link.name} /opt/srlm-mega/{link.name}" in text

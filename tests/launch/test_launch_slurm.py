@@ -1,0 +1,345 @@
+"""Jobs as text, and what their script makes of how things end: Slurm and srlm are played by scripts.
+
+`python tests/launch/test_launch_slurm.py` writes the golden files anew; read the difference before you commit it.
+"""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+from places import ROOT
+
+from srlm_mega.config.file import load_config
+from srlm_mega.errors import UserError
+from srlm_mega.launch import slurm
+from srlm_mega.launch.slurm import SlurmJob, Template, directive, render
+
+GOLDEN = ROOT / "tests/golden"
+LAUNCH = str(Path(slurm.__file__).parent)
+TOY = Path(LAUNCH) / "configs/toy_cpu.yaml"
+TWO_NODES = ("launch.nodes=2", "launch.processes_per_node=8", "trainer.device=cuda")
+SAMPLED = ("sampler.device=cuda", "sampler.slurm=true")
+
+
+def job(template: Template, *overrides: str, stages: tuple[str, ...] = (), workdir: Path = Path("/data")) -> SlurmJob:
+    """A job of the toy's configuration, on two nodes of 8 GPUs unless told otherwise."""
+    own = ("run.dir=runs/toy", "launch.slurm.python=/opt/srlm/bin/python")
+    return SlurmJob(template, load_config(TOY, [*own, *TWO_NODES, *overrides]), stages, workdir)
+
+
+@dataclass(frozen=True)
+class AwkwardJob(SlurmJob):
+    """A job whose name has a quote, and its run folder other things."""
+
+    @property
+    def name(self) -> str:
+        return "srlm-it's"
+
+
+def awkward(*overrides: str) -> SlurmJob:
+    plain = job("run", "run.dir=" + json.dumps("100% $HOME `id`"), *overrides)
+    return AwkwardJob("run", plain.config, workdir=Path('/data/Ann\'s "big" runs'))
+
+
+def slurm_option(name: str, value: object) -> str:
+    return f"launch.slurm.{name}={json.dumps(value)}"
+
+
+JOBS = {
+    "run": job("run"),
+    "train": job(
+        "train", "launch.slurm.gpu_option=gres", "launch.slurm.partition=long", stages=("round_1/reference", "M2")
+    ),
+    "sample": job(
+        "sample", *SAMPLED, "sampler.num_devices=32", 'launch.slurm.time="24:00:00"',
+        stages=("round_1/candidates",),
+    ),
+    "sample_few": job("sample", *SAMPLED, "sampler.num_devices=8", stages=("M1/evaluation",)),
+    "bench": job("bench", "trainer.device=cpu", "launch.slurm.network_interface=ib0"),
+    "run_awkward": awkward(
+        slurm_option("python", "/opt/my srlm/bin/python"),
+        slurm_option("partition", "debug,long"),
+        slurm_option("account", 'physics "A"'),
+        slurm_option("time", "2-00:00:00"),
+        slurm_option("sbatch_options", ["--qos=high", "--comment=two words"]),
+        slurm_option("modules", ["cuda/12.8", "gcc/13"]),
+        slurm_option("environment", {"NCCL_IB_HCA": "mlx5_0,mlx5_1", "NOTE": "it's $5"}),
+    ),
+    "run_container": job(
+        "run",
+        slurm_option("container", "nvcr.io#nvidia/pytorch:25.09-py3"),
+        slurm_option("mounts", ["/models/Llama 2"]),
+        slurm_option("account", "physics"),
+    ),
+}  # fmt: skip
+
+
+def rendered(job: SlurmJob) -> str:
+    """The script as golden files have it: without the place of this checkout, and with run.yaml in all of them."""
+    return render(job).replace(LAUNCH, "/opt/srlm/launch").replace(f"{job.template}.yaml", "run.yaml")
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_golden(name: str) -> None:
+    assert rendered(JOBS[name]) == (GOLDEN / f"{name}.sbatch").read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+@pytest.mark.parametrize("name", JOBS)
+def test_shellcheck(name: str, tmp_path: Path) -> None:
+    script = tmp_path / "job.sh"
+    script.write_text(render(JOBS[name]))
+    argv = ["shellcheck", "--exclude=SC2016", str(script)]  # a $ in a path is meant as it is
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_shellcheck_of_the_scripts_themselves() -> None:
+    scripts = sorted(map(str, Path(LAUNCH).resolve().glob("*.sh")))
+    assert len(scripts) == 2
+    done = subprocess.run(["shellcheck", *scripts], capture_output=True, text=True, check=False, cwd=Path(LAUNCH, ".."))
+    assert done.returncode == 0, done.stdout
+
+
+def test_no_variable_of_a_node_is_filled_in_elsewhere() -> None:
+    """SLURM_NODEID and SLURM_PROCID in the script would be those of the batch host, for all tasks."""
+    for job in JOBS.values():
+        assert not re.search(r"SLURM_(NODEID|PROCID|LOCALID)", render(job))
+
+
+def test_a_job_has_all_of_its_nodes_memory() -> None:
+    for job in JOBS.values():
+        assert "\n#SBATCH --exclusive\n" in render(job) and "\n#SBATCH --mem=0\n" in render(job)
+
+
+def test_directives_are_read_back_by_slurms_rules() -> None:
+    assert directive("/data/a-b_c.%j") == "/data/a-b_c.%j"
+    assert directive('a "b" \\c') == '"a \\"b\\" \\\\c"'
+
+
+def test_a_line_break_is_refused() -> None:
+    with pytest.raises(UserError, match="account has a line break"):
+        render(job("run", slurm_option("account", "a\n#SBATCH --nodes=99")))
+    with pytest.raises(UserError, match="environment has a line break"):
+        render(job("run", slurm_option("environment", {"A": "1\n2"})))
+    for other in "\r\v\f\x1c\x85\u2028":
+        with pytest.raises(UserError, match="account has a line break"):
+            render(job("run", slurm_option("account", f"a{other}b")))
+    with pytest.raises(UserError, match="'A B' is no name of a variable"):
+        render(job("run", slurm_option("environment", {"A B": "1"})))
+    script = render(job("run", slurm_option("environment", {"A": "1\\n2"})))
+    assert "export A='1\\n2'" in script, "no line break, as it stands"
+
+
+FAKES = {
+    "srlm": """\
+case "$1 $2" in
+  "launch preflight")
+    mkdir -p "${@: -1}"
+    [[ ! -e $FAKES/slow ]] || { touch "$FAKES/begun"; while :; do sleep 0.05; done; }
+    [[ ! -e $FAKES/bad ]] || cp "$FAKES/bad" "${@: -1}/bad_nodes"
+    exit "$(cat "$FAKES/preflight")" ;;
+  "launch progress") cat "$FAKES/progress" ;;
+  run*)
+    printf '%s\\n' "$@" >"$FAKES/arguments"
+    env >"$FAKES/environment"
+    trap 'exit 4' USR1
+    if [[ -e $FAKES/saves ]]; then
+      trap 'trap "" USR1; touch "$FAKES/saving"; sleep 1; echo saved >>"$FAKES/asked"; exit 4' USR1
+      touch "$FAKES/begun"
+      while :; do sleep 0.05; done
+    fi
+    if [[ -e $FAKES/long ]]; then
+      touch "$FAKES/begun"
+      until [[ -e $RUN/stop ]]; do sleep 0.05; done
+      exit 4
+    fi
+    [[ ! -e $FAKES/by_hand ]] || touch "$RUN/stop"
+    [[ ! -e $FAKES/further ]] || echo more >>"$FAKES/progress"
+    exit "$(cat "$FAKES/run")" ;;
+esac
+""",
+    "srun": 'printf \'%s\\n\' "$@" >"$FAKES/srun_arguments"\nwhile [[ $1 == --* ]]; do shift; done\nexec "$@"\n',
+    "scontrol": 'echo "$@" >>"$FAKES/asked"\n[[ $1 != show ]] || echo "   ReqNodeList=(null) ExcNodeList=n7"\n',
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A place where a job's script can run."""
+
+    folder: Path
+    job: SlurmJob
+
+    def start(self, attempt: int = 0, preflight: int = 0, code: int = 0, **flags: str) -> "subprocess.Popen[str]":
+        """The script; `flags` are files that the players look for."""
+        files = {"preflight": str(preflight), "run": str(code), "progress": "seed\n"} | flags
+        for name, content in files.items():
+            (self.folder / name).write_text(content)
+        script = self.folder / "job.sbatch"
+        script.write_text(render(self.job))
+        settings = {
+            "PATH": f"{self.folder}:/usr/bin:/bin", "FAKES": str(self.folder), "RUN": str(self.job.run.root),
+            "SLURM_JOB_ID": "5", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NNODES": "2",
+            "SLURM_RESTART_COUNT": str(attempt),
+        }  # fmt: skip
+        return subprocess.Popen(
+            ["bash", str(script)], env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    def ended(self, process: "subprocess.Popen[str]") -> tuple[int, str]:
+        """Its exit code and what it printed."""
+        printed, _ = process.communicate(timeout=240)
+        return process.returncode, printed
+
+    def asked_of_slurm(self) -> list[str]:
+        """What it had scontrol do."""
+        file = self.folder / "asked"
+        return file.read_text().splitlines() if file.exists() else []
+
+    def wait_for(self, name: str) -> None:
+        deadline = time.monotonic() + 60
+        while not (self.folder / name).exists():
+            assert time.monotonic() < deadline, f"{name} did not come"
+            time.sleep(0.02)
+
+
+@pytest.fixture
+def stage(tmp_path: Path) -> Stage:
+    folder = tmp_path / "it's a place"
+    folder.mkdir()
+    for name, body in FAKES.items():
+        (folder / name).write_text(f"#!/bin/bash\n{body}")
+        (folder / name).chmod(0o755)
+    run = folder / 'run "1" $HOME'
+    run.mkdir()
+    settings = [f"run.dir={json.dumps(str(run))}", slurm_option("python", str(folder / "python"))]
+    return Stage(folder, job("run", *settings, slurm_option("max_restarts", 3)))
+
+
+@pytest.mark.timing
+def test_done(stage: Stage) -> None:
+    """And every argument arrives as it is, whatever is in the path."""
+    own = stage.job.config.launch.slurm.model_copy(
+        update={"environment": {"NOTE": "it's $5"}, "network_interface": "ib0"}
+    )
+    launch = stage.job.config.launch.model_copy(update={"slurm": own})
+    job = replace(stage.job, config=stage.job.config.model_copy(update={"launch": launch}))
+    code, printed = stage.ended(replace(stage, job=job).start())
+    assert code == 0 and printed.endswith("done\n"), printed
+    assert stage.asked_of_slurm() == []
+    assert (stage.folder / "arguments").read_text().splitlines() == ["run", str(job.config_file)]
+    options = (stage.folder / "srun_arguments").read_text().splitlines()
+    assert options[-4:] == ["preflight", str(job.config_file), "--out", f"{job.run.jobs}/5/attempt_0/preflight"]
+    assert "--export=ALL" in options and "--nodes=2" in options
+    settings = (stage.folder / "environment").read_text().splitlines()
+    assert {"NOTE=it's $5", "NCCL_SOCKET_IFNAME=ib0", "GLOO_SOCKET_IFNAME=ib0", "PYTHONSAFEPATH=1"} <= set(settings)
+
+
+@pytest.mark.timing
+@pytest.mark.parametrize("code", [2, 3])
+def test_what_another_attempt_would_not_change(stage: Stage, code: int) -> None:
+    assert stage.ended(stage.start(code=code, further=""))[0] == code
+    assert stage.asked_of_slurm() == []
+
+
+@pytest.mark.timing
+def test_preempted(stage: Stage) -> None:
+    code, printed = stage.ended(stage.start(code=4))
+    assert code == 0 and "Queued again" in printed
+    assert stage.asked_of_slurm() == ["requeue 5"]
+
+
+@pytest.mark.timing
+def test_a_person_who_makes_the_stop_file_means_it(stage: Stage) -> None:
+    code, printed = stage.ended(stage.start(code=4, by_hand=""))
+    assert code == 4 and "stopped by the file" in printed
+    assert stage.asked_of_slurm() == []
+
+
+@pytest.mark.timing
+def test_crashed_with_and_without_progress(stage: Stage) -> None:
+    assert stage.ended(stage.start(code=1))[0] == 1
+    assert stage.asked_of_slurm() == []
+    assert stage.ended(stage.start(code=1, further=""))[0] == 0
+    assert stage.asked_of_slurm() == ["requeue 5"]
+
+
+@pytest.mark.timing
+def test_restarts_are_bounded(stage: Stage) -> None:
+    code, printed = stage.ended(stage.start(code=4, attempt=3))
+    assert code == 4 and "3 restarts, launch.slurm.max_restarts=3" in printed
+    (stage.folder / "arguments").unlink()
+    assert stage.ended(stage.start(attempt=4))[0] == 1, "Slurm itself queued it once too often"
+    assert not (stage.folder / "arguments").exists() and stage.asked_of_slurm() == []
+    assert stage.ended(stage.start(code=4, attempt=2))[0] == 0
+    assert stage.asked_of_slurm() == ["requeue 5"]
+
+
+@pytest.mark.timing
+def test_a_bad_node_is_left_out(stage: Stage) -> None:
+    """Besides those that were left out before. A waiting job takes it, a running one does not: requeue first."""
+    code, printed = stage.ended(stage.start(preflight=2, bad="n1\nn2\n"))
+    assert code == 0 and "Queued again without n1,n2" in printed
+    assert stage.asked_of_slurm() == ["requeue 5", "show job 5", "update jobid=5 excnodelist=n7,n1,n2"]
+    assert not (stage.folder / "arguments").exists(), "nothing was run"
+
+
+@pytest.mark.timing
+def test_nobody_to_blame(stage: Stage) -> None:
+    code, printed = stage.ended(stage.start(preflight=2))
+    assert code == 2 and "no node is to blame" in printed
+    assert stage.asked_of_slurm() == []
+
+
+@pytest.mark.timing
+def test_the_warning_reaches_the_run(stage: Stage) -> None:
+    process = stage.start(long="")
+    stage.wait_for("begun")
+    process.send_signal(signal.SIGUSR1)
+    assert stage.ended(process)[0] == 0
+    assert stage.asked_of_slurm() == ["requeue 5"]
+
+
+@pytest.mark.timing
+@pytest.mark.parametrize(("second", "code", "asked"), [("USR1", 0, ["saved", "requeue 5"]), ("TERM", 4, ["saved"])])
+def test_a_second_signal_does_not_end_the_save(stage: Stage, second: str, code: int, asked: list[str]) -> None:
+    process = stage.start(saves="")
+    stage.wait_for("begun")
+    process.send_signal(signal.SIGUSR1)
+    stage.wait_for("saving")
+    process.send_signal(signal.Signals[f"SIG{second}"])
+    assert stage.ended(process)[0] == code
+    assert stage.asked_of_slurm() == asked
+
+
+@pytest.mark.timing
+def test_the_warning_in_the_preflight(stage: Stage) -> None:
+    process = stage.start(slow="")
+    stage.wait_for("begun")
+    process.send_signal(signal.SIGUSR1)
+    assert stage.ended(process)[0] == 0
+    assert stage.asked_of_slurm() == ["requeue 5"] and not (stage.folder / "arguments").exists()
+
+
+@pytest.mark.timing
+def test_what_slurm_ends_is_not_queued_again(stage: Stage) -> None:
+    process = stage.start(long="")
+    stage.wait_for("begun")
+    process.send_signal(signal.SIGTERM)
+    code, printed = stage.ended(process)
+    assert code == 4 and "Queued again" not in printed
+    assert stage.asked_of_slurm() == [] and stage.job.run.stop_file.exists()
+
+
+if __name__ == "__main__":
+    GOLDEN.mkdir(exist_ok=True)
+    for golden_name, golden_job in JOBS.items():
+        (GOLDEN / f"{golden_name}.sbatch").write_text(rendered(golden_job), encoding="utf-8")

@@ -1,0 +1,220 @@
+"""Outputs: atomic, hashed, refused when altered."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from srlm_mega.errors import UserError
+from srlm_mega.run.manifest import IDENTITY, MANIFEST, Identity, digest_of, file_hash
+from srlm_mega.run.run_dir import RunDir
+
+IDENTITY_A = Identity("round_1/pairs", {"pairs.min_gap": 0.0}, {"round_1/judgements": "abc"})
+
+
+def make_output(run: RunDir, identity: Identity = IDENTITY_A, text: str = "one\n") -> Path:
+    partial = run.begin(identity, resumable=False)
+    (partial / "pairs.jsonl").write_text(text)
+    (partial / "metrics.jsonl").write_text("a log\n")
+    run.commit(identity, rows=1, seconds=1.5, version="0.1.0", counts={"tied": 2})
+    return run.output(identity.stage)
+
+
+def test_an_output_appears_whole(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    partial = run.begin(IDENTITY_A, resumable=False)
+    (partial / "pairs.jsonl").write_text("one\n")
+    assert run.manifest("round_1/pairs") is None and not run.output("round_1/pairs").exists()
+    run.commit(IDENTITY_A, rows=1, seconds=1.5, version="0.1.0", counts={})
+    assert not partial.exists()
+    manifest = run.manifest("round_1/pairs")
+    assert manifest is not None
+    assert manifest.files["pairs.jsonl"].bytes == 4 and manifest.inputs == {"round_1/judgements": "abc"}
+    assert not (run.output("round_1/pairs") / IDENTITY).exists()
+
+
+def test_digest_is_of_content_not_of_logs_or_time(tmp_path: Path) -> None:
+    first, second, third = RunDir(tmp_path / "1"), RunDir(tmp_path / "2"), RunDir(tmp_path / "3")
+    make_output(first)
+    (make_output(second) / "metrics.jsonl").write_text("another log\n")
+    make_output(third, text="two\n")
+    assert first.digest("round_1/pairs") == second.digest("round_1/pairs") != third.digest("round_1/pairs")
+    second.verify("round_1/pairs", quick=False)
+
+
+@pytest.mark.parametrize("quick", [True, False])
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ("truncate", "has 3 bytes, its manifest says 4"),
+        ("alter", "was altered: its xxh3-128"),
+        ("remove", "is missing"),
+    ],
+)
+def test_damage_is_found(tmp_path: Path, damage: str, said: str, quick: bool) -> None:
+    run = RunDir(tmp_path)
+    file = make_output(run) / "pairs.jsonl"
+    run.verify("round_1/pairs", quick)
+    match damage:
+        case "truncate":
+            file.write_text("one")
+        case "alter":
+            file.write_text("onf\n")
+        case _:
+            file.unlink()
+    with pytest.raises(UserError, match=said) as error:
+        run.verify("round_1/pairs", quick)
+    assert "--redo round_1/pairs" in str(error.value)
+
+
+def test_partial_is_kept_for_the_same_identity_only(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    (run.begin(IDENTITY_A, resumable=True) / "shard_00000.jsonl").write_text("done\n")
+    assert (run.begin(IDENTITY_A, resumable=True) / "shard_00000.jsonl").exists()
+    other = Identity(IDENTITY_A.stage, {"pairs.min_gap": 1.0}, IDENTITY_A.inputs)
+    assert not (run.begin(other, resumable=True) / "shard_00000.jsonl").exists()
+
+
+def test_a_training_that_was_begun_is_not_thrown_away_in_passing(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    partial = run.begin(IDENTITY_A, resumable=True)
+    (partial / "megatron").mkdir()
+    other = Identity(IDENTITY_A.stage, {"dpo.lr": 1.0}, {})
+    with pytest.raises(UserError, match=rf"another configuration.*--redo {IDENTITY_A.stage}"):
+        run.begin(other, resumable=True)
+    assert (run.begin(IDENTITY_A, resumable=True) / "megatron").exists()
+    run.remove(IDENTITY_A.stage)
+    assert run.begin(other, resumable=True).exists()
+
+
+def test_another_layout_goes_on_and_the_manifest_says_which_finished(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    eight, two = (
+        Identity("M2", {"dpo.beta": 0.1}, {}, {"launch.processes_per_node": processes}) for processes in (8, 2)
+    )
+    (run.begin(eight, resumable=True) / "megatron").mkdir()
+    assert (run.begin(two, resumable=True) / "megatron").exists()
+    run.commit(two, rows=1, seconds=1.0, version="0.1.0", counts={})
+    manifest = run.manifest("M2")
+    assert manifest is not None and manifest.layout == {"launch.processes_per_node": 2}
+    assert "launch.processes_per_node" not in manifest.config
+
+
+def test_a_stage_that_cannot_go_on_begins_anew(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    (run.begin(IDENTITY_A, resumable=False) / "quarantine.jsonl").write_text("of a broken seed file\n")
+    assert not (run.begin(IDENTITY_A, resumable=False) / "quarantine.jsonl").exists()
+
+
+def test_a_kill_in_the_commit_loses_no_shard_and_changes_no_byte(tmp_path: Path) -> None:
+    run, whole = RunDir(tmp_path / "killed"), RunDir(tmp_path / "whole")
+    make_output(whole)
+    partial = run.begin(IDENTITY_A, resumable=True)
+    (partial / "pairs.jsonl").write_text("one\n")
+    (partial / MANIFEST).write_text("{}")  # written, not renamed yet
+    assert (run.begin(IDENTITY_A, resumable=True) / "pairs.jsonl").exists()
+    make_output(run)
+    assert run.digest("round_1/pairs") == whole.digest("round_1/pairs")
+
+
+def test_checkpoints_stay_until_the_output_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed before: they are there to go on from. Killed after: what is left of them goes with the next start."""
+    run, identity = RunDir(tmp_path), Identity("M2", {}, {})
+    checkpoint = run.begin(identity, resumable=True) / "megatron/iter_0000004/shard.distcp"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.write_text("state")
+    (run.partial("M2") / "model.safetensors").write_text("weights")
+
+    rename = os.rename
+
+    def killed_before(source: Path, target: Path) -> None:
+        if source == run.partial("M2"):
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    def killed_after(stage: str) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(os, "rename", killed_before)
+        run.commit(identity, 1, 1.0, "0", {})
+    run.begin(identity, resumable=True)
+    assert checkpoint.read_text() == "state"
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(run, "remove_leftovers", killed_after)
+        run.commit(identity, 1, 1.0, "0", {})
+    manifest = run.manifest("M2")
+    assert manifest is not None and list(manifest.files) == ["model.safetensors"]
+    run.verify("M2", quick=False)
+    run.remove_leftovers("M2")
+    assert sorted(path.name for path in run.output("M2").iterdir()) == [MANIFEST, "model.safetensors"]
+
+
+def test_a_removal_that_was_killed_does_not_stop_the_next(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    make_output(run)
+    left = tmp_path / "round_1/pairs.removed"
+    left.mkdir()
+    (left / "rest").write_text("")
+    assert run.remove("round_1/pairs") and not run.output("round_1/pairs").exists() and not left.exists()
+
+
+def test_a_folder_of_somebody_else_is_not_touched(tmp_path: Path) -> None:
+    (tmp_path / "seed").mkdir()
+    with pytest.raises(UserError, match="not empty and not a run folder"), RunDir(tmp_path).lock():
+        pass
+    with pytest.raises(UserError, match=r"is there without a manifest\.json"):
+        RunDir(tmp_path).begin(Identity("seed", {}, {}), resumable=False)
+
+
+def test_a_manifest_altered_with_its_file_is_found(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    folder = make_output(run)
+    (folder / "pairs.jsonl").write_text("two\n")
+    manifest = (folder / MANIFEST).read_text()
+    old = file_hash_of("one\n", tmp_path)
+    (folder / MANIFEST).write_text(manifest.replace(old, file_hash(folder / "pairs.jsonl")))
+    with pytest.raises(UserError, match="its digest is another"):
+        run.verify("round_1/pairs", quick=True)
+
+
+def file_hash_of(text: str, folder: Path) -> str:
+    (folder / "text").write_text(text)
+    return file_hash(folder / "text")
+
+
+def test_a_broken_manifest_is_named(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    (make_output(run) / MANIFEST).write_text("{")
+    with pytest.raises(UserError, match="is not a manifest"):
+        run.manifest("round_1/pairs")
+
+
+@pytest.mark.timing
+def test_the_lock_is_free_again_after_a_kill(tmp_path: Path) -> None:
+    code = f"""
+import time
+from pathlib import Path
+from srlm_mega.run.run_dir import RunDir
+with RunDir(Path({str(tmp_path)!r})).lock():
+    print("locked", flush=True)
+    time.sleep(60)
+"""
+    run = RunDir(tmp_path)
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "locked\n"
+        with pytest.raises(UserError, match="another srlm run"), run.lock():
+            pass
+        holder.kill()
+        holder.wait()
+    with run.lock():
+        pass
+
+
+def test_hashes(tmp_path: Path) -> None:
+    (tmp_path / "empty").write_bytes(b"")
+    # xxh3-128 of nothing, from the xxHash specification's own test vectors
+    assert file_hash(tmp_path / "empty") == "99aa06d3014798d86001c324468d497f"
+    assert digest_of({}) == "99aa06d3014798d86001c324468d497f"

@@ -1,0 +1,137 @@
+"""The transformers backend beyond the contract (sampler_contract.py): what it samples does not depend on batching,
+padding or a model folder's own settings."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from sampler_contract import EOS, GREEDY, SAMPLED, VOCABULARY, Prompts, make_model, random_prompts
+from transformers import GenerationConfig, LlamaForCausalLM
+
+from srlm_mega.config.runtime import SamplerConfig
+from srlm_mega.sampling.backends import open_sampler
+from srlm_mega.sampling.huggingface_sampler import HuggingFaceSampler, choose
+from srlm_mega.sampling.sampler import SamplingParams
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    make_model(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def prompts() -> Prompts:
+    return random_prompts()
+
+
+@pytest.fixture
+def sampler(folder: Path) -> Iterator[HuggingFaceSampler]:
+    sampler = HuggingFaceSampler(folder, EOS, "cpu", batch_size=16)
+    yield sampler
+    sampler.close()
+
+
+def test_greedy_is_what_generate_gives_for_each_prompt_alone(
+    folder: Path, sampler: HuggingFaceSampler, prompts: Prompts
+) -> None:
+    model = LlamaForCausalLM.from_pretrained(folder)
+    settings = GenerationConfig(do_sample=False, max_new_tokens=20, eos_token_id=EOS, pad_token_id=0)
+    expected = [
+        tuple(model.generate(torch.tensor([prompt]), generation_config=settings)[0, len(prompt) :].tolist())
+        for prompt in prompts
+    ]
+    sampled = sampler.sample(prompts, GREEDY)
+    assert [completion.token_ids for (completion,) in sampled] == expected
+    assert len(set(expected)) > 10, "a model that says the same to everything would prove nothing"
+
+
+def test_padding_without_a_mask_would_be_seen(folder: Path, sampler: HuggingFaceSampler, prompts: Prompts) -> None:
+    """The negative control of the test above: the same prompts with padding taken for text give something else."""
+    longest = max(map(len, prompts))
+    padded = [(0,) * (longest - len(prompt)) + prompt for prompt in prompts]
+    assert sampler.sample(padded, GREEDY) != sampler.sample(prompts, GREEDY)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 100])
+def test_the_batch_size_does_not_decide(
+    folder: Path, sampler: HuggingFaceSampler, prompts: Prompts, batch_size: int
+) -> None:
+    other = HuggingFaceSampler(folder, EOS, "cpu", batch_size)
+    assert other.sample(prompts, SAMPLED) == sampler.sample(prompts, SAMPLED)
+
+
+def test_sampled_first_tokens_follow_the_models_nucleus(folder: Path, sampler: HuggingFaceSampler) -> None:
+    params = SamplingParams(n=4000, temperature=0.7, top_p=0.8, max_new_tokens=1, seed=1)
+    prompt = (1, 9, 4)
+    counts = Counter(completion.token_ids[0] for completion in sampler.sample([prompt], params)[0])
+    with torch.inference_mode():
+        logits = LlamaForCausalLM.from_pretrained(folder)(torch.tensor([prompt])).logits[0, -1]
+    probabilities = torch.softmax(logits / 0.7, dim=-1).tolist()
+    nucleus: dict[int, float] = {}
+    for token in sorted(range(VOCABULARY), key=lambda token: -probabilities[token]):
+        if sum(nucleus.values()) >= 0.8:
+            break
+        nucleus[token] = probabilities[token]
+    assert 2 <= len(nucleus) < VOCABULARY
+    mass = sum(nucleus.values())
+    assert counts.keys() <= nucleus.keys()
+    for token, probability in nucleus.items():
+        share = probability / mass
+        assert abs(counts[token] / 4000 - share) < 5 * (share * (1 - share) / 4000) ** 0.5, token
+
+
+def test_choosing_by_hand() -> None:
+    # Probabilities 0.5, 0.3, 0.15, 0.05 of tokens 2, 0, 3, 1.
+    logits = torch.log(torch.tensor([0.3, 0.05, 0.5, 0.15])).repeat(6, 1)
+    draws = torch.tensor([0.0, 0.49, 0.51, 0.79, 0.81, 0.999], dtype=torch.float64)
+    plain = SamplingParams(n=1, temperature=1.0, top_p=1.0, max_new_tokens=1, seed=0)
+    assert choose(logits, plain, draws).tolist() == [2, 2, 0, 0, 3, 1]
+    # A nucleus of 0.7: tokens 2 and 0 with 0.5 / 0.8 and 0.3 / 0.8.
+    assert choose(logits, replace(plain, top_p=0.7), draws).tolist() == [2, 2, 2, 0, 0, 0]
+    # Temperature 0.5 squares: 0.25, 0.09, 0.0225, 0.0025 of 0.365.
+    assert choose(logits, replace(plain, temperature=0.5), draws).tolist() == [2, 2, 2, 0, 0, 1]
+    assert choose(logits, replace(plain, top_p=1e-9), draws).tolist() == [2] * 6
+    assert choose(logits, replace(plain, temperature=0.0), draws).tolist() == [2] * 6
+
+
+def test_a_folder_without_all_weights_is_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj"):
+        HuggingFaceSampler(tmp_path, EOS, "cpu", batch_size=4)
+
+
+def test_the_configured_backend_is_opened(folder: Path, prompts: Prompts, sampler: HuggingFaceSampler) -> None:
+    opened = open_sampler(SamplerConfig(device="cpu", batch_size=16), folder, EOS)
+    assert opened.sample(prompts, SAMPLED) == sampler.sample(prompts, SAMPLED)
+    opened.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_greedy_on_a_gpu_is_greedy_on_a_cpu(folder: Path, sampler: HuggingFaceSampler, prompts: Prompts) -> None:
+    gpu = HuggingFaceSampler(folder, EOS, "cuda", batch_size=16)
+    assert gpu.sample(prompts, GREEDY) == sampler.sample(prompts, GREEDY)
+    gpu.close()
+
+
+def test_cumulative_log_probabilities_are_the_models(
+    folder: Path, sampler: HuggingFaceSampler, prompts: Prompts
+) -> None:
+    """Against a plain forward pass over prompt and completion: before temperature and top-p, the end token included."""
+    model = LlamaForCausalLM.from_pretrained(folder)
+    for prompt, group in zip(prompts, sampler.sample(prompts, replace(SAMPLED, temperature=0.7)), strict=True):
+        for completion in group:
+            with torch.inference_mode():
+                logits = model(torch.tensor([prompt + completion.token_ids])).logits[0, len(prompt) - 1 : -1]
+            chosen = logits.log_softmax(dim=-1)[range(len(completion.token_ids)), list(completion.token_ids)]
+            assert completion.cumulative_logprob == pytest.approx(chosen.sum().item(), abs=2e-3)
+            assert chosen.sum().item() != pytest.approx((chosen / 0.7).sum().item(), abs=2e-3)

@@ -1,0 +1,120 @@
+"""Several processes on one stage: whoever samples, dies or is slow, the records are the same."""
+
+import contextlib
+import json
+import os
+import signal
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import orjson
+import psutil
+import pytest
+from places import ROOT
+from sampling_run import CANDIDATES, begin_run, finish_stage, start_stage, with_files
+
+from srlm_mega.checkpoints_conversion.convert import Record
+from srlm_mega.config.file import load_config
+from srlm_mega.run.progress import read_progress
+from srlm_mega.run.run_dir import RunDir
+
+pytestmark = pytest.mark.timing
+STAND_IN = ROOT / "tests/support/tensorrt_llm_stand_in"
+
+PROMPTS = [f"list {number % 7 + 1} animals upper please" for number in range(200)]
+SMALL = ["sampler.shard_size=8", "candidates.max_new_tokens=64"]  # seconds of work, to be killed in the middle of it
+TWO = [*SMALL, "sampler.num_devices=2"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The candidates of an uninterrupted stage in one process."""
+    run = begin_run(tmp_path_factory.mktemp("whole") / "run", PROMPTS, *SMALL)
+    records = finish_stage(run, CANDIDATES)
+    assert records.count(b"\n") == 800
+    return records
+
+
+def shard_reports(run: RunDir) -> list[dict[str, float]]:
+    """Of the shards that are finished so far."""
+    folder = run.partial(CANDIDATES) / "candidates.jsonl.shards"
+    reports = []
+    for path in folder.glob("*.report.json"):
+        with contextlib.suppress(FileNotFoundError):  # merged in between
+            reports.append(orjson.loads(path.read_bytes()))
+    return reports
+
+
+def first_to_finish(run: RunDir, count: int = 1) -> int:
+    """The replica that finishes a shard first: on a busy machine it can be either, and long before the other. Waits
+    for `count` shards of all."""
+    deadline = time.monotonic() + 300
+    while len(reports := shard_reports(run)) < count:
+        assert time.monotonic() < deadline, run.log_file(CANDIDATES).read_text()
+        time.sleep(0.01)
+    return int(reports[0]["replica"])
+
+
+def metrics(run: RunDir) -> list[dict[str, float]]:
+    return [orjson.loads(line) for line in (run.output(CANDIDATES) / "metrics.jsonl").read_bytes().splitlines()]
+
+
+@pytest.mark.extra
+def test_kill_minus_nine_in_the_middle_changes_no_byte(tmp_path: Path, whole: bytes) -> None:
+    run = begin_run(tmp_path / "run", PROMPTS, *SMALL)
+    process = start_stage(run, CANDIDATES)
+    first_to_finish(run, 3)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    done = len(shard_reports(run))
+    assert 3 <= done < 25 and run.manifest(CANDIDATES) is None, "killed too late to prove anything"
+    assert finish_stage(run, CANDIDATES) == whole
+    assert metrics(run)[-1]["shards"] <= 25 - done + 1, "what was finished was done again"
+
+
+@pytest.mark.extra
+def test_the_shards_of_a_killed_replica_are_taken_over(tmp_path: Path, whole: bytes) -> None:
+    run = begin_run(tmp_path / "run", PROMPTS, *TWO)
+    process = start_stage(run, CANDIDATES)
+    first = first_to_finish(run)
+    replicas = {child.cmdline()[-1]: child for child in psutil.Process(process.pid).children(recursive=True)}
+    replicas[str(first)].send_signal(signal.SIGKILL)
+    assert process.wait(timeout=300) == 0, run.log_file(CANDIDATES).read_text()
+    assert (run.output(CANDIDATES) / "candidates.jsonl").read_bytes() == whole
+    assert f"replica {first} ended with -9" in run.log_file(CANDIDATES).read_text()
+    lines = metrics(run)
+    assert {line["replica"] for line in lines[:-1]} == {0, 1} and lines[-1]["requests"] == 200
+    assert sorted(path.name for path in run.output(CANDIDATES).iterdir()) == [
+        "candidates.jsonl", "manifest.json", "metrics.jsonl"
+    ]  # fmt: skip
+
+
+@pytest.mark.extra
+def test_without_any_replica_the_stage_crashes_and_can_go_on(tmp_path: Path, whole: bytes) -> None:
+    run = begin_run(tmp_path / "run", PROMPTS, *TWO)
+    process = start_stage(run, CANDIDATES)
+    first_to_finish(run)
+    for child in psutil.Process(process.pid).children(recursive=True):
+        child.send_signal(signal.SIGKILL)
+    assert process.wait(timeout=300) == 1
+    assert "all 2 replicas ended" in run.log_file(CANDIDATES).read_text()
+    assert finish_stage(run, CANDIDATES) == whole
+
+
+def test_a_replicas_mistake_is_the_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(STAND_IN), os.environ.get("PYTHONPATH", "")]))
+    run = begin_run(tmp_path / "run", PROMPTS[:8], *TWO, "sampler.backend=trtllm_engine")
+    config = load_config(run.config_file)
+    with_files(run, config, "M1/sampler_weights", unproven)
+    assert start_stage(run, CANDIDATES).wait(timeout=300) == 2
+    said = read_progress(run.progress_file(CANDIDATES))
+    assert said.exit_code == 2 and "was converted and not verified" in said.message
+    assert "--redo M1/sampler_weights" in said.message
+
+
+def unproven(out: Path) -> None:
+    """A conversion without its proof."""
+    (out / "checkpoint").mkdir()
+    record = Record("trtllm", "bfloat16", 1, 1, "source", "huggingface", 0, False, {})
+    (out / "checkpoint" / "conversion.json").write_text(json.dumps(asdict(record)))

@@ -1,0 +1,325 @@
+"""Shards: a stage that was killed anywhere ends with the same bytes as one that ran through, whoever worked on it."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from places import TOY
+
+from srlm_mega.config.file import load_config
+from srlm_mega.errors import RunStopped
+from srlm_mega.records import FailedRequest, Prompt, read_jsonl
+from srlm_mega.run.plan import find_stage
+from srlm_mega.run.progress import Progress
+from srlm_mega.run.run_dir import RunDir
+from srlm_mega.run.work import Work as StageWork
+from srlm_mega.sampling.shards import (
+    Answered,
+    Shard,
+    ShardFiles,
+    ShardReport,
+    cut_into_shards,
+    run_shards,
+    take_shards,
+)
+from srlm_mega.stages.sharded import shard_files
+
+REQUESTS = [f"request {number}" for number in range(23)]
+Work = Callable[[Shard[str]], Answered]
+
+
+def quiet(report: ShardReport) -> None:
+    """Nobody watches."""
+
+
+def answers(shard: Shard[str]) -> Answered:
+    return Answered(
+        [
+            Prompt(f"p{number}", f"{request} with seed {shard.seed}", "test")
+            for number, request in enumerate(shard.requests, start=shard.first)
+        ]
+    )
+
+
+def files_of(output: Path, seed: int = 7) -> ShardFiles[str]:
+    return ShardFiles(cut_into_shards(REQUESTS, 5, seed, 1, "test"), output)
+
+
+def run(output: Path, work: Work = answers, seed: int = 7) -> bytes:
+    output.parent.mkdir(exist_ok=True)
+    run_shards(files_of(output, seed), work, quiet, quiet)
+    return output.read_bytes()
+
+
+def test_requests_are_cut_in_order_with_seeds_of_their_own() -> None:
+    shards = cut_into_shards(REQUESTS, 5, 7, 1, "test")
+    assert [list(shard.requests) for shard in shards] == [REQUESTS[first : first + 5] for first in range(0, 23, 5)]
+    assert [(shard.number, shard.first) for shard in shards] == [(0, 0), (1, 5), (2, 10), (3, 15), (4, 20)]
+    assert cut_into_shards(REQUESTS, 5, 7, 1, "test") == shards
+    others = [(8, 1, "test"), (7, 2, "test"), (7, 1, "other")]
+    seeds = {shard.seed for other in others for shard in cut_into_shards(REQUESTS, 5, *other)}
+    assert len(seeds | {shard.seed for shard in shards}) == 20, "run seed, round, purpose and number all count"
+    assert cut_into_shards([], 5, 7) == []
+
+
+def test_the_output_is_whole_in_order_and_alone(tmp_path: Path) -> None:
+    run(tmp_path / "out.jsonl")
+    records = list(read_jsonl(tmp_path / "out.jsonl", Prompt))
+    assert [record.id for record in records] == [f"p{number}" for number in range(23)]
+    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+def test_another_seed_gives_another_output(tmp_path: Path) -> None:
+    assert run(tmp_path / "a", seed=7) == run(tmp_path / "b", seed=7) != run(tmp_path / "c", seed=8)
+
+
+@pytest.mark.parametrize("failing", range(5))
+def test_a_stage_that_failed_in_a_shard_repeats_only_the_unfinished(tmp_path: Path, failing: int) -> None:
+    whole = run(tmp_path / "whole" / "out.jsonl")
+    worked: list[int] = []
+
+    def fails(shard: Shard[str]) -> Answered:
+        if shard.number == failing:
+            raise KeyboardInterrupt
+        return answers(shard)
+
+    def counts(shard: Shard[str]) -> Answered:
+        worked.append(shard.number)
+        return answers(shard)
+
+    output = tmp_path / "part" / "out.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        run(output, fails)
+    assert not output.exists()
+    finished = sorted(path.name for path in (tmp_path / "part" / "out.jsonl.shards").glob("shard_*.jsonl"))
+    assert finished == [f"shard_{number:05d}.jsonl" for number in range(failing)]
+    assert run(output, counts) == whole
+    assert worked == list(range(failing, 5))
+
+
+def never(shard: Shard[str]) -> Answered:
+    raise AssertionError("all was done")
+
+
+def test_a_stage_killed_after_the_merge_only_tidies_up(tmp_path: Path) -> None:
+    whole = run(tmp_path / "out.jsonl")
+    left = tmp_path / "out.jsonl.shards"
+    left.mkdir()
+    (left / "shard_00004.jsonl").write_text("left over")
+    assert run(tmp_path / "out.jsonl", never) == whole
+    assert not left.exists()
+
+
+def test_failures_lie_beside_the_records(tmp_path: Path) -> None:
+    def fails(shard: Shard[str]) -> Answered:
+        whole = answers(shard)
+        if shard.number not in (1, 3):
+            return whole
+        return Answered(whole.records[1:], [FailedRequest(f"p{shard.first}", "broken", 3)])
+
+    run(tmp_path / "out.jsonl", fails)
+    assert len(list(read_jsonl(tmp_path / "out.jsonl", Prompt))) == 21
+    assert [one.id for one in read_jsonl(tmp_path / "failed.jsonl", FailedRequest)] == ["p5", "p15"]
+
+
+def first_fails(shard: Shard[str]) -> Answered:
+    """All but the first request are answered."""
+    return Answered(answers(shard).records[1:], [FailedRequest(f"p{shard.first}", "broken", 3)])
+
+
+def test_failures_of_an_earlier_attempt_are_forgotten_once_all_is_answered(tmp_path: Path) -> None:
+    run(tmp_path / "out.jsonl", first_fails)
+    assert (tmp_path / "failed.jsonl").exists()
+    (tmp_path / "out.jsonl").unlink()
+    run(tmp_path / "out.jsonl")
+    assert not (tmp_path / "failed.jsonl").exists()
+
+
+def test_failures_of_a_shard_that_was_not_finished_are_forgotten(tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    files = files_of(output)
+    files.prepare()
+    take_shards(files, first_fails, 0, 60, quiet)
+    (files.folder / "shard_00002.jsonl").unlink()  # as if killed between its failures and its records
+    run(output)
+    assert [one.id for one in read_jsonl(tmp_path / "failed.jsonl", FailedRequest)] == ["p0", "p5", "p15", "p20"]
+
+
+def test_failures_count_together_whichever_process_had_them(tmp_path: Path) -> None:
+    """Two processes with two failures each, where three are allowed: each of them alone may go on."""
+    output, asked = tmp_path / "out.jsonl", list[int]()
+
+    def files() -> ShardFiles[str]:
+        return ShardFiles(cut_into_shards(REQUESTS, 5, 7, 1, "test"), output, allowed=3)
+
+    def dies_after(last: int) -> Work:
+        def work(shard: Shard[str]) -> Answered:
+            if shard.number > last:
+                raise KeyboardInterrupt
+            return first_fails(shard)
+
+        return work
+
+    def counts(shard: Shard[str]) -> Answered:
+        asked.append(shard.number)
+        return answers(shard)
+
+    files().prepare()
+    for last in (1, 3):
+        with pytest.raises(KeyboardInterrupt):
+            take_shards(files(), dies_after(last), last, 60, quiet)
+        files().release(last)
+    with pytest.raises(
+        RunStopped,
+        match=r"max_failed_share allows 3\. The last is p15: broken\. .* goes on",
+    ):
+        run_shards(files(), answers, quiet, quiet)
+    assert not output.exists()
+    run_shards(files(), counts, quiet, quiet)
+    assert asked == [0, 1, 2, 3], "the ones with failures, and no other"
+    assert output.read_bytes() == run(tmp_path / "whole" / "out.jsonl") and not (tmp_path / "failed.jsonl").exists()
+
+
+def test_a_stages_shards_allow_the_configured_share_of_its_requests(tmp_path: Path) -> None:
+    config = load_config(TOY, [f"run.dir={tmp_path}", "sampler.max_failed_share=0.1"])
+    stage, progress = find_stage(config, "round_1/candidates"), Progress(tmp_path / "progress.json")
+    work = StageWork(RunDir(tmp_path), config, stage, tmp_path, progress)
+    assert shard_files(work, REQUESTS, "out.jsonl").allowed == 2
+
+
+def test_as_many_failures_as_are_allowed_stop_nothing(tmp_path: Path) -> None:
+    shards = cut_into_shards(REQUESTS, 5, 7, 1, "test")
+    run_shards(ShardFiles(shards, tmp_path / "out.jsonl", allowed=5), first_fails, quiet, quiet)
+    assert len(list(read_jsonl(tmp_path / "failed.jsonl", FailedRequest))) == 5
+
+
+def test_reports_of_this_attempt_and_of_the_one_before(tmp_path: Path) -> None:
+    earlier: list[int] = []
+    now: list[int] = []
+
+    def fails(shard: Shard[str]) -> Answered:
+        if shard.number == 2:
+            raise KeyboardInterrupt
+        return answers(shard)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "out.jsonl", fails)
+    run_shards(
+        files_of(tmp_path / "out.jsonl"), answers, lambda r: earlier.append(r.shard), lambda r: now.append(r.shard)
+    )
+    assert (earlier, now) == ([0, 1], [2, 3, 4])
+
+
+@pytest.mark.timing
+def test_two_take_every_shard_once(tmp_path: Path) -> None:
+    """Two takers at once; the barrier proves that neither did all alone."""
+    whole = run(tmp_path / "whole" / "out.jsonl")
+    files = files_of(tmp_path / "out.jsonl")
+    files.prepare()
+    both = threading.Barrier(2, timeout=20)
+    done: list[tuple[int, int]] = []
+
+    def work(shard: Shard[str]) -> Answered:
+        if shard.number < 2:
+            both.wait()
+        return answers(shard)
+
+    takers = [
+        threading.Thread(
+            target=take_shards, args=(files, work, number, 1e9, lambda r: done.append((r.shard, r.replica)))
+        )
+        for number in range(2)
+    ]
+    for taker in takers:
+        taker.start()
+    for taker in takers:
+        taker.join(timeout=30)
+    assert sorted(shard for shard, _ in done) == [0, 1, 2, 3, 4]
+    assert {replica for shard, replica in done if shard < 2} == {0, 1}
+    files.merge()
+    assert files.output.read_bytes() == whole
+
+
+def test_a_lease_is_one_replicas_until_it_is_too_old_or_given_back(tmp_path: Path) -> None:
+    files = files_of(tmp_path / "out.jsonl")
+    files.prepare()
+    shard = files.shards[0]
+    assert files.lease(shard, 0, 60) and not files.lease(shard, 1, 60)
+    assert files.lease(files.shards[1], 0, 60)
+    path = files.folder / "shard_00000.lease"
+    hour_ago = time.time() - 3600
+    os.utime(path, (hour_ago, hour_ago))
+    assert not files.lease(shard, 0, 60), "it is the slow one itself that asks"
+    assert files.lease(shard, 1, 60) and not files.lease(shard, 2, 60), "taken over, and young again"
+    files.release(0)
+    assert not files.lease(shard, 2, 60) and files.lease(files.shards[1], 2, 60)
+
+
+def test_a_shard_that_was_finished_since_one_looked_is_not_taken_again(tmp_path: Path) -> None:
+    files = files_of(tmp_path / "out.jsonl")
+    files.prepare()
+    first = files.missing()[0]
+    assert files.lease(first, 1, 60)
+    files.finish(first, answers(first), ShardReport(0, 1, 5, 0, 0, 0, 0.0, 0.0))
+    assert not files.lease(first, 0, 60)
+    assert not list(files.folder.glob("*.lease"))
+
+
+def test_a_slow_replicas_shard_is_done_by_another(tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole" / "out.jsonl")
+    files = files_of(tmp_path / "out.jsonl")
+    files.prepare()
+    assert files.lease(files.shards[0], 9, 1e9), "replica 9 has begun, and is never heard of again"
+    take_shards(files, answers, 0, 0.5, quiet)
+    files.merge()
+    assert files.output.read_bytes() == whole
+    assert {files.report(shard).replica for shard in files.shards} == {0}
+    late = ShardReport(0, 9, 5, 0, 0, 0, 0.0, 99.0)
+    files.finish(files.shards[0], answers(files.shards[0]), late)
+    files.merge()
+    assert files.output.read_bytes() == whole, "coming late does no harm"
+
+
+SLOW_STAGE = """
+import sys, time
+from pathlib import Path
+from srlm_mega.records import Prompt
+from srlm_mega.sampling.shards import Answered, ShardFiles, cut_into_shards, run_shards
+
+def work(shard):
+    records = []
+    for number, request in enumerate(shard.requests, start=shard.first):
+        print(number, flush=True)
+        time.sleep(float(sys.argv[2]))
+        records.append(Prompt(f"p{number}", f"{request} with seed {shard.seed}", "test"))
+    return Answered(records)
+
+requests = [f"request {number}" for number in range(23)]
+files = ShardFiles(cut_into_shards(requests, 5, 7, 1, "test"), Path(sys.argv[1]))
+run_shards(files, work, lambda report: None, lambda report: None)
+"""
+
+
+@pytest.mark.timing
+def test_kill_minus_nine_changes_no_byte(tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole" / "out.jsonl")
+    output = tmp_path / "killed" / "out.jsonl"
+    output.parent.mkdir()
+    for last_seen in (b"3\n", b"12\n"):
+        process = subprocess.Popen([sys.executable, "-c", SLOW_STAGE, str(output), "0.01"], stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        while process.stdout.readline() != last_seen:
+            assert process.poll() is None
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        assert not output.exists()
+    subprocess.run([sys.executable, "-c", SLOW_STAGE, str(output), "0"], check=True, stdout=subprocess.DEVNULL)
+    assert output.read_bytes() == whole
+    assert [path.name for path in output.parent.iterdir()] == ["out.jsonl"]

@@ -1,0 +1,189 @@
+"""EFT built through the real stages: SFT baseline, judged replies, M1 on what agrees with the ranking."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+from places import TOY
+from sampling_run import TEMPLATE, with_files, write_model
+from test_main_road import Finished, small_run, srlm
+
+from srlm_mega.chat import Chat
+from srlm_mega.config.file import load_config
+from srlm_mega.data.eft_selection import agrees
+from srlm_mega.data.toy_world.word_tokenizer import toy_tokenizer
+from srlm_mega.data.toy_world.world import all_instructions
+from srlm_mega.errors import RunStopped
+from srlm_mega.judging.scores import parse_score
+from srlm_mega.records import Judgement, RankedReplies, RankedReply, SftExample, read_jsonl, write_jsonl
+from srlm_mega.run.plan import find_stage, plan
+from srlm_mega.run.progress import Progress
+from srlm_mega.run.run_dir import RunDir
+from srlm_mega.run.work import Work
+from srlm_mega.sampling.sampler import Completion
+from srlm_mega.stages.eft import build_eft
+from srlm_mega.stages.sampling_task import SamplingTask
+
+BUILD = ("eft.build=true", "seed_data.num_eft_sources=60")
+
+
+def test_where_the_stages_stand_in_the_plan() -> None:
+    built = load_config(TOY, BUILD)
+    names = [stage.name for stage in plan(built)]
+    assert names[:6] == ["seed", "M0", "sft_baseline", "eft", "M1", "M1/evaluation"]
+    assert find_stage(built, "M1").inputs == ("M0", "seed", "eft")
+    assert find_stage(built, "eft").kind.in_shards and find_stage(built, "sft_baseline").kind.trains
+    for overrides in ((), ("eft.enabled=false",), (*BUILD, "eft.enabled=false")):
+        config = load_config(TOY, overrides)
+        assert "eft" not in {stage.name for stage in plan(config)}
+        assert find_stage(config, "M1").inputs == ("M0", "seed")
+
+
+def replies(*ranks: int) -> tuple[RankedReply, ...]:
+    return tuple(RankedReply(f"reply of rank {rank}", rank) for rank in ranks)
+
+
+SETS = [
+    RankedReplies("agrees", "list 2 animals", replies(0, 1, 2)),
+    RankedReplies("later", "list 3 animals", replies(1, 0)),
+    RankedReplies("never", "list 4 animals", replies(0, 1)),
+    RankedReplies("long", "list 5 animals", (*replies(0), RankedReply("word " * 130, 1))),
+]
+# By reply: the scores of two tries; None: cut, though it has a score.
+SCORES: dict[str, tuple[float | None, float | None]] = {
+    "agrees-a0": (4, 5),
+    "agrees-a1": (4, 4),
+    "agrees-a2": (3, 3),
+    "later-a0": (4, 3),
+    "later-a1": (4, 4),
+    "never-a0": (None, 2),
+    "never-a1": (3, 3),
+    "long-a0": (5, 5),
+}
+
+
+def judge_by_table(work: Work, task: SamplingTask[Any]) -> None:
+    """In place of a sampler: whole judgements with the scores of the table."""
+    records: list[Any] = []
+    for request in task.requests:
+        completions = [
+            completion(Chat(toy_tokenizer()), "Score: 3" if score is None else f"Score: {score:g}", score is not None)
+            for score in SCORES[request.id]
+        ]
+        records += task.records(request, completions)
+    write_jsonl(work.out / task.file, records)
+
+
+def completion(chat: Chat, text: str, whole: bool) -> Completion:
+    ids = chat.encode(text)
+    return Completion((*ids, chat.eos_id) if whole else ids, "stop" if whole else "length", seed=1)
+
+
+def eft_work(tmp_path: Path, *overrides: str) -> Work:
+    """A run whose SFT baseline is about to judge."""
+    config = load_config(TOY, [f"run.dir={tmp_path / 'run'}", *BUILD, "eft.attempts=2", *overrides])
+    run = RunDir(tmp_path / "run")
+
+    def seed(out: Path) -> None:
+        write_jsonl(out / "eft_sources.jsonl", SETS)
+        (out / "judge_template.txt").write_text(TEMPLATE)
+
+    with_files(run, config, "seed", seed)
+    with_files(run, config, "sft_baseline", lambda out: write_model(config, out / "huggingface", toy_tokenizer()))
+    work = Work(run, config, find_stage(config, "eft"), run.partial("eft"), Progress(tmp_path / "progress.json"))
+    work.out.mkdir(parents=True)
+    return work
+
+
+def built(work: Work) -> tuple[dict[str, float], list[tuple[str, str]]]:
+    """The counts, and id and judgement of each example."""
+    done = build_eft(work)
+    examples = list(read_jsonl(work.out / "eft_train.jsonl", SftExample))
+    assert done.rows == len(examples)
+    return dict(done.counts), [(one.id, one.completion) for one in examples]
+
+
+def test_what_is_accepted_capped_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`agrees` at once with a tie on top (4, 4, 3), `later` by its second try (3, 4), `never` not: its scores are cut
+    or the wrong way round. Accepted: 4 4 3 3 4; the cap takes one 4."""
+    monkeypatch.setattr("srlm_mega.stages.eft.sample_in_shards", judge_by_table)
+    counts, examples = built(eft_work(tmp_path))
+    yields = {"prompts": 3, "first_try": 1, "any_try": 2, "first_try_strict": 0, "any_try_strict": 2}
+    assert counts == yields | {
+        "replies_too_long": 1, "sets_incomplete": 1, "unparsed": 1, "accepted": 5, "after_cap": 4, "examples": 4,
+        "accepted_score_3": 2, "accepted_score_4": 3,
+    }  # fmt: skip
+    assert sorted(text for _, text in examples) == ["Score: 3", "Score: 3", "Score: 4", "Score: 4"]
+    assert {"eft-agrees-a2-j0", "eft-later-a0-j1"} <= {name for name, _ in examples}
+    first = next(read_jsonl(tmp_path / "run/eft.partial/eft_train.jsonl", SftExample))
+    assert first.prompt.startswith("review list 2 animals <response> reply of rank") and first.kind == "eft"
+
+
+def test_the_strict_mode_waits_for_the_whole_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("srlm_mega.stages.eft.sample_in_shards", judge_by_table)
+    counts, examples = built(eft_work(tmp_path, "eft.mode=strict", "seed_data.num_eft=3"))
+    assert counts["accepted"] == 5 and counts["after_cap"] == 5 and counts["examples"] == 3
+    assert {name.rpartition("-j")[2] for name, _ in examples} == {"1"}, "by the second try"
+
+
+def test_a_baseline_that_gives_no_scores_stops_the_run(tmp_path: Path) -> None:
+    """Random weights: nothing can be read, and no score is made up."""
+    with pytest.raises(RunStopped, match=r"0 EFT examples, needed 1 .* agree with 0 at once and 0 within 2 tries"):
+        build_eft(eft_work(tmp_path))
+
+
+@pytest.mark.extra
+def test_eft_is_built_and_learnt(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    done = srlm(*small_run(folder, *BUILD, "run.rounds=0", "seed_data.num_eft=50", "eft.attempts=4"))
+    assert done.code == 0, done.output
+    sets = {one.id: one for one in read_jsonl(folder / "seed/eft_sources.jsonl", RankedReplies)}
+    judgements = {one.id: one for one in read_jsonl(folder / "eft/judgements.jsonl", Judgement)}
+    examples = list(read_jsonl(folder / "eft/eft_train.jsonl", SftExample))
+    assert len(sets) == 60 and len(judgements) == 60 * 4 * 4
+    assert 0 < len(examples) <= 50
+    tries = {(one.candidate_id.rpartition("-a")[0], one.id.rpartition("-j")[2]) for one in judgements.values()}
+    for example in examples:
+        judgement = judgements[example.id.removeprefix("eft-")]
+        name, number = judgement.candidate_id.rpartition("-a")[0], judgement.id.rpartition("-j")[2]
+        assert (name, number) in tries and example.completion == judgement.text
+        ranked = sets[name]
+        scores = [judgements[f"{name}-a{place}-j{number}"].score for place in range(4)]
+        assert agrees([reply.rank for reply in ranked.replies], scores, "no_inversion")
+        assert ranked.prompt in example.prompt and parse_score(example.completion) is not None
+    counts = orjson.loads((folder / "eft/manifest.json").read_bytes())["counts"]
+    assert counts["prompts"] == 60 and counts["examples"] == len(examples)
+    assert counts["any_try"] >= counts["any_try_strict"] and counts["any_try"] >= counts["first_try"] > 0
+    accepted = sorted(value for name, value in counts.items() if name.startswith("accepted_score_"))
+    assert sum(accepted) == counts["accepted"] == 4 * counts["any_try"]
+    assert counts["after_cap"] == sum(accepted) - accepted[-1] + accepted[-2]
+    with_both = orjson.loads((folder / "M1/manifest.json").read_bytes())["rows"]
+    alone = orjson.loads((folder / "sft_baseline/manifest.json").read_bytes())["rows"]
+    assert with_both == alone + len(examples)
+    assert RunDir(folder).digest("sft_baseline") != RunDir(folder).digest("M1")
+
+
+@pytest.mark.extra
+def test_a_model_that_never_saw_a_judgement_gives_no_scores_and_no_pairs(tmp_path: Path) -> None:
+    """The ablation without EFT: the same run, M0 of random weights, once with EFT and once with IFT alone."""
+    instructions = [instruction.render() for instruction in all_instructions()]
+    random.Random(5).shuffle(instructions)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_bytes(b"\n".join(orjson.dumps({"text": text}) for text in instructions[:500]))
+
+    def run(folder: Path, *overrides: str) -> Finished:
+        untrained = ("pretrain=null", "seed_data.num_documents=0", "seed_data.num_ift=600", "seed_data.num_eft=600")
+        given = ("prompts.generator=file", f"prompts.path={prompts}", "sft.train_iters=150", "sft.lr=4e-3")
+        return srlm(*small_run(folder, *untrained, *given, "dpo.train_iters=2", *overrides))
+
+    with_eft, without = tmp_path / "with", tmp_path / "without"
+    done = run(with_eft)
+    assert done.code == 0, done.output
+    manifest = RunDir(with_eft).manifest("round_1/pairs")
+    assert manifest is not None and manifest.counts["unparsed"] < 0.1 * manifest.counts["judgements"]
+    assert manifest.rows > 20, "of 40 prompts"
+    ablated = run(without, "eft.enabled=false")
+    assert ablated.code == 3 and "480 of 480 judgements have no `Score: x`" in ablated.output, ablated.output
+    assert RunDir(without).digest("seed") == RunDir(with_eft).digest("seed"), "the same IFT"

@@ -1,0 +1,77 @@
+"""An evaluation that stops while an endpoint compares: the next attempt judges the same responses, and pays only for
+the answers that are missing."""
+
+from pathlib import Path
+
+import pytest
+from fake_endpoint import Asked, Reply, completion, fake_endpoint
+from sampling_run import begin_run, with_files, write_model
+
+from srlm_mega.config.file import load_config
+from srlm_mega.data.toy_world.word_tokenizer import toy_tokenizer
+from srlm_mega.errors import STOPPED
+from srlm_mega.evaluation.judge_metrics import judge_metrics
+from srlm_mega.evaluation.results import EvaluationSample, JudgedBy, ModelEvaluation
+from srlm_mega.records import PairwiseJudgement, parse_line, read_jsonl, write_jsonl
+from srlm_mega.run.plan import find_stage
+from srlm_mega.run.progress import read_progress
+from srlm_mega.stages import evaluate
+from srlm_mega.stages.run_stages import run_stage
+
+STAGE = "M2/evaluation"
+JUDGED = [JudgedBy(size, judge_metrics([[(0, 5), (1, 3)]])) for size in (3, 1)]
+
+
+def samples(text: str) -> list[EvaluationSample]:
+    """Ten prompts, so twenty questions: a shard of sixteen and one of four."""
+    return [EvaluationSample(f"v{number}", f"list {number} animals", "", text, None, None) for number in range(10)]
+
+
+class NoSampler:
+    """What `make_samples` and `measure_judge` are given; both are replaced."""
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
+def test_only_what_is_missing_is_asked_about_the_same_responses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampled: list[str] = []
+
+    def make_samples(*arguments: object) -> tuple[list[EvaluationSample], list[int], int]:
+        sampled.append(f"attempt {len(sampled) + 1}")
+        return samples(sampled[-1]), [3] * 10, 2
+
+    monkeypatch.setattr(evaluate, "open_model", lambda *arguments, **more: NoSampler())
+    monkeypatch.setattr(evaluate, "make_samples", make_samples)
+    monkeypatch.setattr(evaluate, "measure_judge", lambda *arguments: JUDGED)
+    units: set[str] = set()
+
+    def reply(asked: Asked) -> Reply:
+        units.add(read_progress(run.progress_file(STAGE)).unit)
+        return completion("Verdict: A") if is_well or len(fake.asked) <= 16 else Reply(400, b"out of credit")
+
+    with fake_endpoint(reply) as fake:
+        judge = f"evaluation.pairwise_judge={{model: j, endpoint: '{fake.url}'}}"
+        run = begin_run(tmp_path / "run", ["unused"], "evaluation.pairwise=true", judge)
+        config = load_config(run.config_file)
+        with_files(run, config, "M2", lambda out: write_model(config, out / "huggingface", toy_tokenizer()))
+        with_files(run, config, "M1/evaluation", lambda out: write_jsonl(out / "samples.jsonl", samples("theirs")))
+        is_well = False
+        assert run_stage(run, config, find_stage(config, STAGE)) == STOPPED
+        said = read_progress(run.progress_file(STAGE)).message
+        assert "4 questions to the judge j" in said and "out of credit" in said and len(fake.asked) == 20
+        is_well = True
+        units.clear()
+        assert run_stage(run, config, find_stage(config, STAGE)) == 0
+    assert len(fake.asked) == 24, "the sixteen answers are not paid for again"
+    assert all("attempt 1" in asked.text for asked in fake.asked) and sampled == ["attempt 1"]
+    assert units == {"questions to the judge"}
+    out = run.output(STAGE)
+    assert list(read_jsonl(out / "samples.jsonl", EvaluationSample)) == samples("attempt 1")
+    assert len(list(read_jsonl(out / "pairwise.jsonl", PairwiseJudgement))) == 20
+    evaluation = parse_line(ModelEvaluation, (out / "evaluation.json").read_bytes())
+    assert evaluation.judge == JUDGED[0].metrics and evaluation.mean_length == 3
+    manifest = run.manifest(STAGE)
+    assert manifest is not None and manifest.counts["too_long"] == 2

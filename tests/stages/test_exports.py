@@ -1,0 +1,166 @@
+"""Exports: other people's formats, two turns, and commands that lm-eval understands."""
+
+import shlex
+from pathlib import Path
+
+import orjson
+import pytest
+from sampling_run import begin_run
+from typer.testing import CliRunner
+
+from srlm_mega.chat import Chat
+from srlm_mega.cli.main import app
+from srlm_mega.errors import UserError
+from srlm_mega.evaluation.export_formats import (
+    BENCHMARKS,
+    AlpacaInstruction,
+    lm_eval_commands,
+    read_alpaca_instructions,
+    read_mt_bench_questions,
+)
+from srlm_mega.run.run_dir import RunDir
+from srlm_mega.stages.exports import export_mt_bench
+from srlm_mega.stages.head_to_head import RunModel
+
+QUESTIONS = [
+    {"question_id": 81, "category": "writing", "turns": ["list 2 animals", "list 3 animals"]},
+    {"question_id": 101, "category": "math", "turns": ["list 4 animals", "list 5 animals"], "reference": ["x", "y"]},
+]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    """A run with an M1 of random weights."""
+    return begin_run(tmp_path / "toy", ["unused"], "candidates.max_new_tokens=6")
+
+
+def call(*arguments: object) -> str:
+    """A command's output."""
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert done.exit_code == 0, done.output + str(done.exception)
+    return done.output
+
+
+def test_alpaca_evals_outputs(run: RunDir, tmp_path: Path) -> None:
+    asked = [{"instruction": f"list {n} animals", "dataset": "helpful_base"} for n in (2, 3)]
+    asked.append({"instruction": "animals " * 200, "dataset": "koala"})
+    prompts, out = tmp_path / "alpaca_eval.json", tmp_path / "outputs.json"
+    prompts.write_bytes(orjson.dumps(asked))
+    said = call("export", "alpaca_eval", run.root / "M1", "--prompts", prompts, "--out", out)
+    assert "2 outputs; 1 left out, too long" in said
+    outputs = orjson.loads(out.read_bytes())
+    assert [list(one) for one in outputs] == [["instruction", "output", "generator", "dataset"]] * 2
+    assert [one["instruction"] for one in outputs] == ["list 2 animals", "list 3 animals"]
+    assert {one["generator"] for one in outputs} == {"toy-M1"} and {one["dataset"] for one in outputs} == {
+        "helpful_base"
+    }
+    first = out.read_bytes()
+    call("export", "alpaca_eval", run.root / "M1", "--prompts", prompts, "--out", out)
+    assert out.read_bytes() == first and not (tmp_path / "outputs.json.partial").exists()
+    call("export", "alpaca_eval", run.root / "M1", "--prompts", prompts, "--out", out, "--temperature", "1.5")
+    assert out.read_bytes() != first
+
+
+def test_mt_benchs_answers(run: RunDir, tmp_path: Path) -> None:
+    questions, out = tmp_path / "question.jsonl", tmp_path / "answers.jsonl"
+    questions.write_bytes(b"".join(orjson.dumps(one) + b"\n" for one in QUESTIONS))
+    call("export", "mt_bench", run.root / "M1", "--questions", questions, "--out", out, "--model-id", "mine")
+    answers = [orjson.loads(line) for line in out.read_bytes().splitlines()]
+    assert [one["question_id"] for one in answers] == [81, 101] and {one["model_id"] for one in answers} == {"mine"}
+    for one in answers:
+        (choice,) = one["choices"]
+        assert choice["index"] == 0 and len(choice["turns"]) == 2
+        assert all(isinstance(turn, str) for turn in choice["turns"])
+    assert len({one["answer_id"] for one in answers}) == 2
+
+
+def test_the_second_turn_sees_the_first(run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from srlm_mega.stages import exports
+
+    sent: list[tuple[float, list[tuple[int, ...]]]] = []
+    opened = exports.open_patient_sampler
+
+    def listening(*arguments: object, **named: object) -> object:
+        sampler = opened(*arguments, **named)  # type: ignore[arg-type]
+        sample = sampler.sample
+
+        def noted(names: object, prompts: list[tuple[int, ...]], params: object) -> object:
+            sent.append((params.temperature, list(prompts)))  # type: ignore[attr-defined]
+            return sample(names, prompts, params)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(sampler, "sample", noted)
+        return sampler
+
+    monkeypatch.setattr(exports, "open_patient_sampler", listening)
+    path = tmp_path / "question.jsonl"
+    path.write_bytes(b"".join(orjson.dumps(one) + b"\n" for one in QUESTIONS))
+    export_mt_bench(RunModel.at(run.root / "M1"), read_mt_bench_questions(path), "mine", tmp_path / "out.jsonl")
+    chat = Chat.from_folder(run.weights("M1"))
+    assert [temperature for temperature, _ in sent] == [0.0, 0.7, 0.0, 0.7]
+    (first,), (second,) = sent[0][1], sent[2][1]
+    assert first == chat.prompt("list 4 animals")
+    middle = second[len(first) : len(second) - len(chat.prompt("list 5 animals"))]
+    assert second[: len(first)] == first and second[-len(chat.prompt("list 5 animals")) :] == chat.prompt(
+        "list 5 animals"
+    )
+    answers = [orjson.loads(line) for line in (tmp_path / "out.jsonl").read_bytes().splitlines()]
+    assert middle[-1] == chat.eos_id and chat.decode(middle) == answers[1]["choices"][0]["turns"][0]
+
+
+def test_a_turn_that_does_not_fit_is_refused(run: RunDir, tmp_path: Path) -> None:
+    path = tmp_path / "question.jsonl"
+    path.write_bytes(orjson.dumps({"question_id": 7, "category": "math", "turns": ["animals " * 200]}))
+    with pytest.raises(UserError, match="turn 1 of questions 7"):
+        export_mt_bench(RunModel.at(run.root / "M1"), read_mt_bench_questions(path), "m", tmp_path / "out.jsonl")
+
+
+def test_lm_evals_commands_have_nine_tasks_and_the_shots(run: RunDir) -> None:
+    lines = call("export", "lm_eval", run.root / "M1").splitlines()
+    by_shots = {}
+    for line in lines:
+        argv = shlex.split(line)
+        assert argv[:3] == ["lm_eval", "--model", "hf"]
+        named = dict(zip(argv[1::2], argv[2::2], strict=True))
+        by_shots[named["--num_fewshot"]] = named["--tasks"].split(",")
+        arguments = dict(part.split("=") for part in named["--model_args"].split(","))
+        assert (Path(arguments["pretrained"]) / "config.json").is_file() and arguments["dtype"] == "float32"
+        assert arguments["parallelize"] == "True" and "--device" not in named
+    assert by_shots["5"] == ["mmlu"] and by_shots["8"] == ["gsm8k"] and len(by_shots["0"]) == 7
+    assert len(BENCHMARKS) == 9
+    assert "bfloat16" in lm_eval_commands(Path("a b"), "bfloat16", False, Path("o"))[0]
+    for line in call("export", "lm_eval", run.root / "M1", "--cpu").splitlines():
+        assert "--device cpu" in line and "parallelize" not in line
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"[1]", "neither a JSON list of objects"),
+        (b'[{"prompt": "x"}]', "entry 1: the field `instruction` is missing"),
+        (b'{"instruction": "a"}\n{"instruction": 3}', "entry 2: the field `instruction` is int"),
+        (b"[{", "neither a JSON list"),
+    ],
+)
+def test_a_set_is_used_whole_or_not_at_all(tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "set.json").write_bytes(content)
+    with pytest.raises(UserError, match=said):
+        read_alpaca_instructions(tmp_path / "set.json")
+
+
+def test_both_forms_of_a_set(tmp_path: Path) -> None:
+    (tmp_path / "set.json").write_text('[{"instruction": "a", "dataset": "d"}, {"instruction": " b"}]')
+    (tmp_path / "set.jsonl").write_text('{"instruction": "a", "dataset": "d"}\n{"instruction": " b"}\n')
+    wanted = [AlpacaInstruction("a", "d"), AlpacaInstruction(" b", "")]
+    assert read_alpaca_instructions(tmp_path / "set.json") == read_alpaca_instructions(tmp_path / "set.jsonl") == wanted
+
+
+def test_a_question_without_turns_is_named(tmp_path: Path) -> None:
+    (tmp_path / "q.jsonl").write_text('{"question_id": 1, "turns": []}')
+    with pytest.raises(UserError, match="entry 1: `turns` is not a list of texts"):
+        read_mt_bench_questions(tmp_path / "q.jsonl")
+
+
+def test_only_a_finished_model_can_be_exported(run: RunDir) -> None:
+    for wrong in (run.root / "M7", run.root, run.root / "seed"):
+        with pytest.raises(UserError):
+            RunModel.at(wrong)

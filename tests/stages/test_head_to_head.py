@@ -1,0 +1,82 @@
+"""srlm evaluate head-to-head: two finished models, any judge, a folder that goes on after a kill."""
+
+from pathlib import Path
+
+import orjson
+import pytest
+from fake_endpoint import Asked, Reply, completion, fake_endpoint
+from judge_model import write_always_a
+from sampling_run import begin_run, write_model
+from typer.testing import CliRunner
+
+from srlm_mega.cli.main import app
+from srlm_mega.config.file import load_config, to_yaml
+from srlm_mega.data.toy_world.word_tokenizer import toy_tokenizer
+from srlm_mega.evaluation.results import Comparison
+from srlm_mega.records import Candidate, Prompt, parse_line, read_jsonl, write_jsonl
+from srlm_mega.run.run_dir import RunDir
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> tuple[Path, Path, Path]:
+    """A run's M1, another model's folder, and prompts."""
+    run: RunDir = begin_run(tmp_path / "toy", ["unused"], "candidates.max_new_tokens=6")
+    write_model(load_config(run.config_file), tmp_path / "other", toy_tokenizer(), seed=5)
+    write_jsonl(tmp_path / "prompts.jsonl", [Prompt(f"t{n}", f"list {n} animals", "test") for n in range(2, 8)])
+    return run.root / "M1", tmp_path / "other", tmp_path / "prompts.jsonl"
+
+
+def call(models: tuple[Path, Path, Path], out: Path, *options: str) -> tuple[int, str, BaseException | None]:
+    ours, theirs, prompts = models
+    argv = ["evaluate", "head-to-head", str(ours), str(theirs), "--prompts", str(prompts), "--out", str(out), *options]
+    done = CliRunner().invoke(app, argv)
+    return done.exit_code, done.output, done.exception
+
+
+def test_wins_ties_and_losses_with_their_interval(models: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    """The judge likes ours on three prompts, theirs on one, and is drawn to the first response on two."""
+
+    def reply(asked: Asked) -> Reply:
+        mine = {one.prompt: one.text for one in read_jsonl(tmp_path / "out/ours/responses.jsonl", Candidate)}
+        instruction, first, _ = asked.parts
+        number = int(instruction.split()[1])
+        if number >= 6:
+            return completion("Verdict: A")
+        wanted_first = (first == mine[instruction]) == (number < 5)
+        return completion(f"Verdict: {'A' if wanted_first else 'B'}")
+
+    with fake_endpoint(reply) as fake:
+        code, said, error = call(models, tmp_path / "out", "--judge", "j", "--endpoint", fake.url)
+        assert code == 0, (said, error)
+        asked = len(fake.asked)
+        assert call(models, tmp_path / "out", "--judge", "j", "--endpoint", fake.url)[0] == 0
+        assert len(fake.asked) == asked == 12, "what was judged is not asked again"
+    comparison = parse_line(Comparison, (tmp_path / "out/result.json").read_bytes())
+    result = comparison.result
+    assert result is not None and (result.wins, result.ties, result.losses) == (3, 2, 1)
+    assert "wins 3 (50.0%), ties 2 (33.3%), losses 1 (16.7%)" in said and "Wilson" in said
+    assert result.score == pytest.approx(4 / 6) and result.score_low < 4 / 6 < result.score_high
+
+
+def test_a_folder_of_something_else_is_refused(models: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    write_always_a(tmp_path / "judge")
+    assert call(models, tmp_path / "out", "--judge", str(tmp_path / "judge"))[0] == 0
+    assert orjson.loads((tmp_path / "out/result.json").read_bytes())["result"]["ties"] == 6
+    code, _, error = call(models, tmp_path / "out", "--judge", str(tmp_path / "judge"), "--temperature", "0.7")
+    assert code != 0 and "is of other models, prompts, settings" in str(error)
+    config_file = models[0].parent / "config.yaml"  # a run's sampler may be set anew after its end
+    config_file.write_text(to_yaml(load_config(config_file, ["sampler.batch_size=32"])))
+    code, _, error = call(models, tmp_path / "out", "--judge", str(tmp_path / "judge"))
+    assert code != 0 and "is of other models, prompts, settings" in str(error)
+
+
+def test_by_m1_where_no_judge_is_named(models: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    """A random M1 with 128 positions: every question is too long for it, and nothing is invented."""
+    code, said, error = call(models, tmp_path / "out")
+    assert code == 0, error
+    assert "no prompt has a verdict in both orders" in said and "6 too long for the judge" in said
+
+
+def test_an_endpoint_without_a_judge_is_refused(models: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    code, _, error = call(models, tmp_path / "out", "--endpoint", "http://host/v1")
+    assert code != 0 and "--judge NAME" in str(error)

@@ -1,0 +1,70 @@
+"""A run folder up to where sampling begins, without any training: a seed, a random M1, prompts."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from places import ROOT
+from tokenizers import Tokenizer
+
+from srlm_mega.chat import write_tokenizer
+from srlm_mega.checkpoints_conversion.huggingface import write_folder
+from srlm_mega.checkpoints_conversion.random_weights import random_weights
+from srlm_mega.config import Config
+from srlm_mega.config.file import load_config, to_yaml
+from srlm_mega.data.toy_world.word_tokenizer import toy_tokenizer
+from srlm_mega.records import Prompt, write_jsonl
+from srlm_mega.run.manifest import Identity
+from srlm_mega.run.run_dir import RunDir
+from srlm_mega.stages.base import shape_of
+
+CANDIDATES, JUDGEMENTS = "round_1/candidates", "round_1/judgements"
+
+
+def begin_run(root: Path, prompts: list[str], *overrides: str, tokenizer: Tokenizer | None = None) -> RunDir:
+    """Finished outputs `seed`, `M1` and `round_1/prompts`."""
+    run = RunDir(root)
+    root.mkdir(parents=True)
+    config = load_config(ROOT / "launch/configs/toy_cpu.yaml", [f"run.dir={root}", *overrides])
+    run.config_file.write_text(to_yaml(config))
+    with_files(run, config, "seed", lambda out: (out / "judge_template.txt").write_text(TEMPLATE))
+    with_files(run, config, "M1", lambda out: write_model(config, out / "huggingface", tokenizer or toy_tokenizer()))
+    records = [Prompt(f"p{number:03d}", text, "test") for number, text in enumerate(prompts)]
+    with_files(run, config, "round_1/prompts", lambda out: write_jsonl(out / "prompts.jsonl", records))
+    return run
+
+
+TEMPLATE = "review {{instruction}} <response> {{response}} </response>"
+
+
+def with_files(run: RunDir, config: Config, stage: str, write: object) -> None:
+    """A finished output whose files `write(folder)` makes."""
+    identity = Identity(stage, {}, {})
+    write(run.begin(identity, resumable=False))  # type: ignore[operator]
+    run.commit(identity, 0, 0.0, "test", {})
+
+
+def write_model(config: Config, folder: Path, tokenizer: Tokenizer, seed: int = 1) -> None:
+    """Random weights of the configured shape."""
+    generator = torch.Generator().manual_seed(seed)
+    write_tokenizer(tokenizer, folder, config.model.seq_length)
+    weights = random_weights(shape_of(config.model), 0.3, generator)
+    write_folder(folder, shape_of(config.model), weights, tokenizer_from=None)
+
+
+def start_stage(run: RunDir, stage: str) -> "subprocess.Popen[bytes]":
+    """`srlm stage` as `srlm run` starts it; what it prints lies in logs/."""
+    argv = [str(Path(sys.executable).parent / "srlm"), "stage", str(run.root), stage]
+    log = run.log_file(stage)
+    log.parent.mkdir(exist_ok=True)
+    with log.open("ab") as output:
+        return subprocess.Popen(argv, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, env=dict(os.environ))
+
+
+def finish_stage(run: RunDir, stage: str) -> bytes:
+    """The stage's records."""
+    code = start_stage(run, stage).wait(timeout=600)
+    assert code == 0, run.log_file(stage).read_text()
+    return (run.output(stage) / f"{stage.rpartition('/')[2]}.jsonl").read_bytes()

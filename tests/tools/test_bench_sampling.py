@@ -1,0 +1,82 @@
+"""`srlm bench sampling`: tokens counted by hand, and the command as users start it."""
+
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from sampler_contract import EOS, GREEDY, SAMPLED, make_model, random_prompts
+from sampling_run import CANDIDATES, begin_run, finish_stage
+from transformers import AutoModelForCausalLM
+
+from srlm_mega.sampling.huggingface_sampler import HuggingFaceSampler
+from srlm_mega.tools.bench_record import read_record
+from srlm_mega.tools.bench_sampling import ONE_BY_ONE, Sample, every_copy_alone, generate, rates
+
+
+def test_generates_tokens_are_counted_up_to_the_end_token(tmp_path: Path) -> None:
+    """Greedy, the baseline and ours give the same tokens, so they must count the same."""
+    make_model(tmp_path)
+    model, prompts = AutoModelForCausalLM.from_pretrained(tmp_path).eval(), random_prompts()
+    sampler = HuggingFaceSampler(tmp_path, EOS, "cpu", 16)
+    ours = [len(one.token_ids) for (one,) in sampler.sample(prompts, GREEDY)]
+    assert min(ours) < GREEDY.max_new_tokens, "without a stop there is nothing to count wrong"
+    one_token = replace(SAMPLED, n=1, temperature=1e-4, top_p=0.01)  # as good as greedy
+    for batch in (1, 5):
+        assert generate(model, EOS, prompts, one_token, batch) == sum(ours)
+    torch.manual_seed(0)
+    assert generate(model, EOS, prompts, SAMPLED, 4) < len(prompts) * SAMPLED.n * SAMPLED.max_new_tokens
+
+
+def test_copies_alone_are_as_many_completions() -> None:
+    prompts, params = every_copy_alone([(1,), (2, 3)], SAMPLED)
+    assert prompts == [(1,)] * 3 + [(2, 3)] * 3 and params == replace(SAMPLED, n=1)
+
+
+def test_rates_by_hand() -> None:
+    samples = [
+        Sample(repetition, method, part, 1, 1, 1, tokens, seconds)
+        for repetition, method, part, tokens, seconds in (
+            (0, "a", "x", 10, 1.0), (0, "a", "y", 50, 2.0), (0, "b", "x", 99, 9.0), (1, "a", "x", 5, 1.0)
+        )
+    ]  # fmt: skip
+    assert rates(samples, "a") == [20, 5]
+
+
+def test_the_command(srlm: Path, tmp_path: Path) -> None:
+    small = ["candidates.max_new_tokens=8", "judge.max_new_tokens=8", "sampler.batch_size=32"]
+    run = begin_run(tmp_path / "run", ["list 2 animals", "list 3 colors upper"], *small)
+    finish_stage(run, CANDIDATES)
+    out = tmp_path / "bench.json"
+    argv = [
+        srlm,
+        "bench",
+        "sampling",
+        run.root,
+        "--prompts",
+        "2",
+        "--repetitions",
+        "2",
+        "--batch-size",
+        "4",
+        "--json",
+        out,
+    ]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = read_record(out)
+    methods = {"srlm", "srlm, every copy prefilled", "srlm, batch_size=4", "generate, request by request",
+               "generate, fixed batches"}  # fmt: skip
+    assert {row.name.removeprefix("rate of ") for row in record.rows if row.unit == "tokens/s"} == methods
+    ratios = {row.name.removeprefix("faster than ") for row in record.rows if row.unit == "ratio"}
+    assert ratios == methods - {"srlm"}
+    timed = [row for row in record.rows if row.unit == "s"]
+    assert len(timed) == 2 * len(methods) and all(len(row.samples) == 2 for row in timed), "parts, methods, repetitions"
+    sequences = {(row.labels["method"] == ONE_BY_ONE, row.extra["sequences"]) for row in timed}
+    assert sequences == {(False, 2 * 4), (False, 8 * 3), (True, 1 * 4), (True, 1 * 3)}
+    tokens = [sum(record.row(f"output tokens of {part}, srlm").samples) for part in ("candidates", "judgements")]
+    assert min(tokens) > 0 and 3 < record.settings["prefill_saving"] < 4
+    assert "CPU" in record.device and record.versions["torch"]
+    assert "srlm is faster by" in done.stdout
+    absent = subprocess.run([srlm, "bench", "sampling", tmp_path], capture_output=True, text=True)
+    assert absent.returncode == 2 and "not a run folder" in absent.stderr

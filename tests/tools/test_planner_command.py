@@ -1,0 +1,228 @@
+"""`srlm plan`: a configuration's stages, the search, and what is printed."""
+
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import orjson
+import pytest
+from typer.testing import CliRunner
+
+from srlm_mega.cli.main import app
+from srlm_mega.config.file import load_config
+from srlm_mega.errors import UserError
+from srlm_mega.gpus import find_gpu
+from srlm_mega.run.plan import plan as stages_of
+from srlm_mega.run.stage_kinds import Estimate
+from srlm_mega.tools.planner.advice import RUN_ADVICE, STEP_ADVICE, kind_of, step_advice
+from srlm_mega.tools.planner.plan_command import PlanRequest, make_plan, planned, predictions, searched
+from srlm_mega.tools.planner.points import CALIBRATION_FILE
+from srlm_mega.tools.planner.requests import Requests, requests_of
+from srlm_mega.tools.planner.search import COUNTS, search
+from srlm_mega.tools.planner.show import MEMORY_PARTS, messages
+from srlm_mega.tools.planner.training_steps import TERMS, Lengths, layout_of, training_job, whole_micro_batches
+
+CONFIGS = Path("launch/configs")
+LENGTHS = Lengths()
+
+
+def request(name: str = "llama2_70b_64gpu.yaml", *overrides: str, gpus: int | None = None) -> PlanRequest:
+    return PlanRequest(CONFIGS / name, overrides, "h100", gpus, LENGTHS, price=2.0)
+
+
+def test_every_stage_of_the_run_is_planned() -> None:
+    config = request().config
+    plan = make_plan(request())
+    assert list(dict.fromkeys(time.name for time in plan.times)) == [stage.name for stage in stages_of(config)]
+    assert all(time.seconds > 0 for time in plan.times)
+    assert plan.gpu_hours == pytest.approx(64 * sum(time.seconds for time in plan.times) / 3600)
+    assert plan.fits and len(plan.memory) == 4
+
+
+def test_stages_that_only_some_runs_have() -> None:
+    everything = request(
+        "llama2_70b_64gpu.yaml", "sampler.backend=trtllm_engine", "meta_judge.enabled=true", "pairs.consistency=true",
+        "pairs.rejected_from=M1", "prompts.writer=current",
+    )  # fmt: skip
+    times = make_plan(everything).times
+    assert list(dict.fromkeys(time.name for time in times)) == [stage.name for stage in stages_of(everything.config)]
+    kinds = {time.name.rpartition("/")[2] for time in times}
+    assert {"sft_baseline", "eft", "anchors", "anchor_judgements", "previous_judgements", "meta_judgements"} <= kinds
+    engines = [time.name for time in times if time.what == "conversion, engine build"]
+    assert engines == [f"{model}/sampler_weights" for model in ("sft_baseline", "M1", "M2", "M3")]
+    positives = make_plan(request("llama2_70b_64gpu.yaml", "round.method=positives_sft")).times
+    assert [time.what for time in positives if time.name == "M2"] == ["SFT on positives", "conversion"]
+    assert [time.what for time in times if time.name == "sft_baseline"] == ["SFT on IFT", "conversion"]
+
+
+def test_requests_by_hand() -> None:
+    """5000 prompts of 4 candidates and 3 judgements; held out: a greedy and a sampled answer, 3 judgements a reply. A
+    judge reads its template of 420 tokens, 120 of the prompt and 350 of the response."""
+    config = request("llama2_70b_64gpu.yaml", "seed_data.num_test=0").config
+    (file,) = requests_of(Estimate.PROMPTS, config, LENGTHS)
+    assert (file.count, file.samples, file.output) == (5000 / 4, 1, 480)
+    assert requests_of(Estimate.CANDIDATES, config, LENGTHS) == [Requests(5000, 120, 4, 350)]
+    assert requests_of(Estimate.JUDGEMENTS, config, LENGTHS) == [Requests(20_000, 890, 3, 140)]
+    answers, judgements = requests_of(Estimate.EVALUATION, config, LENGTHS)
+    assert answers == Requests(config.seed_data.num_validation, 120, 2, 350)
+    assert judgements == Requests(config.seed_data.num_eft_eval, 890, 3, 140)
+    random = request("llama2_70b_64gpu.yaml", "judge.backend=random").config
+    assert requests_of(Estimate.JUDGEMENTS, random, LENGTHS) == []
+
+
+def test_a_dpo_step_by_hand() -> None:
+    """16 pairs of 2 * 470 tokens on rows of 8192: 1.84 rows, one for each of two replicas. Of the response's share,
+    350 / 470, log-probabilities are wanted."""
+    config = request().config
+    job = training_job(config, config.dpo, layout_of(config), find_gpu("h100"), LENGTHS)
+    assert (job.seq_length, job.micro_batch, job.global_batch, job.micro_batches) == (8192, 1, 2, 1)
+    assert job.attended_length == 470 and job.head_rows == pytest.approx(350 / 470)
+    padded = request("llama2_70b_64gpu.yaml", "dpo.packed_sequence_size=null").config
+    job = training_job(padded, padded.dpo, layout_of(padded), find_gpu("h100"), LENGTHS)
+    assert (job.seq_length, job.micro_batch, job.micro_batches) == (940, 2, 8)
+    assert whole_micro_batches(5.5, 1, layout_of(config)) == 6
+
+
+def test_more_replicas_sample_faster_and_more_steps_take_longer() -> None:
+    def hours(plan_request: PlanRequest, name: str) -> float:
+        return sum(time.hours for time in make_plan(plan_request).times if time.name == name)
+
+    more = request(gpus=128)
+    assert hours(more, "round_1/candidates") < hours(request(), "round_1/candidates")
+    assert hours(more, "round_1/prompts") == hours(request(), "round_1/prompts"), "one replica writes the prompts"
+    longer = request("llama2_70b_64gpu.yaml", "dpo.epochs=6")
+    assert hours(longer, "M2") > 1.5 * hours(request(), "M2")
+    assert hours(longer, "M1") == hours(request(), "M1")
+    fewer = request("llama2_70b_64gpu.yaml", "judge.n=1")
+    assert hours(fewer, "round_1/judgements") < hours(request(), "round_1/judgements")
+
+
+def test_gpus_that_do_not_divide_are_refused() -> None:
+    with pytest.raises(UserError, match="--gpus 40 is not divisible by TP \\* PP \\* CP = 32"):
+        make_plan(request(gpus=40))
+
+
+def test_search_finds_only_what_fits_and_nothing_faster_is_left_out() -> None:
+    config = request().config
+    gpu = find_gpu("h100")
+    found = search(config, gpu, LENGTHS, (64, 128))
+    assert {each.gpus for each in found} == {64, 128}
+    assert all(each.memory_gib <= gpu.memory_gib and each.layout.gpus == each.gpus for each in found)
+    at_64 = [each.step.total for each in found if each.gpus == 64]
+    assert at_64 == sorted(at_64) and len(at_64) > 5
+    assert at_64[0] <= make_plan(request()).step.total
+    small = search(config, find_gpu("a100"), LENGTHS, (8,))
+    assert not small, "70B is not trained on eight A100s"
+
+
+def test_the_search_is_one_of_arithmetic() -> None:
+    """No torch, and fast: the target is 2 s. The limit is ten times what a slow machine needs."""
+    code = (
+        "import sys, time; from pathlib import Path; begin = time.process_time()\n"
+        "from srlm_mega.tools.planner.plan_command import PlanRequest, searched\n"
+        "from srlm_mega.tools.planner.training_steps import Lengths\n"
+        "searched(PlanRequest(Path('launch/configs/llama2_70b_64gpu.yaml'), (), 'h100', None, Lengths(), 0.0), False)\n"
+        "assert not {'torch', 'scipy', 'matplotlib', 'numpy'} & set(sys.modules)\n"
+        "assert time.process_time() - begin < 20"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert COUNTS == (64, 128, 256, 512, 1024)
+
+
+def test_advice_names_what_dominates() -> None:
+    assert set(STEP_ADVICE) == {*TERMS, "pipeline bubble"}
+    seconds = dict.fromkeys(STEP_ADVICE, 0.1) | {"bf16 products": 5.0, "TP messages": 2.0}
+    text = step_advice(seconds, fp8=True)
+    assert "Most of a step is bf16 products (63%)" in text and "Most of what is no work is TP messages (25%)" in text
+    assert "no work" not in step_advice(dict.fromkeys(STEP_ADVICE, 0.01) | {"attention": 9.0}, fp8=True)
+    kinds = {stage.name.rpartition("/")[2] for stage in stages_of(request().config)}
+    assert {"prompts", "candidates", "judgements", "evaluation", "reference"} == set(RUN_ADVICE) & kinds
+    times = make_plan(request()).times
+    assert {kind_of(time) for time in times} <= set(RUN_ADVICE)
+    assert {kind_of(time) for time in times if time.name in ("seed", "round_1/pairs")} == {"work without a GPU"}
+
+
+def test_fp8_is_neither_planned_nor_advised_where_a_gpu_has_none() -> None:
+    for override in ("trainer.fp8=hybrid", "sampler.quantization=fp8"):
+        asked = replace(request("llama2_7b_8gpu.yaml", override), gpu="a100")
+        with pytest.raises(UserError, match="a100 has no FP8 units"):
+            make_plan(asked)
+        assert make_plan(replace(asked, gpu="h100")).times
+    asked = request("llama2_7b_8gpu.yaml")
+    assert "or FP8 (" in planned(asked, json=False, figure=None)
+    assert "or FP8 (" not in planned(replace(asked, gpu="a100"), json=False, figure=None)
+
+
+def test_the_command(srlm: Path, tmp_path: Path) -> None:
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([srlm, "plan", *arguments], capture_output=True, text=True, check=False)
+
+    config = str(CONFIGS / "llama2_7b_8gpu.yaml")
+    text = run(config, "--price", "2.5", "--figure", str(tmp_path / "plan.svg"))
+    assert text.returncode == 0, text.stderr
+    assert "8 x h100, TP 4 DP 2, bf16" in text.stdout and "at 2.5 per GPU-hour" in text.stdout
+    assert "<svg" in (tmp_path / "plan.svg").read_text()
+    plan = orjson.loads(run(config, "dpo.epochs=2", "--gpu", "h200", "--json").stdout)
+    assert plan["gpu"] == "h200" and plan["fits"] and plan["step"]["total"] > 0
+    assert plan["memory"][0]["total"] == pytest.approx(sum(plan["memory"][0][part] for part in MEMORY_PARTS))
+    nothing = run()
+    assert nothing.returncode == 2 and "needs a CONFIG" in nothing.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("CONFIG", "--search", "--figure", "x.svg"), "--search does not go together with --figure"),
+        (("CONFIG", "--search", "--price", "2"), "--search does not go together with --price"),
+        (("CONFIG", "--points", "p.json", "--search"), "--points does not go together with CONFIG, --search"),
+        (("--points", "p.json", "--gpus", "8"), "--points does not go together with --gpus"),
+        (("CONFIG", "--figure", "x.xyz"), "--figure x.xyz: Format 'xyz' is not supported"),
+        (("CONFIG", "--figure", "no_such_folder/x.svg"), "--figure no_such_folder/x.svg: .*No such file or directory"),
+    ],
+)  # fmt: skip
+def test_what_would_be_ignored_is_refused(arguments: tuple[str, ...], message: str) -> None:
+    config = str(CONFIGS / "llama2_7b_8gpu.yaml")
+    result = CliRunner().invoke(app, ["plan", *(config if word == "CONFIG" else word for word in arguments)])
+    assert isinstance(result.exception, UserError) and re.search(message, str(result.exception)), result.output
+
+
+def test_numbers_of_gpus_that_hardly_divide_say_so() -> None:
+    assert "Of 7 GPUs TP * PP * CP can be 1." in searched(request(gpus=7), json=False)
+    assert "Of 6 GPUs TP * PP * CP can be 1, 2." in searched(request(gpus=6), json=False)
+
+
+def test_points_in_and_predictions_out(tmp_path: Path) -> None:
+    rows = orjson.loads(predictions(CALIBRATION_FILE, json=True))
+    assert [row["id"] for row in rows] == [row["id"] for row in orjson.loads(CALIBRATION_FILE.read_bytes())]
+    by_id = {row["id"]: row for row in rows}
+    row = by_id["L31-405B-fp8-1024-dgxc2504"]
+    assert row["tokens_per_sec_per_gpu"] * row["step_time_s"] * 1024 == pytest.approx(512 * 8192)
+    (tmp_path / "points.json").write_bytes(orjson.dumps([{"id": "x", "model": "grok", "gpu": "h100", "seq_length": 1}]))
+    (bad,) = orjson.loads(predictions(tmp_path / "points.json", json=True))
+    assert bad["id"] == "x" and "unknown model" in bad["error"] and bad["tokens_per_sec_per_gpu"] is None
+    assert "not predicted" in predictions(tmp_path / "points.json", json=False)
+
+
+def test_messages_by_hand() -> None:
+    """TP 8 of 64 GPUs stays on a node, PP 4 and DP 2 do not. DP alone: (4 + 2) bytes of each of a stage's parameters,
+    half of it, over one card of 50 GB/s."""
+    plan = make_plan(request())
+    tp, pp, dp = messages(plan.job, plan.step)
+    assert [(each.axis, each.link) for each in (tp, pp, dp)] == [
+        ("TP", "NVLink"), ("PP", "network"), ("DP", "network"),
+    ]  # fmt: skip
+    parameters = (20 * 855_638_016 + 32000 * 8192) / 8
+    assert dp.alone == pytest.approx(parameters * 6 / 2 / 50e9)
+    assert 0 < dp.exposed < dp.alone and tp.exposed == plan.step.seconds["TP messages"]
+
+
+def test_tables_for_every_preset() -> None:
+    for preset in sorted(CONFIGS.glob("llama*.yaml")):
+        overrides = ("model.path=null",) if load_config(preset).model.path is None else ()
+        text = planned(request(preset.name, *overrides), json=False, figure=None)
+        assert re.search(r"The run: [\d.]+ hours, [\d,]+ GPU-hours", text), preset
+        assert "Planned, not measured" in text
+    assert "No layout fits" in searched(request(gpus=1), json=False)
+    assert orjson.loads(searched(request(gpus=64), json=True))[0]["gpus"] == 64
