@@ -50,9 +50,12 @@ def joined_ranks(config: Config, stages: Sequence[Stage]) -> AbstractContextMana
     """The ranks that torchrun started meet once, for all their stages."""
     if not any(stage.kind.parallel for stage in stages):
         return nullcontext()
-    from srlm_mega.training.compiling import compile_on_gpus_only
+    import torch
 
-    compile_on_gpus_only()
+    # Before megatron-core is imported: its decorators call torch.compile there and then, and to load the default
+    # backend, inductor, is a quarter of a process's start. On a CPU none of those functions is ever called.
+    if not torch.cuda.is_available():
+        torch.compiler.set_default_backend("eager")
     from srlm_mega.training.topology import process_group
 
     return process_group(config.trainer)

@@ -14,8 +14,8 @@ from torch import nn
 from srlm_mega.config import Config
 from srlm_mega.errors import UserError
 from srlm_mega.training import adamw
-from srlm_mega.training.attention_context import ContextAttention
 from srlm_mega.training.attention_sdpa import SdpaAttention
+from srlm_mega.training.context_parallel import ContextAttention
 from srlm_mega.training.layer_torch import torch_block
 
 FP8_CAPABILITY = (8, 9)  # Ada; Hopper is (9, 0)

@@ -1,5 +1,5 @@
-"""Imported before megatron-core: to compile anything on a CPU is an error from then on (training/compiling.py says that
-nothing is), and processes start sooner."""
+"""Imported before megatron-core: to compile anything on a CPU is an error from then on, since the trainer compiles
+nothing there (`joined_ranks`), and processes start sooner."""
 
 import torch
 
