@@ -23,7 +23,7 @@ from srlm_mega.errors import UserError
 from srlm_mega.training import cpu_backend
 from srlm_mega.training.fp8_recipe import length_multiple
 from srlm_mega.training.heartbeat import Heartbeat, Phase
-from srlm_mega.training.meeting import meet
+from srlm_mega.training.rendezvous import rendezvous
 
 T = TypeVar("T")
 
@@ -203,7 +203,7 @@ def process_group(trainer: TrainerConfig) -> Iterator[torch.device]:
     own_device = None if device.type == "cpu" else device  # NCCL would guess it from the rank
     timeout = timedelta(seconds=2 * max(timeouts(trainer).values()))  # the heartbeat speaks first, and knows more
     alone = (dist.HashStore(), 0, 1)
-    store, rank, size = meet(timeouts(trainer)["start"]) if "RANK" in os.environ else alone
+    store, rank, size = rendezvous(timeouts(trainer)["start"]) if "RANK" in os.environ else alone
     store.set_timeout(timeout)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=own_device)
     try:

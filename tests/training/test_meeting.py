@@ -7,7 +7,7 @@ import pytest
 from torch.distributed import HashStore, TCPStore
 
 from srlm_mega.errors import StageCrashed
-from srlm_mega.training.meeting import key, wait_for_all
+from srlm_mega.training.rendezvous import key, wait_for_all
 
 
 def test_who_did_not_come_is_named(capfd: pytest.CaptureFixture[str]) -> None:

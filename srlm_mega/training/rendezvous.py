@@ -1,4 +1,4 @@
-"""How ranks meet at their start, before there are groups or a watchdog: whoever does not come is named."""
+"""The rendezvous of the ranks, before there are groups or a watchdog: ranks that do not arrive are named."""
 
 import faulthandler
 import socket
@@ -11,7 +11,7 @@ from torch.distributed import DistError, Store
 from srlm_mega.errors import StageCrashed
 
 
-def meet(seconds: float) -> tuple[Store, int, int]:
+def rendezvous(seconds: float) -> tuple[Store, int, int]:
     """The store, rank and number of processes that torchrun (or srun) gave. StageCrashed, after the stacks of this
     process, when not all of them are at the store within `seconds`."""
     store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))
@@ -36,4 +36,4 @@ def wait_for_all(store: Store, size: int, seconds: float) -> None:
 
 def key(rank: int) -> str:
     """Where a rank says on which host it is."""
-    return f"meeting/{rank}"
+    return f"rendezvous/{rank}"
