@@ -13,7 +13,7 @@ from typing import Literal, assert_never
 
 from srlm_mega.config import Config
 from srlm_mega.config.launch import LaunchConfig
-from srlm_mega.errors import RunStopped, UserError
+from srlm_mega.errors import CannotContinue, UserError
 from srlm_mega.run.run_dir import RunDir
 
 # A node's task of a step. What it is given: a file that all nodes must see, torchrun and its arguments. USR1 (save)
@@ -67,14 +67,14 @@ class JobStep:
 
 
 def start_ranks(config: Config, run: RunDir, name: str, arguments: Sequence[str], shared_file: Path) -> Start:
-    """`srlm` with these arguments as all ranks, which must see `shared_file`; `name` is their log's. RunStopped, with
-    what to type on each node, when there are several nodes and no Slurm; UserError when this cannot be."""
+    """`srlm` with these arguments as all ranks, which must see `shared_file`; `name` is their log's. CannotContinue,
+    with what to type on each node, when there are several nodes and no Slurm; UserError when this cannot be."""
     launch, bin_dir = config.launch, Path(sys.executable).parent
     match launch.launcher:
         case "torchrun":
             argv = [str(bin_dir / "srlm"), *arguments]
             if launch.nodes > 1:
-                raise RunStopped(by_hand(launch, name, argv))
+                raise CannotContinue(by_hand(launch, name, argv))
             return Start(ranks_here(bin_dir, argv, launch.processes_per_node))
         case "slurm":
             allocation = allocation_for(launch.nodes)

@@ -2,7 +2,7 @@
 
 import errno
 
-CRASHED, USER_ERROR, STOPPED, PREEMPTED, PAUSED = 1, 2, 3, 4, 5
+CRASHED, USER_ERROR, CANNOT_CONTINUE, STOP_REQUESTED, PAUSED = 1, 2, 3, 4, 5
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
 NOT_USABLE = frozenset(
     {
@@ -22,11 +22,11 @@ class UserError(ValueError):
     """A mistake in what the user gave: says what, what it got and what to do. Exit code 2."""
 
 
-class RunStopped(Exception):
+class CannotContinue(Exception):
     """The run cannot go on, and nothing is wrong with the software: says why and how to go on. Exit code 3."""
 
 
-class RunPreempted(Exception):
+class StopRequested(Exception):
     """Somebody asked the run to stop: says where it stands. The same command goes on. Exit code 4."""
 
 
@@ -42,11 +42,11 @@ def exit_code(error: Exception) -> int:
     """The code a command ends with."""
     if isinstance(error, UserError) or (isinstance(error, OSError) and error.errno in NOT_USABLE):
         return USER_ERROR
-    if isinstance(error, RunStopped) or (isinstance(error, OSError) and error.errno in NO_SPACE):
-        return STOPPED
+    if isinstance(error, CannotContinue) or (isinstance(error, OSError) and error.errno in NO_SPACE):
+        return CANNOT_CONTINUE
     if isinstance(error, TrainingPaused):
         return PAUSED
-    return PREEMPTED if isinstance(error, RunPreempted) else CRASHED
+    return STOP_REQUESTED if isinstance(error, StopRequested) else CRASHED
 
 
 def reason(error: Exception) -> str:

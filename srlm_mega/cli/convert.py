@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from srlm_mega.errors import RunStopped, UserError
+from srlm_mega.errors import CannotContinue, UserError
 
 if TYPE_CHECKING:
     from srlm_mega.checkpoints_conversion.fp8 import Amax
@@ -157,4 +157,4 @@ def user_errors() -> Iterator[None]:
     except ValueError as error:
         raise UserError(str(error)) from error
     except RuntimeError as error:
-        raise RunStopped(str(error)) from error
+        raise CannotContinue(str(error)) from error

@@ -16,19 +16,19 @@ from srlm_mega.cli.planner import plan
 from srlm_mega.cli.run import compare_checkpoints, replica, run, stage
 from srlm_mega.cli.show import compare, report, show_app, status
 from srlm_mega.errors import (
+    CANNOT_CONTINUE,
     CRASHED,
-    PREEMPTED,
-    STOPPED,
+    STOP_REQUESTED,
     USER_ERROR,
-    RunPreempted,
-    RunStopped,
+    CannotContinue,
     StageCrashed,
+    StopRequested,
     UserError,
     exit_code,
     reason,
 )
 
-WORDS = {CRASHED: "crashed", USER_ERROR: "error", STOPPED: "stopped", PREEMPTED: "interrupted"}
+WORDS = {CRASHED: "crashed", USER_ERROR: "error", CANNOT_CONTINUE: "stopped", STOP_REQUESTED: "interrupted"}
 
 app = typer.Typer(
     help="Train self-rewarding language models: one run is one folder, and what is on disk is what is done.",
@@ -61,7 +61,7 @@ def main() -> None:
     """Entry point: a user's mistake is one message, never a traceback."""
     try:
         app()
-    except (UserError, RunStopped, RunPreempted, StageCrashed, OSError) as error:
+    except (UserError, CannotContinue, StopRequested, StageCrashed, OSError) as error:
         code = exit_code(error)
         if code == CRASHED and not isinstance(error, StageCrashed):
             raise

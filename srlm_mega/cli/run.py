@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from srlm_mega.cli.arguments import ConfigFile, Overrides, RunFolder, existing_run
-from srlm_mega.errors import RunStopped
+from srlm_mega.errors import CannotContinue
 
 
 def run(
@@ -29,7 +29,7 @@ def run(
     folder = RunDir(config.run.dir)
     try:
         made = run_loop(config, folder, tuple(redo or ()), Display(console), tuple(only or ()))
-    except RunStopped:
+    except CannotContinue:
         write_report(folder.root)
         raise
     if made or not folder.report_file.is_file():

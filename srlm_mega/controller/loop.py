@@ -13,8 +13,8 @@ from srlm_mega.controller.background_report import BackgroundReport
 from srlm_mega.controller.display import Display
 from srlm_mega.controller.stage_commands import check_sampler, command, comparison_commands, starts
 from srlm_mega.controller.stage_process import StageProcess, explain_failure, started
-from srlm_mega.controller.stall_watchdog import Silence, longest_silence
-from srlm_mega.errors import RunPreempted, TrainingPaused, UserError
+from srlm_mega.controller.stall_watchdog import StallWatchdog, stall_seconds
+from srlm_mega.errors import StopRequested, TrainingPaused, UserError
 from srlm_mega.launch.ranks import allocation_for
 from srlm_mega.run.files import write_atomic
 from srlm_mega.run.identity import check_unchanged
@@ -31,7 +31,7 @@ POLL_SECONDS = 0.1
 def run_loop(config: Config, run: RunDir, redo: tuple[str, ...], display: Display, only: tuple[str, ...] = ()) -> int:
     """Make every output of the plan that is not there yet, in order, or those of `only`; returns how many were made.
 
-    RunPreempted after a stop signal, Ctrl-C, or when somebody made the stop file.
+    StopRequested after a stop signal, Ctrl-C, or when somebody made the stop file.
     """
     stages = plan(config)
     doomed = {name for chosen in redo for name in downstream(stages, find_stage(config, chosen).name)}
@@ -120,11 +120,13 @@ def execute(group: list[Stage], config: Config, run: RunDir, display: Display, r
         run.progress_file(stage.name).unlink(missing_ok=True)
     with started(command(group, config, run), group[0].name, config, run) as process:
         for stage in group:
-            silence = Silence(stage.name, run.partial(stage.name), process.log_place, longest_silence(stage, config))
-            if not watch(stage, process, run, display, silence):
+            watchdog = StallWatchdog(
+                stage.name, run.partial(stage.name), process.log_place, stall_seconds(stage, config)
+            )
+            if not watch(stage, process, run, display, watchdog):
                 explain_failure(stage.name, process, run)
             report.refresh()
-        process.wait_a_while()
+        process.wait_for_end()
 
 
 def compare_checkpoints(stage: Stage, config: Config, run: RunDir, display: Display) -> None:
@@ -135,20 +137,20 @@ def compare_checkpoints(stage: Stage, config: Config, run: RunDir, display: Disp
         begin = time.monotonic()
         with started(start, name, config, run) as process, display.stage(name) as line:
             minutes = config.runtime.progress_timeout_minutes
-            silence = Silence(name, run.partial(stage.name), process.log_place, 60 * minutes)
+            watchdog = StallWatchdog(name, run.partial(stage.name), process.log_place, 60 * minutes)
             while process.poll() is None:
                 check_not_stopped(name, run)
                 state = read_progress(run.progress_file(name))
                 line.update(state)
-                silence.check(state, process.pid)
+                watchdog.check(state, process.pid)
                 time.sleep(POLL_SECONDS)
             if process.poll() != 0:
                 explain_failure(name, process, run)
         display.finished(name, 0, time.monotonic() - begin)
 
 
-def watch(stage: Stage, process: StageProcess, run: RunDir, display: Display, silence: Silence) -> bool:
-    """Show a stage's progress until its output is there; False when the process ended without it. RunPreempted when
+def watch(stage: Stage, process: StageProcess, run: RunDir, display: Display, watchdog: StallWatchdog) -> bool:
+    """Show a stage's progress until its output is there; False when the process ended without it. StopRequested when
     asked to stop in a stage that does not train: such a one loses little and is ended at once. StageCrashed when
     it shows no progress for too long."""
     start = time.monotonic()
@@ -162,7 +164,7 @@ def watch(stage: Stage, process: StageProcess, run: RunDir, display: Display, si
                 check_not_stopped(stage.name, run)
             state = read_progress(run.progress_file(stage.name))
             line.update(state)
-            silence.check(state, process.pid)
+            watchdog.check(state, process.pid)
             time.sleep(POLL_SECONDS)
     if manifest is not None:
         display.finished(stage.name, manifest.rows, time.monotonic() - start)
@@ -170,6 +172,6 @@ def watch(stage: Stage, process: StageProcess, run: RunDir, display: Display, si
 
 
 def check_not_stopped(name: str, run: RunDir) -> None:
-    """RunPreempted when somebody asked to stop."""
+    """StopRequested when somebody asked to stop."""
     if run.stop_file.exists():
-        raise RunPreempted(f"{name} was ended. What is finished is kept, and the same command resumes the run")
+        raise StopRequested(f"{name} was ended. What is finished is kept, and the same command resumes the run")

@@ -11,13 +11,13 @@ from pathlib import Path
 
 from srlm_mega.config import Config
 from srlm_mega.errors import (
+    CANNOT_CONTINUE,
     PAUSED,
-    PREEMPTED,
-    STOPPED,
+    STOP_REQUESTED,
     USER_ERROR,
-    RunPreempted,
-    RunStopped,
+    CannotContinue,
     StageCrashed,
+    StopRequested,
     TrainingPaused,
     UserError,
 )
@@ -54,7 +54,7 @@ class StageProcess:
         """Its exit code, when it has ended."""
         return self.process.wait()
 
-    def wait_a_while(self) -> None:
+    def wait_for_end(self) -> None:
         """For a process whose work is done. One that then hangs is ended with the block it was started in."""
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(PATIENCE_SECONDS)
@@ -118,12 +118,12 @@ def explain_failure(name: str, process: StageProcess, run: RunDir) -> None:
     said = read_progress(run.progress_file(name))
     if said.exit_code == PAUSED:
         raise TrainingPaused(said.message)
-    if said.exit_code == STOPPED:
-        raise RunStopped(f"{name}: {said.message}")
+    if said.exit_code == CANNOT_CONTINUE:
+        raise CannotContinue(f"{name}: {said.message}")
     if said.exit_code == USER_ERROR:
         raise UserError(f"{name}: {said.message}")
-    if said.exit_code == PREEMPTED:
-        raise RunPreempted(f"{name}: {said.message}")
+    if said.exit_code == STOP_REQUESTED:
+        raise StopRequested(f"{name}: {said.message}")
     if said.message:
         raise StageCrashed(f"{name}: {said.message}. The stacks of all ranks are in {process.log_place}")
     how = f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"

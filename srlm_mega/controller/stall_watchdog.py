@@ -21,7 +21,7 @@ from srlm_mega.sampling.shards import held_shards
 TIME_TO_SHOW = 3.0
 
 
-def longest_silence(stage: Stage, config: Config) -> float:
+def stall_seconds(stage: Stage, config: Config) -> float:
     """Seconds without progress after which a stage is given up. Ranks get twice their longest phase: their own
     watchdog comes first."""
     trainer = config.trainer
@@ -34,7 +34,7 @@ def longest_silence(stage: Stage, config: Config) -> float:
     return 60 * (2 * max(phases) if stage.kind.parallel else config.runtime.progress_timeout_minutes)
 
 
-class Silence:
+class StallWatchdog:
     """How long what is called `name` has shown the same state. `output`: the folder it works in."""
 
     def __init__(self, name: str, output: Path, log_file: Path, seconds: float) -> None:

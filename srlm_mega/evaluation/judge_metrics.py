@@ -29,14 +29,14 @@ def with_ranks(ranked: RankedReplies, scores: Sequence[float | None]) -> list[Ra
 def judge_metrics(prompts: Iterable[Sequence[RankedScore]]) -> JudgeMetrics:
     """All figures over prompts with ranked and scored replies, read once. Replicates of a prompt are entries of their
     own."""
-    tally = Tally()
+    sums = MetricSums()
     for prompt in prompts:
-        tally.add(prompt)
-    return tally.metrics()
+        sums.add(prompt)
+    return sums.metrics()
 
 
 @dataclass
-class Tally:
+class MetricSums:
     """Running counts over prompts. `orders`: pairs in the right order (1), inverted (-1), tied (0)."""
 
     prompts: int = 0

@@ -13,7 +13,7 @@ import httpx
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
 from srlm_mega.config.comparison import PairwiseJudgeConfig
-from srlm_mega.errors import RunStopped, UserError
+from srlm_mega.errors import CannotContinue, UserError
 
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 1.0, 60.0
 WRONG_KEY, WRONG_NAME = (401, 403), 404
@@ -52,11 +52,11 @@ class Endpoint:
 
     def ask(self, question: str) -> tuple[str, bool]:
         """The answer, and whether it was cut off by `max_new_tokens`. RequestFailed when there is none after all
-        attempts; RunStopped when nobody answers at all; UserError for a wrong key or model."""
+        attempts; CannotContinue when nobody answers at all; UserError for a wrong key or model."""
         try:
             return self._retrying()(self._ask_once, question)
         except Unreachable as error:
-            raise RunStopped(
+            raise CannotContinue(
                 f"the judge's endpoint {self._settings.endpoint} cannot be reached ({error}), in "
                 f"{self._settings.attempts} attempts. What was judged so far is kept: when it is up, the same command "
                 "goes on"

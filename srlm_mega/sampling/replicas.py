@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from srlm_mega.errors import STOPPED, USER_ERROR, RunStopped, UserError
+from srlm_mega.errors import CANNOT_CONTINUE, USER_ERROR, CannotContinue, UserError
 from srlm_mega.run.progress import read_progress
 from srlm_mega.sampling.sampling_rate import ShardWatch
 from srlm_mega.sampling.shards import WAIT_SECONDS, ShardFiles, ShardReport
@@ -64,8 +64,8 @@ def pass_on(files: ShardFiles[R], seen: set[int], on_finished: Callable[[ShardRe
 def ended(files: ShardFiles[R], number: int, code: int) -> None:
     """A replica is gone: its shards are free again; a mistake or a stop it explained ends the stage."""
     said = read_progress(replica_progress(files.folder, number))
-    if said.exit_code == STOPPED:
-        raise RunStopped(said.message)
+    if said.exit_code == CANNOT_CONTINUE:
+        raise CannotContinue(said.message)
     if said.exit_code == USER_ERROR:
         raise UserError(said.message)
     files.release(number)

@@ -8,7 +8,7 @@ from pathlib import Path
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
 from srlm_mega.config.runtime import SamplerConfig
-from srlm_mega.errors import RunStopped
+from srlm_mega.errors import CannotContinue
 from srlm_mega.records import FailedRequest
 from srlm_mega.sampling.backends import open_sampler
 from srlm_mega.sampling.sampler import Completion, Sampler, SamplingParams
@@ -32,7 +32,7 @@ class PatientSampler:
         self._sleep = sleep
 
     def sample(self, ids: Sequence[str], prompts: Sequence[tuple[int, ...]], params: SamplingParams) -> list[Answer]:
-        """The completions of each prompt, or (`ids` name the requests) its failure. RunStopped above the share."""
+        """The completions of each prompt, or (`ids` name the requests) its failure. CannotContinue above the share."""
         try:
             return list(self._retrying()(self._sampler.sample, prompts, params))
         except TRANSIENT as error:
@@ -50,7 +50,7 @@ class PatientSampler:
         except TRANSIENT as error:
             self._failed += 1
             if self._failed > self._allowed:
-                raise RunStopped(
+                raise CannotContinue(
                     f"{self._failed} requests failed for good, sampler.max_failed_share allows {self._allowed}. "
                     f"The last is {name}: {error!r}. What is finished is kept; once the cause is gone, the same "
                     "command goes on"

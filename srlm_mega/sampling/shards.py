@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar
 
 import orjson
 
-from srlm_mega.errors import RunStopped
+from srlm_mega.errors import CannotContinue
 from srlm_mega.records import FailedRequest, read_jsonl, write_jsonl
 from srlm_mega.run.files import fsync, write_atomic
 from srlm_mega.seeds import derive_seed
@@ -151,15 +151,15 @@ class ShardFiles(Generic[R]):
         return ShardReport(**orjson.loads(self._file(shard, ".report.json").read_bytes()))
 
     def merge(self) -> None:
-        """All shards as one file, failures as another; without any there is none. RunStopped when too many failed: the
-        next attempt asks the shards that have failures again."""
+        """All shards as one file, failures as another; without any there is none. CannotContinue when too many failed:
+        the next attempt asks the shards that have failures again."""
         with_failures = [shard for shard in self.shards if self._file(shard, ".failed.jsonl").exists()]
         parts = [self._file(shard, ".failed.jsonl") for shard in with_failures]
         failed = [one for part in parts for one in read_jsonl(part, FailedRequest)]
         if self.allowed is not None and len(failed) > self.allowed:
             for shard in with_failures:
                 self._file(shard, ".jsonl").unlink()
-            raise RunStopped(
+            raise CannotContinue(
                 f"{len(failed)} requests failed for good, sampler.max_failed_share allows {self.allowed}. The last is "
                 f"{failed[-1].id}: {failed[-1].error}. What is finished is kept; once the cause is gone, the same "
                 "command goes on"

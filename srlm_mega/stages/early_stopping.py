@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from srlm_mega.config.file import load_config
-from srlm_mega.errors import RunStopped, UserError, exit_code, reason
+from srlm_mega.errors import CannotContinue, UserError, exit_code, reason
 from srlm_mega.evaluation.checkpoint_choice import START, EarlyStoppingFiles, decide, kept_step
 from srlm_mega.records import Prompt, read_jsonl
 from srlm_mega.run.plan import find_stage
@@ -33,7 +33,7 @@ def compare_checkpoints(run: RunDir, name: str, parts: Sequence[str]) -> int:
             sample_responses(work, files, step)
         if "verdict" in parts:
             write_verdict(work, files, step)
-    except (UserError, RunStopped, OSError) as error:
+    except (UserError, CannotContinue, OSError) as error:
         progress.failed(exit_code(error), reason(error))
         print(reason(error), flush=True)
         return exit_code(error)
@@ -60,7 +60,7 @@ def writer(work: Work, files: EarlyStoppingFiles, step: int) -> Writer:
 
 
 def write_verdict(work: Work, files: EarlyStoppingFiles, step: int) -> None:
-    """Ask the judge, and decide. RunStopped when too few of its words can be read."""
+    """Ask the judge, and decide. CannotContinue when too few of its words can be read."""
     settings, verdicts, exported = work.config.early_stopping, files.verdicts(), files.exported(step)
     assert settings is not None and exported is not None, f"no early stopping, or no export of step {step}"
     against, file = kept_step(verdicts), files.judgements(step)
@@ -69,7 +69,7 @@ def write_verdict(work: Work, files: EarlyStoppingFiles, step: int) -> None:
     comparison = compare(names, matches_of(files.responses(step), files.responses(against)), opened, file, say)
     decided = 0 if comparison.result is None else comparison.result.prompts
     if decided < settings.min_valid_share * comparison.prompts:
-        raise RunStopped(
+        raise CannotContinue(
             f"the judge {comparison.judge} gave a verdict in both orders on {decided} of {comparison.prompts} prompts, "
             f"needed {settings.min_valid_share:.0%} (early_stopping.min_valid_share): {comparison.unparsed} of its "
             f"answers have no `Verdict: A`, `B` or `tie` ({comparison.truncated} were cut off), {comparison.failed} "

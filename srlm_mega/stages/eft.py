@@ -14,7 +14,7 @@ from srlm_mega.data.eft_selection import (
     sample_in_order,
     yields,
 )
-from srlm_mega.errors import RunStopped
+from srlm_mega.errors import CannotContinue
 from srlm_mega.judging.template import JudgeTemplate
 from srlm_mega.records import Judgement, RankedReplies, SftExample, read_jsonl, write_jsonl
 from srlm_mega.run.work import Done, Work
@@ -59,7 +59,7 @@ def build_eft(work: Work) -> Done:
     result = yields([(one.ranks, one.scores) for one in judged])
     print(in_words(result, settings.attempts), flush=True)
     if len(kept) < settings.min_examples:
-        raise RunStopped(too_few(work, len(kept), result))
+        raise CannotContinue(too_few(work, len(kept), result))
     prompts = {request.id: request.source for request in task.requests}
     examples = [SftExample(f"eft-{one.id}", "eft", prompts[one.candidate_id], one.text, MODEL) for one in kept]
     write_jsonl(work.out / "eft_train.jsonl", examples)

@@ -3,7 +3,7 @@
 from concurrent.futures import ThreadPoolExecutor
 
 from srlm_mega.config.comparison import PairwiseJudgeConfig
-from srlm_mega.errors import RunStopped
+from srlm_mega.errors import CannotContinue
 from srlm_mega.judging.endpoint import Endpoint, RequestFailed
 from srlm_mega.records import Decoding, FailedRequest, PairwiseJudgement
 from srlm_mega.sampling.shards import Answered, Shard
@@ -37,7 +37,7 @@ class EndpointJudge:
         failed = [answer for answer in answers if isinstance(answer, FailedRequest)]
         self._failed += len(failed)
         if self._failed > self._allowed:
-            raise RunStopped(
+            raise CannotContinue(
                 f"{self._failed} questions to the judge {self.name} at {self._settings.endpoint} failed for good, "
                 f"its `max_failed_share` allows {self._allowed}. The last is about {failed[-1].id}: "
                 f"{failed[-1].error}. What was judged before is kept; once the cause is gone, the same command goes on"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import orjson
 
-from srlm_mega.errors import RunStopped
+from srlm_mega.errors import CannotContinue
 from srlm_mega.evaluation.health_limits import HealthFigure, RoundHealth, round_health
 from srlm_mega.evaluation.results import ModelEvaluation
 from srlm_mega.judging.pair_counts import PairCounts
@@ -32,7 +32,7 @@ MEANINGS = {
 
 
 def look_at_health(work: Work) -> Done:
-    """`health.json`. RunStopped where a figure is beyond its limit `stop`; the file is there all the same."""
+    """`health.json`. CannotContinue where a figure is beyond its limit `stop`; the file is there all the same."""
     number = work.round
     selected = work.run.manifest(PAIRS.of(number))
     assert selected is not None, "pairs are an input, so they are finished"
@@ -45,7 +45,7 @@ def look_at_health(work: Work) -> Done:
     for key, figure in bad.items():
         print(in_words(key, figure), flush=True)
     if health.state == "stop":
-        raise RunStopped(why_stopped(health, work.out / "health.json"))
+        raise CannotContinue(why_stopped(health, work.out / "health.json"))
     return Done(
         0, {"warnings": len(bad)} | {key: one.value for key, one in health.figures.items() if one.value is not None}
     )

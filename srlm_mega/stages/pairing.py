@@ -4,7 +4,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import asdict
 
-from srlm_mega.errors import RunStopped
+from srlm_mega.errors import CannotContinue
 from srlm_mega.judging.agreement import SCORE_TOLERANCE
 from srlm_mega.judging.pair_counts import PairCounter, PairCounts, pairs_of
 from srlm_mega.judging.rewards import read_rewards
@@ -36,7 +36,7 @@ def select_pairs(work: Work) -> Done:
     write_jsonl(work.out / "pairs.jsonl", pairs_of(prompts, settings, work.round, seed, counter, anchors))
     counts = counter.counts()
     if work.config.round.method == "dpo" and counts.pairs < settings.min_pairs:
-        raise RunStopped(too_few_pairs(work, counts))
+        raise CannotContinue(too_few_pairs(work, counts))
     return Done(counts.pairs, asdict(counts))
 
 
@@ -61,7 +61,7 @@ def select_positives(work: Work) -> Done:
         rng = random.Random(derive_seed(work.config.run.seed, work.stage.name))
         kept = [found[number] for number in sorted(rng.sample(range(len(found)), settings.max_positives))]
     if not kept:
-        raise RunStopped(
+        raise CannotContinue(
             f"no response of round {work.round} has a perfect mean score of {MAX_SCORE:g}, so there is nothing to add "
             f"to the seed. Read {work.run.output(JUDGEMENTS.of(work.round)) / 'judgements.jsonl'}; more "
             "prompts.per_round or candidates.n give more. Everything so far is kept."

@@ -44,7 +44,7 @@ class PairwiseJudge(Protocol):
         """Whether a question leaves room for a whole answer."""
 
     def answer(self, shard: Shard[PairwiseQuestion]) -> Answered:
-        """A PairwiseJudgement per question; those that failed for good are named instead. RunStopped when too many
+        """A PairwiseJudgement per question; those that failed for good are named instead. CannotContinue when too many
         did."""
 
     def close(self) -> None:

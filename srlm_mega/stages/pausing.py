@@ -22,11 +22,11 @@ from srlm_mega.run.files import fsync
 from srlm_mega.run.run_dir import files_below
 from srlm_mega.run.work import Done, Work
 from srlm_mega.training.topology import Topology
-from srlm_mega.training.trainer import Leg, TrainingSummary
+from srlm_mega.training.trainer import TrainingPart, TrainingSummary
 
 
 def train_with_pauses(
-    work: Work, topology: Topology, start: Path, steps: int, train: Callable[[Leg], TrainingSummary]
+    work: Work, topology: Topology, start: Path, steps: int, train: Callable[[TrainingPart], TrainingSummary]
 ) -> Done:
     """The stage's output, once every comparison is made; until then TrainingPaused, with a checkpoint to compare."""
     settings, files = work.config.early_stopping, EarlyStoppingFiles(work.out)
@@ -45,7 +45,7 @@ def train_with_pauses(
     if not waits:
         if topology.is_main:
             remove_worse(files, verdicts)
-        done = train(Leg(step, files.export(step)))
+        done = train(TrainingPart(step, files.export(step)))
         if topology.is_main:
             make_durable(files.export(step))
             files.write_exported(step, Exported(steps, done.items, done.excluded, done.verified))

@@ -7,7 +7,7 @@ from itertools import count
 
 from srlm_mega.chat import Chat
 from srlm_mega.data.self_instruct import KnownTexts, TaskFilter, few_shot_prompt, parse_tasks
-from srlm_mega.errors import RunStopped, UserError
+from srlm_mega.errors import CannotContinue, UserError
 from srlm_mega.records import FailedRequest, Prompt, PromptDraft, RankedReplies, SftExample, read_jsonl, write_jsonl
 from srlm_mega.run.stage_kinds import PROMPTS, model_name
 from srlm_mega.run.work import Done, Work
@@ -78,7 +78,7 @@ def self_instruct(work: Work) -> Done:
     no_room = 0
     for wave in count():
         if wave * REQUESTS_PER_WAVE >= settings.max_requests:
-            raise RunStopped(
+            raise CannotContinue(
                 f"{wave * REQUESTS_PER_WAVE} requests (prompts.max_requests) gave {len(accepted)} of "
                 f"{settings.per_round} prompts; rejected: {dict(task_filter.rejected)}, too long to answer: {no_room}. "
                 f"Lower prompts.per_round, loosen the filters, or read {work.out} to see what the writer wrote."

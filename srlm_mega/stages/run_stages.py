@@ -11,9 +11,9 @@ from srlm_mega.config.file import load_config
 from srlm_mega.errors import (
     CRASHED,
     PAUSED,
-    RunPreempted,
-    RunStopped,
+    CannotContinue,
     StageCrashed,
+    StopRequested,
     TrainingPaused,
     UserError,
     exit_code,
@@ -72,7 +72,7 @@ def run_stage(run: RunDir, config: Config, stage: Stage) -> int:
             run_parallel(work)
         else:
             run_single(work)
-    except (UserError, RunStopped, RunPreempted, TrainingPaused, OSError) as error:
+    except (UserError, CannotContinue, StopRequested, TrainingPaused, OSError) as error:
         return explained(error, progress)
     return 0
 

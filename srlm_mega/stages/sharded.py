@@ -9,7 +9,7 @@ from pkgutil import resolve_name
 from typing import TypeVar
 
 from srlm_mega.config.file import load_config
-from srlm_mega.errors import RunStopped, UserError, exit_code
+from srlm_mega.errors import CannotContinue, UserError, exit_code
 from srlm_mega.launch.child_process import die_with, show_stacks_when_asked
 from srlm_mega.launch.sampler_environment import devices_of, sampler_process
 from srlm_mega.run.plan import find_stage
@@ -79,7 +79,7 @@ def work_as_replica(run: RunDir, stage_name: str, number: int) -> int:
         with closing(patient_sampler(work, task)) as sampler:
             seconds = work.config.sampler.take_over_seconds
             take_shards(files, partial(answer, task.params, task.records, sampler), number, seconds, nobody_watches)
-    except (UserError, RunStopped) as error:
+    except (UserError, CannotContinue) as error:
         Progress(replica_progress(files.folder, number)).failed(exit_code(error), str(error))
         return exit_code(error)
     return 0

@@ -21,7 +21,7 @@ from srlm_mega.training.reference_logprobs import compute_reference
 from srlm_mega.training.replay import num_replayed
 from srlm_mega.training.split import num_steps, within
 from srlm_mega.training.topology import Topology
-from srlm_mega.training.trainer import Leg, TrainingJob, TrainingSummary, train_dpo, train_sft
+from srlm_mega.training.trainer import TrainingJob, TrainingPart, TrainingSummary, train_dpo, train_sft
 
 
 def pretrain(work: Work, topology: Topology) -> Done:
@@ -69,8 +69,8 @@ def train_on(
     """SFT from `start` on files of examples, and more."""
     sequences, job = [*sequences_of(start, files), *more], job_of(work, topology, start)
 
-    def train(leg: Leg | None) -> TrainingSummary:
-        return train_sft(replace(job, leg=leg), section, sequences)
+    def train(part: TrainingPart | None) -> TrainingSummary:
+        return train_sft(replace(job, part=part), section, sequences)
 
     if work.stage.kind is SFT and stops_early(work.config, "sft"):
         steps = num_steps(section, len(within(sequences, work.config.model.seq_length)))
@@ -150,8 +150,8 @@ def preference(work: Work, topology: Topology) -> Done:
     job = job_of(work, topology, start)
     replay = sequences_of(start, [eft_file(work)]) if config.dpo.eft_replay > 0 else []
 
-    def train(leg: Leg | None) -> TrainingSummary:
-        return train_dpo(replace(job, leg=leg), pairs, logprobs, replay)
+    def train(part: TrainingPart | None) -> TrainingSummary:
+        return train_dpo(replace(job, part=part), pairs, logprobs, replay)
 
     if stops_early(config, "dpo"):
         steps = num_steps(config.dpo, len(within(pairs, config.model.seq_length)))

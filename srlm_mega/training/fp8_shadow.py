@@ -11,7 +11,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from srlm_mega.config.training import DpoConfig, OptimizationConfig, TrainerConfig
-from srlm_mega.errors import RunStopped
+from srlm_mega.errors import CannotContinue
 from srlm_mega.kernels.reference import segment_sums
 from srlm_mega.training.batch import Batch
 from srlm_mega.training.fp8_recipe import without_fp8
@@ -48,14 +48,14 @@ class Shadow:
 def check_shadow(
     model: list[MegatronModule], batches: Sequence[Batch], beta: float, threshold: float, topology: Topology
 ) -> float:
-    """Largest difference of a reward margin between FP8 and bf16 over all ranks. RunStopped above `threshold`.
+    """Largest difference of a reward margin between FP8 and bf16 over all ranks. CannotContinue above `threshold`.
 
     `batches` are this rank's pairs of one step, as many micro batches as the pipeline's schedule needs.
     """
     own = deviation(model, lambda: reward_margins(model, batches, beta))
     largest = topology.max_over_world(own)
     if not largest <= threshold:  # a NaN is no pass
-        raise RunStopped(
+        raise CannotContinue(
             f"reward margins in FP8 are up to {largest:.4g} from those in bf16, more than fp8_shadow_threshold "
             f"{threshold:g}: train with fp8_recipe=tensorwise or blockwise, with first_last_layers_bf16, or without fp8"
         )

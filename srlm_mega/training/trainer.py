@@ -22,7 +22,7 @@ from srlm_mega.checkpoints_conversion.huggingface import read_shape
 from srlm_mega.checkpoints_conversion.llama import LlamaShape
 from srlm_mega.config import Config
 from srlm_mega.config.training import OptimizationConfig
-from srlm_mega.errors import RunPreempted, RunStopped, UserError
+from srlm_mega.errors import CannotContinue, StopRequested, UserError
 from srlm_mega.gpus import peak_tflops
 from srlm_mega.records import ReferenceLogprobs
 from srlm_mega.run.run_dir import TRAINING_STATE
@@ -81,7 +81,7 @@ class TrainingSummary:
 
 
 @dataclass(frozen=True)
-class Leg:
+class TrainingPart:
     """A part of a training: it ends after step `until` and leaves a checkpoint to go on from, and the model of that
     step in the Hugging Face folder `export`. The learning rate's schedule is that of the whole."""
 
@@ -98,7 +98,7 @@ class TrainingJob:
     seed: of the data order and of dropout.
     report: called on the main rank after each optimiser step.
     stop_file: training stops when this file appears.
-    leg: the part to train now; None: all of it.
+    part: the part to train now; None: all of it.
     """
 
     topology: Topology
@@ -108,13 +108,13 @@ class TrainingJob:
     seed: int
     report: Report | None = None
     stop_file: Path | None = None
-    leg: Leg | None = None
+    part: TrainingPart | None = None
 
 
 def train_sft(job: TrainingJob, section: OptimizationConfig, sequences: Sequence[TokenSequence]) -> TrainingSummary:
     """Train `job.start` on the target tokens of `sequences`, by the settings of `section`.
 
-    Resumes from the newest checkpoint in `out/megatron/`. RunPreempted, with a checkpoint, after a stop signal or when
+    Resumes from the newest checkpoint in `out/megatron/`. StopRequested, with a checkpoint, after a stop signal or when
     `stop_file` appears.
     """
     kept = within(sequences, job.config.model.seq_length)
@@ -151,8 +151,8 @@ def train_dpo(
 
 def _train(job: TrainingJob, section: OptimizationConfig, turns: Turns[Objective], excluded: int) -> TrainingSummary:
     topology, config, steps = job.topology, job.config, turns.total
-    leg = job.leg or Leg(steps, job.out / "huggingface")
-    assert leg.until <= steps, f"a leg up to step {leg.until} of {steps}"
+    part = job.part or TrainingPart(steps, job.out / "huggingface")
+    assert part.until <= steps, f"a part up to step {part.until} of {steps}"
     checkpoints = Checkpoints(job.out / TRAINING_STATE, topology, config.trainer)
     newest = checkpoints.newest()  # refused, if damaged, before anything is changed
     trainer = Trainer.build(topology, config, section, job.start, steps)
@@ -164,13 +164,13 @@ def _train(job: TrainingJob, section: OptimizationConfig, turns: Turns[Objective
         metrics_log(config, job.out, steps, job.report, position.step) if topology.is_main else nullcontext() as log,
         StopRequest.watch(job.stop_file) as stop,
     ):
-        trainer.train(turns, leg.until, job.seed, log, checkpoints, position, stop)
+        trainer.train(turns, part.until, job.seed, log, checkpoints, position, stop)
     topology.beat("export", "export")
     shape = read_shape(job.start)
-    save_weights(trainer.model, shape, leg.export, job.start, topology)
+    save_weights(trainer.model, shape, part.export, job.start, topology)
     topology.barrier()
-    verified = verify_export(trainer.model, shape, leg.export, topology)
-    if topology.is_main and leg.until == steps and excluded:
+    verified = verify_export(trainer.model, shape, part.export, topology)
+    if topology.is_main and part.until == steps and excluded:
         print(f"left out {excluded} items longer than {config.model.seq_length} tokens", flush=True)
     return TrainingSummary(steps, turns.replayed, turns.num_items, excluded, verified)
 
@@ -236,7 +236,7 @@ class Trainer:
         position: Position,
         stop: StopRequest,
     ) -> None:
-        """Take the steps behind `position`, up to `until`. RunPreempted when asked to stop; RunStopped after three
+        """Take the steps behind `position`, up to `until`. StopRequested when asked to stop; CannotContinue after three
         steps in a row whose loss or gradients are no finite numbers. Both leave a checkpoint."""
         for chunk in self.model:
             chunk.train()
@@ -244,13 +244,13 @@ class Trainer:
         for turn in islice(turns(self.section.global_batch_size, seed), position.step, until):
             if self.topology.any(stop.made):
                 checkpoints.save_now(self.model, self.optimizer, position)
-                raise RunPreempted(
+                raise StopRequested(
                     f"stopped after step {position.step} of {steps}. The same command goes on from there"
                 )
             position = self._step_and_log(turn, position, log)
             if position.skipped_in_a_row >= MAX_SKIPPED:
                 checkpoints.save_now(self.model, self.optimizer, position)
-                raise RunStopped(no_numbers(position))
+                raise CannotContinue(no_numbers(position))
             if position.step < steps:
                 checkpoints.save_if_due(self.model, self.optimizer, position)
         if until < steps:

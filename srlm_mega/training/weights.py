@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from srlm_mega.checkpoints_conversion.huggingface import FolderWriter, open_weights
 from srlm_mega.checkpoints_conversion.llama import LlamaShape
 from srlm_mega.checkpoints_conversion.megatron import Placement, held_tensors, load_shard, merge_tensor, placements
-from srlm_mega.errors import RunStopped, UserError
+from srlm_mega.errors import CannotContinue, UserError
 from srlm_mega.training.layer_torch import unfused_name
 from srlm_mega.training.model import gather_weights, own_placements, unwrap
 from srlm_mega.training.topology import Topology
@@ -75,7 +75,7 @@ def save_weights(
 
 def verify_export(model: Sequence[MegatronModule], shape: LlamaShape, folder: Path, topology: Topology) -> int:
     """Read an exported folder back: every rank compares its part bit by bit with what it trained. Returns the number
-    of tensors over all ranks. RunStopped when one differs."""
+    of tensors over all ranks. CannotContinue when one differs."""
     differing = []
     num_tensors = 0
     for chunk, placement in zip(model, own_placements(shape, topology), strict=True):
@@ -86,7 +86,7 @@ def verify_export(model: Sequence[MegatronModule], shape: LlamaShape, folder: Pa
                 differing.append(name)
     everywhere = [name for names in topology.all_gather(differing) for name in names]
     if everywhere:
-        raise RunStopped(
+        raise CannotContinue(
             f"{folder} does not hold what was trained: {', '.join(everywhere[:3])} differ (of {len(everywhere)}). "
             "Look at the disk, then start the same command: training goes on from its checkpoint"
         )

@@ -16,7 +16,7 @@ from srlm_mega.config.launch import LaunchConfig
 from srlm_mega.controller.loop import run_loop
 from srlm_mega.controller.stage_commands import command
 from srlm_mega.controller.stage_process import StageProcess
-from srlm_mega.errors import RunStopped, UserError
+from srlm_mega.errors import CannotContinue, UserError
 from srlm_mega.launch import ranks
 from srlm_mega.launch.child_process import environment
 from srlm_mega.launch.ranks import (
@@ -189,7 +189,7 @@ def two_nodes(*overrides: str) -> Config:
 
 def test_several_nodes_without_slurm_are_explained(tmp_path: Path) -> None:
     """Line by line what to start where; what needs one process only is made before."""
-    with pytest.raises(RunStopped) as stopped:
+    with pytest.raises(CannotContinue) as stopped:
         command([find_stage(two_nodes(), "M1")], two_nodes(), RunDir(tmp_path))
     lines = str(stopped.value).splitlines()
     assert lines[0].startswith("M1 takes launch.nodes=2") and "srlm launch slurm" in lines[0]

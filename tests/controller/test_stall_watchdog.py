@@ -15,7 +15,7 @@ from srlm_mega.config.file import load_config
 from srlm_mega.controller import loop
 from srlm_mega.controller.background_report import BackgroundReport
 from srlm_mega.controller.display import Display
-from srlm_mega.controller.stall_watchdog import Silence, listens, longest_silence
+from srlm_mega.controller.stall_watchdog import StallWatchdog, listens, stall_seconds
 from srlm_mega.errors import StageCrashed
 from srlm_mega.launch.ranks import Start
 from srlm_mega.run.plan import find_stage
@@ -51,14 +51,14 @@ def test_a_stage_and_its_replica_show_their_stacks_and_are_ended(
     lease = run.partial(CANDIDATES.name) / "candidates.jsonl.shards" / "shard_00003.lease"
     lease.parent.mkdir(parents=True)
     lease.write_text("1")
-    check = Silence.check
+    check = StallWatchdog.check
 
-    def check_when_ready(silence: Silence, state: ProgressState, pid: int) -> None:
+    def check_when_ready(silence: StallWatchdog, state: ProgressState, pid: int) -> None:
         if ready.exists():
             silence._seconds = 0.6
             check(silence, state, pid)
 
-    monkeypatch.setattr(Silence, "check", check_when_ready)
+    monkeypatch.setattr(StallWatchdog, "check", check_when_ready)
     with pytest.raises(StageCrashed) as crashed:
         loop.execute([CANDIDATES], CONFIG, run, Display(Console(quiet=True)), BackgroundReport(run))
     said = str(crashed.value)
@@ -69,7 +69,7 @@ def test_a_stage_and_its_replica_show_their_stacks_and_are_ended(
 
 
 def test_progress_begins_the_time_anew(tmp_path: Path) -> None:
-    silence = Silence(CANDIDATES.name, tmp_path, tmp_path / "log", seconds=1000)
+    silence = StallWatchdog(CANDIDATES.name, tmp_path, tmp_path / "log", seconds=1000)
     before = silence._since
     silence.check(ProgressState(), os.getpid())
     assert silence._since == before
@@ -101,6 +101,6 @@ def test_only_who_listens_is_asked() -> None:
 
 
 def test_how_long_a_stage_may_be_silent() -> None:
-    assert longest_silence(CANDIDATES, CONFIG) == 120 * 60
+    assert stall_seconds(CANDIDATES, CONFIG) == 120 * 60
     trained = find_stage(CONFIG, "M2")
-    assert longest_silence(trained, CONFIG) == 2 * 60 * 60, "twice the longest phase, export"
+    assert stall_seconds(trained, CONFIG) == 2 * 60 * 60, "twice the longest phase, export"

@@ -22,7 +22,7 @@ from small_run import SEED, Layout, config, sequences
 
 from srlm_mega.checkpoints_conversion.huggingface import read_shape
 from srlm_mega.config import Config
-from srlm_mega.errors import RunPreempted, RunStopped, UserError
+from srlm_mega.errors import CannotContinue, StopRequested, UserError
 from srlm_mega.training import trainer
 from srlm_mega.training.schedule import Step
 from srlm_mega.training.sft import SftObjective
@@ -173,7 +173,7 @@ def train(
         try:
             job = trainer.TrainingJob(topology, settings, start, folder, SEED, stop_file=stop_file)
             trainer.train_sft(job, settings.sft, sequences())
-        except (RunPreempted, RunStopped, UserError) as error:
+        except (StopRequested, CannotContinue, UserError) as error:
             ended = f"{type(error).__name__}: {error}"
         topology.barrier()
     file = folder / "metrics.jsonl"

@@ -82,7 +82,7 @@ def test_random_states_matter(results: dict[str, Any], out: Path) -> None:
 def test_asked_to_stop(results: dict[str, Any], out: Path, name: str, asked_in: int) -> None:
     """The step at work is the last one; the rest ends in the same bytes."""
     stopped = results["before_kill"][name]
-    assert stopped["ended"] == f"RunPreempted: stopped after step {asked_in} of 6. The same command goes on from there"
+    assert stopped["ended"] == f"StopRequested: stopped after step {asked_in} of 6. The same command goes on from there"
     assert [line["step"] for line in stopped["metrics"]] == list(range(1, asked_in + 1))
     assert difference(out, name.replace(" ", "_"), "whole_tp2") == 0
     lines = untimed(results["after_kill"][name]["metrics"])
@@ -105,7 +105,7 @@ def test_a_kill_behind_the_last_step_costs_what_follows_the_newest_checkpoint(
 
 def test_with_a_checkpoint_of_the_last_step_only_the_export_is_left(results: dict[str, Any], out: Path) -> None:
     stopped, again = results["single"]["skipped to the end"], results["single"]["only exported"]
-    assert stopped["ended"].startswith("RunStopped: steps 4 to 6") and again["ended"] == "finished"
+    assert stopped["ended"].startswith("CannotContinue: steps 4 to 6") and again["ended"] == "finished"
     assert again["metrics"] == stopped["metrics"] and len(again["metrics"]) == 6
     assert (out / "skipped_to_the_end/huggingface/model.safetensors").is_file()
 
@@ -113,7 +113,7 @@ def test_with_a_checkpoint_of_the_last_step_only_the_export_is_left(results: dic
 @pytest.mark.parametrize("name", ["TP1 x PP2", "TP2", "single"])
 def test_another_layout_goes_on_with_the_run_of_eight(results: dict[str, Any], out: Path, name: str) -> None:
     """Written by TP2 x PP2 x DP2 after step 4."""
-    assert results["eight"]["stopped"]["ended"].startswith("RunPreempted: stopped after step 4")
+    assert results["eight"]["stopped"]["ended"].startswith("StopRequested: stopped after step 4")
     assert difference(out, name, "eight_whole") < TOLERANCE
     metrics = results["single" if name == "single" else "after_kill"][name]["metrics"]
     for got, want in zip(metrics, results["eight"]["whole"]["metrics"], strict=True):
@@ -160,7 +160,7 @@ def test_a_step_that_is_no_number_is_skipped(results: dict[str, Any]) -> None:
 
 def test_three_in_a_row_stop_the_run(results: dict[str, Any], out: Path) -> None:
     stopped = results["single"]["three skipped"]
-    assert stopped["ended"].startswith("RunStopped: steps 2 to 4: the loss or the gradients were no finite numbers")
+    assert stopped["ended"].startswith("CannotContinue: steps 2 to 4: the loss or the gradients were no finite numbers")
     assert [len(line.get("skipped", ())) for line in stopped["metrics"]] == [0, 8, 8, 8]
     assert results["single"]["gone on behind"]["ended"] == "finished"
 

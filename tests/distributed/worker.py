@@ -21,7 +21,7 @@ from small_run import LAYOUTS, SEED, Layout, config, pairs, sequences
 
 from srlm_mega.checkpoints_conversion.huggingface import read_shape
 from srlm_mega.config import Config
-from srlm_mega.errors import RunStopped, UserError
+from srlm_mega.errors import CannotContinue, UserError
 from srlm_mega.training.batch import TokenSequence, context_part, padded_batch
 from srlm_mega.training.context_parallel import cp_positions
 from srlm_mega.training.model import build_model, transformer_config
@@ -126,7 +126,7 @@ def refusals(models: Path, out: Path) -> Results:
         try:
             job = TrainingJob(topology, exploding, models / "start", out / "explodes", SEED)
             train_sft(job, exploding.sft, sequences())
-        except RunStopped as stop:
+        except CannotContinue as stop:
             messages["not finite"] = str(stop)
         long = TokenSequence("long", tuple(range(40)), 1)
         job = TrainingJob(topology, settings, models / "start", out / "too_long", SEED)
@@ -153,7 +153,7 @@ def altered_export(topology: Topology, settings: Config, start: Path, folder: Pa
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     try:
         verify_export(model, shape, folder, topology)
-    except RunStopped as stop:
+    except CannotContinue as stop:
         return str(stop)
     return ""
 

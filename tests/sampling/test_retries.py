@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from srlm_mega.errors import RunStopped
+from srlm_mega.errors import CannotContinue
 from srlm_mega.records import FailedRequest
 from srlm_mega.sampling.retries import PatientSampler
 from srlm_mega.sampling.sampler import Completion, SamplingParams
@@ -62,11 +62,11 @@ def test_a_poisoned_request_costs_only_itself() -> None:
 
 def test_more_failures_than_allowed_stop_the_run() -> None:
     sampler, _ = patient(Fragile(poisoned=[1, 4]), allowed=1)
-    with pytest.raises(RunStopped, match=r"2 requests failed for good, .* allows 1\. The last is p4: .*cuda error"):
+    with pytest.raises(CannotContinue, match=r"2 requests failed for good, .* allows 1\. The last is p4: .*cuda error"):
         sampler.sample(IDS, PROMPTS, PARAMS)
     sampler, _ = patient(Fragile(poisoned=[1]), allowed=1)
     assert isinstance(sampler.sample(IDS, PROMPTS, PARAMS)[1], FailedRequest)
-    with pytest.raises(RunStopped):  # all calls together
+    with pytest.raises(CannotContinue):  # all calls together
         sampler.sample(IDS, PROMPTS, PARAMS)
 
 

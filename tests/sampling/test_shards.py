@@ -13,7 +13,7 @@ import pytest
 from places import TOY
 
 from srlm_mega.config.file import load_config
-from srlm_mega.errors import RunStopped
+from srlm_mega.errors import CannotContinue
 from srlm_mega.records import FailedRequest, Prompt, read_jsonl
 from srlm_mega.run.plan import find_stage
 from srlm_mega.run.progress import Progress
@@ -176,7 +176,7 @@ def test_failures_count_together_whichever_process_had_them(tmp_path: Path) -> N
             take_shards(files(), dies_after(last), last, 60, quiet)
         files().release(last)
     with pytest.raises(
-        RunStopped,
+        CannotContinue,
         match=r"max_failed_share allows 3\. The last is p15: broken\. .* goes on",
     ):
         run_shards(files(), answers, quiet, quiet)

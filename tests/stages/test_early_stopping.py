@@ -16,7 +16,7 @@ from srlm_mega.config.comparison import EarlyStoppingConfig
 from srlm_mega.config.file import check_endpoints, load_config, to_yaml
 from srlm_mega.controller.stage_commands import comparison_commands
 from srlm_mega.data.toy_world.word_tokenizer import toy_tokenizer
-from srlm_mega.errors import STOPPED, USER_ERROR, UserError
+from srlm_mega.errors import CANNOT_CONTINUE, USER_ERROR, UserError
 from srlm_mega.evaluation.checkpoint_choice import EarlyStoppingFiles, Exported, Verdict, comparison_steps, decide
 from srlm_mega.evaluation.results import Comparison
 from srlm_mega.evaluation.win_rates import HeadToHead
@@ -179,7 +179,7 @@ def test_words_that_are_no_verdict_stop_the_run(paused: Callable[..., RunDir]) -
     with fake_endpoint(lambda asked: completion("I would rather not say.")) as fake:
         run = paused("judge.model=j", f"judge.endpoint={fake.url}")
         code, said = compare(run)
-    assert code == STOPPED == said.exit_code and "0 of 4 prompts" in said.message and "8 of its" in said.message
+    assert code == CANNOT_CONTINUE == said.exit_code and "0 of 4 prompts" in said.message and "8 of its" in said.message
     assert EarlyStoppingFiles(run.partial("M2")).verdicts() == []
 
 
@@ -203,7 +203,7 @@ def test_garbage_and_time_outs_stop_the_run_and_it_goes_on_where_it_was(
                 patience = load_config(run.config_file, ["early_stopping.judge.timeout_seconds=2"])
                 run.config_file.write_text(to_yaml(patience))
             code, said = compare(run)
-            assert code == STOPPED and "6 questions to the judge j" in said.message and cause in said.message
+            assert code == CANNOT_CONTINUE and "6 questions to the judge j" in said.message and cause in said.message
             assert "its `max_failed_share` allows 0" in said.message
             assert EarlyStoppingFiles(run.partial("M2")).verdicts() == []
         written = responses.stat().st_mtime_ns

@@ -15,7 +15,7 @@ from srlm_mega.config.file import load_config
 from srlm_mega.data.eft_selection import agrees
 from srlm_mega.data.toy_world.word_tokenizer import toy_tokenizer
 from srlm_mega.data.toy_world.world import all_instructions
-from srlm_mega.errors import RunStopped
+from srlm_mega.errors import CannotContinue
 from srlm_mega.judging.scores import parse_score
 from srlm_mega.records import Judgement, RankedReplies, RankedReply, SftExample, read_jsonl, write_jsonl
 from srlm_mega.run.plan import find_stage, plan
@@ -130,7 +130,7 @@ def test_the_strict_mode_waits_for_the_whole_order(tmp_path: Path, monkeypatch: 
 
 def test_a_baseline_that_gives_no_scores_stops_the_run(tmp_path: Path) -> None:
     """Random weights: nothing can be read, and no score is made up."""
-    with pytest.raises(RunStopped, match=r"0 EFT examples, needed 1 .* agree with 0 at once and 0 within 2 tries"):
+    with pytest.raises(CannotContinue, match=r"0 EFT examples, needed 1 .* agree with 0 at once and 0 within 2 tries"):
         build_eft(eft_work(tmp_path))
 
 

@@ -9,7 +9,7 @@ from sampling_run import begin_run, with_files, write_model
 
 from srlm_mega.config.file import load_config
 from srlm_mega.data.toy_world.word_tokenizer import toy_tokenizer
-from srlm_mega.errors import STOPPED
+from srlm_mega.errors import CANNOT_CONTINUE
 from srlm_mega.evaluation.judge_metrics import judge_metrics
 from srlm_mega.evaluation.results import EvaluationSample, JudgedBy, ModelEvaluation
 from srlm_mega.records import PairwiseJudgement, parse_line, read_jsonl, write_jsonl
@@ -59,7 +59,7 @@ def test_only_what_is_missing_is_asked_about_the_same_responses(
         with_files(run, config, "M2", lambda out: write_model(config, out / "huggingface", toy_tokenizer()))
         with_files(run, config, "M1/evaluation", lambda out: write_jsonl(out / "samples.jsonl", samples("theirs")))
         is_well = False
-        assert run_stage(run, config, find_stage(config, STAGE)) == STOPPED
+        assert run_stage(run, config, find_stage(config, STAGE)) == CANNOT_CONTINUE
         said = read_progress(run.progress_file(STAGE)).message
         assert "4 questions to the judge j" in said and "out of credit" in said and len(fake.asked) == 20
         is_well = True

@@ -11,7 +11,7 @@ from torch import Tensor
 from srlm_mega.checkpoints_conversion.llama import LlamaShape
 from srlm_mega.config.file import load_config
 from srlm_mega.config.training import ParallelConfig
-from srlm_mega.errors import RunStopped
+from srlm_mega.errors import CannotContinue
 from srlm_mega.training.batch import Batch, TokenSequence, padded_batch
 from srlm_mega.training.fp8_recipe import without_fp8
 from srlm_mega.training.fp8_shadow import check_shadow, deviation, reward_margins
@@ -79,14 +79,14 @@ def test_without_a_difference_it_is_zero(model: list[MegatronModule], topology: 
 
 def test_above_the_threshold_the_run_stops(model: list[MegatronModule], topology: Topology) -> None:
     set_fp8(model, "hybrid")
-    with pytest.raises(RunStopped, match="more than fp8_shadow_threshold 1e-06"):
+    with pytest.raises(CannotContinue, match="more than fp8_shadow_threshold 1e-06"):
         check_shadow(model, batches(), BETA, threshold=1e-6, topology=topology)
     assert model[0].training
 
 
 def test_a_nan_stops_too(model: list[MegatronModule], topology: Topology, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("srlm_mega.training.fp8_shadow.reward_margins", lambda *_: torch.tensor([0.0, torch.nan]))
-    with pytest.raises(RunStopped, match="up to nan"):
+    with pytest.raises(CannotContinue, match="up to nan"):
         check_shadow(model, batches(), BETA, threshold=1.0, topology=topology)
 
 
