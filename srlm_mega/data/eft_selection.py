@@ -1,8 +1,8 @@
-"""EFT: which judgements of ranked replies teach M1 to judge. Pure functions on scores and ranks.
+"""Selection of EFT examples: judgements of ranked replies whose scores agree with the ranking. Pure functions.
 
 A try is one judgement of every reply to a prompt; it is accepted when its scores agree with the human ranking. The
-paper says so and no more: what agreement is, how many tries there are and how much of the most common score goes are
-choices of ours, with the strict form of agreement as an option.
+paper says no more. How agreement is defined, the number of tries, and the cap on the most common score are our choices;
+the strict form of agreement is an option.
 """
 
 import random
@@ -17,9 +17,9 @@ Scores = Sequence[float | None]
 
 
 def agrees(ranks: Sequence[int], scores: Scores, mode: Mode) -> bool:
-    """Whether scores order replies as their ranks do (0 is the best). `strict`: of two replies with different ranks the
-    better one scores higher. `no_inversion`: it never scores lower, and the best replies all score higher than the
-    worst ones. A missing score agrees with nothing."""
+    """Tell whether scores order the replies as their ranks do (0 is the best). `strict`: of two replies with different
+    ranks the better one scores higher. `no_inversion`: it never scores lower, and all of the best replies score higher
+    than the worst ones. With a missing score, or a single rank, nothing agrees."""
     known = [(rank, score) for rank, score in zip(ranks, scores, strict=True) if score is not None]
     if len(known) < len(scores) or len(set(ranks)) < 2:
         return False
@@ -32,32 +32,32 @@ def agrees(ranks: Sequence[int], scores: Scores, mode: Mode) -> bool:
 
 
 def first_agreement(ranks: Sequence[int], scores: Sequence[Scores], mode: Mode) -> int | None:
-    """The first try that is accepted; `scores[reply][try]`. None when there is none."""
+    """Return the index of the first accepted try, None when there is none. `scores` is indexed [reply][try]."""
     tries = zip(*scores, strict=True)
     return next((number for number, one in enumerate(tries) if agrees(ranks, one, mode)), None)
 
 
 def cap_modal_score(scores: Sequence[float], seed: int) -> list[int]:
-    """Which of the accepted judgements are kept, in order: of the most common score a seeded sample, as many as the
-    second most common has. A single score, or a tie for the most common, loses nothing."""
+    """Return the indices of the accepted judgements to keep, in order: of the most common score a seeded sample, as
+    many as the second most common score has. Nothing is dropped with a single score, or a tie for the most common."""
     counts = Counter(scores).most_common(2)
     if len(counts) < 2:
         return list(range(len(scores)))
     (modal, _), (_, limit) = counts
-    places = [place for place, score in enumerate(scores) if score == modal]
-    kept = set(random.Random(f"{seed}/modal").sample(places, limit))
-    return [place for place, score in enumerate(scores) if score != modal or place in kept]
+    modal_indices = [index for index, score in enumerate(scores) if score == modal]
+    kept = set(random.Random(f"{seed}/modal").sample(modal_indices, limit))
+    return [index for index, score in enumerate(scores) if score != modal or index in kept]
 
 
-def sample_in_order(places: Sequence[int], limit: int, seed: int) -> list[int]:
-    """At most `limit` of them, a seeded sample in their order."""
-    chosen = random.Random(f"{seed}/limit").sample(range(len(places)), min(limit, len(places)))
-    return [places[position] for position in sorted(chosen)]
+def sample_in_order(indices: Sequence[int], limit: int, seed: int) -> list[int]:
+    """Return a seeded sample of at most `limit` of the indices, in their order."""
+    chosen = random.Random(f"{seed}/limit").sample(range(len(indices)), min(limit, len(indices)))
+    return [indices[position] for position in sorted(chosen)]
 
 
 @dataclass(frozen=True)
 class EftYield:
-    """Prompts whose ranking was met, by the first try and by any, in both modes."""
+    """Number of prompts, and of those accepted by the first try and by any try, in both modes."""
 
     prompts: int
     first_try: int
@@ -67,10 +67,10 @@ class EftYield:
 
 
 def yields(sets: Sequence[tuple[Sequence[int], Sequence[Scores]]]) -> EftYield:
-    """How many of the (ranks, scores by reply and try) are accepted."""
+    """Count the prompts that are accepted. An element is a prompt's ranks and its scores, indexed [reply][try]."""
 
-    def met(mode: Mode) -> tuple[int, int]:
+    def accepted(mode: Mode) -> tuple[int, int]:
         firsts = [first_agreement(ranks, scores, mode) for ranks, scores in sets]
         return sum(first == 0 for first in firsts), sum(first is not None for first in firsts)
 
-    return EftYield(len(sets), *met("no_inversion"), *met("strict"))
+    return EftYield(len(sets), *accepted("no_inversion"), *accepted("strict"))

@@ -1,4 +1,4 @@
-"""JSONL of supervised examples and of preferences in the dialects of the field, and seed data from such files.
+"""Readers of JSONL with supervised examples and preferences in the field's dialects, and seed data from such files.
 
 Supervised: `messages`; `prompt` and `completion`. Preferences: `prompt`, `chosen`, `rejected` (TRL; the prompt may be
 the beginning that both share); `messages` and `rejected_response` (ms-swift); `context` and `completions` with ranks
@@ -33,7 +33,7 @@ def read_jsonl_sets(section: SeedDataConfig, seed: int, quarantine: Path) -> See
     """Draw the sets from supervised examples at `section.path` and preferences at `section.ranked_path`, one line in
     memory at a time.
 
-    UserError when the sets cannot be filled; broken lines: see `UserLines`.
+    Raise UserError when the sets cannot be filled, or for too many broken lines (see `UserLines`).
     """
     assert section.path and section.ranked_path, "Config refuses seed_data.source=jsonl without both paths"
     examples = UserLines(section.path, partial(parse_example, section.path), quarantine)
@@ -51,7 +51,7 @@ def read_jsonl_sets(section: SeedDataConfig, seed: int, quarantine: Path) -> See
 
 
 def parse_example(path: Path, number: int, fields: dict[str, Any]) -> SeedItem:
-    """A line of a file of supervised examples; ValueError when it is none."""
+    """Parse a line of a file of supervised examples. Raise ValueError when it is not one."""
     if "messages" in fields:
         prompt, target = question_and_answer(messages(fields["messages"], "messages"))
     elif "prompt" in fields and "completion" in fields:
@@ -63,7 +63,7 @@ def parse_example(path: Path, number: int, fields: dict[str, Any]) -> SeedItem:
 
 
 def parse_ranking(path: Path, number: int, fields: dict[str, Any]) -> SeedItem:
-    """A line of a file of preferences; ValueError when it is none, or prefers nothing."""
+    """Parse a line of a file of preferences. Raise ValueError when it is not one, or prefers no answer."""
     prompt, replies = ranking(fields)
     if len({text for text, _ in replies}) < len(replies):
         raise ValueError("two of the ranked answers are the same")
@@ -75,7 +75,7 @@ def parse_ranking(path: Path, number: int, fields: dict[str, Any]) -> SeedItem:
 
 
 def ranking(fields: dict[str, Any]) -> tuple[str, list[tuple[str, int]]]:
-    """The prompt of a preference, and its answers with their ranks."""
+    """Return the prompt of a preference, and its answers with their ranks (0 is the best)."""
     if "chosen_response" in fields:
         prompt = question(fields, "prompt")
         better, worse = text_field(fields, "chosen_response"), text_field(fields, "rejected_response")
@@ -96,17 +96,17 @@ def ranking(fields: dict[str, Any]) -> tuple[str, list[tuple[str, int]]]:
 
 
 def ranked_completion(value: Any) -> tuple[str, int]:
-    """An element of NeMo-RL's `completions`: text and rank, 0 the best."""
+    """Parse an element of NeMo-RL's `completions` to its text and rank (0 is the best)."""
     if not isinstance(value, dict):
         raise ValueError("an element of `completions` is not an object with `rank` and `completion`")
     rank = value.get("rank")
     if type(rank) is not int or rank < 0:
-        raise ValueError(f"a completion has the rank {rank!r}, not a whole number from 0")
+        raise ValueError(f"a completion has the rank {rank!r}, not an integer from 0")
     return answer_to(None, value, "completion"), rank
 
 
 def question(fields: dict[str, Any], name: str) -> str:
-    """A prompt: text, or messages of which the last is the user's."""
+    """Return the prompt in a field that holds text, or messages of which the last is the user's."""
     if isinstance(fields.get(name), list):
         turns = messages(fields[name], name)
         if turns[-1].role != "user":
@@ -116,7 +116,8 @@ def question(fields: dict[str, Any], name: str) -> str:
 
 
 def answer_to(prompt: str | None, fields: dict[str, Any], name: str) -> str:
-    """An answer: text, or messages of which the last is the assistant's; any before it must be the prompt's."""
+    """Return the answer in a field that holds text, or messages that end with the assistant's. Any messages before it
+    must be those of the prompt."""
     if not isinstance(fields.get(name), list):
         return text_field(fields, name)
     turns = messages(fields[name], name)
@@ -129,21 +130,21 @@ def answer_to(prompt: str | None, fields: dict[str, Any], name: str) -> str:
 
 
 def question_and_answer(turns: Sequence[Message]) -> tuple[str, str]:
-    """A conversation that ends with the assistant's turn, cut before it."""
+    """Split a conversation before the assistant's turn that ends it."""
     if len(turns) < 2 or turns[-1].role != "assistant" or turns[-2].role != "user":
         raise ValueError("the conversation does not end with a user's and an assistant's message")
     return flattened(turns[:-1]), turns[-1].content
 
 
 def flattened(turns: Sequence[Message]) -> str:
-    """A conversation as one question: a single user turn is itself, several are written out with their speakers."""
+    """Return a conversation as one text: a single user turn as it is, several turns with their speakers' names."""
     if len(turns) == 1 and turns[0].role == "user":
         return turns[0].content
     return "\n\n".join(f"{turn.role.capitalize()}: {turn.content}" for turn in turns)
 
 
 def messages(value: Any, name: str) -> list[Message]:
-    """A list of messages with known roles and some text."""
+    """Parse a non-empty list of messages. Raise ValueError for an unknown role or an empty text."""
     turns = []
     for turn in listed(value, name):
         if not isinstance(turn, dict):
@@ -156,17 +157,17 @@ def messages(value: Any, name: str) -> list[Message]:
 
 
 def listed(value: Any, name: str = "completions") -> list[Any]:
-    """A list with something in it."""
+    """Return the value if it is a non-empty list; raise ValueError otherwise."""
     if not isinstance(value, list) or not value:
-        raise ValueError(f"`{name}` is not a list with something in it")
+        raise ValueError(f"`{name}` is not a list, or it is empty")
     return value
 
 
 def keys(fields: dict[str, Any]) -> str:
-    """The names of a line's fields."""
+    """Return the names of a line's fields, for a message."""
     return ", ".join(f"`{name}`" for name in fields) or "no fields"
 
 
 def line_name(path: Path, number: int) -> str:
-    """How a line's record is named."""
+    """Return the id of a line's record."""
     return f"{path.name.partition('.')[0]}-{number:07d}"

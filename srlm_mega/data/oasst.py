@@ -1,6 +1,6 @@
-"""Seed data from OpenAssistant's message trees: prompts with their best reply (IFT) and with ranked ones (EFT).
+"""Seed data from OpenAssistant's message trees: prompts with their best reply (IFT) and with ranked replies (EFT).
 
-A tree is used when its export is ready and its root is an English prompt that passed review.
+A tree is used when it is ready for export and its root is an English prompt that passed review.
 """
 
 from collections import Counter
@@ -20,15 +20,15 @@ SOURCE = "oasst"
 LANGUAGE = "en"
 READY = "ready_for_export"
 ROLES = ("prompter", "assistant")
-# Why a tree is not used, by its state and its root; why a reply is left out.
+# Reasons to leave out a tree (by its state and its root), and a reply.
 TREE_REASONS = ("not_ready", "not_english", "deleted", "unreviewed", "failed_review")
 REPLY_REASONS = ("not_english", "deleted", "unreviewed", "failed_review", "unranked")
 
 
 @dataclass(frozen=True)
 class Tree:
-    """One line of the export: what it offers, or why it is not used; replies of its usable conversations that are left
-    out, by reason."""
+    """One line of the export: its usable item, or the reason why it has none. `left_out` counts the replies of its
+    usable conversations that are left out, by reason."""
 
     item: SeedItem | None
     reason: str | None
@@ -36,10 +36,10 @@ class Tree:
 
 
 def read_oasst(section: SeedDataConfig, seed: int, quarantine: Path) -> SeedSets:
-    """Draw the sets from the `*.trees.jsonl(.gz)` at `section.path`, one line in memory at a time. EFT examples need a
-    model to write them, and there are no pre-training documents: both are empty.
+    """Draw the sets from the `*.trees.jsonl(.gz)` at `section.path`, one line in memory at a time. `eft_train` and
+    `documents` stay empty: a model has to write the EFT examples, and there are no pre-training documents.
 
-    UserError when the sets cannot be filled; broken lines: see `UserLines`.
+    Raise UserError when the sets cannot be filled, or for too many broken lines (see `UserLines`).
     """
     assert section.path is not None, "Config refuses seed_data.source=oasst without a path"
     lines = UserLines(section.path, partial(parse_tree, section.later_turns), quarantine)
@@ -52,7 +52,7 @@ def read_oasst(section: SeedDataConfig, seed: int, quarantine: Path) -> SeedSets
 
 
 def usable_items(trees: Iterable[Tree], left_out: Counter[str]) -> Iterator[SeedItem]:
-    """What the trees offer; what is left out is counted on the way."""
+    """Yield the trees' usable items, and count in `left_out` what is left out."""
     for tree in trees:
         if tree.reason is not None:
             left_out[tree.reason] += 1
@@ -62,8 +62,8 @@ def usable_items(trees: Iterable[Tree], left_out: Counter[str]) -> Iterator[Seed
 
 
 def parse_tree(later_turns: bool, number: int, fields: dict[str, Any]) -> Tree:
-    """One line of the export; `later_turns`: with the ranked replies to later turns. ValueError when it is not a
-    message tree: nothing of it is used then."""
+    """Parse one line of the export, with the ranked replies to later turns if `later_turns`. Raise ValueError when it
+    is not a message tree: nothing of it is used then."""
     tree_id = text_field(fields, "message_tree_id")
     ready = text_field(fields, "tree_state") == READY
     root = fields.get("prompt")
@@ -81,21 +81,21 @@ def parse_tree(later_turns: bool, number: int, fields: dict[str, Any]) -> Tree:
 
 
 def check_structure(root: dict[str, Any]) -> None:
-    """ValueError unless the messages are a tree of alternating roles: every reply names its parent, no message is
-    there twice, and ranks of replies are whole numbers that differ."""
+    """Raise ValueError unless the messages form a tree of alternating roles: every reply names its parent, no message
+    occurs twice, and the ranks of a message's replies are different integers."""
     seen: set[str] = set()
     open_messages: list[tuple[dict[str, Any], str | None, int]] = [(root, None, 0)]
     while open_messages:
         message, parent, depth = open_messages.pop()
         name = text_field(message, "message_id")
         if message.get("parent_id") != parent:
-            raise ValueError(f"message {name} says its parent is {message.get('parent_id')}, it stands below {parent}")
+            raise ValueError(f"message {name} has the parent_id {message.get('parent_id')}, but is a reply to {parent}")
         if name in seen:
-            raise ValueError(f"message {name} is there twice: a cycle, or a copy")
+            raise ValueError(f"message {name} occurs twice: a cycle, or a copy")
         seen.add(name)
         role = ROLES[depth % 2]
         if message.get("role") != role:
-            raise ValueError(f"message {name} has the role {message.get('role')!r} where the {role} speaks")
+            raise ValueError(f"message {name} has the role {message.get('role')!r}, expected {role}")
         replies = message.get("replies", [])
         if not isinstance(replies, list) or not all(isinstance(reply, dict) for reply in replies):
             raise ValueError(f"the replies to message {name} are not a list of messages")
@@ -105,11 +105,11 @@ def check_structure(root: dict[str, Any]) -> None:
 
 
 def check_ranks(name: str, replies: list[dict[str, Any]]) -> None:
-    """ValueError unless the ranks among the replies to a message are whole numbers from 0, each there once."""
+    """Raise ValueError unless the ranks among the replies to a message are integers from 0, each used once."""
     ranks = [reply["rank"] for reply in replies if reply.get("rank") is not None]
     for rank in ranks:
         if type(rank) is not int or rank < 0:
-            raise ValueError(f"a reply to message {name} has the rank {rank!r}, not a whole number from 0")
+            raise ValueError(f"a reply to message {name} has the rank {rank!r}, not an integer from 0")
     if len(set(ranks)) < len(ranks):
         raise ValueError(f"replies to message {name} share a rank: {sorted(ranks)}")
 
@@ -117,8 +117,8 @@ def check_ranks(name: str, replies: list[dict[str, Any]]) -> None:
 def ranked_turns(
     tree_id: str, root: dict[str, Any], left_out: Counter[str]
 ) -> Iterator[tuple[str, str, tuple[RankedReply, ...]]]:
-    """Each user turn of the usable conversations: its id, the conversation up to it as one question, and its usable
-    ranked replies, best first. The root comes first."""
+    """Yield each user turn of the usable conversations, the root first: its id, the conversation up to it as one text,
+    and its usable ranked replies, best first. Count the other replies in `left_out`."""
     open_turns: list[tuple[dict[str, Any], tuple[Message, ...]]] = [(root, ())]
     while open_turns:
         message, before = open_turns.pop(0)
@@ -141,7 +141,8 @@ def ranked_turns(
 
 
 def unusable(message: dict[str, Any]) -> str | None:
-    """Why a message is not used, None when it is. `review_count` says nothing: exports with 0 exist."""
+    """Return the reason why a message is not used, None when it is. `review_count` is ignored: in some exports it is 0
+    everywhere."""
     if message.get("deleted", False) is not False:
         return "deleted"
     if text_field(message, "lang") != LANGUAGE:

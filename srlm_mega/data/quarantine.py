@@ -1,4 +1,4 @@
-"""Reading a user's JSONL: a broken line is named, set aside, and stops the run when there are too many of them."""
+"""Reader of a user's JSONL. Broken lines are named and set aside; too many of them stop the run."""
 
 import codecs
 import gzip
@@ -21,8 +21,7 @@ LINES_NAMED = 5
 
 @dataclass(frozen=True)
 class BadLine:
-    """A line that could not be used: `line` counts from 1, `content` is the line itself (bytes that are not UTF-8 as
-    \\xNN)."""
+    """A line that cannot be used. `line` counts from 1; `content` is the line, bytes that are not UTF-8 as \\xNN."""
 
     file: str
     line: int
@@ -32,18 +31,18 @@ class BadLine:
 
 @dataclass(frozen=True)
 class UserFile(Generic[T]):
-    """What a file held: its good lines, parsed, in their order, and how many bad ones."""
+    """Parsed good lines of a file, in their order, and the number of bad ones."""
 
     records: tuple[T, ...]
     bad: int
 
 
 class UserLines(Generic[T]):
-    """The lines of a `.jsonl` or `.jsonl.gz`, one at a time, through `parse(line number, fields)`, which raises
+    """Iterable over the lines of a `.jsonl` or `.jsonl.gz`, each parsed by `parse(line number, fields)`, which raises
     ValueError for a line it cannot use. Blank lines are skipped.
 
-    Bad lines are written to the JSONL `quarantine`; where there are none, no file is made. At the end of the lines
-    UserError when more than 1 % of them are bad or none is good; earlier when the file cannot be read.
+    Bad lines are written to the JSONL `quarantine`; without any, no file is made. Iteration raises UserError when the
+    file cannot be read, and at its end when more than 1 % of the lines are bad or none is good.
     """
 
     def __init__(self, path: Path, parse: Callable[[int, dict[str, Any]], T], quarantine: Path) -> None:
@@ -78,13 +77,13 @@ class UserLines(Generic[T]):
 
 
 def read_user_jsonl(path: Path, parse: Callable[[int, dict[str, Any]], T], quarantine: Path) -> UserFile[T]:
-    """All lines at once: see `UserLines`."""
+    """Read all lines at once; see `UserLines`."""
     lines = UserLines(path, parse, quarantine)
     return UserFile(tuple(lines), lines.bad)
 
 
 def text_field(fields: dict[str, Any], name: str) -> str:
-    """A field that must be there and be text with something in it; ValueError otherwise."""
+    """Return a field's text without surrounding white space. Raise ValueError when it is missing, empty or no text."""
     if name not in fields:
         raise ValueError(f"the field `{name}` is missing")
     value = fields[name]
@@ -96,7 +95,7 @@ def text_field(fields: dict[str, Any], name: str) -> str:
 
 
 def json_object(line: bytes) -> dict[str, Any]:
-    """A line as a JSON object; ValueError says what else it is."""
+    """Parse a line as a JSON object. Raise ValueError when it is anything else."""
     try:
         line.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -111,7 +110,8 @@ def json_object(line: bytes) -> dict[str, Any]:
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines of a plain or gzipped file without their line break, counted from 1; blank ones are left out."""
+    """Yield the non-blank lines of a plain or gzipped file with their numbers (from 1), without line breaks. Raise
+    UserError when there is no such file, or its gzip stream is damaged."""
     if not path.is_file():
         raise UserError(f"there is no file {path}")
     opener = gzip.open if path.suffix == ".gz" else open
@@ -122,16 +122,16 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 if content.strip():
                     yield number, content.rstrip(b"\r\n")
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{path} is not a whole gzip file ({error}): fetch it again") from None
+        raise UserError(f"{path} is a damaged or incomplete gzip file ({error}): download it again") from None
 
 
 def too_many(path: Path, first: list[BadLine], bad: int, total: int) -> str:
-    """The message of a file that is too broken to go on with; `first` are named."""
+    """Return the message about a file with too many bad lines; the `first` ones are named."""
     named = "; ".join(f"line {line.line}: {line.reason}" for line in first)
     more = f"; and {bad - len(first)} more" if bad > len(first) else ""
     small = f" (of {total} lines even a single one is more than that)" if total * MAX_BAD_FRACTION < 1 else ""
     return (
         f"{bad} of the {total} lines of {path} cannot be used, more than the "
         f"{MAX_BAD_FRACTION:.0%} that srlm sets aside{small}: {named}{more}. "
-        "Repair or delete these lines and start again"
+        "Fix or delete these lines and start again"
     )

@@ -1,4 +1,4 @@
-"""ROUGE-L against a growing pool of texts: whether any of them is too similar, exactly, and without comparing all.
+"""ROUGE-L against a growing pool of texts: an exact test for similar ones that does not compare all of them.
 
 F1 = 2 * LCS / (words + words), the longest common subsequence counted in words, is above a threshold only when the LCS
 reaches a whole number that follows from the two lengths. The LCS is no longer than the shorter text (length bound) and
@@ -15,20 +15,19 @@ from rapidfuzz.process import cdist
 
 NOT_ROUGE_TOKEN = re.compile(r"[^a-z0-9]+")
 FIRST_REORDERING = 256  # texts
-# A word that no text of the pool has: a character that stands for none.
-UNKNOWN = "\0"
+UNKNOWN = "\0"  # stands for a word that no text of the pool has
 
 
 def rouge_words(text: str) -> list[str]:
-    """The words ROUGE-L counts: runs of ASCII letters and digits, without case."""
+    """Return the words that ROUGE-L counts: runs of ASCII letters and digits, in lower case."""
     return [word for word in NOT_ROUGE_TOKEN.split(text.lower()) if word]
 
 
 class RougePool:
-    """Texts, and the question whether one has a ROUGE-L F1 above `threshold` (0 to 1) with another.
+    """A pool of texts that finds out whether any has a ROUGE-L F1 above `threshold` (0 to 1) with a given text.
 
-    Each distinct word is one character, so that rapidfuzz compares texts in C. The second, third, ... time that a text
-    has a word is an element of its own, which makes a bag of words a set.
+    Each distinct word is mapped to one character, so that rapidfuzz compares texts in C. The second, third, ...
+    occurrence of a word in a text is an element of its own, which makes a bag of words a set.
     """
 
     def __init__(self, threshold: float, texts: Iterable[str] = ()) -> None:
@@ -51,7 +50,7 @@ class RougePool:
         return len(self._texts)
 
     def add(self, text: str) -> None:
-        """Put a text into the pool."""
+        """Add a text to the pool."""
         words = rouge_words(text)
         for word in words:
             # Private-use planes and beyond the surrogates: 1,056,768 distinct words.
@@ -67,12 +66,12 @@ class RougePool:
         if len(self._texts) == self._reorder_at:
             self._reorder()
         else:
-            self._enter(len(self._texts) - 1)
+            self._index_text(len(self._texts) - 1)
 
     def has_similar(self, text: str) -> bool:
-        """Whether a text of the pool has an F1 with this one above the threshold."""
+        """Tell whether any text of the pool has an F1 with this one above the threshold."""
         words = rouge_words(text)
-        found = self._possible(words)
+        found = self._within_bounds(words)
         if not found:
             return False
         query = "".join(self._characters.get(word, UNKNOWN) for word in words)
@@ -81,8 +80,8 @@ class RougePool:
         total = len(query) + np.fromiter(map(len, others), dtype=np.int64, count=len(others))
         return bool((2 * common / total > self._threshold).any())
 
-    def _possible(self, words: Sequence[str]) -> set[int]:
-        """The texts that the two bounds leave."""
+    def _within_bounds(self, words: Sequence[str]) -> set[int]:
+        """Return the numbers of the texts that length bound and overlap bound leave for comparison."""
         size = len(words)
         known = [self._elements.get(element) for element in as_set(words)]
         bag = sorted((element for element in known if element is not None), key=self._rank)
@@ -94,7 +93,8 @@ class RougePool:
         return found
 
     def _lengths(self, size: int) -> range:
-        """The lengths of texts that can be similar to one of this many words: F1 <= 2 * shorter / (sum of both)."""
+        """Return the lengths (words) that a text similar to one of `size` words can have, by
+        F1 <= 2 * shorter / (sum of both)."""
         low = high = size
         while low > 1 and self._common_words(size + low - 1) <= low - 1:
             low -= 1
@@ -103,7 +103,7 @@ class RougePool:
         return range(low, high + 1)
 
     def _common_words(self, total: int) -> int:
-        """The shortest LCS that puts F1 above the threshold where both texts together have `total` words."""
+        """Return the shortest LCS with an F1 above the threshold for two texts of `total` words together."""
         while len(self._needed) <= total:
             words, common = len(self._needed), self._needed[-1]
             while 2 * common / words <= self._threshold:
@@ -111,8 +111,8 @@ class RougePool:
             self._needed.append(common)
         return self._needed[total]
 
-    def _enter(self, number: int) -> None:
-        """Index a text by its rarest words: so many that no similar text can share only others with it."""
+    def _index_text(self, number: int) -> None:
+        """Index a text by its rarest words, enough of them that every similar text shares at least one."""
         bag = sorted(self._bags[number], key=self._rank)
         if bag:
             shortest = self._lengths(len(bag)).start
@@ -120,22 +120,23 @@ class RougePool:
                 self._index.setdefault((element, len(bag)), []).append(number)
 
     def _rank(self, element: int) -> int:
-        """Place in an order from rare to frequent; an element that came after it was made is rarer than all in it."""
+        """Return an element's position in the order from rare to frequent. Elements added since it was made come before
+        all others."""
         return self._order.get(element, -element)
 
     def _reorder(self) -> None:
-        """Order the elements by how many texts have them, and index all texts anew. Any order gives the same answers;
-        a good one gives them sooner."""
+        """Order the elements by frequency and rebuild the index. Any order gives the same answers; a good one is
+        faster."""
         by_frequency = sorted(range(len(self._frequency)), key=self._frequency.__getitem__)
-        self._order = {element: place for place, element in enumerate(by_frequency)}
+        self._order = {element: position for position, element in enumerate(by_frequency)}
         self._index.clear()
         self._reorder_at = 2 * len(self._texts)
         for number in range(len(self._texts)):
-            self._enter(number)
+            self._index_text(number)
 
 
 def as_set(words: Sequence[str]) -> list[tuple[str, int]]:
-    """A bag of words as a set: each word with the number of times it came before."""
+    """Return a bag of words as a set: each word with the number of its earlier occurrences."""
     seen: dict[str, int] = {}
     elements = []
     for word in words:

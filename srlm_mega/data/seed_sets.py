@@ -1,8 +1,8 @@
-"""The sets that a run starts from, and how they are drawn from a file that may be larger than memory.
+"""Disjoint seed sets of a run, drawn from a file that may be larger than memory.
 
-What is usable goes to a temporary file; in memory stay a few numbers per item. The items are then taken in an order
-that a hash of seed and id gives, whatever their order in the file, and one is passed over when its prompt is too
-similar to one that was taken: the sets share no item, no text and nearly no text.
+Usable items go to a temporary file; a few numbers per item stay in memory. The items are then taken in the order of a
+hash of seed and id, whatever their order in the file. One is skipped when its prompt is too similar to one that was
+taken: the sets share no item, no text and no near-duplicate.
 """
 
 import tempfile
@@ -25,8 +25,8 @@ from srlm_mega.records import Prompt, RankedReplies, SftExample, parse_line
 
 @dataclass(frozen=True)
 class SeedSets:
-    """Disjoint sets; one that a source does not have is empty. `eft_sources` are ranked replies that EFT can be built
-    from. `counts` says what became of the source's items, step by step."""
+    """Disjoint sets; those that a source does not have are empty. EFT can be built from `eft_sources`, ranked replies.
+    `counts` says what became of the source's items, step by step."""
 
     ift: tuple[SftExample, ...] = ()
     eft_train: tuple[SftExample, ...] = ()
@@ -38,15 +38,15 @@ class SeedSets:
     counts: Mapping[str, int] = field(default_factory=dict)
 
     def with_counts_before(self, counts: Mapping[str, int]) -> "SeedSets":
-        """The same sets, with the counts of earlier steps too."""
+        """Return the same sets, with the counts of earlier steps first."""
         return replace(self, counts={**counts, **self.counts})
 
 
 @with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True, slots=True)
 class SeedItem:
-    """What a message tree, or a line of JSONL, has to offer. `target` is the answer that IFT learns, where there is
-    one; `ranked` holds the ranked replies to `prompt` first, then those to later turns of its conversation."""
+    """Usable content of a message tree or a line of JSONL. `target` is the answer for IFT, None without one; `ranked`
+    holds the ranked replies to `prompt` first, then those to later turns of its conversation."""
 
     id: str
     prompt: str
@@ -55,14 +55,14 @@ class SeedItem:
 
     @property
     def first_turn(self) -> RankedReplies | None:
-        """The ranked replies to the prompt itself."""
+        """Ranked replies to the prompt itself."""
         return self.ranked[0] if self.ranked and self.ranked[0].prompt == self.prompt else None
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What stays in memory of an item: its place in the order, where it lies, how many replies to its prompt are
-    ranked (0: none), whether there is any ranking, and a target."""
+    """The part of an item that stays in memory: its key in the drawing order, its offset in the temporary file (bytes),
+    the number of ranked replies to its prompt (0: none), and whether it has any ranking and a target."""
 
     key: int
     offset: int
@@ -71,45 +71,45 @@ class Entry:
     has_target: bool
 
 
-class Drawing:
-    """Items without those whose id or text came before, to be taken one by one in a seeded order."""
+class SeededDraw:
+    """Deduplicated items, taken one by one in a seeded order."""
 
     def __init__(self, items: Iterable[SeedItem], seed: int, near_duplicate: float, folder: Path) -> None:
         self.counts: Counter[str] = Counter()
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  # it is gone when this object is
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  # lives as long as this object
         self._entries = sorted(self._spool(items, seed), key=lambda entry: entry.key)
-        self._gone: set[int] = set()
+        self._used: set[int] = set()  # offsets of items that were taken or skipped
         self._pool = RougePool(near_duplicate)
 
     def take(self, suitable: Callable[[Entry], bool]) -> Iterator[SeedItem]:
-        """Items that nobody has taken and whose prompt is like none that is known. What the caller makes use of it
-        must `know`."""
+        """Yield suitable items that were not taken yet, without near-duplicates of the excluded texts. The caller
+        excludes the texts that it uses (`exclude`)."""
         for entry in self._entries:
-            if entry.offset in self._gone or not suitable(entry):
+            if entry.offset in self._used or not suitable(entry):
                 continue
-            self._gone.add(entry.offset)
+            self._used.add(entry.offset)
             self._file.seek(entry.offset)
             item = parse_line(SeedItem, self._file.readline())
-            if self.is_near(item.prompt):
+            if self.is_near_duplicate(item.prompt):
                 self.counts["near_duplicates"] += 1
             else:
                 yield item
 
-    def is_near(self, text: str) -> bool:
-        """Whether a text is a near-duplicate of a known one."""
+    def is_near_duplicate(self, text: str) -> bool:
+        """Tell whether a text is a near-duplicate of an excluded one."""
         return self._pool.has_similar(text)
 
-    def know(self, *texts: str) -> None:
-        """Nothing similar to these is taken from now on."""
+    def exclude(self, *texts: str) -> None:
+        """Take nothing similar to these texts from now on."""
         for text in texts:
             self._pool.add(text)
 
-    def left(self, suitable: Callable[[Entry], bool]) -> int:
-        """How many items nobody has taken or passed over."""
-        return sum(entry.offset not in self._gone and suitable(entry) for entry in self._entries)
+    def num_left(self, suitable: Callable[[Entry], bool]) -> int:
+        """Count the suitable items that were neither taken nor skipped."""
+        return sum(entry.offset not in self._used and suitable(entry) for entry in self._entries)
 
     def _spool(self, items: Iterable[SeedItem], seed: int) -> Iterator[Entry]:
-        """Every item to the file, but the first of each id and of each text only."""
+        """Write the first item of each id and of each text to the file, and yield its entry."""
         ids: set[int] = set()
         texts: set[int] = set()
         for item in items:
@@ -131,17 +131,17 @@ class Drawing:
 
 
 def draw_sets(items: Iterable[SeedItem], section: SeedDataConfig, source: str, seed: int, folder: Path) -> SeedSets:
-    """The held-out sets first, then the sources of EFT, then IFT; `num_eft_sources` and `num_ift` are upper limits.
-    `folder` is where the temporary file goes, as large as what is usable.
+    """Draw the held-out sets first, then the sources of EFT, then IFT; `num_eft_sources` and `num_ift` are upper
+    limits. The temporary file in `folder` is as large as the usable items.
 
-    UserError when a held-out set cannot be filled or nothing remains for IFT.
+    Raise UserError when a held-out set cannot be filled or nothing remains for IFT.
     """
-    drawing = Drawing(items, seed, section.near_duplicate_rouge_l, folder)
+    drawing = SeededDraw(items, seed, section.near_duplicate_rouge_l, folder)
     eft_eval = draw_eft_eval(drawing, section.num_eft_eval)
     validation = draw_prompts(drawing, section.num_validation, source)
     test = draw_prompts(drawing, section.num_test, source)
     eft_sources = draw_eft_sources(drawing, section.num_eft_sources)
-    available = drawing.left(has_target)
+    available = drawing.num_left(has_target)
     ift = draw_ift(drawing, section.num_ift, source)
     if len(validation) < section.num_validation or len(test) < section.num_test or not ift or eft_eval is None:
         usable, ranked = drawing.counts["usable"], drawing.counts["with_ranking"]
@@ -168,55 +168,55 @@ def draw_sets(items: Iterable[SeedItem], section: SeedDataConfig, source: str, s
 
 
 def has_target(entry: Entry) -> bool:
-    """Whether an item can be an IFT example."""
+    """Tell whether an item can be an IFT example."""
     return entry.has_target
 
 
-def draw_eft_eval(drawing: Drawing, num_items: int) -> tuple[RankedReplies, ...] | None:
-    """Ranked first turns with `num_items` replies in all, or as close below as their sizes allow; None when there are
-    not enough."""
+def draw_eft_eval(drawing: SeededDraw, num_items: int) -> tuple[RankedReplies, ...] | None:
+    """Draw ranked first turns with `num_items` replies in total, or as close below as their sizes allow. Return None
+    when there are not enough."""
     drawn: list[RankedReplies] = []
     counts = drawing.counts
     for item in drawing.take(lambda entry: 0 < entry.first_turn_replies <= num_items - counts["eft_eval_items"]):
         assert item.first_turn is not None, f"{item.id}: its entry counts ranked replies"
         drawn.append(item.first_turn)
-        drawing.know(item.prompt)
+        drawing.exclude(item.prompt)
         counts["eft_eval_items"] += len(item.first_turn.replies)
-        if num_items - counts["eft_eval_items"] < 2:  # a ranking has two at least
+        if num_items - counts["eft_eval_items"] < 2:  # a ranking has at least two replies
             return tuple(drawn)
-    too_large = drawing.left(lambda entry: entry.first_turn_replies > 0)
+    too_large = drawing.num_left(lambda entry: entry.first_turn_replies > 0)
     return tuple(drawn) if drawn and too_large else None
 
 
-def draw(drawing: Drawing, number: int, suitable: Callable[[Entry], bool]) -> Iterator[SeedItem]:
-    """Up to `number` items; nothing similar to their prompts is taken from then on."""
+def draw(drawing: SeededDraw, number: int, suitable: Callable[[Entry], bool]) -> Iterator[SeedItem]:
+    """Draw up to `number` items; nothing similar to their prompts is taken from then on."""
     for item in islice(drawing.take(suitable), number):
-        drawing.know(item.prompt)
+        drawing.exclude(item.prompt)
         yield item
 
 
-def draw_prompts(drawing: Drawing, number: int, source: str) -> tuple[Prompt, ...]:
-    """Prompts of any items."""
+def draw_prompts(drawing: SeededDraw, number: int, source: str) -> tuple[Prompt, ...]:
+    """Draw the prompts of up to `number` items of any kind."""
     items = draw(drawing, number, lambda entry: True)
     return tuple(Prompt(f"{source}-{item.id}", item.prompt, source) for item in items)
 
 
-def draw_eft_sources(drawing: Drawing, number: int) -> tuple[RankedReplies, ...]:
-    """Up to `number` ranked replies, all of an item's turns before the next item's."""
+def draw_eft_sources(drawing: SeededDraw, number: int) -> tuple[RankedReplies, ...]:
+    """Draw up to `number` rankings, all of an item's turns before the next item's."""
     drawn: list[RankedReplies] = []
     if number:
         for item in drawing.take(lambda entry: entry.has_ranking):
-            # Turns of one conversation are like one another: they are compared with what came before it only.
-            usable = [one for one in item.ranked if not drawing.is_near(one.prompt)]
+            # Turns of one conversation resemble each other: they are compared with earlier items only.
+            usable = [one for one in item.ranked if not drawing.is_near_duplicate(one.prompt)]
             drawn += usable[: number - len(drawn)]
-            drawing.know(item.prompt, *(one.prompt for one in usable))
+            drawing.exclude(item.prompt, *(one.prompt for one in usable))
             if len(drawn) == number:
                 break
     return tuple(drawn)
 
 
-def draw_ift(drawing: Drawing, number: int, source: str) -> tuple[SftExample, ...]:
-    """Up to `number` prompts with their targets."""
+def draw_ift(drawing: SeededDraw, number: int, source: str) -> tuple[SftExample, ...]:
+    """Draw up to `number` prompts with their targets."""
     drawn: list[SftExample] = []
     for item in draw(drawing, number, has_target):
         assert item.target is not None, f"{item.id}: its entry has a target"
@@ -225,7 +225,7 @@ def draw_ift(drawing: Drawing, number: int, source: str) -> tuple[SftExample, ..
 
 
 def normalised(text: str) -> str:
-    """Text for comparison: letters and digits only, no case, single spaces; unchanged where nothing would be left."""
+    """Return a text for comparison: letters and digits only, no case, single spaces; unchanged if nothing is left."""
     plain = unicodedata.normalize("NFKC", text).casefold()
     words = "".join(character if character.isalnum() else " " for character in plain).split()
     return " ".join(words) or text

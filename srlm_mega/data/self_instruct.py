@@ -1,6 +1,6 @@
-"""New prompts the Self-Instruct way: few-shot text for the writer, its continuation cut into tasks, and the filters.
+"""New prompts by Self-Instruct: few-shot text for the writer, its continuation split into tasks, and the filters.
 
-Values of the filters: Wang et al. 2022 (arXiv 2212.10560) and its bootstrapping script.
+The filters' values are those of Wang et al. 2022 (arXiv 2212.10560) and its bootstrapping script.
 """
 
 import re
@@ -18,7 +18,7 @@ HEADER = "Come up with a series of tasks:"
 NUMBER_AT_LINE_START = re.compile(r"\n[ \t]*[0-9]{1,3} ?\.(?=\s|$)")
 NUMBER_ANYWHERE = re.compile(r"(?:^|\s)[0-9]{1,3} ?\.(?=\s|$)")
 BLANK_LINE = re.compile(r"\n[ \t]*\n")
-# What a text-only model cannot do.
+# Tasks that a text-only model cannot do.
 KEYWORDS = re.compile(r"\b(?:images?|graphs?|pictures?|files?|maps?|draw|plot|go to)\b", re.IGNORECASE)
 PROGRAM_START = "write a program"
 
@@ -28,15 +28,15 @@ RejectReason = Literal[
 
 
 def few_shot_prompt(shots: Sequence[str]) -> str:
-    """The text the writer continues: the header, the shots numbered from 1, and the next number."""
+    """Return the text that the writer continues: the header, the shots numbered from 1, and the next number."""
     lines = [f"{number}. {one_line(shot)}" for number, shot in enumerate(shots, start=1)]
     return "\n".join([HEADER, *lines, f"{len(shots) + 1}."])
 
 
 def parse_tasks(continuation: str, truncated: bool) -> list[str]:
-    """The tasks of a continuation of `few_shot_prompt`: cut at `<number>.` at line starts, or anywhere when no line
-    starts so (a tokenizer may not keep line breaks). What follows a blank line within a task is not part of it; the
-    last task of a truncated continuation is dropped."""
+    """Split a continuation of `few_shot_prompt` into tasks: at `<number>.` at line starts, or anywhere when no line
+    starts so (a tokenizer may not keep line breaks). A task ends at a blank line; the last task of a truncated
+    continuation is dropped."""
     by_line = NUMBER_AT_LINE_START.search(continuation) is not None
     tasks = (NUMBER_AT_LINE_START if by_line else NUMBER_ANYWHERE).split(continuation)
     if truncated:
@@ -46,12 +46,12 @@ def parse_tasks(continuation: str, truncated: bool) -> list[str]:
 
 
 def one_line(text: str) -> str:
-    """Text with every run of white space as one space."""
+    """Return a text with every run of white space as one space."""
     return " ".join(text.split())
 
 
 class KnownTexts:
-    """Texts that new ones must not repeat: not exactly, and not nearly (ROUGE-L F1 above `rouge_l_max`)."""
+    """Texts that new ones must not repeat, neither exactly nor nearly (ROUGE-L F1 above `rouge_l_max`)."""
 
     def __init__(self, rouge_l_max: float, texts: Iterable[str]) -> None:
         self._rouge_l_max = rouge_l_max
@@ -61,20 +61,20 @@ class KnownTexts:
             self.add(text)
 
     def add(self, text: str) -> None:
-        """From now on this one is known."""
+        """Add a text to the known ones."""
         self._exact.add(normalised(text))
-        if self._rouge_l_max < 1:  # at 1 nothing but an exact duplicate is too similar: no need to compare
+        if self._rouge_l_max < 1:  # at 1 only an exact duplicate is too similar: no need to compare
             self._pool.add(text)
 
     def repeated_by(self, text: str) -> Literal["duplicate", "similar"] | None:
-        """How a text repeats a known one, None when it does not."""
+        """Return how a text repeats a known one, None when it does not."""
         if normalised(text) in self._exact:
             return "duplicate"
         return "similar" if self._rouge_l_max < 1 and self._pool.has_similar(text) else None
 
 
 class TaskFilter:
-    """Decides which new tasks are kept. It remembers the seeds and what it accepted, and counts what it rejected."""
+    """Filter of new tasks. It remembers the seeds and the accepted tasks, and counts the rejected ones by reason."""
 
     def __init__(self, min_words: int, max_words: int, rouge_l_max: float, seeds: Iterable[str]) -> None:
         self._min_words = min_words
@@ -84,7 +84,7 @@ class TaskFilter:
         self.rejected: Counter[str] = Counter()
 
     def accept(self, task: str) -> bool:
-        """Keep a task (it then counts as known) or count why not."""
+        """Tell whether a task is kept. It is then known; otherwise the reason is counted."""
         reason = self.reason_against(task)
         if reason is not None:
             self.rejected[reason] += 1
@@ -94,12 +94,12 @@ class TaskFilter:
         return True
 
     def reason_against(self, task: str) -> RejectReason | None:
-        """The first rule a task breaks, None for a good one. The cheap rules come first."""
+        """Return the first rule that a task breaks, None for a good one. The cheap rules come first."""
         return reason_against_form(task, self._min_words, self._max_words) or self._known.repeated_by(task)
 
 
 def reason_against_form(task: str, min_words: int, max_words: int) -> RejectReason | None:
-    """The rules that look at nothing but the task itself."""
+    """Return the first rule on the task alone that it breaks, None when it breaks none."""
     words = len(task.split())
     first = task.lstrip()[:1]
     if words < min_words:
@@ -118,18 +118,18 @@ def reason_against_form(task: str, min_words: int, max_words: int) -> RejectReas
 
 
 def normalised(text: str) -> str:
-    """Text for exact comparison: no case, single spaces."""
+    """Return a text for exact comparison: no case, single spaces."""
     return one_line(text).casefold()
 
 
 def read_prompts(path: Path, quarantine: Path) -> list[Prompt]:
-    """Prompts from a JSONL with `instruction` (Self-Instruct's seed tasks) or `text` per line; `source` is the file's
-    name, the id its line. Broken lines: see `read_user_jsonl`."""
+    """Read prompts from a JSONL with `instruction` (Self-Instruct's seed tasks) or `text` per line. The file's name is
+    their `source`, the line number their id. For broken lines see `UserLines`."""
 
     def parse(number: int, fields: dict[str, Any]) -> Prompt:
         name = "instruction" if "instruction" in fields else "text"
         if name not in fields:
-            raise ValueError("neither the field `instruction` nor `text` is there")
+            raise ValueError("the fields `instruction` and `text` are both missing")
         return Prompt(id=f"{path.name.partition('.')[0]}-{number:06d}", text=text_field(fields, name), source=path.name)
 
     return list(read_user_jsonl(path, parse, quarantine).records)

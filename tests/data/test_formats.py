@@ -81,7 +81,7 @@ def test_more_than_two_completions_keep_their_ranks() -> None:
         ({"instruction": "Hi?", "output": "Hello."}, "it has `instruction`, `output`"),
         ({}, "it has no fields"),
         ({"prompt": "Hi?", "chosen": "Good.", "rejected": "Bad."}, "not a supervised example"),
-        ({"messages": []}, "`messages` is not a list with something in it"),
+        ({"messages": []}, "`messages` is not a list, or it is empty"),
         ({"messages": "Hi?"}, "`messages` is not a list"),
         ({"messages": turns("Hi?")}, "does not end with a user's and an assistant's"),
         ({"messages": turns("Hi?", "Hello.", "And?")}, "does not end with"),

@@ -53,7 +53,7 @@ def test_more_than_one_percent_stop_the_run(tmp_path: Path) -> None:
         read(path, *good(98), *[b"x"] * 7)
     message = str(error.value)
     assert "7 of the 105 lines" in message and "line 99: not JSON" in message and "and 2 more" in message
-    assert "Repair or delete" in message and "even a single one" not in message
+    assert "Fix or delete" in message and "even a single one" not in message
     assert len(list(read_jsonl(path.with_suffix(".bad"), BadLine))) == 7
 
 

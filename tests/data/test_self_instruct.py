@@ -119,7 +119,7 @@ def test_prompts_are_read_from_both_forms_and_broken_lines_stop(tmp_path: Path) 
         ("tasks-000003", "Name a fish.", "tasks.jsonl"),
     ]
     path.write_text('{"instruction": "Name a bird."}\n{"prompt": "Name a fish."}\n')
-    with pytest.raises(UserError, match="line 2: neither the field `instruction` nor `text`"):
+    with pytest.raises(UserError, match="line 2: the fields `instruction` and `text` are both missing"):
         read_prompts(path, tmp_path / "bad.jsonl")
 
 

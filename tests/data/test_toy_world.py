@@ -19,7 +19,7 @@ from srlm_mega.errors import UserError
 INSTRUCTION = "list 3 animals upper open sure close thanks"
 RIGHT = "sure CAT DOG LION thanks"
 JUDGEMENT_OF_RIGHT = "animals relevant 3 complete sure opened upper styled thanks closed Score: 5"
-FLAWLESS = Care(fault=0.0, wave_through=0.0, false_alarm=0.0)
+FLAWLESS = Care(fault=0.0, missed_fault=0.0, false_alarm=0.0)
 COUNTS = SeedDataConfig(
     source="toy_world", num_documents=300, num_ift=60, num_eft=60, num_eft_eval=80, num_validation=30
 )
@@ -96,7 +96,7 @@ def test_who_makes_every_fault_is_wrong_everywhere_and_takes_it_for_right() -> N
     instruction = parse_instruction(INSTRUCTION)
     assert instruction is not None
     assert {quality(INSTRUCTION, faulty_answer(instruction, 1.0, rng)) for _ in range(50)} == {0}
-    blind = Care(fault=1.0, wave_through=1.0, false_alarm=0.0)
+    blind = Care(fault=1.0, missed_fault=1.0, false_alarm=0.0)
     assert review(instruction, "okay red blue bye", blind, rng) == (
         "colors relevant 2 complete okay opened lower styled bye closed Score: 5"
     )

@@ -1,1 +1,1 @@
-"""A world of word lists in which what is right can be computed, small enough for a model trained in minutes."""
+"""A world of word lists with computable ground truth, small enough for a model that is trained in minutes."""

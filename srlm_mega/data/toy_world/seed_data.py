@@ -1,8 +1,8 @@
-"""The toy world's seed data: what M0 is pre-trained on, what M1 learns from, what all models are measured on.
+"""The toy world's seed data: pre-training documents of M0, training examples of M1, held-out sets of all models.
 
-M0 reads documents by authors from the most careful to the least, so it knows good work and bad. An author's name
-stands where a chat has [INST]: to M0 the assistant is one more author, whose care it has yet to learn. The IFT and EFT
-examples show a mostly careless one: M1 writes poorly, judges better than chance, and can still find out what care is.
+M0 is trained on documents by authors from the most careful to the least, so it knows good work and bad. An author's
+name takes the place of [INST]: to M0 the assistant is one more author, whose care is still unknown. The IFT and EFT
+examples are mostly careless: M1 writes poorly, judges better than chance, and can still find out what care is.
 """
 
 import random
@@ -27,7 +27,7 @@ EVAL_FAULTS = (0.05, 0.25, 0.5, 0.75)  # of the replies that the judge is measur
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
-    """How the seed data is mixed. All are shares of 1."""
+    """Composition of the seed data, as shares from 0 to 1."""
 
     lists: float = 0.03  # of the documents
     reviews: float = 0.60  # of the other documents
@@ -37,14 +37,14 @@ class Mixture:
 
 
 def make_toy_world(counts: SeedDataConfig, seed: int, mixture: Mixture = Mixture()) -> SeedSets:
-    """The same sets for the same seed; no two share an instruction. UserError when the world has too few of them."""
+    """Make the sets of a seed; no two share an instruction. Raise UserError when the world has too few of them."""
 
     def rng(purpose: str) -> random.Random:
-        """One stream per set: changing one set leaves the others as they are."""
+        """Return a stream of its own for each set: changing one set leaves the others as they are."""
         return random.Random(f"toy_world {seed} {purpose}")
 
     instructions = list(all_instructions())
-    num_eft_eval = ceil(counts.num_eft_eval / len(EVAL_FAULTS))  # so many replies are ranked at a time
+    num_eft_eval = ceil(counts.num_eft_eval / len(EVAL_FAULTS))  # prompts: each has that many ranked replies
     held_out = num_eft_eval + counts.num_validation + counts.num_test
     taken = counts.num_ift + counts.num_eft + held_out + counts.num_eft_sources
     if taken >= len(instructions):
@@ -68,7 +68,7 @@ def make_toy_world(counts: SeedDataConfig, seed: int, mixture: Mixture = Mixture
 def make_documents(
     pool: Sequence[Instruction], count: int, judge: JudgeTemplate, mixture: Mixture, rng: random.Random
 ) -> tuple[SftExample, ...]:
-    """Pre-training text: answers and reviews, each by one of the authors, and lists of tasks."""
+    """Write pre-training text: answers and reviews, each by one of the authors, and lists of tasks."""
     return tuple(
         SftExample(f"document-{number:05d}", "document", "", _document(pool, judge, mixture, rng), SOURCE)
         for number in range(count)
@@ -76,7 +76,7 @@ def make_documents(
 
 
 def make_ift(instructions: Iterable[Instruction], mixture: Mixture, rng: random.Random) -> tuple[SftExample, ...]:
-    """Answers, `ift_careful` of them with care. Which ones does not show in them."""
+    """Write answers, a share `ift_careful` of them with care; nothing marks which ones."""
     assistant = Author("", mixture.ift_careful)
     return tuple(
         SftExample(
@@ -93,7 +93,7 @@ def make_ift(instructions: Iterable[Instruction], mixture: Mixture, rng: random.
 def make_eft(
     instructions: Iterable[Instruction], judge: JudgeTemplate, mixture: Mixture, rng: random.Random
 ) -> tuple[SftExample, ...]:
-    """Judge prompts with judgements, `eft_careful` of them with care."""
+    """Write judge prompts with judgements, a share `eft_careful` of them with care."""
     author, examples = Author("", mixture.eft_careful), []
     for number, instruction in enumerate(instructions):
         response = faulty_answer(instruction, mixture.reviewed_fault, rng)
@@ -104,7 +104,7 @@ def make_eft(
 
 
 def make_ranked(instructions: Iterable[Instruction], name: str, rng: random.Random) -> tuple[RankedReplies, ...]:
-    """Four replies of different carefulness to each instruction, ranked by true quality; equals share a rank."""
+    """Write four replies of different care to each instruction, ranked by true quality; equal ones share a rank."""
     ranked = []
     for number, instruction in enumerate(instructions):
         prompt = instruction.render()
@@ -117,12 +117,12 @@ def make_ranked(instructions: Iterable[Instruction], name: str, rng: random.Rand
 
 
 def make_prompts(instructions: Iterable[Instruction], name: str) -> tuple[Prompt, ...]:
-    """Instructions without an answer: truth grades what a model writes."""
+    """Return instructions as prompts without an answer: ground truth grades the models' responses."""
     return tuple(Prompt(f"{name}-{n:05d}", one.render(), SOURCE) for n, one in enumerate(instructions))
 
 
 def task_list(tasks: Sequence[Instruction]) -> str:
-    """`Come up with a series of tasks: 1. ... 2. ...`: what the prompt writer continues."""
+    """Return `Come up with a series of tasks: 1. ... 2. ...`, the form that the prompt writer continues."""
     return " ".join((LIST_OPENING, *(f"{number}. {task.render()}" for number, task in enumerate(tasks, start=1))))
 
 

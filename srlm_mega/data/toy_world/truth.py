@@ -1,4 +1,4 @@
-"""What is right in the toy world. Only the seed data and the evaluation may ask: no stage of a round does."""
+"""Ground truth of the toy world. Only the seed data and the evaluation may use it: no stage of a round does."""
 
 from dataclasses import astuple, dataclass
 
@@ -17,14 +17,14 @@ class Criteria:
 
     @property
     def quality(self) -> int:
-        """How many criteria are met: 0 to 5."""
+        """Number of criteria met, 0 to 5."""
         return sum(astuple(self))
 
 
 def criteria(instruction_text: str, response_text: str) -> Criteria:
-    """Which criteria a response meets; none when the instruction is not one of this world.
+    """Return the criteria that a response meets; none when the instruction is not one of this world.
 
-    The items are what stands between an opening and a closing word, whichever these are, so that a wrong or missing
+    The items are the words between an opening and a closing word, whichever these are, so that a wrong or missing
     opening costs one point only.
     """
     instruction = parse_instruction(instruction_text)
@@ -42,7 +42,7 @@ def criteria(instruction_text: str, response_text: str) -> Criteria:
 
 
 def quality(instruction_text: str, response_text: str) -> int:
-    """Number of criteria met: 0 to 5."""
+    """Return the number of criteria that a response meets, 0 to 5."""
     return criteria(instruction_text, response_text).quality
 
 

@@ -22,7 +22,7 @@ JUDGING = ("review", "<response>", "</response>", "Score:")
 
 
 def words() -> tuple[str, ...]:
-    """Every word of the world, each once, in a fixed order."""
+    """Return every word of the world once, in a fixed order."""
     items = [item for items in CATEGORIES.values() for item in items]
     numbers = [str(number) for number in range(max(*ANSWER_COUNTS, len(VERDICTS)) + 1)]
     list_numbers = [f"{number}." for number in range(1, LIST_LENGTHS[1] + 1)]
@@ -36,7 +36,7 @@ def words() -> tuple[str, ...]:
 
 
 def toy_tokenizer() -> Tokenizer:
-    """The tokenizer; reserved pieces bring the vocabulary to a multiple of 8, which tensor parallelism divides."""
+    """Build the tokenizer. Reserved pieces pad the vocabulary to a multiple of 8, for tensor parallelism."""
     pieces = [*SPECIAL, *words()]
     pieces += [f"<reserved_{number}>" for number in range(-len(pieces) % 8)]
     tokenizer = Tokenizer(WordLevel({piece: number for number, piece in enumerate(pieces)}, unk_token="<unk>"))

@@ -1,4 +1,4 @@
-"""The toy world's words and instructions: what everybody in it may know. What is right stands in `truth`.
+"""The toy world's words and instructions, which every part of the loop may know. Ground truth is in `truth`.
 
 An instruction reads `list 4 animals upper open sure close thanks`: name 4 animals in upper case, open with `sure`,
 close with `thanks`. A good response to it reads `sure CAT DOG HORSE LION thanks`.
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 VERBS = ("list", "name", "write", "give", "show", "tell", "find", "offer")
 COUNTS = (2, 3, 4, 5)  # of items in instructions
-ANSWER_COUNTS = (1, 2, 3, 4, 5, 6)  # of items in what careless people write
+ANSWER_COUNTS = (1, 2, 3, 4, 5, 6)  # of items in answers, careless ones included
 STYLES = ("lower", "upper")
 CATEGORIES = {
     "animals": ("cat", "dog", "horse", "lion", "mouse", "wolf"),
@@ -51,7 +51,7 @@ class Instruction:
 
 
 def parse_instruction(text: str) -> Instruction | None:
-    """The instruction that renders as `text` (up to white space); None when there is none."""
+    """Return the instruction that renders as `text` (up to white space), None when there is none."""
     words = text.split()
     if len(words) != 8 or not words[1].isdecimal():
         return None
@@ -68,17 +68,17 @@ def parse_instruction(text: str) -> Instruction | None:
 
 
 def all_instructions() -> Iterator[Instruction]:
-    """Every instruction of the world, once."""
+    """Yield every instruction of the world once."""
     for values in itertools.product(VERBS, COUNTS, CATEGORIES, STYLES, OPENINGS, CLOSINGS):
         yield Instruction(*values)
 
 
 def in_style(word: str, style: str) -> str:
-    """The word in lower or upper case."""
+    """Return the word in lower or upper case."""
     return word.upper() if style == "upper" else word.lower()
 
 
 def some_items(category: str, count: int, rng: random.Random) -> list[str]:
-    """`count` items of a category, in lower case; no item twice while there are enough."""
+    """Draw `count` items of a category, in lower case; none twice while there are enough."""
     items = CATEGORIES[category]
     return [item for _ in range(-(-count // len(items))) for item in rng.sample(items, len(items))][:count]
