@@ -29,14 +29,6 @@ class BadLine:
     content: str
 
 
-@dataclass(frozen=True)
-class UserFile(Generic[T]):
-    """Parsed good lines of a file, in their order, and the number of bad ones."""
-
-    records: tuple[T, ...]
-    bad: int
-
-
 class UserLines(Generic[T]):
     """Iterable over the lines of a `.jsonl` or `.jsonl.gz`, each parsed by `parse(line number, fields)`, which raises
     ValueError for a line it cannot use. Blank lines are skipped.
@@ -74,12 +66,6 @@ class UserLines(Generic[T]):
             raise UserError(too_many(self._path, self._named, self.bad, total))
         if not self.good:
             raise UserError(f"{self._path} holds no records: it needs one JSON object per line")
-
-
-def read_user_jsonl(path: Path, parse: Callable[[int, dict[str, Any]], T], quarantine: Path) -> UserFile[T]:
-    """Read all lines at once; see `UserLines`."""
-    lines = UserLines(path, parse, quarantine)
-    return UserFile(tuple(lines), lines.bad)
 
 
 def text_field(fields: dict[str, Any], name: str) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from srlm_mega.data.quarantine import read_user_jsonl, text_field
+from srlm_mega.data.quarantine import UserLines, text_field
 from srlm_mega.data.rouge import RougePool
 from srlm_mega.records import Prompt
 
@@ -132,4 +132,4 @@ def read_prompts(path: Path, quarantine: Path) -> list[Prompt]:
             raise ValueError("the fields `instruction` and `text` are both missing")
         return Prompt(id=f"{path.name.partition('.')[0]}-{number:06d}", text=text_field(fields, name), source=path.name)
 
-    return list(read_user_jsonl(path, parse, quarantine).records)
+    return list(UserLines(path, parse, quarantine))

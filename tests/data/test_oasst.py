@@ -12,7 +12,7 @@ import pytest
 
 from srlm_mega.config.data import SeedDataConfig
 from srlm_mega.data.oasst import Tree, parse_tree, read_oasst
-from srlm_mega.data.quarantine import BadLine, read_user_jsonl
+from srlm_mega.data.quarantine import BadLine, UserLines
 from srlm_mega.data.seed_sets import SeedSets, normalised
 from srlm_mega.errors import UserError
 from srlm_mega.records import read_jsonl
@@ -321,7 +321,7 @@ def test_a_file_is_never_in_memory_as_a_whole(tmp_path: Path) -> None:
     path, bad = large_trees(tmp_path / "t.jsonl.gz"), tmp_path / "bad.jsonl"
     section = SeedDataConfig(source="oasst", path=path, num_ift=5, num_eft_eval=6, num_validation=5)
     assert peak_bytes(lambda: read_oasst(section, 0, bad)) < 10e6
-    assert peak_bytes(lambda: read_user_jsonl(path, partial(parse_tree, True), bad)) > 50e6, (
+    assert peak_bytes(lambda: list(UserLines(path, partial(parse_tree, True), bad))) > 50e6, (
         "the bound would hold anyway"
     )
 
@@ -332,7 +332,7 @@ def test_broken_lines_are_not_kept_in_memory_either(tmp_path: Path) -> None:
 
     def read() -> None:
         with pytest.raises(UserError, match="300 of the 300 lines"):
-            read_user_jsonl(path, partial(parse_tree, True), tmp_path / "bad.jsonl")
+            list(UserLines(path, partial(parse_tree, True), tmp_path / "bad.jsonl"))
 
     assert peak_bytes(read) < 5e6 < path.stat().st_size
     assert (tmp_path / "bad.jsonl").stat().st_size > path.stat().st_size

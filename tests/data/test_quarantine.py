@@ -7,14 +7,16 @@ from typing import Any
 import orjson
 import pytest
 
-from srlm_mega.data.quarantine import BadLine, UserFile, read_user_jsonl, text_field
+from srlm_mega.data.quarantine import BadLine, UserLines, text_field
 from srlm_mega.errors import UserError
 from srlm_mega.records import read_jsonl
 
 
-def read(path: Path, *lines: bytes) -> UserFile[str]:
+def read(path: Path, *lines: bytes) -> tuple[list[str], int]:
+    """The records of the good lines, and the number of bad ones."""
     path.write_bytes(b"\n".join(lines) + b"\n")
-    return read_user_jsonl(path, lambda number, fields: text_field(fields, "text"), path.with_suffix(".bad"))
+    parsed = UserLines(path, lambda number, fields: text_field(fields, "text"), path.with_suffix(".bad"))
+    return list(parsed), parsed.bad
 
 
 def good(count: int) -> list[bytes]:
@@ -37,10 +39,10 @@ def good(count: int) -> list[bytes]:
 )
 def test_a_broken_line_is_named_and_set_aside(tmp_path: Path, line: bytes, reason: str) -> None:
     path = tmp_path / "seed.jsonl"
-    file = read(path, *good(150), line, *good(49))
-    assert len(file.records) == 199
+    records, number_bad = read(path, *good(150), line, *good(49))
+    assert len(records) == 199
     (bad,) = read_jsonl(path.with_suffix(".bad"), BadLine)
-    assert file.bad == 1
+    assert number_bad == 1
     assert (bad.file, bad.line) == (str(path), 151)
     assert reason in bad.reason
     assert bad.content == line.decode("utf-8", errors="backslashreplace")
@@ -48,7 +50,7 @@ def test_a_broken_line_is_named_and_set_aside(tmp_path: Path, line: bytes, reaso
 
 def test_more_than_one_percent_stop_the_run(tmp_path: Path) -> None:
     path = tmp_path / "seed.jsonl"
-    assert read(path, *good(99), b"x").bad == 1, "exactly 1 % goes on"
+    assert read(path, *good(99), b"x")[1] == 1, "exactly 1 % is accepted"
     with pytest.raises(UserError) as error:
         read(path, *good(98), *[b"x"] * 7)
     message = str(error.value)
@@ -64,13 +66,13 @@ def test_in_a_small_file_one_bad_line_is_too_many_and_the_message_says_so(tmp_pa
 
 def test_a_good_file_leaves_no_quarantine(tmp_path: Path) -> None:
     path = tmp_path / "seed.jsonl"
-    assert read(path, *good(2)).bad == 0
+    assert read(path, *good(2))[1] == 0
     assert not path.with_suffix(".bad").exists()
 
 
 def test_blank_lines_line_ends_and_a_byte_order_mark_are_no_mistake(tmp_path: Path) -> None:
-    file = read(tmp_path / "seed.jsonl", b'\xef\xbb\xbf{"text": "a"}\r', b"", b"  ", b'{"text": "b"}')
-    assert file.records == ("a", "b")
+    records, _ = read(tmp_path / "seed.jsonl", b'\xef\xbb\xbf{"text": "a"}\r', b"", b"  ", b'{"text": "b"}')
+    assert records == ["a", "b"]
 
 
 def test_line_numbers_count_blank_lines(tmp_path: Path) -> None:
@@ -85,15 +87,15 @@ def test_gzip_is_read_and_a_cut_one_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "seed.jsonl.gz"
     content = gzip.compress(b"\n".join(good(500)))
     path.write_bytes(content)
-    assert len(read_user_jsonl(path, parse, tmp_path / "bad").records) == 500
+    assert len(list(UserLines(path, parse, tmp_path / "bad"))) == 500
     for broken in (content[:-20], b"plain text", content[:100] + b"\0" * 50):
         path.write_bytes(broken)
         with pytest.raises(UserError, match="gzip"):
-            read_user_jsonl(path, parse, tmp_path / "bad")
+            list(UserLines(path, parse, tmp_path / "bad"))
 
 
 def test_an_empty_or_absent_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no records"):
         read(tmp_path / "seed.jsonl")
     with pytest.raises(UserError, match="there is no file"):
-        read_user_jsonl(tmp_path / "absent", lambda number, fields: number, tmp_path / "bad")
+        list(UserLines(tmp_path / "absent", lambda number, fields: number, tmp_path / "bad"))
