@@ -1,4 +1,4 @@
-"""How far two rankings of the same responses agree."""
+"""Rank correlations of two scorings of the same responses."""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ SCORE_TOLERANCE = 1e-6
 
 
 def kendall_tau(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """Kendall's tau-b, in [-1, 1], of two scorings of the same items; None where one of them ties everything."""
+    """Return Kendall's tau-b, in [-1, 1], of two scorings of the same items; None when one of them ties all items."""
     signs = [
         (sign(one - other), sign(two - another))
         for (one, two), (other, another) in combinations(zip(first, second, strict=True), 2)
@@ -21,21 +21,23 @@ def kendall_tau(first: Sequence[float], second: Sequence[float]) -> float | None
 
 
 def consistency(current: Sequence[float], previous: Sequence[float]) -> float:
-    """CREAM's C (arXiv 2410.12735): Kendall's tau between the rankings of two judges, mapped from [-1, 1] to [0, 1].
+    """Return CREAM's C (arXiv 2410.12735): Kendall's tau between two judges' rankings, mapped from [-1, 1] to [0, 1].
 
-    A judge that ties everything says nothing of the order: 1/2, at which a pair teaches neither direction.
+    A judge that ties all items says nothing about the order. The value is then 1/2, at which a pair's loss prefers
+    neither response.
     """
     tau = kendall_tau(current, previous)
     return 0.5 if tau is None else (1 + tau) / 2
 
 
 def sign(difference: float) -> int:
-    """-1, 0 or 1; means that differ in the last bits are equal."""
+    """Return -1, 0 or 1; means that differ in the last bits only count as equal."""
     return (difference > SCORE_TOLERANCE) - (difference < -SCORE_TOLERANCE)
 
 
 def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """Spearman's rank correlation, in [-1, 1], equal values sharing their mean rank; None where one ties everything."""
+    """Return Spearman's rank correlation, in [-1, 1], equal values sharing their mean rank; None when one of them ties
+    all items."""
     ranks = [mean_ranks(values) for values in (first, second)]
     middle = (len(first) + 1) / 2
     (one, two) = ([rank - middle for rank in own] for own in ranks)
@@ -44,13 +46,13 @@ def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
 
 
 def mean_ranks(values: Sequence[float]) -> list[float]:
-    """Ranks from 1; equal values share the mean of theirs."""
+    """Return the values' ranks from 1; equal values share their mean rank."""
     ranks = [0.0] * len(values)
     ordered = sorted(range(len(values)), key=values.__getitem__)
     start = 0
     for end in range(1, len(values) + 1):
         if end == len(values) or values[ordered[end]] - values[ordered[start]] > SCORE_TOLERANCE:
-            for place in ordered[start:end]:
-                ranks[place] = (start + 1 + end) / 2
+            for index in ordered[start:end]:
+                ranks[index] = (start + 1 + end) / 2
             start = end
     return ranks

@@ -1,7 +1,7 @@
-"""An OpenAI-compatible endpoint: one question, one answer, with a time limit and second tries.
+"""Client of an OpenAI-compatible endpoint: one question, one answer, with a time limit and retries.
 
-The key comes from an environment variable and goes into the request's header, nowhere else: whatever the endpoint
-sends back is cleared of it before anyone sees it.
+The key is read from an environment variable and sent in the request's header, nowhere else. It is removed from
+everything that the endpoint sends back before that is logged or stored.
 """
 
 import os
@@ -17,24 +17,24 @@ from srlm_mega.errors import CannotContinue, UserError
 
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 1.0, 60.0
 WRONG_KEY, WRONG_NAME = (401, 403), 404
-PASSING = (408, 409, 429)  # and 5xx: another try may do
-QUOTED = 200  # characters of an endpoint's words in an error
+TRANSIENT = (408, 409, 429)  # and 5xx: a retry may succeed
+QUOTED = 200  # characters of a response that an error quotes
 
 
 class RequestFailed(Exception):
-    """This request has no answer; another one may have."""
+    """This request failed; other requests may succeed."""
 
 
-class Passing(RequestFailed):
-    """The same request may have an answer later."""
+class TransientFailure(RequestFailed):
+    """This request failed; a retry may succeed."""
 
 
-class Unreachable(Passing):
-    """Nobody answers at all."""
+class Unreachable(TransientFailure):
+    """No connection to the endpoint."""
 
 
 class Endpoint:
-    """Chat completions, decoded greedily. Safe to use from several threads."""
+    """Chat completions of one model, decoded greedily. Safe to use from several threads."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class Endpoint:
         environment: Mapping[str, str] = os.environ,
         sleep: Callable[[float], None] = wait,
     ) -> None:
-        assert settings.endpoint is not None, "an endpoint without its URL"
+        assert settings.endpoint is not None, "the configuration refuses an endpoint without its URL"
         self._settings = settings
         self._url = f"{settings.endpoint.rstrip('/')}/chat/completions"
         self._key = settings.key(environment)
@@ -51,19 +51,19 @@ class Endpoint:
         self._sleep = sleep
 
     def ask(self, question: str) -> tuple[str, bool]:
-        """The answer, and whether it was cut off by `max_new_tokens`. RequestFailed when there is none after all
-        attempts; CannotContinue when nobody answers at all; UserError for a wrong key or model."""
+        """Return the answer, and whether it was cut off by `max_new_tokens`. Raise RequestFailed when all attempts
+        failed, CannotContinue when the endpoint cannot be reached, UserError for a wrong key or model."""
         try:
             return self._retrying()(self._ask_once, question)
         except Unreachable as error:
             raise CannotContinue(
-                f"the judge's endpoint {self._settings.endpoint} cannot be reached ({error}), in "
-                f"{self._settings.attempts} attempts. What was judged so far is kept: when it is up, the same command "
-                "goes on"
+                f"the judge's endpoint {self._settings.endpoint} cannot be reached ({error}) in "
+                f"{self._settings.attempts} attempts. What was judged so far is kept: when the endpoint is up, the "
+                "same command resumes"
             ) from None
 
     def close(self) -> None:
-        """Close its connections."""
+        """Close the endpoint's connections."""
         self._client.close()
 
     def _ask_once(self, question: str) -> tuple[str, bool]:
@@ -78,9 +78,9 @@ class Endpoint:
         except httpx.ConnectError as error:
             raise Unreachable(self._cleared(str(error))) from None
         except httpx.TimeoutException:
-            raise Passing(f"no answer within {self._settings.timeout_seconds:g} s") from None
+            raise TransientFailure(f"no answer within {self._settings.timeout_seconds:g} s") from None
         except httpx.TransportError as error:
-            raise Passing(self._cleared(f"{type(error).__name__}: {error}")) from None
+            raise TransientFailure(self._cleared(f"{type(error).__name__}: {error}")) from None
         self._check_status(response)
         return self._answer_in(response)
 
@@ -92,8 +92,8 @@ class Endpoint:
             raise UserError(
                 f"{self._url} has no model {self._settings.model} ({said}): correct the judge's `endpoint` or `model`"
             )
-        if response.status_code in PASSING or response.status_code >= 500:
-            raise Passing(said)
+        if response.status_code in TRANSIENT or response.status_code >= 500:
+            raise TransientFailure(said)
         if response.status_code != 200:
             raise RequestFailed(said)
 
@@ -104,7 +104,7 @@ class Endpoint:
         except (ValueError, LookupError, TypeError, AttributeError):
             content, cut = None, False
         if not isinstance(content, str):
-            raise Passing(f"not a chat completion: {self._cleared(response.text)[:QUOTED]}")
+            raise TransientFailure(f"not a chat completion: {self._cleared(response.text)[:QUOTED]}")
         return self._cleared(content), cut
 
     def _cleared(self, text: str) -> str:
@@ -113,13 +113,13 @@ class Endpoint:
     def _key_advice(self) -> str:
         if self._settings.api_key_variable is None:
             return "Set the judge's `api_key_variable` to the NAME of the environment variable that holds its key"
-        return f"Look at the value of {self._settings.api_key_variable} in the environment"
+        return f"Check the value of {self._settings.api_key_variable} in the environment"
 
     def _retrying(self) -> Retrying:
         return Retrying(
             stop=stop_after_attempt(self._settings.attempts),
             wait=wait_exponential(multiplier=FIRST_WAIT_SECONDS, max=LONGEST_WAIT_SECONDS),
-            retry=retry_if_exception_type(Passing),
+            retry=retry_if_exception_type(TransientFailure),
             sleep=self._sleep,
             reraise=True,
         )

@@ -1,4 +1,4 @@
-"""The meta-judge (Meta-Rewarding, arXiv 2407.19594): a model's judgements of one response, compared by itself in both
+"""The meta-judge (Meta-Rewarding, arXiv 2407.19594): a model compares its own judgements of one response, in both
 orders; the best and the worst by Elo become a pair that trains the judge."""
 
 import math
@@ -11,14 +11,14 @@ from srlm_mega.judging.scored_candidates import ScoredCandidate
 from srlm_mega.judging.template import Template
 from srlm_mega.records import Candidate, Judgement, MetaJudgement
 
-PRIOR_WINS = 0.1  # of each judgement over each other: ratings stay finite where one wins everything
+PRIOR_WINS = 0.1  # of each judgement over each other: ratings stay finite when one wins every comparison
 ITERATIONS = 200
 ELO_TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
 class Contest:
-    """One response and its judgements that can be compared."""
+    """One response, its judgements that can be compared, and the variance of their scores."""
 
     candidate: Candidate
     judgements: tuple[Judgement, ...]
@@ -27,14 +27,15 @@ class Contest:
 
 @dataclass(frozen=True)
 class PositionWeights:
-    """What a win counts in each place: the place that wins more often counts less."""
+    """Weights of a win by position in the prompt, against position bias: the position that wins more often counts
+    less."""
 
     first: float
     second: float
 
 
 def meta_template() -> Template:
-    """The shipped one; its place-holders are `instruction`, `response`, `first` and `second`."""
+    """Return the shipped template; its placeholders are `instruction`, `response`, `first` and `second`."""
     path = Path(__file__).with_name("meta.txt")
     return Template.from_text(
         path.read_text(encoding="utf-8").rstrip("\n"), str(path), ("instruction", "response", "first", "second")
@@ -42,8 +43,8 @@ def meta_template() -> Template:
 
 
 def contest_of(group: Sequence[tuple[ScoredCandidate, Sequence[Judgement]]]) -> Contest | None:
-    """The response whose scores vary most among a prompt's, with the judgements that ended by themselves and have a
-    score. None where no two of one response differ in score."""
+    """Return the response of a prompt whose scores vary most, with its judgements that were not truncated and have a
+    score. None when no response has two of them with different scores."""
     found: Contest | None = None
     for item, judgements in group:
         usable = tuple(one for one in judgements if one.score is not None and one.finish_reason == "stop")
@@ -54,12 +55,12 @@ def contest_of(group: Sequence[tuple[ScoredCandidate, Sequence[Judgement]]]) -> 
 
 
 def comparisons(contest: Contest) -> list[tuple[Judgement, Judgement]]:
-    """All pairs of a response's judgements, each in both orders."""
+    """Return all pairs of a response's judgements, each in both orders."""
     return list(permutations(contest.judgements, 2))
 
 
 def position_weights(judged: Iterable[MetaJudgement]) -> PositionWeights:
-    """From all of a round's comparisons; halves where nothing was won."""
+    """Estimate the weights from all of a round's comparisons; 1/2 each when there is no win."""
     verdicts = [one.verdict for one in judged]
     first, second = verdicts.count("first"), verdicts.count("second")
     if first + second == 0:
@@ -68,7 +69,8 @@ def position_weights(judged: Iterable[MetaJudgement]) -> PositionWeights:
 
 
 def elo(ids: Sequence[str], judged: Iterable[MetaJudgement], weights: PositionWeights) -> dict[str, float]:
-    """Ratings with mean 0, by maximum likelihood of weighted wins (Bradley-Terry, minorise-maximise)."""
+    """Return Elo ratings with mean 0 by id: maximum likelihood of the weighted wins (Bradley-Terry, by
+    minorise-maximise)."""
     wins = dict.fromkeys(permutations(ids, 2), PRIOR_WINS)
     for one in judged:
         match one.verdict:
@@ -95,7 +97,8 @@ def elo(ids: Sequence[str], judged: Iterable[MetaJudgement], weights: PositionWe
 def best_and_worst(
     contest: Contest, ratings: dict[str, float], max_chosen_length: int
 ) -> tuple[Judgement, Judgement] | None:
-    """Chosen and rejected judgement; None where all are rated alike or the best one is too long."""
+    """Return chosen and rejected judgement; None when all are rated alike, the best one is longer than
+    `max_chosen_length` (characters), or both are the same tokens."""
     ranked = sorted(contest.judgements, key=lambda one: (-ratings[one.id], one.id))
     best, worst = ranked[0], ranked[-1]
     if ratings[best.id] - ratings[worst.id] <= ELO_TOLERANCE or len(best.text) > max_chosen_length:
@@ -104,5 +107,6 @@ def best_and_worst(
 
 
 def most_pairs(num_pairs: int, max_share: float) -> int:
-    """How many pairs of judgements may join so many of responses, to be `max_share` of all at most."""
+    """Return the number of judgement pairs that may be added to `num_pairs` response pairs, so that they are at most
+    `max_share` of all."""
     return math.floor(num_pairs * max_share / (1 - max_share) + 1e-9)

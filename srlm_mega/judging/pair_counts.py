@@ -1,4 +1,4 @@
-"""What became of a round's prompts, candidates and judgements, counted while pairs are made."""
+"""Pairs of a whole round, with counts of what became of its prompts, candidates and judgements."""
 
 import math
 from collections import Counter
@@ -10,19 +10,19 @@ from pydantic import with_config
 
 from srlm_mega.config.rounds import PairsConfig
 from srlm_mega.judging.pairs import NoPair, pair_of
-from srlm_mega.judging.scored_candidates import AlignedGroups, CandidateState, ScoredCandidate
+from srlm_mega.judging.scored_candidates import CandidateState, MergeJoin, ScoredCandidate
 from srlm_mega.records import STRICT, PreferencePair
 
 
 @with_config(STRICT)
 @dataclass(frozen=True, slots=True)
 class PairCounts:
-    """Each prompt is in exactly one of pairs, tied, small_gap, identical, too_few, long_chosen; each candidate in
-    exactly one of scored, truncated, unscored.
+    """Counts of a round. Each prompt is in exactly one of pairs, tied, small_gap, identical, too_few, long_chosen; each
+    candidate in exactly one of scored, truncated, unscored.
 
-    duplicates: candidates whose text another one of the same prompt has before them. score_entropy: bits, of the
-    judgements' scores rounded to whole ones, 0 to log2(6) = 2.58. The means are over pairs: the gap in score, and
-    characters of chosen and rejected responses. consistency is CREAM's C, 1 where it is not asked for.
+    duplicates: candidates whose text an earlier one of the same prompt has. score_entropy: bits, of the judgements'
+    scores rounded to integers, 0 to log2(6) = 2.58. The means are over pairs: the gap in score, and characters of
+    chosen and rejected responses. consistency is CREAM's C, 1 when it is not configured.
     """
 
     prompts: int
@@ -61,7 +61,7 @@ class PairCounter:
     consistency: float = 0.0
 
     def add(self, group: Sequence[ScoredCandidate], found: PreferencePair | NoPair) -> None:
-        """One prompt."""
+        """Count one prompt's candidates and the pair, or the reason why there is none."""
         for item in group:
             self.states[item.state] += 1
             for score in item.scores:
@@ -77,7 +77,7 @@ class PairCounter:
         self.consistency += found.consistency
 
     def counts(self) -> PairCounts:
-        """What was counted."""
+        """Return the counts so far."""
         pairs = max(self.pairs, 1)
         return PairCounts(
             prompts=self.pairs + self.prompts.total(),
@@ -110,8 +110,8 @@ def pairs_of(
     counter: PairCounter,
     anchors: Iterable[Sequence[ScoredCandidate]] | None = None,
 ) -> Iterator[PreferencePair]:
-    """One pair per prompt at most, in their order; `counter` counts the rest. `anchors` are candidates of the model
-    that rejected responses come from, to the same prompts; a prompt may be missing there."""
+    """Yield at most one pair per prompt, in the prompts' order; `counter` counts all of them. `anchors` are candidates
+    to the same prompts of the model that rejected responses come from; some prompts may have none."""
     others = None if anchors is None else by_prompt(anchors)
     for group in prompts:
         theirs = None if others is None else others.take(group[0].candidate.prompt_id)
@@ -123,13 +123,13 @@ def pairs_of(
         others.finish()
 
 
-def by_prompt(prompts: Iterable[Sequence[ScoredCandidate]]) -> AlignedGroups[ScoredCandidate]:
-    """Another model's candidates, to be read beside this one's."""
-    return AlignedGroups(chain.from_iterable(prompts), lambda item: item.candidate.prompt_id, "the anchors' prompt")
+def by_prompt(prompts: Iterable[Sequence[ScoredCandidate]]) -> MergeJoin[ScoredCandidate]:
+    """Return another model's candidates, to be joined with this one's by prompt."""
+    return MergeJoin(chain.from_iterable(prompts), lambda item: item.candidate.prompt_id, "the anchors' prompt")
 
 
 def entropy(scores: Counter[float | None]) -> float:
-    """Bits of the distribution of scores, rounded half up to whole ones; unreadable ones are left out."""
+    """Return the entropy in bits of the scores, rounded half up to integers; unparsed ones are left out."""
     whole: Counter[int] = Counter()
     for score, count in scores.items():
         if score is not None:

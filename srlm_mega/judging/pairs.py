@@ -14,7 +14,7 @@ NoPair = Literal["tied", "small_gap", "identical", "too_few", "long_chosen"]
 
 
 class Ranked(NamedTuple):
-    """A candidate that can be in a pair."""
+    """A candidate with a score, which can be in a pair."""
 
     score: float
     candidate: Candidate
@@ -28,19 +28,19 @@ def pair_of(
     seed: int,
     anchors: Sequence[ScoredCandidate] | None = None,
 ) -> PreferencePair | NoPair:
-    """The pair of one prompt's candidates, or why there is none. With `anchors`, candidates of another model to the
-    same prompt, the rejected one is of theirs. Truncated and unscored candidates take no part. Lengths are characters;
-    docs/protocol.md has the definitions.
+    """Return the pair of one prompt's candidates, or the reason why there is none. With `anchors`, candidates of
+    another model to the same prompt, the rejected one is taken from them. Truncated and unscored candidates are left
+    out. Lengths are characters; docs/protocol.md has the definitions.
 
     `rho` widens what counts as best and as worst by that share of the gap (Meta-Rewarding, arXiv 2407.19594): the
-    shortest of the best meets the longest of the worst. With 0, `ties` says who is taken of equally scored ones.
+    shortest of the best is paired with the longest of the worst. With 0, `ties` decides among equal scores.
     """
     best_first = ranked(group)
     worst_first = best_first if anchors is None else ranked(anchors)
     if not best_first or not worst_first or (anchors is None and len(best_first) < 2):
         return "too_few"
     best, worst = max(one.score for one in best_first), min(one.score for one in worst_first)
-    if best - worst <= SCORE_TOLERANCE:
+    if best - worst <= SCORE_TOLERANCE:  # means of thirds may differ in the last bits
         return "tied"
     if best - worst <= settings.min_gap + SCORE_TOLERANCE:
         return "small_gap"
@@ -55,6 +55,7 @@ def pair_of(
     different = [(one, other) for one, other in product(top, bottom) if differ(one.candidate, other.candidate)]
     if not different:
         return "identical"
+    # With rho, a pair inside the widened ends may have a smaller gap than best and worst have.
     choices = [pair for pair in different if pair[0].score - pair[1].score > settings.min_gap + SCORE_TOLERANCE]
     if not choices:
         return "small_gap"
@@ -64,13 +65,13 @@ def pair_of(
 
 
 def ranked(group: Sequence[ScoredCandidate]) -> list[Ranked]:
-    """Those with a score, sorted by id, so that a seeded pick does not depend on the order of the file."""
+    """Return the candidates with a score, sorted by id: a seeded pick must not depend on the order of the file."""
     found = [Ranked(item.score, item.candidate, item.variance) for item in group if item.score is not None]
     return sorted(found, key=lambda one: one.candidate.id)
 
 
 def pick(choices: Sequence[tuple[Ranked, Ranked]], rho: float, ties: Ties, seed: int) -> tuple[Ranked, Ranked]:
-    """The preferred pair; among equals a pick seeded by the prompt's id decides."""
+    """Return the preferred pair; a pick seeded by the prompt's id decides among equals."""
 
     def preference(pair: tuple[Ranked, Ranked]) -> tuple[float, ...]:
         chosen, rejected = (len(one.candidate.text) for one in pair)
@@ -82,7 +83,7 @@ def pick(choices: Sequence[tuple[Ranked, Ranked]], rho: float, ties: Ties, seed:
             case "shortest":
                 return chosen, rejected
             case "lowest_variance":
-                # Of a single readable score nothing is known: such a candidate comes last.
+                # A single parsed score has no variance: such a candidate comes last.
                 return tuple(float("inf") if one.variance is None else one.variance for one in pair)
 
     if len(choices) == 1:
@@ -96,20 +97,20 @@ def pick(choices: Sequence[tuple[Ranked, Ranked]], rho: float, ties: Ties, seed:
 
 
 def weight_of(group: Sequence[ScoredCandidate]) -> float:
-    """How far this model's scores and the previous one's rank the prompt's candidates alike, 0 to 1."""
+    """Return the consistency, 0 to 1, of this model's and the previous model's ranking of a prompt's candidates."""
     both = [(item.score, item.earlier) for item in group if item.score is not None and item.earlier is not None]
     return consistency([now for now, _ in both], [before for _, before in both])
 
 
 def differ(first: Candidate, second: Candidate) -> bool:
-    """Whether two responses are different ones, as text and as tokens."""
+    """Tell whether two responses differ in text and in tokens."""
     return first.text != second.text and first.token_ids != second.token_ids
 
 
 def preference_pair(chosen: Ranked, rejected: Ranked, weight: float) -> PreferencePair:
-    """The record that DPO trains on."""
+    """Return the record that DPO trains on."""
     best, worst = chosen.candidate, rejected.candidate
-    assert best.prompt_token_ids == worst.prompt_token_ids, f"{best.id}, {worst.id}: one prompt, two spellings"
+    assert best.prompt_token_ids == worst.prompt_token_ids, f"{best.id}, {worst.id}: one prompt in different token ids"
     return PreferencePair(
         id=f"{best.prompt_id}-pair",
         prompt=(Message("user", best.prompt),),

@@ -1,4 +1,4 @@
-"""Two responses compared by a judge, in both orders: what it prefers only in one order is a tie."""
+"""Comparison of two responses by a judge in both orders: a preference in one order only is a tie."""
 
 import re
 from pathlib import Path
@@ -13,21 +13,21 @@ VERDICT = re.compile(r"(?<![a-z0-9])verdict[ \t*_]*:[ \t*_]*(a|b|tie)(?![a-z0-9]
 
 
 def pairwise_template() -> Template:
-    """The shipped one; its place-holders are `instruction`, `first` and `second`."""
+    """Return the shipped template; its placeholders are `instruction`, `first` and `second`."""
     path = Path(__file__).with_name("pairwise.txt")
     text = path.read_text(encoding="utf-8").rstrip("\n")
     return Template.from_text(text, str(path), ("instruction", "first", "second"))
 
 
 def parse_verdict(text: str) -> Verdict | None:
-    """The last verdict of a judgement; None when there is none."""
+    """Return the last verdict in a judgement's text, None when there is none."""
     found = VERDICT.findall(text)
     return WORDS[found[-1].lower()] if found else None
 
 
 def outcome(ours_first: Verdict | None, ours_second: Verdict | None) -> Outcome | None:
-    """Of one comparison asked in both orders: a win or a loss only where both orders say so. None when one of the two
-    has no verdict: then nothing is known."""
+    """Return the outcome of a comparison in both orders: a win or a loss only if both orders say so. None when one of
+    them has no verdict."""
     if ours_first is None or ours_second is None:
         return None
     match ours_first, ours_second:

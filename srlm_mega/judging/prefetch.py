@@ -1,4 +1,4 @@
-"""An iterator that runs in a process of its own, ahead of its reader."""
+"""Prefetching: an iterator that runs in a process of its own, ahead of its reader."""
 
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator
@@ -12,13 +12,14 @@ BATCH = 2048  # items a message
 
 
 def prefetch(make: Callable[P, Iterable[T]], *args: P.args, **kwargs: P.kwargs) -> Iterator[T]:
-    """What `make(...)` yields and raises, made by another process while this one works on what came before. `make`,
-    its arguments and the items are pickled: small tuples are cheap, records cost more than most work on them."""
+    """Yield and raise what `make(...)` does, in another process that runs ahead of this one. `make`, its arguments and
+    the items are pickled: small tuples are cheap, records cost more than most work on them. Raise RuntimeError when
+    the process is killed."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     maker = context.Process(target=_send, args=(theirs, make, args, kwargs), daemon=True)
     maker.start()
-    theirs.close()  # so that the other process has the only one, and its death ends the pipe
+    theirs.close()  # the other process keeps the only writing end, so that its death ends the pipe
     try:
         batch: list[T]
         while batch := _receive(ours):
@@ -33,7 +34,7 @@ def _receive(connection: Connection) -> list[T]:
     try:
         message: list[T] | Exception = connection.recv()
     except EOFError:
-        raise RuntimeError("a process that reads ahead was killed (out of memory?): start again") from None
+        raise RuntimeError("the prefetching process was killed (out of memory?): run the same command again") from None
     if isinstance(message, Exception):
         raise message
     return message
@@ -48,6 +49,6 @@ def _send(
             connection.send(batch)
         connection.send([])
     except BrokenPipeError:
-        pass  # nobody reads any more
-    except Exception as error:  # raised again where it is read
+        pass  # the reader has stopped
+    except Exception as error:  # raised again by the reader
         connection.send(error)

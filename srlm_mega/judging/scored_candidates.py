@@ -1,4 +1,4 @@
-"""Candidates with their rewards, prompt by prompt: files are read side by side, and none is held in memory."""
+"""Candidates joined with their rewards, prompt by prompt: the files are read in parallel, none is held in memory."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -16,9 +16,9 @@ J = TypeVar("J", Judgement, Reward)
 
 @dataclass(frozen=True, slots=True)
 class ScoredCandidate:
-    """A candidate's reward: `score` is None unless `state` is `scored`. `scores` are those of its judgements, None
-    where none could be read; `variance` is theirs, None with fewer than two. `earlier` is the mean of the previous
-    model's judgements."""
+    """A candidate with its reward. `score` is None unless `state` is `scored`. `scores` are those of its judgements,
+    None for an unparsed one; `variance` is theirs, None with fewer than two. `earlier` is the mean score by the
+    previous model."""
 
     candidate: Candidate
     state: CandidateState
@@ -28,8 +28,8 @@ class ScoredCandidate:
     earlier: float | None
 
 
-class AlignedGroups(Generic[T]):
-    """Records in groups, read beside another file in the same order: some groups may be missing, none may be unknown.
+class MergeJoin(Generic[T]):
+    """Merge join of grouped records with keys in the same order: some keys may have no group, no group may lack a key.
 
     `origin` names the records in an error.
     """
@@ -40,7 +40,7 @@ class AlignedGroups(Generic[T]):
         self._advance()
 
     def take(self, key: str) -> list[T]:
-        """The group of that key; empty where the file has none here."""
+        """Return the group of the next key, empty when it has none."""
         if self._key != key:
             return []
         found = self._group
@@ -48,10 +48,10 @@ class AlignedGroups(Generic[T]):
         return found
 
     def finish(self) -> None:
-        """ValueError when something was left over."""
+        """Raise ValueError when a group was not taken."""
         if self._key is not None:
             raise ValueError(
-                f"{self._origin} {self._key} is unknown, comes twice or is out of order: make both files again"
+                f"{self._origin} {self._key} is unknown, occurs twice or is out of order: make both files again"
             )
 
     def _advance(self) -> None:
@@ -60,25 +60,25 @@ class AlignedGroups(Generic[T]):
         self._group: list[T] = list(group)
 
 
-def judgements_by_candidate(judgements: Iterable[J]) -> AlignedGroups[J]:
-    """Judgements, or what was made of them, in groups of one candidate."""
-    return AlignedGroups(judgements, attrgetter("candidate_id"), "a judgement of candidate")
+def judgements_by_candidate(judgements: Iterable[J]) -> MergeJoin[J]:
+    """Return judgements, or rewards, to be joined with candidates."""
+    return MergeJoin(judgements, attrgetter("candidate_id"), "a judgement of candidate")
 
 
 def scored_prompts(
     candidates: Iterable[Candidate], rewards: Iterable[Reward], earlier: Iterable[Reward] = ()
 ) -> Iterator[list[ScoredCandidate]]:
-    """The candidates of each prompt with their rewards. All are in the candidates' order; a candidate may be without
-    judgements. `earlier` are the rewards that the previous model gives the same candidates.
+    """Yield the candidates of each prompt with their rewards. All inputs are in the candidates' order; a candidate may
+    have no reward. `earlier` are the previous model's rewards of the same candidates.
 
-    ValueError when the judgements are not those of the candidates, or something occurs twice.
+    Raise ValueError when a reward belongs to no candidate, or something occurs twice.
     """
     own, previous = judgements_by_candidate(rewards), judgements_by_candidate(earlier)
     seen: set[str] = set()
     for prompt_id, group in groupby(candidates, attrgetter("prompt_id")):
         members = list(group)
         if prompt_id in seen or len({candidate.id for candidate in members}) < len(members):
-            raise ValueError(f"a candidate of prompt {prompt_id} occurs twice, or the prompt's do not stand together")
+            raise ValueError(f"a candidate of prompt {prompt_id} occurs twice, or the prompt's are not in one block")
         seen.add(prompt_id)
         yield [
             score_candidate(candidate, only(own.take(candidate.id)), only(previous.take(candidate.id)))
@@ -89,12 +89,12 @@ def scored_prompts(
 
 
 def only(rewards: list[Reward]) -> Reward | None:
-    """A candidate's; None where it has no judgements."""
+    """Return a candidate's only reward, None when it has none."""
     return rewards[0] if rewards else None
 
 
 def score_candidate(candidate: Candidate, reward: Reward | None, earlier: Reward | None = None) -> ScoredCandidate:
-    """A candidate's reward, or why it has none."""
+    """Return a candidate with its reward, or with the state that says why it has none."""
     reward = reward or Reward(candidate.id)
     score = reward.mean
     state: CandidateState = "scored"

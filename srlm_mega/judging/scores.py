@@ -1,4 +1,4 @@
-"""From a judgement's text to a score, and from several scores to a reward. A failed parse is never a number."""
+"""Scores: parsed from a judgement's text, and aggregated. An unparsed score is None, never a number."""
 
 import math
 import re
@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 MAX_SCORE = 5.0
 
-# "Score:" and whatever begins like a number after it, on the same line; bold around any part is allowed.
+# "Score:" with something that begins like a number after it, on the same line; bold around any part is allowed.
 LABEL = re.compile(r"(?<![a-z0-9])score[ \t*_]*:[ \t*_]*(?=[-+−]?\.?[0-9])", re.IGNORECASE)
-# The number, then "/5" or "out of 5" where present; nothing may follow that makes it another number.
+# The number, then an optional "/5" or "out of 5"; nothing may follow that makes it another number.
 NUMBER = re.compile(
     r"(?P<value>[0-9]++(?:\.[0-9]++)?+)(?![0-9.,]*[0-9])"
     r"(?P<scale>[ \t*_]*\(?(?:/|out[ \t]+of)[ \t*_]*(?P<maximum>[0-9.]*[0-9]|\S))?"
@@ -19,8 +19,8 @@ NUMBER = re.compile(
 
 
 def parse_score(text: str) -> float | None:
-    """The last "Score: number" of a judgement, 0 to 5. None when there is none, when it is out of range (it is never
-    clipped) or when it is part of a sum, a range or another scale than 5."""
+    """Return the last "Score: number" of a judgement, 0 to 5. None when there is none, when it is out of range (it is
+    never clipped), or when it is part of a sum, a range or another scale than 5."""
     labels = list(LABEL.finditer(text))
     if not labels:
         return None
@@ -32,7 +32,7 @@ def parse_score(text: str) -> float | None:
 
 
 def mean_score(scores: Sequence[float | None], min_valid: int) -> float | None:
-    """Mean of the parsed scores; None when fewer than `min_valid` (at least 1) were parsed."""
+    """Return the mean of the parsed scores, None when fewer than `min_valid` (at least 1) were parsed."""
     valid = [score for score in scores if score is not None]
     if len(valid) < max(1, min_valid):
         return None
@@ -40,7 +40,7 @@ def mean_score(scores: Sequence[float | None], min_valid: int) -> float | None:
 
 
 def score_variance(scores: Sequence[float | None]) -> float | None:
-    """Sample variance of the parsed scores of one response; None with fewer than two."""
+    """Return the sample variance of one response's parsed scores, None with fewer than two."""
     valid = [score for score in scores if score is not None]
     if len(valid) < 2:
         return None

@@ -1,4 +1,4 @@
-"""Judge templates: a text with place-holders, filled literally and once. What is filled in is data."""
+"""Judge templates: texts with placeholders, filled literally and once. What is filled in is data."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -10,35 +10,36 @@ from srlm_mega.errors import UserError
 
 @dataclass(frozen=True)
 class Template:
-    """`parts` is the text cut at its place-holders (`{{name}}`), which are kept as elements of their own."""
+    """A template; `parts` is its text split at its placeholders (`{{name}}`), which are kept as elements."""
 
     parts: tuple[str, ...]
 
     @classmethod
     def from_text(cls, text: str, origin: str, names: Sequence[str]) -> "Template":
-        """Check a template's text. UserError when a place-holder is not there exactly once; `origin` names it."""
+        """Parse a template's text. Raise UserError, with `origin`, unless each placeholder occurs exactly once."""
         for name in names:
-            count = text.count(place_holder(name))
+            count = text.count(placeholder(name))
             if count != 1:
                 raise UserError(
-                    f"the judge template {origin} has {place_holder(name)} {count} times: write it exactly once, "
-                    f"where the {name} is to stand"
+                    f"the judge template {origin} has {placeholder(name)} {count} times: write it exactly once, "
+                    f"where the {name} belongs"
                 )
-        return cls(tuple(re.split(f"({'|'.join(re.escape(place_holder(name)) for name in names)})", text)))
+        return cls(tuple(re.split(f"({'|'.join(re.escape(placeholder(name)) for name in names)})", text)))
 
     def fill(self, values: Mapping[str, str]) -> str:
-        """The judge's user turn. Only the template's own place-holders are replaced, whatever the values contain."""
-        by_place_holder = {place_holder(name): value for name, value in values.items()}
-        return "".join(by_place_holder.get(part, part) for part in self.parts)
+        """Return the judge's user turn. Only the template's own placeholders are replaced, whatever the values
+        contain."""
+        by_placeholder = {placeholder(name): value for name, value in values.items()}
+        return "".join(by_placeholder.get(part, part) for part in self.parts)
 
 
-def place_holder(name: str) -> str:
-    """How a template names a value."""
+def placeholder(name: str) -> str:
+    """Return the placeholder of a value in a template."""
     return "{{" + name + "}}"
 
 
 SHIPPED = ("additive", "multiple_choice", "toy")
-INSTRUCTION, RESPONSE = place_holder("instruction"), place_holder("response")
+INSTRUCTION, RESPONSE = placeholder("instruction"), placeholder("response")
 
 
 class JudgeTemplate:
@@ -49,21 +50,22 @@ class JudgeTemplate:
 
     @property
     def text(self) -> str:
-        """As it was written."""
+        """Text of the template, unfilled."""
         return "".join(self._template.parts)
 
     @classmethod
     def from_text(cls, text: str, origin: str) -> "JudgeTemplate":
-        """See `Template.from_text`."""
+        """Parse a template's text; see `Template.from_text`."""
         return cls(Template.from_text(text, origin, ("instruction", "response")))
 
     def fill(self, instruction: str, response: str) -> str:
-        """See `Template.fill`."""
+        """Return the judge's user turn; see `Template.fill`."""
         return self._template.fill({"instruction": instruction, "response": response})
 
 
 def load_template(template: Path | str) -> JudgeTemplate:
-    """The names of `SHIPPED`; a path is the user's own. A final line break is not part of a template."""
+    """Read a shipped template (a name of `SHIPPED`) or the user's own (a path), without a final line break. Raise
+    UserError when there is no such file, or it is no template."""
     path = Path(__file__).with_name(f"{template}.txt") if template in SHIPPED else Path(template)
     try:
         text = path.read_text(encoding="utf-8-sig")

@@ -1,4 +1,4 @@
-"""Judge templates: checked for their place-holders, filled literally."""
+"""Judge templates: checked for their placeholders, filled literally."""
 
 from pathlib import Path
 
