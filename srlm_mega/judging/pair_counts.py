@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import get_args
 
 from pydantic import with_config
 
@@ -82,17 +83,11 @@ class PairCounter:
         return PairCounts(
             prompts=self.pairs + self.prompts.total(),
             pairs=self.pairs,
-            tied=self.prompts["tied"],
-            small_gap=self.prompts["small_gap"],
-            identical=self.prompts["identical"],
-            too_few=self.prompts["too_few"],
+            **{reason: self.prompts[reason] for reason in get_args(NoPair)},
             candidates=self.states.total(),
-            scored=self.states["scored"],
-            truncated=self.states["truncated"],
-            unscored=self.states["unscored"],
+            **{state: self.states[state] for state in get_args(CandidateState)},
             judgements=self.scores.total(),
             unparsed=self.scores[None],
-            long_chosen=self.prompts["long_chosen"],
             duplicates=self.duplicates,
             score_entropy=entropy(self.scores),
             mean_gap=self.gap / pairs,
