@@ -69,8 +69,8 @@ def show_seed(run: RunFolder) -> None:
 def show_paper(run: Annotated[Path | None, typer.Argument(help="A run of Llama 2 70B to show beside.")] = None) -> None:
     """The paper's numbers, and beside them those of a run of Llama 2 70B."""
     from srlm_mega.evaluation.paper import as_markdown
-    from srlm_mega.evaluation.run_tables import beside
+    from srlm_mega.evaluation.run_tables import run_as_markdown
 
     print(as_markdown())
     if run is not None:
-        print(beside(existing_run(run)))
+        print(run_as_markdown(existing_run(run)))

@@ -1,9 +1,9 @@
 """Early stopping as rules and files: which checkpoint is compared next, which is kept, when training ends.
 
-All of it lies in `<stage>.partial/early_stopping/`: `step_0000200/` with the checkpoint's Hugging Face folder, its
-responses and the judge's words, and `verdict.json`, written last. What is due follows from the files alone, so that
-training, which makes the checkpoints, and judging, which compares them, can be killed anywhere and know nothing of
-each other.
+Its files are in `<stage>.partial/early_stopping/`: `step_0000200/` with the checkpoint's Hugging Face folder, its
+responses and the judgements, and `verdict.json`, written last. The next thing to do follows from the files alone, so
+that training, which makes the checkpoints, and judging, which compares them, know nothing of each other and resume
+after a kill at any time.
 """
 
 from collections.abc import Sequence
@@ -24,8 +24,8 @@ START = 0  # the model that training started from is the checkpoint of step 0
 @with_config(STRICT)
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The checkpoint of `step` against the one of step `against`, the best before it. `kept` is the better of them,
-    `lost_in_a_row` how many comparisons the newest checkpoints have lost; `stop`: training ends here."""
+    """Result of comparing the checkpoint of `step` with the best one before it, of step `against`. `kept` is the better
+    of them, `lost_in_a_row` the number of latest comparisons that were lost; with `stop`, training ends here."""
 
     step: int
     against: int
@@ -39,8 +39,8 @@ class Verdict:
 @with_config(STRICT)
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """What the training up to a checkpoint did; written when its Hugging Face folder is whole. `max_steps` is where the
-    learning rate's schedule ends."""
+    """Counts of the training up to a checkpoint; written when its Hugging Face folder is complete. The learning rate's
+    schedule ends at `max_steps`."""
 
     max_steps: int
     items: int
@@ -49,14 +49,14 @@ class Exported:
 
 
 def comparison_steps(interval: int, steps: int) -> list[int]:
-    """After which of a training's steps there is a comparison: every `interval`, and the last one."""
+    """Return the steps after which there is a comparison: every `interval`, and the last one."""
     return [*range(interval, steps, interval), steps]
 
 
 def decide(
     settings: EarlyStoppingConfig, step: int, steps: int, comparison: Comparison, earlier: Sequence[Verdict]
 ) -> Verdict:
-    """What follows from a comparison of the checkpoint of `step` with the best one before it."""
+    """Decide what follows from a comparison of the checkpoint of `step`, out of `steps`, with the best one before."""
     assert comparison.result is not None, "a comparison without any verdict decides nothing"
     best, score = kept_step(earlier), comparison.result.score
     better = score >= settings.stop_below
@@ -72,52 +72,52 @@ def decide(
 
 
 def kept_step(verdicts: Sequence[Verdict]) -> int:
-    """The step of the best checkpoint so far."""
+    """Return the step of the best checkpoint so far."""
     return verdicts[-1].kept if verdicts else START
 
 
 class EarlyStoppingFiles:
-    """The files of one training stage's early stopping."""
+    """Files of one training stage's early stopping."""
 
     def __init__(self, stage_folder: Path) -> None:
         self.folder = stage_folder / "early_stopping"
 
     def step_folder(self, step: int) -> Path:
-        """All about one checkpoint."""
+        """Return the folder of one checkpoint."""
         return self.folder / f"step_{step:07d}"
 
     def export(self, step: int) -> Path:
-        """Its Hugging Face folder."""
+        """Return a checkpoint's Hugging Face folder."""
         return self.step_folder(step) / "huggingface"
 
     def responses(self, step: int) -> Path:
-        """Its greedy responses to the validation prompts."""
+        """Return the file of a checkpoint's greedy responses to the validation prompts."""
         return self.step_folder(step) / "responses.jsonl"
 
     def judgements(self, step: int) -> Path:
-        """What the judge said of it and the best one before it."""
+        """Return the file of the judgements that compare a checkpoint with the best one before it."""
         return self.step_folder(step) / "judgements.jsonl"
 
     def verdicts(self) -> list[Verdict]:
-        """Of all comparisons so far, in order."""
+        """Read the verdicts of all comparisons so far, in order."""
         return [parse_line(Verdict, path.read_bytes()) for path in sorted(self.folder.glob("step_*/verdict.json"))]
 
     def exported(self, step: int) -> Exported | None:
-        """What was said of a checkpoint whose Hugging Face folder is whole; None when it is not."""
+        """Read the counts of a checkpoint, None unless its Hugging Face folder is complete."""
         path = self.step_folder(step) / "exported.json"
         return parse_line(Exported, path.read_bytes()) if path.is_file() else None
 
     def write_exported(self, step: int, exported: Exported) -> None:
-        """Say that a checkpoint's Hugging Face folder is whole."""
+        """Mark a checkpoint's Hugging Face folder as complete."""
         write_atomic(self.step_folder(step) / "exported.json", orjson.dumps(exported))
 
     def write_verdict(self, verdict: Verdict) -> None:
-        """End a comparison."""
+        """Write a comparison's verdict, which ends it."""
         content = orjson.dumps(verdict, option=orjson.OPT_INDENT_2)
         write_atomic(self.step_folder(verdict.step) / "verdict.json", content)
 
     def waiting(self) -> int | None:
-        """The checkpoint that is to be compared now, None when there is none."""
+        """Return the step of the checkpoint to compare next, None when there is none."""
         compared = {verdict.step for verdict in self.verdicts()}
         steps = sorted(int(path.parent.name.removeprefix("step_")) for path in self.folder.glob("step_*/exported.json"))
         return next((step for step in steps if step not in compared), None)

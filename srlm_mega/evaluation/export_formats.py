@@ -1,6 +1,6 @@
-"""The formats of other people's evaluations: AlpacaEval 2's outputs, MT-Bench's answers, a command line of lm-eval.
+"""Formats of external evaluations: AlpacaEval 2's outputs, MT-Bench's answers, a command line of lm-eval.
 
-They were written from these projects' sources and never met their judges: no key and no GPU was at hand.
+They follow these projects' sources and were never tried with their judges: no key and no GPU was available.
 """
 
 import shlex
@@ -15,7 +15,7 @@ import xxhash
 from srlm_mega.data.quarantine import json_object, numbered_lines, text_field
 from srlm_mega.errors import UserError
 
-# FastChat's temperatures by category; any other category has 0.7.
+# FastChat's temperatures by category.
 MT_BENCH_TEMPERATURES: Mapping[str, float] = {
     "writing": 0.7,
     "roleplay": 0.7,
@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class AlpacaInstruction:
-    """One of AlpacaEval's prompts, and the set it is from."""
+    """One of AlpacaEval's prompts, and the data set it comes from."""
 
     instruction: str
     dataset: str
@@ -40,7 +40,7 @@ class AlpacaInstruction:
 
 @dataclass(frozen=True)
 class AlpacaOutput:
-    """A line of AlpacaEval's `model_outputs`."""
+    """An entry of AlpacaEval's `model_outputs`."""
 
     instruction: str
     output: str
@@ -58,14 +58,14 @@ class MtBenchQuestion:
 
     @property
     def temperature(self) -> float:
-        """With which it is answered."""
+        """Sampling temperature of the answer."""
         return MT_BENCH_TEMPERATURES.get(self.category, OTHER_TEMPERATURE)
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A benchmark of the paper as a task of lm-eval. The shots are the Llama 2 paper's, whose numbers the paper's first
-    row repeats."""
+    """A benchmark of the paper as a task of lm-eval. The number of shots is the Llama 2 paper's, whose numbers are the
+    first row of the paper's table."""
 
     name: str
     task: str
@@ -86,32 +86,32 @@ BENCHMARKS = (
 
 
 def read_alpaca_instructions(path: Path) -> list[AlpacaInstruction]:
-    """AlpacaEval's set: a JSON list (`alpaca_eval.json`), or one object per line, each with `instruction` and, where
-    there is one, `dataset`. UserError names the first entry that has none: the set is used whole or not at all."""
+    """Read AlpacaEval's set: a JSON list (`alpaca_eval.json`) or one object per line, each with `instruction` and
+    optionally `dataset`. Raise UserError for an entry without instruction: the set is used as a whole or not at all."""
 
     def parse(fields: dict[str, Any]) -> AlpacaInstruction:
         text_field(fields, "instruction")
         return AlpacaInstruction(str(fields["instruction"]), str(fields.get("dataset", "")))
 
-    return [in_place(path, number, parse, fields) for number, fields in objects(path)]
+    return [parse_entry(path, number, parse, fields) for number, fields in objects(path)]
 
 
 def read_mt_bench_questions(path: Path) -> list[MtBenchQuestion]:
-    """FastChat's `question.jsonl`. UserError names the first line that is no question."""
+    """Read FastChat's `question.jsonl`. Raise UserError with the first line that is not a question."""
 
     def parse(fields: dict[str, Any]) -> MtBenchQuestion:
         turns = fields.get("turns")
         if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn for turn in turns):
             raise ValueError("`turns` is not a list of texts")
         if not isinstance(fields.get("question_id"), int | str):
-            raise ValueError("`question_id` is no number")
+            raise ValueError("`question_id` is neither an integer nor text")
         return MtBenchQuestion(fields["question_id"], str(fields.get("category", "")), tuple(turns))
 
-    return [in_place(path, number, parse, fields) for number, fields in objects(path)]
+    return [parse_entry(path, number, parse, fields) for number, fields in objects(path)]
 
 
-def in_place(path: Path, number: int, parse: Callable[[dict[str, Any]], T], fields: dict[str, Any]) -> T:
-    """A parsed entry; UserError says where the file has none."""
+def parse_entry(path: Path, number: int, parse: Callable[[dict[str, Any]], T], fields: dict[str, Any]) -> T:
+    """Parse an entry of a file. Raise UserError with file and number when `parse` refuses it."""
     try:
         return parse(fields)
     except ValueError as error:
@@ -119,7 +119,7 @@ def in_place(path: Path, number: int, parse: Callable[[dict[str, Any]], T], fiel
 
 
 def objects(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """The objects of a JSON list or of JSON lines, counted from 1."""
+    """Read the objects of a JSON list or of JSON lines, numbered from 1. Raise UserError when the file is neither."""
     lines = list(numbered_lines(path))
     content = b"\n".join(line for _, line in lines)
     try:
@@ -131,12 +131,12 @@ def objects(path: Path) -> list[tuple[int, dict[str, Any]]]:
 
 
 def alpaca_json(outputs: Sequence[AlpacaOutput]) -> bytes:
-    """What `alpaca_eval --model_outputs` reads."""
+    """Return the content of a file for `alpaca_eval --model_outputs`."""
     return orjson.dumps(list(outputs), option=orjson.OPT_INDENT_2)
 
 
 def mt_bench_line(question: MtBenchQuestion, model_id: str, turns: Sequence[str], time: float) -> bytes:
-    """A line of FastChat's `model_answer/<model_id>.jsonl`."""
+    """Return a line of FastChat's `model_answer/<model_id>.jsonl`; `time` is seconds since the epoch."""
     answer = {
         "question_id": question.question_id,
         "answer_id": xxhash.xxh3_128_hexdigest(orjson.dumps([question.question_id, model_id, list(turns)])),
@@ -148,13 +148,13 @@ def mt_bench_line(question: MtBenchQuestion, model_id: str, turns: Sequence[str]
 
 
 def lm_eval_commands(model: Path, dtype: str, on_cpu: bool, output: Path) -> list[str]:
-    """A command line per number of shots, for this node's GPUs, over which `parallelize` splits the model, or for a
-    CPU. Training sequences begin with the begin token, which lm-eval leaves out unless it is told."""
-    place, device = ("", ["--device", "cpu"]) if on_cpu else (",parallelize=True", [])
+    """Return a command line per number of shots, for a CPU or for this node's GPUs, over which `parallelize` splits the
+    model. `add_bos_token` is set because training sequences begin with it."""
+    split, device = ("", ["--device", "cpu"]) if on_cpu else (",parallelize=True", [])
     commands = []
     for shots in sorted({benchmark.shots for benchmark in BENCHMARKS}):
         tasks = ",".join(benchmark.task for benchmark in BENCHMARKS if benchmark.shots == shots)
-        arguments = f"pretrained={model},dtype={dtype},add_bos_token=True{place}"
+        arguments = f"pretrained={model},dtype={dtype},add_bos_token=True{split}"
         argv = ["lm_eval", "--model", "hf", "--model_args", arguments, *device, "--tasks", tasks]
         argv += ["--num_fewshot", str(shots), "--batch_size", "auto", "--output_path", str(output)]
         commands.append(shlex.join(argv))

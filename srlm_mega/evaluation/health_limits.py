@@ -1,4 +1,4 @@
-"""Whether what a round made is fit to be trained on: figures, each with the limits it is held against."""
+"""Health of a round's data before training: figures, each with its limits."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -19,7 +19,7 @@ State = Literal["fine", "warn", "stop", "unknown"]
 @with_config(STRICT)
 @dataclass(frozen=True, slots=True)
 class HealthFigure:
-    """One figure and its limits. Where there is nothing to measure the value is None and the state unknown, which stops
+    """One figure and its limits. Without anything to measure, the value is None and the state `unknown`, which stops
     nothing."""
 
     value: float | None
@@ -31,35 +31,35 @@ class HealthFigure:
 @with_config(STRICT)
 @dataclass(frozen=True, slots=True)
 class RoundHealth:
-    """health.json: figures by their key in the configuration's section health; `state` is the worst of them, unknown
-    ones left out."""
+    """Content of health.json: figures by their key in the configuration's section health. `state` is the worst of
+    theirs, unknown ones left out."""
 
     round: int
     state: Literal["fine", "warn", "stop"]
     figures: dict[str, HealthFigure]
 
     def beyond(self, state: State) -> dict[str, HealthFigure]:
-        """The figures of that state."""
+        """Return the figures of that state."""
         return {key: figure for key, figure in self.figures.items() if figure.state == state}
 
 
 @dataclass(frozen=True, slots=True)
 class HealthTable:
-    """The rounds' health.json side by side: figures by their key, one per round of `rounds`; None where that round has
-    no such figure."""
+    """Table of several rounds' health.json: figures by their key, one per round of `rounds`, None for a round without
+    that figure."""
 
     rounds: tuple[int, ...]
     rows: dict[str, tuple[HealthFigure | None, ...]]
 
     def limits(self, key: str) -> HealthFigure:
-        """The figure of the newest round that has it, for its limits."""
+        """Return the newest round's figure with that key, for its limits."""
         return next(figure for figure in reversed(self.rows[key]) if figure is not None)
 
 
 def round_health(
     number: int, counts: PairCounts, now: ModelEvaluation, before: ModelEvaluation | None, limits: HealthConfig
 ) -> RoundHealth:
-    """Of round `number`, whose model is `now`; `before` is the model before it, None in round 1."""
+    """Return the health of round `number`, whose model is `now`; `before` is the model before it, None in round 1."""
     figures = figures_of(counts, now, before, limits)
     states = {figure.state for figure in figures.values()}
     worst: Literal["fine", "warn", "stop"] = "stop" if "stop" in states else "warn" if "warn" in states else "fine"
@@ -69,7 +69,7 @@ def round_health(
 def figures_of(
     counts: PairCounts, now: ModelEvaluation, before: ModelEvaluation | None, limits: HealthConfig
 ) -> dict[str, HealthFigure]:
-    """Every figure of the section health, in its order."""
+    """Return every figure of the section health, in its order."""
     entropy = counts.score_entropy if counts.judgements > counts.unparsed else None
     longer = ratio(counts.mean_chosen_length, counts.mean_rejected_length)
     growth = None if before is None else ratio(now.mean_length, before.mean_length)
@@ -86,7 +86,7 @@ def figures_of(
 
 
 def figure(value: float | None, limit: Limit, low_is_bad: bool = False) -> HealthFigure:
-    """A value beside its limits: beyond a limit, not on it, is bad."""
+    """Return a value with its limits and its state: a value on a limit is still fine."""
 
     def beyond(bound: float | None) -> bool:
         return value is not None and bound is not None and (value < bound if low_is_bad else value > bound)
@@ -98,7 +98,7 @@ def figure(value: float | None, limit: Limit, low_is_bad: bool = False) -> Healt
 
 
 def agreement_drop(now: ModelEvaluation, before: ModelEvaluation | None) -> float | None:
-    """Fall in pairwise accuracy on EFT-eval, ties counting half: with ties left out a judge that commits itself less
+    """Return the fall in pairwise accuracy on EFT-eval, ties counting half: with ties left out, a judge that ties more
     would look better. None in round 1, and without held-out rankings."""
     if before is None or now.judge.pair_acc_half is None or before.judge.pair_acc_half is None:
         return None
@@ -106,7 +106,7 @@ def agreement_drop(now: ModelEvaluation, before: ModelEvaluation | None) -> floa
 
 
 def health_table(run: RunDir, rounds: int) -> HealthTable | None:
-    """All rounds that have one; None when there is none."""
+    """Return the table of all rounds that have a health.json, None when there is none."""
     found = {number: health for number in range(1, rounds + 1) if (health := read_health(run, number)) is not None}
     keys = dict.fromkeys(key for health in found.values() for key in health.figures)
     if not keys:
@@ -115,7 +115,7 @@ def health_table(run: RunDir, rounds: int) -> HealthTable | None:
 
 
 def read_health(run: RunDir, number: int) -> RoundHealth | None:
-    """One round's; of a round that its health stopped, the partial stage's."""
+    """Read one round's health.json, of a round that it stopped from the partial stage. None without one."""
     stage = HEALTH.of(number)
     for folder in (run.output(stage), run.partial(stage)):
         path = folder / "health.json"

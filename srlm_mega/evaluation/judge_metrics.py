@@ -1,7 +1,7 @@
-"""How well judge scores agree with ranked replies, under every convention for ties and undefined correlations.
+"""Agreement of judge scores with ranked replies, under every convention for ties and undefined correlations.
 
 Conventions differ by tens of points on the same scores, so all are computed; a pairwise accuracy means nothing without
-the tie rate beside it.
+the tie rate.
 """
 
 import math
@@ -15,20 +15,20 @@ from srlm_mega.judging.agreement import kendall_tau, spearman
 from srlm_mega.records import RankedReplies
 
 RankedScore = tuple[int, float | None]
-"""Rank of a reply (0 is the best) and the judge's score of it, None when none could be parsed."""
+"""Rank of a reply (0 is the best) and its score by the judge, None when no score could be parsed."""
 
 PERFECT_SCORE = 5.0
 SCORE_DECIMALS = 6
 
 
 def with_ranks(ranked: RankedReplies, scores: Sequence[float | None]) -> list[RankedScore]:
-    """Scores, in the order of the prompt's replies, beside the replies' ranks."""
+    """Return the replies' ranks with their scores; `scores` are in the order of the prompt's replies."""
     return [(reply.rank, score) for reply, score in zip(ranked.replies, scores, strict=True)]
 
 
 def judge_metrics(prompts: Iterable[Sequence[RankedScore]]) -> JudgeMetrics:
-    """All figures over prompts with ranked and scored replies, read once. Replicates of a prompt are entries of their
-    own."""
+    """Return all metrics over prompts with ranked and scored replies, iterated once. Replicates of a prompt are entries
+    of their own."""
     sums = MetricSums()
     for prompt in prompts:
         sums.add(prompt)
@@ -51,7 +51,7 @@ class MetricSums:
     kendall: list[float] = field(default_factory=list)
 
     def add(self, prompt: Sequence[RankedScore]) -> None:
-        """One prompt's replies."""
+        """Count one prompt's replies."""
         kept = _scored(prompt)
         orders = _pair_orders(kept)
         self.prompts += 1
@@ -69,7 +69,7 @@ class MetricSums:
                 defined.append(value)
 
     def metrics(self) -> JudgeMetrics:
-        """All figures."""
+        """Return all metrics of the prompts so far."""
         right, wrong, tied = self.orders[1], self.orders[-1], self.orders[0]
         pairs, fives = right + wrong + tied, self.fives.total()
         return JudgeMetrics(
@@ -99,7 +99,7 @@ def _scored(prompt: Sequence[RankedScore]) -> list[tuple[int, float]]:
 
 
 def _pair_orders(prompt: Sequence[tuple[int, float]]) -> list[int]:
-    """For each pair of different ranks: 1 in the right order, -1 inverted, 0 tied."""
+    """Return for each pair of different ranks: 1 in the right order, -1 inverted, 0 tied."""
     orders = []
     for (first_rank, first), (second_rank, second) in combinations(prompt, 2):
         if first_rank != second_rank:
@@ -109,11 +109,11 @@ def _pair_orders(prompt: Sequence[tuple[int, float]]) -> list[int]:
 
 
 def _perfect_are_best(prompt: Sequence[RankedScore], kept: Sequence[tuple[int, float]]) -> list[bool]:
-    """For each reply with a mean score of 5: whether no reply to the prompt, scored or not, is ranked above it."""
+    """Tell for each reply with a mean score of 5 whether no reply to the prompt, scored or not, is ranked above it."""
     best = min((rank for rank, _ in prompt), default=0)
     return [rank == best for rank, score in kept if score == PERFECT_SCORE]
 
 
 def ratio(part: float, whole: float) -> float | None:
-    """None of nothing."""
+    """Return part / whole, None when the whole is 0."""
     return part / whole if whole else None

@@ -1,4 +1,4 @@
-"""Lengths, and what they do to a win rate: judges like long answers."""
+"""Lengths of responses, and their effect on a win rate: judges prefer long answers."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ from srlm_mega.records import STRICT, Message, PreferencePair
 
 VALUE: dict[Outcome, float] = {"win": 1.0, "tie": 0.5, "loss": 0.0}
 SIMILAR = 0.1  # lengths that differ by less than this share of the longer one
-# A normal prior on the effect of length (precision 1), so that it stays finite where length decides everything; next to
-# none on the intercept.
+# Precisions of a normal prior on intercept and effect of length: the effect stays finite when length alone decides, the
+# intercept is nearly free.
 RIDGE = np.diag([1e-6, 1.0])
 NEWTON_STEPS = 50
 Floats = NDArray[np.float64]
@@ -24,7 +24,7 @@ Floats = NDArray[np.float64]
 @with_config(STRICT)
 @dataclass(frozen=True, slots=True)
 class LengthStatistics:
-    """Of `count` texts. Tokens are None where only the text is known."""
+    """Lengths of `count` texts. Those in tokens are None when only the text is known."""
 
     count: int
     mean_characters: float
@@ -36,7 +36,8 @@ class LengthStatistics:
 @with_config(STRICT)
 @dataclass(frozen=True, slots=True)
 class LengthBin:
-    """Prompts where our response is shorter than theirs, about as long (within 10 % of the longer), or longer."""
+    """Score over the prompts on which our response is shorter than theirs, similar (within 10 % of the longer), or
+    longer, with its 95 % interval."""
 
     name: str
     prompts: int
@@ -48,9 +49,9 @@ class LengthBin:
 @with_config(STRICT)
 @dataclass(frozen=True, slots=True)
 class LengthControlled:
-    """`score`: what a logistic regression says the score would be at equal lengths, as AlpacaEval 2 does it but without
-    its terms per instruction; None where one side is longer on every prompt, so that nobody can say. `length_effect` is
-    its coefficient (above 0: longer wins). `bins` without prompts are left out."""
+    """Length-controlled score. `score` is the score at equal lengths by a logistic regression, as in AlpacaEval 2 but
+    without its terms per instruction; None when one side is longer on every prompt, so that it cannot be estimated.
+    `length_effect` is the coefficient of length (above 0: longer wins). `bins` without prompts are left out."""
 
     score: float | None
     length_effect: float
@@ -62,7 +63,7 @@ class LengthControlled:
 @with_config(STRICT)
 @dataclass(frozen=True, slots=True)
 class PairLengths:
-    """Chosen against rejected responses; `chosen_longer`: the share of pairs whose chosen response has more
+    """Lengths of chosen and rejected responses; `chosen_longer` is the share of pairs whose chosen response has more
     characters."""
 
     chosen: LengthStatistics
@@ -71,7 +72,7 @@ class PairLengths:
 
 
 def length_statistics(texts: Sequence[str], tokens: Sequence[int] | None) -> LengthStatistics:
-    """Mean and median in characters, and in tokens where their numbers are given. ValueError without any text."""
+    """Return mean and median in characters, and in tokens if `tokens` has them. Raise ValueError without any text."""
     if not texts:
         raise ValueError("lengths of no texts")
     characters = [len(text) for text in texts]
@@ -85,7 +86,8 @@ def length_statistics(texts: Sequence[str], tokens: Sequence[int] | None) -> Len
 
 
 def pair_lengths(pairs: Iterable[PreferencePair]) -> PairLengths:
-    """Of a round's pairs: a chosen side that grows longer than the rejected one is what the next model will learn."""
+    """Return the lengths of a round's pairs. When chosen responses are longer, the next model is trained to write
+    longer ones."""
     kept = list(pairs)
     chosen = [text_of(pair.chosen) for pair in kept]
     rejected = [text_of(pair.rejected) for pair in kept]
@@ -97,12 +99,13 @@ def pair_lengths(pairs: Iterable[PreferencePair]) -> PairLengths:
 
 
 def text_of(messages: Sequence[Message]) -> str:
-    """The response of a pair's side."""
+    """Return the text of a pair's chosen or rejected response."""
     return "".join(message.content for message in messages)
 
 
 def length_controlled(outcomes: Sequence[Outcome], ours: Sequence[int], theirs: Sequence[int]) -> LengthControlled:
-    """From outcomes and the lengths (characters) of both responses, prompt by prompt. ValueError without any."""
+    """Return the length-controlled score of outcomes and both responses' lengths (characters), prompt by prompt. Raise
+    ValueError without outcomes."""
     if not outcomes:
         raise ValueError("a length-controlled score of no outcomes")
     values = np.array([VALUE[one] for one in outcomes])
@@ -118,15 +121,15 @@ def length_controlled(outcomes: Sequence[Outcome], ours: Sequence[int], theirs: 
 
 
 def standardised(differences: Floats) -> Floats:
-    """tanh of the differences in units of their standard deviation: AlpacaEval 2's length feature. 0 where all lengths
-    are equal."""
+    """Return AlpacaEval 2's length feature: tanh of the differences in units of their standard deviation. Shape
+    [prompts]; zeros when all differences are equal."""
     scale = float(differences.std())
     return np.tanh(differences / scale) if scale > 0 else np.zeros_like(differences)
 
 
 def logistic_fit(values: Floats, feature: Floats) -> tuple[float, float]:
-    """Intercept and coefficient of values in [0, 1] on one feature, most likely under `RIDGE` (Newton's method,
-    steps halved where they do not help)."""
+    """Return intercept and coefficient of a logistic regression of values in [0, 1] on one feature, both of shape [n],
+    with the prior `RIDGE`. Newton's method; a step that does not help is halved."""
     design = np.stack([np.ones_like(feature), feature], axis=1)
 
     def objective(weights: Floats) -> float:
@@ -148,12 +151,12 @@ def logistic_fit(values: Floats, feature: Floats) -> tuple[float, float]:
 
 
 def sigmoid(logits: Floats) -> Floats:
-    """1 / (1 + exp(-x)) without overflow."""
+    """Return 1 / (1 + exp(-x)), without overflow."""
     return np.exp(-np.logaddexp(0, -logits))
 
 
 def length_bins(values: Floats, ours: Sequence[int], theirs: Sequence[int]) -> tuple[LengthBin, ...]:
-    """The score where ours is shorter, similar and longer, with Wilson's interval."""
+    """Return the score and its Wilson interval where our response is shorter, similar and longer."""
     members: dict[str, list[float]] = {"shorter": [], "similar": [], "longer": []}
     for value, mine, its in zip(values.tolist(), ours, theirs, strict=True):
         close = abs(mine - its) <= SIMILAR * max(mine, its)

@@ -1,7 +1,7 @@
-"""The paper's numbers, to be shown beside a run of Llama 2 70B: arXiv 2401.10020v3 (v1 has other data and numbers).
+"""The paper's numbers, for comparison with a run of Llama 2 70B: arXiv 2401.10020v3 (v1 has other data and numbers).
 
 Percentages unless a unit is named. The judges were GPT-4 (head-to-head, MT-Bench, AlpacaEval) in snapshots that the
-paper does not name, and people.
+paper does not name, and humans.
 """
 
 from collections import namedtuple
@@ -44,7 +44,7 @@ class PaperTable:
 
     @property
     def columns(self) -> list[str]:
-        """Headers, from the fields' names."""
+        """Column headers, from the fields' names."""
         return [name.replace("_", " ") for name in self.rows[0]._fields]
 
 
@@ -97,12 +97,12 @@ TABLES = (
 
 
 def is_llama2_70b(model: ModelConfig) -> bool:
-    """Whether a configured shape is that of the paper's model."""
+    """Tell whether a configured shape is that of the paper's model."""
     return model.sizes == ModelSizes(80, 8192, 28672, 64, 8, 32000)
 
 
 def as_markdown() -> str:
-    """All tables."""
+    """Return all tables as Markdown."""
     parts = [f"The paper's numbers ({VERSION})"]
     for table in TABLES:
         lines = [table.columns, ["---"] * len(table.columns), *(map(str, row) for row in table.rows)]

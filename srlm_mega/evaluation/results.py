@@ -1,5 +1,5 @@
-"""What the evaluation of one model leaves behind: `evaluation.json` and `samples.jsonl`, and `measured.json`
-where a judge compares the samples."""
+"""Records of one model's evaluation: `evaluation.json`, `samples.jsonl`, and `measured.json` when a judge compares the
+samples."""
 
 from dataclasses import dataclass
 
@@ -13,35 +13,36 @@ from srlm_mega.records import STRICT
 @with_config(STRICT)
 @dataclass(frozen=True, slots=True)
 class JudgeMetrics:
-    """None where there is nothing to average over. A pair is two scored replies of one prompt with different ranks;
-    a prompt is usable when it has a pair. Replies without a score are left out, the rest of the prompt is used."""
+    """Agreement of a judge with ranked replies; a metric is None without anything to average over. A pair is two scored
+    replies of one prompt with different ranks; a prompt is usable when it has a pair. Replies without a score are left
+    out, the rest of the prompt is used."""
 
     pair_acc_untied: float | None
-    """Pairs in the right order, of those with different scores."""
+    """Share of pairs in the right order, of those with different scores."""
     pair_acc_half: float | None
-    """The same over all pairs, a tie counting one half."""
+    """Share of all pairs in the right order, a tie counting one half."""
     pair_acc_strict: float | None
-    """The same over all pairs, a tie counting as wrong."""
+    """Share of all pairs in the right order, a tie counting as wrong."""
     tie_rate: float | None
-    """Pairs with equal scores."""
+    """Share of pairs with equal scores."""
     five_best: float | None
-    """Replies ranked best, of those with a mean score of 5."""
+    """Share of replies ranked best, of those with a mean score of 5."""
     five_best_count: int
-    """Replies with a mean score of 5."""
+    """Number of replies with a mean score of 5."""
     exact_match: float | None
-    """Usable prompts whose pairs are all in the right order, no ties."""
+    """Share of usable prompts whose pairs are all in the right order, without ties."""
     spearman_drop: float | None
-    """Mean over prompts where the correlation is defined (two or more scored replies, not all equal)."""
+    """Mean of Spearman's correlation over prompts where it is defined (two or more scored replies, not all equal)."""
     spearman_zero: float | None
-    """Mean over all prompts, an undefined correlation counting 0."""
+    """Mean of Spearman's correlation over all prompts, an undefined one counting 0."""
     kendall_drop: float | None
-    """Kendall's tau-b; as spearman_drop."""
+    """Mean of Kendall's tau-b over prompts where it is defined."""
     kendall_zero: float | None
-    """Kendall's tau-b; as spearman_zero."""
+    """Mean of Kendall's tau-b over all prompts, an undefined one counting 0."""
     parse_failure: float | None
-    """Replies without a score."""
+    """Share of replies without a score."""
     fully_parsed_prompts: float | None
-    """Prompts with a score for every reply."""
+    """Share of prompts with a score for every reply."""
     prompts: int
     usable_prompts: int
     replies: int
@@ -51,7 +52,7 @@ class JudgeMetrics:
 @with_config(STRICT)
 @dataclass(frozen=True, slots=True)
 class EvaluationSample:
-    """A model's responses to one held-out prompt; qualities (0-5) are None where the world has no ground truth."""
+    """A model's responses to one held-out prompt; qualities (0-5) are None without ground truth."""
 
     prompt_id: str
     prompt: str
@@ -64,7 +65,7 @@ class EvaluationSample:
 @with_config(STRICT)
 @dataclass(frozen=True, slots=True)
 class JudgedBy:
-    """The judge measured by means of `judgements` of its judgements."""
+    """Metrics of a judge whose score is the mean of `judgements` judgements."""
 
     judgements: int
     metrics: JudgeMetrics
@@ -73,9 +74,9 @@ class JudgedBy:
 @with_config(STRICT)
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One model's responses against another's by a judge, in both orders. Of `prompts`, those with a verdict in both
-    orders make the result; None without any. `too_long` and `failed` count prompts that the judge could not be asked
-    about, or did not answer; `unparsed` and `truncated` count judgements (two per prompt)."""
+    """Comparison of two models' responses by a judge, in both orders. Of `prompts`, those with a verdict in both orders
+    make the result, None without any. `too_long` counts prompts that did not fit, `failed` those without an answer;
+    `unparsed` and `truncated` count judgements (two per prompt)."""
 
     ours: str
     theirs: str
@@ -92,21 +93,21 @@ class Comparison:
 @with_config(STRICT)
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What is known of a model besides its samples when a judge begins to compare them."""
+    """Measurements of a model, kept while a judge compares its samples."""
 
     lengths: tuple[int, ...]
-    """Of the sampled responses, in tokens."""
+    """Lengths of the sampled responses, in tokens."""
     too_long: int
-    """Prompts left out."""
+    """Number of prompts left out because they do not fit."""
     judged: tuple[JudgedBy, ...]
-    """By means of `judge.n` judgements, by single ones, and by `evaluation.judge_means`."""
+    """Metrics by means of `judge.n` judgements, by single ones, and by `evaluation.judge_means`."""
 
 
 @with_config(STRICT)
 @dataclass(frozen=True, slots=True)
 class ModelEvaluation:
-    """One model's figures. Qualities are means (0-5); win, tie and loss are shares of prompts against M1's sampled
-    responses, None for M1 itself. All five are None where the world has no ground truth."""
+    """Metrics of one model. Qualities are means (0-5); win, tie and loss are shares of prompts against M1's sampled
+    responses, None for M1 itself. All five are None without ground truth."""
 
     model: str
     quality_greedy: float | None
@@ -116,14 +117,14 @@ class ModelEvaluation:
     loss_vs_m1: float | None
     judge: JudgeMetrics
     judge_single: JudgeMetrics
-    """The same by one judgement instead of the mean of k."""
+    """Metrics of the judge by one judgement instead of the mean of k."""
     mean_length: float
-    """Tokens of a sampled response."""
+    """Mean length of a sampled response, in tokens."""
     judge_means: tuple[JudgedBy, ...] = ()
-    """The same by means of other numbers of judgements."""
+    """Metrics of the judge by means of other numbers of judgements."""
     against_m1: HeadToHead | None = None
     """Sampled responses against M1's by ground truth, with its interval; None for M1, and without ground truth."""
     pairwise: Comparison | None = None
-    """The same by a judge; None unless it was asked for."""
+    """Comparison with M1's sampled responses by a judge; None unless configured."""
     lengths: LengthStatistics | None = None
-    """Of the sampled responses."""
+    """Lengths of the sampled responses."""

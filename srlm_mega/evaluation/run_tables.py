@@ -1,4 +1,4 @@
-"""What was measured of a run, as text: lengths, and its figures in the form of the paper's tables."""
+"""A run's results as text: lengths, and metrics in the form of the paper's tables."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +13,7 @@ from srlm_mega.run.stage_kinds import EVALUATION, PAIRS, model_name
 
 
 def evaluations(run: RunDir) -> Iterator[tuple[int, ModelEvaluation]]:
-    """Number and evaluation of every evaluated model, in order."""
+    """Yield number and evaluation of every evaluated model, in order."""
     number = 1
     while run.manifest(EVALUATION.of(model_name(number))) is not None:
         path = run.output(EVALUATION.of(model_name(number))) / "evaluation.json"
@@ -22,8 +22,7 @@ def evaluations(run: RunDir) -> Iterator[tuple[int, ModelEvaluation]]:
 
 
 def length_lines(folder: Path) -> Iterator[str]:
-    """A line per finished evaluation and per finished round, in their order: what each model writes, and what each
-    round teaches it to write."""
+    """Yield lines with the lengths of each evaluated model's responses, and of each finished round's pairs."""
     run = RunDir(folder)
     for number, evaluation in evaluations(run):
         if evaluation.lengths is not None:
@@ -36,22 +35,22 @@ def length_lines(folder: Path) -> Iterator[str]:
 
 
 def described(lengths: LengthStatistics) -> str:
-    """Mean and median in both units."""
+    """Return mean and median in characters, and in tokens if known, as text."""
     tokens = ""
     if lengths.mean_tokens is not None:
         tokens = f", tokens mean {lengths.mean_tokens:.1f} median {lengths.median_tokens:g}"
     return f"characters mean {lengths.mean_characters:.1f} median {lengths.median_characters:g}{tokens}"
 
 
-def beside(folder: Path) -> str:
-    """What was measured of the run, as Markdown; for a model of another shape, that it cannot stand beside the
-    paper's."""
+def run_as_markdown(folder: Path) -> str:
+    """Return a run's tables as Markdown, for comparison with the paper's; for a model of another shape, a line that
+    says that they are not comparable."""
     run = RunDir(folder)
     shape = load_config(run.config_file).model
     if not is_llama2_70b(shape):
         return (
-            f"\n{folder} is no Llama 2 70B ({shape.num_layers} layers of {shape.hidden_size}): its numbers say nothing "
-            "beside the paper's. srlm report shows them"
+            f"\n{folder} is no Llama 2 70B ({shape.num_layers} layers of {shape.hidden_size}): its numbers cannot be "
+            "compared with the paper's. srlm report shows them"
         )
     lines = [
         "",
@@ -72,7 +71,7 @@ def beside(folder: Path) -> str:
 
 
 def judge_line(model: str, judgements: int, metrics: JudgeMetrics) -> str:
-    """A row of the paper's table of reward modelling, by every convention."""
+    """Return a row of the paper's table of reward modelling, by every convention."""
     cells = (
         model,
         str(judgements),
@@ -88,7 +87,7 @@ def judge_line(model: str, judgements: int, metrics: JudgeMetrics) -> str:
 
 
 def comparison_line(comparison: Comparison) -> str:
-    """A row of the paper's head-to-head."""
+    """Return a row of the paper's head-to-head table."""
     result = comparison.result
     shares = (
         "–"
@@ -100,10 +99,10 @@ def comparison_line(comparison: Comparison) -> str:
 
 
 def percent(share: float | None) -> str:
-    """As the paper prints it, a dash where there is nothing."""
+    """Return a share as a percentage without its sign, as in the paper; a dash for None."""
     return "–" if share is None else f"{100 * share:.1f}"
 
 
 def decimal(value: float | None) -> str:
-    """A correlation."""
+    """Return a correlation to three decimals; a dash for None."""
     return "–" if value is None else f"{value:.3f}"

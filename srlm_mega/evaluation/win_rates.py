@@ -1,4 +1,4 @@
-"""Wins, ties and losses of one model against another on the same prompts."""
+"""Win rates of one model against another on the same prompts."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,8 +16,8 @@ Z_95 = 1.959963984540054
 @with_config(STRICT)
 @dataclass(frozen=True, slots=True)
 class HeadToHead:
-    """Counts over `comparisons`; rates are shares of them. `score` counts a tie one half; `score_low` and `score_high`
-    are its 95 % interval (Wilson's)."""
+    """Wins, ties and losses over `comparisons`; rates are shares of them. `score` counts a tie one half; `score_low`
+    and `score_high` are its 95 % interval (Wilson's)."""
 
     prompts: int
     comparisons: int
@@ -47,7 +47,7 @@ class HeadToHead:
 def head_to_head(ours: Mapping[str, Sequence[float]], theirs: Mapping[str, Sequence[float]]) -> HeadToHead:
     """Compare qualities by prompt id: sample i of one model with sample i of the other.
 
-    ValueError when the two do not hold the same prompts with the same number of samples, or nothing at all.
+    Raise ValueError unless both have the same prompts, at least one, with the same numbers of samples.
     """
     if ours.keys() != theirs.keys() or not ours:
         raise ValueError(f"head-to-head needs the same prompts on both sides, got {len(ours)} and {len(theirs)}")
@@ -63,14 +63,14 @@ def head_to_head(ours: Mapping[str, Sequence[float]], theirs: Mapping[str, Seque
 
 
 def head_to_head_of(outcomes: Mapping[str, Outcome]) -> HeadToHead:
-    """The same from outcomes by prompt id, as a judge of both orders gives them."""
+    """Count outcomes by prompt id, as a judge in both orders gives them."""
     ours = {prompt_id: [float(outcome == "win")] for prompt_id, outcome in outcomes.items()}
     theirs = {prompt_id: [float(outcome == "loss")] for prompt_id, outcome in outcomes.items()}
     return head_to_head(ours, theirs)
 
 
 def wilson_interval(share: float, trials: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share. With ties as halves it errs on the wide side: an outcome in [0, 1] varies at
+    """Return Wilson's 95 % interval of a share. With ties as halves it is conservative: an outcome in [0, 1] varies at
     most as much as a 0/1 one of the same mean. `trials` are prompts: samples of one prompt are not independent."""
     shrink = 1 + Z_95**2 / trials
     centre = (share + Z_95**2 / (2 * trials)) / shrink

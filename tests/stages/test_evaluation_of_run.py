@@ -11,7 +11,7 @@ from srlm_mega.config.file import load_config, to_yaml
 from srlm_mega.evaluation.judge_metrics import judge_metrics
 from srlm_mega.evaluation.lengths import length_statistics
 from srlm_mega.evaluation.results import Comparison, JudgedBy, ModelEvaluation
-from srlm_mega.evaluation.run_tables import beside, length_lines
+from srlm_mega.evaluation.run_tables import length_lines, run_as_markdown
 from srlm_mega.evaluation.win_rates import head_to_head_of
 from srlm_mega.records import Message, PreferencePair, write_jsonl
 from srlm_mega.run.run_dir import RunDir
@@ -69,7 +69,7 @@ def test_lengths_of_models_and_rounds(run: RunDir) -> None:
 
 @pytest.mark.parametrize("run", ["llama2_70b_64gpu.yaml"], indirect=True)
 def test_a_70b_run_in_the_papers_form(run: RunDir) -> None:
-    shown = beside(run.root)
+    shown = run_as_markdown(run.root)
     assert "| M2 | 3 | 100.0 / 75.0 / 50.0 | 50.0 | 100.0 (1) | 0.0 | 0.866 / 0.433 | 0.816 / 0.408 | 0.0 |" in shown
     assert (
         "| M2 vs M1 | some-judge | 50.0 / 25.0 / 25.0 | 4 |" in shown
@@ -79,4 +79,4 @@ def test_a_70b_run_in_the_papers_form(run: RunDir) -> None:
 
 @pytest.mark.parametrize("run", ["llama2_7b_8gpu.yaml"], indirect=True)
 def test_any_other_model_is_not_shown_beside_it(run: RunDir) -> None:
-    assert "is no Llama 2 70B (32 layers of 4096)" in beside(run.root)
+    assert "is no Llama 2 70B (32 layers of 4096)" in run_as_markdown(run.root)
