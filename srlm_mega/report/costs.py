@@ -1,4 +1,4 @@
-"""What each stage took and how fast it was: from manifests and from the metrics.jsonl that stages leave."""
+"""Time and speed of each finished stage, from its manifest and its metrics.jsonl."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,7 +31,8 @@ SAMPLING_RATES = {
 
 @dataclass(frozen=True, slots=True)
 class StageCost:
-    """One finished stage. `devices`: GPUs it held, processes on a CPU; 0 for one that computes nothing on them."""
+    """Costs of one finished stage: wall-clock seconds, and the devices it held (GPUs, processes on a CPU; 0 when it
+    needs none). `training` and `sampling` are its rates by metric name."""
 
     stage: Stage
     seconds: float
@@ -41,12 +42,12 @@ class StageCost:
 
     @property
     def device_hours(self) -> float:
-        """Devices times hours."""
+        """Devices held, times hours."""
         return self.devices * self.seconds / 3600
 
 
 def stage_costs(run: RunDir, config: Config) -> list[StageCost]:
-    """Every finished stage, in the order of the loop."""
+    """Return the costs of every finished stage, in the order of the loop."""
     found = []
     for stage in plan(config):
         manifest = run.manifest(stage.name)
@@ -60,8 +61,8 @@ def stage_costs(run: RunDir, config: Config) -> list[StageCost]:
 
 
 def devices_of(stage: Stage, manifest: Manifest, config: Config) -> int:
-    """Training: the ranks of the layout it was finished in. Sampling: the sampler's devices, one replica's where the
-    stage has no shards."""
+    """Return the number of devices that a stage held: the ranks of the layout that finished a training; the sampler's
+    devices, or one replica's for a stage without shards; 0 otherwise."""
     if stage.kind.parallel:
         layout: Mapping[str, Any] = manifest.layout
         nodes = layout.get("launch.nodes", config.launch.nodes)
@@ -72,7 +73,7 @@ def devices_of(stage: Stage, manifest: Manifest, config: Config) -> int:
 
 
 def training_rates(path: Path) -> dict[str, float]:
-    """Medians over the steps, and of memory the most that any pipeline stage took."""
+    """Return the medians over a training's steps, and the largest memory (GiB) of any pipeline stage."""
     rows = read_metrics(path)
     rates = {}
     for key in TRAINING_RATES:
@@ -84,13 +85,13 @@ def training_rates(path: Path) -> dict[str, float]:
 
 
 def sampling_rates(path: Path) -> dict[str, float]:
-    """Of the stage as a whole: the newest line that is not one shard's."""
+    """Return the rates of a sampling stage as a whole, from the newest line that is not about a single shard."""
     whole = [row for row in read_metrics(path) if "shards" in row]
     return {key: whole[-1][key] for key in SAMPLING_RATES if key in whole[-1]} if whole else {}
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a stage need not have one, and a killed one may have cut its last line."""
+    """Read the whole lines of a metrics.jsonl; none without a file. A killed stage may have cut its last line."""
     if not path.is_file():
         return []
     lines = path.read_bytes().splitlines(keepends=True)

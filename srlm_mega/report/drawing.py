@@ -1,7 +1,7 @@
-"""How the report's figures look: matplotlib drawings as inline SVG whose colours are the page's CSS variables.
+"""Style of the report's figures: matplotlib drawings as inline SVG whose colours are the page's CSS variables.
 
-A figure is drawn in stand-in colours that are then exchanged for `var(--ink)`, `var(--m1)`, ...: the same drawing is
-right on dark and on light paper, and its text is the page's own. M1 has one colour everywhere, and so on.
+A figure is drawn in placeholder colours, which are then replaced by `var(--ink)`, `var(--m1)`, ...: the same drawing
+suits a dark and a light page, and its text has the page's font. A model has the same colour everywhere.
 """
 
 import io
@@ -54,7 +54,7 @@ LEGEND_COLUMNS = 6
 
 @dataclass(frozen=True, slots=True)
 class Plot:
-    """One figure: its message, the drawing, and how to read it."""
+    """One figure: the message in its title, the drawing, and a note on how to read it."""
 
     title: str
     svg: Markup
@@ -62,19 +62,19 @@ class Plot:
 
 
 def model_color(number: int) -> str:
-    """The stand-in colour of M1, M2, ...; it starts again after the sixth."""
+    """Return the placeholder colour of M1, M2, ...; they repeat after the sixth."""
     return MODEL_COLORS[(number - 1) % len(MODEL_COLORS)]
 
 
 def legend(axes: Axes, columns: int = LEGEND_COLUMNS) -> None:
-    """Above the drawing, one line where it fits."""
+    """Put the legend above the drawing, in one line if it fits."""
     axes.legend(
         loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=columns, fontsize=8, borderpad=0, columnspacing=1.2
     )
 
 
 def plot(name: str, title: str, note: str, paint: Callable[[Axes], None]) -> Plot:
-    """One figure; `name` makes its ids the page's only ones."""
+    """Draw one figure; `name` makes its ids unique in the page."""
     with rc_context(STYLE):
         figure = Figure(figsize=(5.0, 3.1), layout="constrained")
         paint(figure.add_subplot())
@@ -84,7 +84,7 @@ def plot(name: str, title: str, note: str, paint: Callable[[Axes], None]) -> Plo
 
 
 def _for_page(svg: str, name: str, title: str) -> Markup:
-    """The drawing as a part of the page: no prolog and no size, ids that no other figure has, the page's colours."""
+    """Return the drawing as a part of the page: without prolog and size, with unique ids and the page's colours."""
     head, body = svg[svg.index("<svg") :].split(">", 1)
     view_box = re.search(r'viewBox="[^"]*"', head)
     assert view_box is not None, "matplotlib's SVG has no viewBox"

@@ -1,4 +1,4 @@
-"""`srlm show pair`: from a preference pair back to its prompt, candidates, judge texts, seeds and models."""
+"""Lineage for `srlm show`: from a preference pair back to its prompt, candidates, judgements, seeds and models."""
 
 from collections.abc import Iterator, Sequence
 from itertools import count, takewhile
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def seed_text(folder: Path) -> str:
-    """What became of the source of the seed data, step by step, and (where it was built) of EFT."""
+    """Return the counts of the seed data's source, step by step, and of EFT if it was built, as text."""
     run = RunDir(folder)
     lines = []
     for name in ("seed", "eft"):
@@ -25,7 +25,8 @@ def seed_text(folder: Path) -> str:
 
 
 def pair_text(folder: Path, pair_id: str) -> str:
-    """Everything known of a pair, as text."""
+    """Return everything known about a pair, as text. Raise UserError when there is no such pair, or a file of a round
+    is damaged."""
     run = RunDir(folder)
     rounds = list(takewhile(lambda number: run.output(PAIRS.of(number)).is_dir(), count(1)))
     for number in rounds:
@@ -39,14 +40,14 @@ def pair_text(folder: Path, pair_id: str) -> str:
             for pair in read(run, META_JUDGEMENTS.of(number), "pairs.jsonl", PreferencePair):
                 if pair.id == pair_id:
                     return "\n".join(describe_judgements(run, number, pair))
-    example = first(rounds, run)
+    example = some_pair_id(rounds, run)
     raise UserError(
         f"no pair {pair_id} in {folder}." + (f" An id looks like {example}." if example else " It has no pairs yet.")
     )
 
 
 def describe(run: RunDir, number: int, pair: PreferencePair) -> Iterator[str]:
-    """The lines of one pair."""
+    """Yield the lines about one pair of responses."""
     candidates = {c.id: c for c in read(run, CANDIDATES.of(number), "candidates.jsonl", Candidate)}
     prompt_id = candidates[pair.chosen_id].prompt_id
     prompt = next(p for p in read(run, PROMPTS.of(number), "prompts.jsonl", Prompt) if p.id == prompt_id)
@@ -73,7 +74,7 @@ def describe(run: RunDir, number: int, pair: PreferencePair) -> Iterator[str]:
 
 
 def describe_judgements(run: RunDir, number: int, pair: PreferencePair) -> Iterator[str]:
-    """The lines of a pair of judgements: what was judged, both of them, and how they were compared."""
+    """Yield the lines about a pair of judgements: the judged response, both judgements, and their comparisons."""
     judgements = {one.id: one for one in read(run, JUDGEMENTS.of(number), "judgements.jsonl", Judgement)}
     judged = judgements[pair.chosen_id].candidate_id
     yield f"pair {pair.id}   {round_folder(number)}, two judgements of candidate {judged}"
@@ -89,18 +90,18 @@ def describe_judgements(run: RunDir, number: int, pair: PreferencePair) -> Itera
 
 
 def drafts(run: RunDir, number: int) -> Iterator[PromptDraft]:
-    """What the prompt writer wrote in a round; nothing when the prompts came from a file."""
+    """Yield the prompt writer's drafts in a round; none when the prompts came from a file."""
     for path in sorted(run.output(PROMPTS.of(number)).glob("drafts_*.jsonl")):
         yield from read_jsonl(path, PromptDraft)
 
 
 def read(run: RunDir, stage: str, file: str, record: type[T]) -> Iterator[T]:
-    """The records in a file of a stage's output."""
+    """Yield the records in a file of a stage's output."""
     return read_jsonl(run.output(stage) / file, record)
 
 
-def first(rounds: Sequence[int], run: RunDir) -> str | None:
-    """The id of some pair, for an error message."""
+def some_pair_id(rounds: Sequence[int], run: RunDir) -> str | None:
+    """Return the id of some pair as an example for a message, None without pairs."""
     for number in rounds:
         for pair in read(run, PAIRS.of(number), "pairs.jsonl", PreferencePair):
             return pair.id

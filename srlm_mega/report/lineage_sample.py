@@ -1,11 +1,10 @@
-"""What the report's lineage explorer shows of a round: prompts with their candidates, judgements and pair.
+"""Sample of a round for the report's lineage explorer: prompts with their candidates, judgements and pair.
 
-A round may have a million candidates and a page has room for some. Which prompts are kept is decided by a hash of
-their ids: all whose hash lies below a threshold that is halved whenever the kept ones outgrow their room. So memory
-is bounded, the files are read once and in order, what is kept is a fair sample, and the same run gives the same page.
+A round may have a million candidates, of which a page shows a part. A prompt is kept when the hash of its id lies below
+a threshold, which is halved whenever the kept prompts exceed their limit. So memory is bounded, the files are read once
+and in order, the sample is uniform, and the same run gives the same page.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,13 +13,13 @@ import xxhash
 from srlm_mega.report.text import shortened, visible
 
 PROMPT_CHARACTERS, CANDIDATE_CHARACTERS, JUDGEMENT_CHARACTERS = 2000, 1500, 1000
-RECORD_BYTES = 80  # what a record takes in the page besides its text, about
+RECORD_BYTES = 80  # approximate size of a record in the page besides its text
 Outcome = Literal["pair", "tied", "too few scores", "no pair", "not paired yet"]
 
 
 @dataclass(slots=True)
 class JudgementLeaf:
-    """One judgement."""
+    """One judgement of a candidate."""
 
     score: float | None
     text: str
@@ -28,7 +27,7 @@ class JudgementLeaf:
 
 @dataclass(slots=True)
 class CandidateNode:
-    """One candidate and its judgements; `tokens` is its length."""
+    """One candidate, its length in tokens, and its judgements."""
 
     id: str
     text: str
@@ -38,14 +37,14 @@ class CandidateNode:
 
     @property
     def score(self) -> float | None:
-        """Mean of the judgements that have one."""
+        """Mean score of the judgements that have one, None without any."""
         scores = [one.score for one in self.judgements if one.score is not None]
         return sum(scores) / len(scores) if scores else None
 
 
 @dataclass(slots=True)
 class PairLeaf:
-    """The pair that a prompt's candidates made."""
+    """The pair of a prompt's candidates."""
 
     id: str
     chosen_id: str
@@ -56,7 +55,7 @@ class PairLeaf:
 
 @dataclass(slots=True)
 class PromptTree:
-    """A prompt and all that came of it. `bytes` is about what it takes in the page."""
+    """A prompt with its candidates and pair. `bytes` is its approximate size in the page."""
 
     id: str
     text: str
@@ -65,7 +64,7 @@ class PromptTree:
     bytes: int = 0
 
     def outcome(self, paired: bool) -> Outcome:
-        """What became of it; `paired`: the round's pairs are made."""
+        """Return what became of the prompt; `paired` says whether the round's pairs are made."""
         if self.pair is not None:
             return "pair"
         if not paired:
@@ -78,73 +77,67 @@ class PromptTree:
 
 
 class LineageSample:
-    """The kept prompts of one round. Prompts come first, then candidates, judgements, pairs, each in any order."""
+    """Kept prompts of one round, within about `max_bytes`. Prompts are added first, then candidates, judgements, pairs,
+    each in any order."""
 
-    def __init__(self, room: int) -> None:
+    def __init__(self, max_bytes: int) -> None:
         self.total = 0
-        self._room, self._used = room, 0
-        self._share = 1.0
+        self._max_bytes, self._bytes = max_bytes, 0
+        self._threshold = 1.0
         self._trees: dict[str, PromptTree] = {}
-        self._owner: dict[str, PromptTree] = {}  # by candidate id
+        self._tree_of: dict[str, PromptTree] = {}  # by candidate id
 
     @property
     def trees(self) -> list[PromptTree]:
-        """In the order of the prompts."""
+        """Kept prompts, in the order in which they were added."""
         return list(self._trees.values())
 
-    def thin(self) -> None:
-        """Keep about half of what is kept."""
-        self._share /= 2
-        self._trees = {name: tree for name, tree in self._trees.items() if place(name) < self._share}
-        self._owner = {one: tree for tree in self._trees.values() for one in tree.candidates}
-        self._used = sum(tree.bytes for tree in self._trees.values())
+    def halve(self) -> None:
+        """Drop about half of the kept prompts."""
+        self._threshold /= 2
+        self._trees = {name: tree for name, tree in self._trees.items() if hash_fraction(name) < self._threshold}
+        self._tree_of = {one: tree for tree in self._trees.values() for one in tree.candidates}
+        self._bytes = sum(tree.bytes for tree in self._trees.values())
 
     def add_prompt(self, prompt_id: str, text: str) -> None:
-        """The beginning of a tree."""
+        """Count a prompt, and keep it if its hash is below the threshold."""
         self.total += 1
-        if place(prompt_id) < self._share:
+        if hash_fraction(prompt_id) < self._threshold:
             tree = PromptTree(prompt_id, visible(shortened(text, PROMPT_CHARACTERS)))
             self._trees[prompt_id] = tree
             self._grow(tree, tree.text)
 
     def add_candidate(self, prompt_id: str, candidate_id: str, text: str, tokens: int, finish_reason: str) -> None:
-        """Of a prompt that may be kept."""
+        """Add a candidate if its prompt is kept."""
         tree = self._trees.get(prompt_id)
         if tree is not None:
             node = CandidateNode(candidate_id, visible(shortened(text, CANDIDATE_CHARACTERS)), tokens, finish_reason)
             tree.candidates[candidate_id] = node
-            self._owner[candidate_id] = tree
+            self._tree_of[candidate_id] = tree
             self._grow(tree, node.text)
 
     def add_judgement(self, candidate_id: str, score: float | None, text: str) -> None:
-        """Of a candidate that may be kept."""
-        tree = self._owner.get(candidate_id)
+        """Add a judgement if its candidate is kept."""
+        tree = self._tree_of.get(candidate_id)
         if tree is not None:
             leaf = JudgementLeaf(score, visible(shortened(text, JUDGEMENT_CHARACTERS)))
             tree.candidates[candidate_id].judgements.append(leaf)
             self._grow(tree, leaf.text)
 
     def add_pair(self, pair: PairLeaf) -> None:
-        """Of candidates that may be kept."""
-        tree = self._owner.get(pair.chosen_id)
+        """Add a pair if its candidates are kept."""
+        tree = self._tree_of.get(pair.chosen_id)
         if tree is not None and pair.rejected_id in tree.candidates:
             tree.pair = pair
 
     def _grow(self, tree: PromptTree, text: str) -> None:
         size = len(text.encode()) + RECORD_BYTES
         tree.bytes += size
-        self._used += size
-        while self._used > self._room and len(self._trees) > 1:
-            self.thin()
+        self._bytes += size
+        while self._bytes > self._max_bytes and len(self._trees) > 1:
+            self.halve()
 
 
-def place(name: str) -> float:
-    """Where a name's hash lies in [0, 1)."""
+def hash_fraction(name: str) -> float:
+    """Return a name's hash as a number in [0, 1)."""
     return xxhash.xxh3_64_intdigest(name.encode()) / 2**64
-
-
-def first_pairs(trees: list[PromptTree], number: int) -> Iterator[PromptTree]:
-    """The first kept prompts that made a pair."""
-    paired = (tree for tree in trees if tree.pair is not None)
-    for _, tree in zip(range(number), paired, strict=False):
-        yield tree

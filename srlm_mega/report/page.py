@@ -1,8 +1,8 @@
-"""`report.html`: one page per run that needs nothing else: no network, no font, no file beside it.
+"""`report.html`: one self-contained page per run, without network, fonts or other files.
 
-Everything the template prints goes through `visible` and Jinja's autoescape; what report.js shows comes as gzipped JSON
-in base64, went through `visible` before, and is put into the page as text only. The page's policy allows one script:
-ours, by its hash. So text that a model wrote is shown, and cannot act on the page, whatever it holds.
+Everything the template prints passes `visible` and Jinja's autoescape. What report.js shows comes as gzipped JSON in
+base64, has passed `visible` too, and enters the page as text only. The page's policy allows one script: ours, by its
+hash. So a model's text is shown, and cannot act on the page, whatever it contains.
 """
 
 import base64
@@ -25,7 +25,7 @@ from srlm_mega.records import read_jsonl
 from srlm_mega.report.costs import SAMPLING_RATES, TRAINING_RATES, StageCost, stage_costs
 from srlm_mega.report.drawing import Plot
 from srlm_mega.report.explorer import PROMPTS_PER_PAGE, explorer
-from srlm_mega.report.lineage_sample import Outcome, first_pairs
+from srlm_mega.report.lineage_sample import Outcome
 from srlm_mega.report.planned import planned_rows
 from srlm_mega.report.plots import dpo_plots, judge_plot, lengths_plot, quality_plot, scores_plot, time_plot
 from srlm_mega.report.round_parts import RoundPart, read_round
@@ -38,7 +38,7 @@ from srlm_mega.run.stage_kinds import CANDIDATES, EVALUATION, model_name
 SHOWN_PROMPTS = 6
 SHOWN_PAIRS = 2
 TEXT_BYTES = 24 * 2**20  # of all rounds' texts in the page, before compression
-# The judge's metrics as people quote them; beside the mean of k judgements, each by one alone.
+# Labels of the judge's metrics; the table has each by the mean of k judgements and by one alone.
 JUDGE_METRICS = {
     "pair_acc_half": "pairs in order, a tie counting half",
     "pair_acc_untied": "pairs in order, ties left out",
@@ -65,21 +65,21 @@ class SideBySide:
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """One line of the page's head."""
+    """One line of the configuration in the page's head."""
 
     name: str
     value: str
 
 
 def write_report(run: Path) -> Path:
-    """Write `report.html` into a run folder, from whatever is finished in it; returns its path."""
+    """Write `report.html` into a run folder, from the stages that are finished, and return its path."""
     folder = RunDir(run)
     write_atomic(folder.report_file, render(run).encode())
     return folder.report_file
 
 
 def render(run: Path) -> str:
-    """The page as text; the same folder gives the same bytes."""
+    """Return the page as text; the same folder gives the same bytes."""
     folder = RunDir(run)
     config = load_config(folder.config_file)
     summary = build_summary(run)
@@ -103,7 +103,7 @@ def render(run: Path) -> str:
             expected=[model_name(number) for number in range(1, config.run.rounds + 2)],
             figures=figures(summary, rounds, samples, costs),
             rounds=rounds,
-            examples={part.number: list(first_pairs(part.trees, SHOWN_PAIRS)) for part in rounds},
+            examples={part.number: [tree for tree in part.trees if tree.pair][:SHOWN_PAIRS] for part in rounds},
             explorer=explorer(rounds),
             samples=side_by_side(samples),
             judge_metrics=JUDGE_METRICS,
@@ -124,14 +124,14 @@ def render(run: Path) -> str:
 
 
 def asset(name: str) -> Markup:
-    """The text of the style or the script; neither may hold what would end its element."""
+    """Read the style or the script; neither may contain what would end its HTML element."""
     text = (Path(__file__).parent / name).read_text(encoding="utf-8")
     assert "</s" not in text, f"{name} would end its own element"
     return Markup(text)
 
 
 def read_samples(folder: RunDir, summary: Summary) -> dict[str, list[EvaluationSample]]:
-    """Each evaluated model's responses to the held-out prompts."""
+    """Read each evaluated model's responses to the held-out prompts, by model name."""
     return {
         name: list(read_jsonl(folder.output(EVALUATION.of(name)) / "samples.jsonl", EvaluationSample))
         for name in summary.models
@@ -139,7 +139,7 @@ def read_samples(folder: RunDir, summary: Summary) -> dict[str, list[EvaluationS
 
 
 def side_by_side(samples: Mapping[str, Sequence[EvaluationSample]]) -> list[SideBySide]:
-    """The first held-out prompts that every model answered, each with the models' first responses."""
+    """Return the first held-out prompts that every model answered, each with the models' first responses."""
     if not samples:
         return []
     first = {name: {row.prompt_id: row for row in reversed(rows)} for name, rows in samples.items()}
@@ -157,7 +157,7 @@ def figures(
     samples: Mapping[str, Sequence[EvaluationSample]],
     costs: Sequence[StageCost],
 ) -> dict[str, list[Plot]]:
-    """The figures that the run has data for, by the section they belong to."""
+    """Draw the figures that the run has data for, by section of the page."""
     models, pairs, speed = [], [], []
     if summary.has_ground_truth:
         models.append(quality_plot(summary.models))
@@ -176,7 +176,7 @@ def figures(
 
 
 def facts(config: Config) -> list[Fact]:
-    """What a reader must know of the configuration to read the figures."""
+    """Return the parts of the configuration that a reader of the figures needs."""
     model, judge, candidates = config.model, config.judge, config.candidates
     return [
         Fact("Rounds", f"{config.run.rounds}, seed {config.run.seed}"),
@@ -191,12 +191,12 @@ def facts(config: Config) -> list[Fact]:
 
 
 def metric(value: float | None, name: str) -> str:
-    """A judge's metric as it stands in the table."""
+    """Format a judge's metric: a correlation with three decimals, a share as a percentage."""
     return decimal(value, 3) if name.startswith(("spearman", "kendall")) else percent(value, 1)
 
 
 def rate(value: float | None) -> str:
-    """Three significant digits, thousands apart; a dash where there is nothing."""
+    """Format a number with three significant digits, or as an integer from 100; a dash for None."""
     if value is None:
         return "–"
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

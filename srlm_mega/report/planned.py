@@ -1,4 +1,4 @@
-"""The plan beside what happened, where RUN/plan.json is what `srlm plan CONFIG --json` printed."""
+"""Planned and measured figures, if RUN/plan.json holds the output of `srlm plan CONFIG --json`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ FILE = "plan.json"
 
 @dataclass(frozen=True, slots=True)
 class PlannedRow:
-    """One figure; `measured` is None for what is not finished."""
+    """One planned figure; `measured` is None until its stage is finished."""
 
     name: str
     planned: float
@@ -22,12 +22,12 @@ class PlannedRow:
 
     @property
     def ratio(self) -> float | None:
-        """Measured by planned."""
+        """Measured divided by planned, None without a measurement."""
         return None if self.measured is None or not self.planned else self.measured / self.planned
 
 
 def planned_rows(run: RunDir, costs: Sequence[StageCost]) -> list[PlannedRow]:
-    """A DPO step, its speed, then the seconds of every stage; empty without a plan."""
+    """Return a DPO step's figures and then the seconds of every stage; empty without a plan."""
     path = run.root / FILE
     if not path.is_file():
         return []
@@ -41,7 +41,7 @@ def planned_rows(run: RunDir, costs: Sequence[StageCost]) -> list[PlannedRow]:
 
 
 def step_rows(plan: Mapping[str, Any], costs: Sequence[StageCost]) -> list[PlannedRow]:
-    """The plan's DPO step beside the newest model's that was trained by DPO; medians over its steps."""
+    """Return the plan's DPO step compared with the newest DPO training, by medians over its steps."""
     trained = [cost.training for cost in costs if cost.training and cost.stage.round > 0]
     rates: Mapping[str, float] = trained[-1] if trained else {}
     step = plan["step"]

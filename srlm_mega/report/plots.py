@@ -1,4 +1,4 @@
-"""The report's figures; how they look is in drawing.py."""
+"""Figures of the report; their style is in drawing.py."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,8 +15,8 @@ from srlm_mega.run.plan import Stage
 from srlm_mega.run.stage_kinds import Part, model_name, model_number
 
 SCORES = range(6)
-SMOOTHING_WINDOWS = 12  # a running mean spans this part of a run: 5 of 60 steps
-DRAWN_STEPS = 500  # a curve's points in the page, at most about
+SMOOTHING_WINDOWS = 12  # a running mean spans a twelfth of a run: 5 of 60 steps
+DRAWN_STEPS = 500  # approximate maximum of a curve's points in the page
 PART_COLORS = {
     Part.SEED: RULE,
     Part.PROMPTS: MODEL_COLORS[0],
@@ -31,7 +31,7 @@ PART_COLORS = {
 
 
 def quality_plot(models: Mapping[str, ModelSummary]) -> Plot:
-    """Mean ground-truth quality per model; every model must have one."""
+    """Plot the mean ground-truth quality per model."""
     sampled = {name: row.quality_sampled for name, row in models.items() if row.quality_sampled is not None}
     greedy = {name: row.quality_greedy for name, row in models.items() if row.quality_greedy is not None}
 
@@ -45,7 +45,7 @@ def quality_plot(models: Mapping[str, ModelSummary]) -> Plot:
 
 
 def judge_plot(models: Mapping[str, ModelSummary]) -> Plot:
-    """Pairwise accuracy of each model as the judge of held-out ranked replies."""
+    """Plot the pairwise accuracy of each model as the judge of held-out ranked replies."""
     half = {name: 100 * row.judge.pair_acc_half for name, row in models.items() if row.judge.pair_acc_half is not None}
     untied = {
         name: 100 * row.judge.pair_acc_untied for name, row in models.items() if row.judge.pair_acc_untied is not None
@@ -55,7 +55,7 @@ def judge_plot(models: Mapping[str, ModelSummary]) -> Plot:
         _two_lines(axes, "ties count half", half, "untied", untied, digits=1)
         axes.axhline(50, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
         axes.text(-0.45, 50.7, "chance", color=MUTED, fontsize=8, va="bottom")
-        axes.set(ylim=(min([45.0, *half.values(), *untied.values()]) - 2, 102), ylabel="pairs ordered rightly (%)")
+        axes.set(ylim=(min([45.0, *half.values(), *untied.values()]) - 2, 102), ylabel="pairs in order (%)")
 
     first, last = _ends(half)
     title = f"Judge accuracy {movement(first, last, 1)}%"
@@ -64,14 +64,14 @@ def judge_plot(models: Mapping[str, ModelSummary]) -> Plot:
 
 
 def scores_plot(scores: Mapping[int, Mapping[float, int]]) -> Plot:
-    """How often each round's judges gave each score (0-5), by round; every round has some."""
+    """Plot the distribution of scores (0-5) by round; `scores` counts them, and every round has some."""
 
     def paint(axes: Axes) -> None:
         width = 0.84 / len(scores)
-        for place, (number, counted) in enumerate(scores.items()):
+        for position, (number, counted) in enumerate(scores.items()):
             edges = np.arange(len(SCORES) + 1) - 0.5
             counts, _ = np.histogram(list(counted), bins=edges, weights=list(counted.values()))
-            offset = (place - (len(scores) - 1) / 2) * width
+            offset = (position - (len(scores) - 1) / 2) * width
             share = 100 * counts / sum(counted.values())
             label = f"round {number}"
             axes.bar(np.array(SCORES) + offset, share, 0.92 * width, color=model_color(number), label=label)
@@ -87,7 +87,7 @@ def scores_plot(scores: Mapping[int, Mapping[float, int]]) -> Plot:
 
 
 def lengths_plot(name: str, what: str, unit: str, lengths: Mapping[str, Mapping[int, int]]) -> Plot:
-    """How long what each model writes is, as quantiles. `lengths` counts by length; every model has some."""
+    """Plot quantiles of the lengths of each model's texts. `lengths` counts texts by length; every model has some."""
     quantiles = {
         model: np.quantile(np.repeat(list(counted), list(counted.values())), (0.05, 0.25, 0.5, 0.75, 0.95))
         for model, counted in lengths.items()
@@ -95,11 +95,11 @@ def lengths_plot(name: str, what: str, unit: str, lengths: Mapping[str, Mapping[
     longest = max(1.0, *(values[-1] for values in quantiles.values()))
 
     def paint(axes: Axes) -> None:
-        for place, (model, (p5, p25, p50, p75, p95)) in enumerate(quantiles.items()):
+        for row, (model, (p5, p25, p50, p75, p95)) in enumerate(quantiles.items()):
             color = model_color(model_number(model))
-            axes.plot((p5, p95), (place, place), color=color, linewidth=1.2)
-            axes.barh(place, max(p75 - p25, 0.02), 0.34, p25, color=color)
-            axes.plot(p50, place, "o", color=color, markerfacecolor=PAPER, markeredgewidth=1.6, markersize=7)
+            axes.plot((p5, p95), (row, row), color=color, linewidth=1.2)
+            axes.barh(row, max(p75 - p25, 0.02), 0.34, p25, color=color)
+            axes.plot(p50, row, "o", color=color, markerfacecolor=PAPER, markeredgewidth=1.6, markersize=7)
         axes.set_yticks(range(len(lengths)), list(lengths))
         axes.set(xlabel=f"length of a {what} ({unit})", xlim=(0, 1.04 * longest), ylim=(len(lengths) - 0.4, -0.6))
         axes.grid(axis="x")
@@ -111,7 +111,7 @@ def lengths_plot(name: str, what: str, unit: str, lengths: Mapping[str, Mapping[
 
 
 def dpo_plots(steps: Mapping[int, Sequence[DpoStep]]) -> list[Plot]:
-    """The curves of each round's DPO: loss, margins, accuracy, and both rewards apart."""
+    """Plot the curves of each round's DPO: loss, margins, accuracy, and the rewards of both sides."""
     loss, margins, accuracy, chosen, rejected = (
         {number: [pick(step) for step in curve] for number, curve in steps.items()}
         for pick in (
@@ -130,7 +130,7 @@ def dpo_plots(steps: Mapping[int, Sequence[DpoStep]]) -> list[Plot]:
             "ln 2: no preference", (1, math.log(2)), (-2, 3), xycoords=("axes fraction", "data"),
             textcoords="offset points", ha="right", color=MUTED, fontsize=8,
         )  # fmt: skip
-        axes.margins(y=0.12)  # room for the words above the line
+        axes.margins(y=0.12)  # space for the label above the line
         axes.set(xlabel="optimiser step", ylabel="DPO loss (nats)")
 
     def paint_margins(axes: Axes) -> None:
@@ -152,7 +152,7 @@ def dpo_plots(steps: Mapping[int, Sequence[DpoStep]]) -> list[Plot]:
     reward_note = "Solid: chosen. Dashed: rejected. Both may fall while their difference grows."
     return [
         plot("loss", f"DPO loss ends at {_final(loss)}",
-             "At ln 2 the policy is no other than its reference. Bold: running mean.", paint_loss),
+             "At ln 2 the policy equals its reference. Bold: running mean.", paint_loss),
         plot("margins", f"Reward margins end at {_final(margins)}", margin_note, paint_margins),
         plot("accuracy", f"Pairs in the right order end at {_final(accuracy, 0)} %",
              "Share of a batch's pairs whose chosen response has the larger reward.", paint_accuracy),
@@ -161,7 +161,7 @@ def dpo_plots(steps: Mapping[int, Sequence[DpoStep]]) -> list[Plot]:
 
 
 def time_plot(costs: Sequence[StageCost]) -> Plot:
-    """Where the wall-clock time of each part of the loop went."""
+    """Plot the wall-clock time of each round by part of the loop."""
     rows: dict[str, dict[Part, float]] = {}
     total: dict[Part, float] = {}
     for cost in costs:
@@ -172,9 +172,9 @@ def time_plot(costs: Sequence[StageCost]) -> Plot:
     unit, seconds = ("h", 3600.0) if longest > 7200 else ("min", 60.0) if longest > 120 else ("s", 1.0)
 
     def paint(axes: Axes) -> None:
-        for place, part in enumerate(Part):
+        for position, part in enumerate(Part):
             if part in total:
-                before = [sum(row.get(one, 0.0) for one in list(Part)[:place]) / seconds for row in rows.values()]
+                before = [sum(row.get(one, 0.0) for one in list(Part)[:position]) / seconds for row in rows.values()]
                 widths = [row.get(part, 0.0) / seconds for row in rows.values()]
                 axes.barh(range(len(rows)), widths, 0.5, before, color=PART_COLORS[part], label=part)
         axes.set_yticks(range(len(rows)), list(rows))
@@ -189,14 +189,14 @@ def time_plot(costs: Sequence[StageCost]) -> Plot:
 
 
 def row_of(stage: Stage) -> str:
-    """The row of the time plot: 'round 2' holds the DPO and the evaluation of M3."""
+    """Return a stage's row in the time plot: 'round 2' includes training and evaluation of M3."""
     return f"round {stage.round}" if stage.round > 0 else "start"
 
 
 def _two_lines(
     axes: Axes, solid: str, values: Mapping[str, float], dotted: str, others: Mapping[str, float], digits: int
 ) -> None:
-    """Two values per model, each with its number on the side where the other value is not."""
+    """Draw two values per model, each with its number on the side away from the other value."""
     names = list({**values, **others})
     for label, line, own, other in ((solid, "-", values, others), (dotted, ":", others, values)):
         at = [(names.index(name), value, name) for name, value in own.items()]
@@ -221,8 +221,8 @@ def _curves(
     line: str = "-",
     named: bool = True,
 ) -> None:
-    """Raw values faint, their running mean bold. A round's curve has the colour of the model it trains. Of a long one
-    every n-th point is drawn."""
+    """Draw raw values faint and their running mean bold, in the colour of the model that a round trains. Of a long
+    curve, every n-th point is drawn."""
     for number, values in curves.items():
         stride = 1 + len(values) // DRAWN_STEPS
         at = [step.step for step in steps[number]][::stride]
@@ -235,13 +235,13 @@ def _curves(
 
 
 def running_mean(values: Sequence[float]) -> list[float]:
-    """Mean of each value and those before it, over a twelfth of the run. The first is the first."""
+    """Return the running mean over each value and those before it, with a window of a twelfth of the run."""
     window = max(1, round(len(values) / SMOOTHING_WINDOWS))
     return [float(np.mean(values[max(0, end - window) : end])) for end in range(1, len(values) + 1)]
 
 
 def _final(curves: Mapping[int, Sequence[float]], digits: int = 2) -> str:
-    """'0.27 in the first round, 0.25 in the last': running means at the end."""
+    """Return the running means at the curves' ends: '0.27 in the first round, 0.25 in the last'."""
     ends = [f"{running_mean(curve)[-1]:.{digits}f}" for curve in curves.values()]
     return ends[0] if len(ends) == 1 else f"{ends[0]} in the first round, {ends[-1]} in the last"
 

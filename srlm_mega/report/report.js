@@ -1,6 +1,6 @@
 "use strict";
-// The lineage explorer: search a prompt, see its candidates, their judgements and the pair they made.
-// Texts come from models. They enter the page by textContent alone, so nothing in them can act.
+// The lineage explorer: search for a prompt, see its candidates, their judgements and its pair.
+// Texts come from models. They enter the page by textContent alone, so nothing in them can act on it.
 
 const ROWS = 20;
 
@@ -23,10 +23,10 @@ class Explorer {
   constructor(rows, perPage) {
     this.rows = rows.map((row) => ({ ...row, found: `${row.id} ${row.text}`.toLowerCase() }));
     this.perPage = perPage;
-    this.pages = new Map(); // number of a page -> promise of its prompts; the last few that were looked at
+    this.pages = new Map(); // number of a page -> promise of its prompts; the most recently used ones
     this.matches = [];
-    this.first = 0; // of the rows in view, its place in matches
-    this.selected = -1; // place in matches
+    this.first = 0; // index in matches of the first row in view
+    this.selected = -1; // index in matches
   }
 
   start() {
@@ -42,7 +42,7 @@ class Explorer {
     document.addEventListener("keydown", (event) => {
       if (event.key !== "/" || event.ctrlKey || event.metaKey || event.target.closest("input, select")) return;
       event.preventDefault();
-      byId("search").select(); // what is typed next replaces what is there
+      byId("search").select(); // so that typing replaces the old query
     });
     this.search();
     this.open(0);

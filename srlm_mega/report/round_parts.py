@@ -1,4 +1,4 @@
-"""A round as the report shows it. Its files may have millions of lines: they are read once, one line at a time."""
+"""Reader of a round for the report. Its files may have millions of lines: they are read once, one line at a time."""
 
 import math
 from collections import Counter
@@ -16,8 +16,8 @@ from srlm_mega.run.stage_kinds import CANDIDATES, JUDGEMENTS, PAIRS, PROMPTS, mo
 
 @dataclass(frozen=True, slots=True)
 class DpoStep:
-    """One optimiser step of a round's DPO. `loss`, `margin` (beta times the difference of log-ratios), and both sides'
-    rewards in nats; `accuracy`: share of pairs in the right order."""
+    """One optimiser step of a round's DPO. `loss`, `margin` (beta times the difference of log-ratios) and both rewards
+    are in nats; `accuracy` is the share of pairs in the right order."""
 
     step: int
     loss: float
@@ -29,9 +29,9 @@ class DpoStep:
 
 @dataclass(frozen=True)
 class RoundPart:
-    """Round t as far as it is finished: M(t) writes and judges, DPO makes M(t+1). `scores` counts the judgements by
-    score, those without one left out; `lengths` the candidates by tokens; `counts` are judging.pairs.PairCounts, empty
-    before the pairs are made."""
+    """The finished part of round t: M(t) writes and judges, DPO makes M(t+1). `scores` counts the judgements by score,
+    those without one left out; `lengths` the candidates by number of tokens; `counts` has the fields of PairCounts, and
+    is empty before the pairs are made."""
 
     number: int
     judgements: int
@@ -43,23 +43,23 @@ class RoundPart:
 
     @property
     def scored(self) -> int:
-        """Judgements with a score."""
+        """Number of judgements with a score."""
         return sum(self.scores.values())
 
     @property
     def is_paired(self) -> bool:
-        """Whether its pairs are made."""
+        """True when the round's pairs are made."""
         return bool(self.counts)
 
     @property
     def trees(self) -> list[PromptTree]:
-        """The prompts that the page shows."""
+        """Prompts that the page shows."""
         return self.lineage.trees
 
 
-def read_round(run: RunDir, number: int, room: int) -> RoundPart:
-    """One round; of its texts as many as fit into `room` bytes."""
-    lineage = LineageSample(room)
+def read_round(run: RunDir, number: int, max_bytes: int) -> RoundPart:
+    """Read one round, with as many of its texts as fit into `max_bytes`."""
+    lineage = LineageSample(max_bytes)
     for prompt in lines(run, PROMPTS.of(number), "prompts.jsonl"):
         lineage.add_prompt(prompt["id"], prompt["text"])
     lengths: Counter[int] = Counter()
@@ -87,8 +87,8 @@ def read_round(run: RunDir, number: int, room: int) -> RoundPart:
 
 
 def lines(run: RunDir, stage: str, file: str) -> Iterator[dict[str, Any]]:
-    """The records in a file of a stage, none when the stage is not finished. They were validated when they were
-    written and when the next stage read them; here only the fields that are shown are looked at."""
+    """Yield the records in a file of a stage, none when the stage is not finished. They are not validated again: that
+    was done when they were written and when the next stage read them."""
     if run.manifest(stage) is None:
         return
     with (run.output(stage) / file).open("rb") as content:
@@ -97,7 +97,7 @@ def lines(run: RunDir, stage: str, file: str) -> Iterator[dict[str, Any]]:
 
 
 def read_dpo_steps(path: Path) -> tuple[DpoStep, ...]:
-    """The curve of one model's DPO; a value that was not finite is a gap."""
+    """Read the steps of one model's DPO; a value that was not finite is NaN, a gap in the curve."""
     steps = []
     for line in path.read_bytes().splitlines():
         row = orjson.loads(line)

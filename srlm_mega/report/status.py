@@ -1,4 +1,4 @@
-"""`srlm status`: which outputs of a run are there, how far the others are, when it will be done. Reads files only."""
+"""`srlm status`: the finished outputs of a run, the progress of the others, the time left. It only reads files."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from srlm_mega.training.checkpoint_files import complete_steps
 
 TAIL_BYTES = 1 << 16
 RECENT_STEPS = 20
-SHARES = {  # of a round's pairs: what is counted, and of what
+SHARES = {  # label: counts of a round's pairs stage, a part and its whole
     "pairs": ("pairs", "prompts"),
     "ties": ("tied", "prompts"),
     "unparsed": ("unparsed", "judgements"),
@@ -31,7 +31,8 @@ SHARES = {  # of a round's pairs: what is counted, and of what
 
 @dataclass(frozen=True)
 class StageStatus:
-    """One stage. `done` of `total` units while it is partial; `seconds` it took, or may still take, None: not known."""
+    """State of one stage. While it is partial, `done` of `total` units are finished; `seconds` is the time that it
+    took, or an estimate of the time left, None if unknown."""
 
     name: str
     state: Literal["done", "partial", "missing"]
@@ -44,7 +45,7 @@ class StageStatus:
 
 @dataclass(frozen=True)
 class Losses:
-    """The newest optimiser step of a model."""
+    """Figures of a model's newest optimiser step."""
 
     model: str
     step: int
@@ -53,8 +54,7 @@ class Losses:
 
 @dataclass(frozen=True)
 class RoundShares:
-    """What became of a round whose pairs are made; `beyond` names the figures of its health.json that are beyond a
-    limit."""
+    """Shares of a round whose pairs are made; `beyond` names the figures of its health.json that are beyond a limit."""
 
     round: str
     shares: Mapping[str, float]
@@ -63,7 +63,8 @@ class RoundShares:
 
 @dataclass(frozen=True)
 class RunStatus:
-    """A run as its files tell it. `ended`: how the newest `srlm run` ended, empty while it works."""
+    """State of a run. `works` says whether `srlm run` is at work; `ended` says how the newest one ended, and is empty
+    while it works. `seconds_left` is None if unknown."""
 
     run: str
     works: bool
@@ -75,7 +76,7 @@ class RunStatus:
 
 
 def read_status(folder: Path) -> RunStatus:
-    """The state of a run now."""
+    """Read the present state of a run."""
     run = RunDir(folder)
     stages = plan(load_config(run.config_file))
     finished = {stage: manifest for stage in stages if (manifest := run.manifest(stage.name)) is not None}
@@ -97,7 +98,7 @@ def read_status(folder: Path) -> RunStatus:
 
 
 def state_of(stage: Stage, run: RunDir, finished: Mapping[Stage, Manifest]) -> StageStatus:
-    """One stage's."""
+    """Read the state of one stage; `finished` are the manifests of the finished ones."""
     manifest = finished.get(stage)
     if manifest is not None:
         return StageStatus(stage.name, "done", manifest.rows, manifest.rows, "", "", manifest.seconds)
@@ -115,13 +116,14 @@ def state_of(stage: Stage, run: RunDir, finished: Mapping[Stage, Manifest]) -> S
 
 
 def usual_seconds(kind: StageKind, finished: Mapping[Stage, Manifest]) -> float | None:
-    """What the newest finished stage of this kind took: round 1's candidates tell about round 2's."""
+    """Return the seconds of the newest finished stage of this kind, None without one. Round 1's candidates are an
+    estimate for round 2's."""
     same = [manifest.seconds for stage, manifest in finished.items() if stage.kind is kind]
     return same[-1] if same else None
 
 
 def newest_losses(run: RunDir, model: str) -> Losses | None:
-    """Of a model that is trained or being trained."""
+    """Read the newest losses of a model that is trained or being trained, None without any."""
     for folder in (run.output(model), run.partial(model)):
         if rows := tail(folder / "metrics.jsonl"):
             keys = ("loss", "rewards/margins", "rewards/accuracies", "grad_norm")
@@ -130,13 +132,13 @@ def newest_losses(run: RunDir, model: str) -> Losses | None:
 
 
 def step_seconds(path: Path) -> float | None:
-    """The median of the newest steps."""
+    """Return the median of the newest steps' seconds, None without any."""
     newest = [row["step_seconds"] for row in tail(path)[-RECENT_STEPS:] if row.get("step_seconds") is not None]
     return median(newest) if newest else None
 
 
 def tail(path: Path) -> list[dict[str, Any]]:
-    """The last whole lines of a metrics.jsonl that may be growing; none when there is no such file."""
+    """Read the last whole lines of a metrics.jsonl that may be growing; none without a file."""
     if not path.is_file():
         return []
     with path.open("rb") as file:
@@ -147,7 +149,7 @@ def tail(path: Path) -> list[dict[str, Any]]:
 
 
 def shares_of(run: RunDir, stage: Stage, manifest: Manifest) -> RoundShares:
-    """From the counts of its pairs, and from its health where that is known."""
+    """Return a round's shares from the counts of its pairs, and the figures of its health that are beyond a limit."""
     shares = {
         label: manifest.counts[part] / manifest.counts[whole]
         for label, (part, whole) in SHARES.items()
@@ -160,12 +162,12 @@ def shares_of(run: RunDir, stage: Stage, manifest: Manifest) -> RoundShares:
 
 
 def share_done(stages: Sequence[StageStatus]) -> str:
-    """'12 of 17 stages'."""
+    """Return '12 of 17 stages'."""
     return f"{sum(one.state == 'done' for one in stages)} of {len(stages)} stages"
 
 
 def progress_line(folder: Path) -> str:
-    """What is on disk of the work: finished stages, and of unfinished ones the newest checkpoint or the shards."""
+    """Return the finished stages, and the newest checkpoint or the number of shards of unfinished ones, in one line."""
     run = RunDir(folder)
     if not run.config_file.is_file():
         return "nothing"

@@ -1,4 +1,4 @@
-"""What `srlm status` shows: a table once, or one that follows the run until it ends."""
+"""Output of `srlm status`: a table, printed once or updated until the run ends."""
 
 import time
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ STYLES = {"done": "green", "partial": "yellow", "missing": "dim"}
 
 
 def watch(folder: Path, console: Console) -> None:
-    """Follow a run until its controller ends; once when none works."""
+    """Update the table until the run's controller ends; show it once if none is at work."""
     status = read_status(folder)
     with Live(view(status), console=console, auto_refresh=False) as live:
         while status.works:
@@ -28,7 +28,7 @@ def watch(folder: Path, console: Console) -> None:
 
 
 def view(status: RunStatus) -> Group:
-    """Stages, the time that is left, the newest losses, and the health of the rounds."""
+    """Render stages, the time left, the newest losses, and the health of the rounds."""
     parts: list[RenderableType] = [stage_table(status), Text(headline(status), style="bold")]
     parts += [Text(f"{one.model} step {one.step}: {figures(one.figures)}") for one in status.losses]
     for one in status.health:
@@ -38,7 +38,7 @@ def view(status: RunStatus) -> Group:
 
 
 def stage_table(status: RunStatus) -> Table:
-    """One row per stage of the plan."""
+    """Render one row per stage of the plan."""
     table = Table("stage", "state", title=Text(status.run), box=box.SIMPLE_HEAD)
     table.add_column("rows", justify="right")
     table.add_column("time", justify="right")
@@ -49,21 +49,21 @@ def stage_table(status: RunStatus) -> Table:
 
 
 def rows(one: StageStatus) -> str:
-    """Records of a finished stage, progress of a partial one."""
+    """Return the number of records of a finished stage, or the progress of a partial one."""
     if one.state == "partial" and one.total:
         return f"{one.done:,} of {one.total:,} {one.unit}"
     return f"{one.done:,}" if one.done else ""
 
 
 def spent(one: StageStatus) -> str:
-    """What a finished stage took; what another may take."""
+    """Return the time that a finished stage took, or an estimate for another."""
     if one.seconds is None:
         return ""
     return f"{one.seconds:.1f} s" if one.state == "done" else f"~ {duration(one.seconds)}"
 
 
 def headline(status: RunStatus) -> str:
-    """'running: 12 of 17 stages, about 3 min 20 s left'."""
+    """Return 'running: 12 of 17 stages, about 3 min 20 s left', or how the run ended."""
     done = share_done(status.stages)
     if not status.works:
         return f"{done}; not running" + (f": {status.ended}" if status.ended else "")
@@ -72,13 +72,13 @@ def headline(status: RunStatus) -> str:
 
 
 def figures(values: Mapping[str, float | None]) -> str:
-    """'loss 0.6931, grad_norm 1.2'."""
+    """Return 'loss 0.6931, grad norm 1.2'; a value that was not finite is written as NaN or inf."""
     return ", ".join(
-        f"{name.removeprefix('rewards/').replace('_', ' ')} {'not finite' if value is None else f'{value:.4g}'}"
+        f"{name.removeprefix('rewards/').replace('_', ' ')} {'NaN or inf' if value is None else f'{value:.4g}'}"
         for name, value in values.items()
     )
 
 
 def shares(values: Mapping[str, float]) -> str:
-    """'pairs 95.0 %, ties 5.0 %'."""
+    """Return 'pairs 95.0 %, ties 5.0 %'."""
     return ", ".join(f"{name} {100 * value:.1f} %" for name, value in values.items())

@@ -1,4 +1,4 @@
-"""The final table of a run, `summary.json`, read from what exists: half a run gives half a table."""
+"""The final table of a run, `summary.json`, built from the stages that are finished."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +18,8 @@ ABSENT = "–"
 
 @dataclass(frozen=True, slots=True)
 class ModelSummary:
-    """One row of the table; the fields are those of ModelEvaluation. `pairs` is what the model's DPO trained on,
-    None for a model without one (M1)."""
+    """One row of the table, with fields of ModelEvaluation. `pairs` is the number of pairs that the model's DPO trained
+    on, None for a model without DPO (M1)."""
 
     quality_sampled: float | None
     quality_greedy: float | None
@@ -34,19 +34,19 @@ class ModelSummary:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """`models` by name, M1 first; `seconds` by stage, in the order of the loop."""
+    """Table of a run: `models` by name, M1 first, and `seconds` by stage, in the order of the loop."""
 
     models: dict[str, ModelSummary]
     seconds: dict[str, float]
 
     @property
     def has_ground_truth(self) -> bool:
-        """Whether any model's quality could be measured."""
+        """True when the quality of any model could be measured."""
         return any(row.quality_sampled is not None for row in self.models.values())
 
 
 def build_summary(run: Path) -> Summary:
-    """The table of everything that is finished in a run folder."""
+    """Build the table of everything that is finished in a run folder."""
     folder = RunDir(run)
     stages = plan(load_config(folder.config_file))
     finished = {stage: manifest for stage in stages if (manifest := folder.manifest(stage.name)) is not None}
@@ -55,7 +55,7 @@ def build_summary(run: Path) -> Summary:
 
 
 def write_summary(run: Path) -> Summary:
-    """Write `summary.json` and return what it says."""
+    """Write `summary.json` and return its content."""
     summary = build_summary(run)
     write_atomic(RunDir(run).summary_file, orjson.dumps(summary, option=orjson.OPT_INDENT_2))
     return summary
@@ -79,7 +79,7 @@ def _model_summary(folder: RunDir, stage: Stage) -> ModelSummary:
 
 
 def findings(summary: Summary) -> list[str]:
-    """What the table says, in sentences; empty before the first evaluation."""
+    """Return the main results in sentences; empty before the first evaluation."""
     if not summary.models:
         return []
     rows = list(summary.models.items())
@@ -103,7 +103,7 @@ def findings(summary: Summary) -> list[str]:
 
 
 def movement(first: float, last: float, digits: int) -> str:
-    """'rises from 3.27 to 4.68', as the rounded numbers have it."""
+    """Return 'rises from 3.27 to 4.68', or 'is 4.68' if the rounded numbers are equal."""
     before, after = f"{first:.{digits}f}", f"{last:.{digits}f}"
     if before == after:
         return f"is {after}"
@@ -111,12 +111,12 @@ def movement(first: float, last: float, digits: int) -> str:
 
 
 def decimal(value: float | None, digits: int = 2) -> str:
-    """A number, or a dash where there is none."""
+    """Return a number with that many decimals, a dash for None."""
     return ABSENT if value is None else f"{value:.{digits}f}"
 
 
 def percent(share: float | None, digits: int = 0) -> str:
-    """A share as a percentage, or a dash where there is none."""
+    """Return a share as a percentage, a dash for None."""
     return ABSENT if share is None else f"{100 * share:.{digits}f}%"
 
 

@@ -1,4 +1,4 @@
-"""The final table in a terminal of 80 columns."""
+"""The final table for a terminal of 80 columns."""
 
 from rich import box
 from rich.table import Table
@@ -8,7 +8,7 @@ from srlm_mega.report.summary import ABSENT, ModelSummary, Summary, decimal, fin
 
 
 def summary_table(summary: Summary) -> Table:
-    """One row per model, the newest in bold; what needs ground truth is left out where there is none."""
+    """Render one row per model, the newest in bold; columns that need ground truth are left out without it."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, collapse_padding=True, pad_edge=False, header_style="dim")
     table.caption_justify, table.caption_style = "left", ""
     table.add_column("\nmodel", no_wrap=True)
@@ -37,7 +37,7 @@ def _cells(row: ModelSummary, has_ground_truth: bool) -> list[Text]:
 
 
 def _outcomes(row: ModelSummary) -> Text:
-    """Wins green and losses red, when wins and losses are not the same."""
+    """Render shares of wins (green), ties and losses (red), a dash for M1."""
     if row.win_vs_m1 is None:
         return Text(ABSENT)
     win, tie, loss = (percent(share).removesuffix("%") for share in (row.win_vs_m1, row.tie_vs_m1, row.loss_vs_m1))

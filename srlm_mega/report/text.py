@@ -1,4 +1,4 @@
-"""Text that a model wrote, made fit to be shown: what cannot be seen is spelled out, what is long is cut."""
+"""A model's text, made safe to show: invisible characters are spelled out, long text is cut."""
 
 import unicodedata
 
@@ -10,21 +10,21 @@ WITHOUT_KEPT = str.maketrans("", "", KEPT_CONTROLS)
 
 
 def visible(text: str) -> str:
-    """The text with every control, bidirectional and other invisible character spelled out."""
+    """Return the text with every control, bidirectional and other invisible character spelled out."""
     if text.translate(WITHOUT_KEPT).isprintable():  # the common case, fast
         return text
     return "".join(_spelled(character) for character in text)
 
 
 def shortened(text: str, limit: int) -> str:
-    """At most `limit` characters of the text, and how many more there were."""
+    """Return at most `limit` characters of the text, with the number of those cut off."""
     if len(text) <= limit:
         return text
     return f"{text[:limit]} … ({len(text) - limit:,} more characters)"
 
 
 def duration(seconds: float) -> str:
-    """'8.1 s', '3 min 20 s', '2 h 05 min'."""
+    """Return '8.1 s', '3 min 20 s' or '2 h 05 min'."""
     if round(seconds, 1) < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -22,7 +22,7 @@ from srlm_mega.records import parse_line, write_jsonl
 from srlm_mega.report import page as page_module
 from srlm_mega.report.costs import StageCost
 from srlm_mega.report.drawing import CSS_VARIABLES
-from srlm_mega.report.lineage_sample import LineageSample, PairLeaf, place
+from srlm_mega.report.lineage_sample import LineageSample, PairLeaf, hash_fraction
 from srlm_mega.report.page import render, write_report
 from srlm_mega.report.plots import row_of, running_mean
 from srlm_mega.report.summary import Summary, build_summary, movement, write_summary
@@ -302,12 +302,13 @@ def test_a_round_is_thinned_to_its_room() -> None:
     """Each record is 20 bytes and 80 around it, so a prompt has 300; room for 100 of 400 keeps 50 to 100 or so."""
     assert [tree.id for tree in grown(400 * 300).trees] == [f"p{number}" for number in range(400)]
     kept = grown(100 * 300)
-    below = {share: {f"p{one}" for one in range(400) if place(f"p{one}") < share} for share in (1 / 2, 1 / 4, 1 / 8)}
+    thresholds = (1 / 2, 1 / 4, 1 / 8)
+    below = {share: {f"p{one}" for one in range(400) if hash_fraction(f"p{one}") < share} for share in thresholds}
     shares = [share for share, names in below.items() if {tree.id for tree in kept.trees} == names]
     assert len(shares) == 1, "kept are all below a threshold, and no others"
     assert len(kept.trees) <= 100 < len(below[2 * shares[0]]) and kept.total == 400
     assert all(tree.bytes == 300 and len(tree.candidates) == 1 for tree in kept.trees), "what is kept is whole"
-    kept.thin()
+    kept.halve()
     assert {tree.id for tree in kept.trees} < below[shares[0]]
 
 
