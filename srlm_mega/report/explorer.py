@@ -43,7 +43,7 @@ def explorer(rounds: Sequence[RoundPart]) -> Explorer | None:
 
 def encoded(rounds: Sequence[RoundPart]) -> Explorer | None:
     """Encode all prompts that are kept; None when there are none."""
-    rows = [(part, tree) for part in rounds for tree in part.trees if tree.candidates]
+    rows = [(part, tree) for part in rounds for tree in part.lineage.trees if tree.candidates]
     if not rows:
         return None
     index = [
@@ -51,7 +51,7 @@ def encoded(rounds: Sequence[RoundPart]) -> Explorer | None:
             "round": part.number,
             "id": tree.id,
             "text": shortened(" ".join(tree.text.split()), INDEX_CHARACTERS),
-            "outcome": tree.outcome(part.is_paired),
+            "outcome": tree.outcome(paired=bool(part.counts)),
         }
         for part, tree in rows
     ]

@@ -1,6 +1,6 @@
 """Lineage for `srlm show`: from a preference pair back to its prompt, candidates, judgements, seeds and models."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import count, takewhile
 from pathlib import Path
 from typing import TypeVar
@@ -40,7 +40,8 @@ def pair_text(folder: Path, pair_id: str) -> str:
             for pair in read(run, META_JUDGEMENTS.of(number), "pairs.jsonl", PreferencePair):
                 if pair.id == pair_id:
                     return "\n".join(describe_judgements(run, number, pair))
-    example = some_pair_id(rounds, run)
+    ids = (pair.id for number in rounds for pair in read(run, PAIRS.of(number), "pairs.jsonl", PreferencePair))
+    example = next(ids, None)
     raise UserError(
         f"no pair {pair_id} in {folder}." + (f" An id looks like {example}." if example else " It has no pairs yet.")
     )
@@ -98,11 +99,3 @@ def drafts(run: RunDir, number: int) -> Iterator[PromptDraft]:
 def read(run: RunDir, stage: str, file: str, record: type[T]) -> Iterator[T]:
     """Yield the records in a file of a stage's output."""
     return read_jsonl(run.output(stage) / file, record)
-
-
-def some_pair_id(rounds: Sequence[int], run: RunDir) -> str | None:
-    """Return the id of some pair as an example for a message, None without pairs."""
-    for number in rounds:
-        for pair in read(run, PAIRS.of(number), "pairs.jsonl", PreferencePair):
-            return pair.id
-    return None

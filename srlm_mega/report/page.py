@@ -63,14 +63,6 @@ class SideBySide:
     responses: dict[str, EvaluationSample]
 
 
-@dataclass(frozen=True, slots=True)
-class Fact:
-    """One line of the configuration in the page's head."""
-
-    name: str
-    value: str
-
-
 def write_report(run: Path) -> Path:
     """Write `report.html` into a run folder, from the stages that are finished, and return its path."""
     folder = RunDir(run)
@@ -103,7 +95,7 @@ def render(run: Path) -> str:
             expected=[model_name(number) for number in range(1, config.run.rounds + 2)],
             figures=figures(summary, rounds, samples, costs),
             rounds=rounds,
-            examples={part.number: [tree for tree in part.trees if tree.pair][:SHOWN_PAIRS] for part in rounds},
+            examples={part.number: [tree for tree in part.lineage.trees if tree.pair][:SHOWN_PAIRS] for part in rounds},
             explorer=explorer(rounds),
             samples=side_by_side(samples),
             judge_metrics=JUDGE_METRICS,
@@ -175,19 +167,17 @@ def figures(
     return {"models": models, "pairs": pairs, "dpo": dpo_plots(steps) if steps else [], "speed": speed}
 
 
-def facts(config: Config) -> list[Fact]:
-    """Return the parts of the configuration that a reader of the figures needs."""
-    model, judge, candidates = config.model, config.judge, config.candidates
-    return [
-        Fact("Rounds", f"{config.run.rounds}, seed {config.run.seed}"),
-        Fact(
-            "Seed data", f"{config.seed_data.source}, {config.seed_data.num_ift} IFT + {config.seed_data.num_eft} EFT"
-        ),
-        Fact("Model", f"{model.num_layers} layers, hidden size {model.hidden_size}, {model.vocab_size} tokens"),
-        Fact("Candidates", f"{candidates.n} per prompt, T {candidates.temperature:g}, top-p {candidates.top_p:g}"),
-        Fact("Judge", f"{judge.n} judgements per candidate, T {judge.temperature:g}, template {judge.template}"),
-        Fact("DPO", f"beta {config.dpo.beta:g}, lr {config.dpo.lr:g}, batch {config.dpo.global_batch_size}"),
-    ]
+def facts(config: Config) -> dict[str, str]:
+    """Return the parts of the configuration that a reader of the figures needs, by their label in the page's head."""
+    model, judge, candidates, seed = config.model, config.judge, config.candidates, config.seed_data
+    return {
+        "Rounds": f"{config.run.rounds}, seed {config.run.seed}",
+        "Seed data": f"{seed.source}, {seed.num_ift} IFT + {seed.num_eft} EFT",
+        "Model": f"{model.num_layers} layers, hidden size {model.hidden_size}, {model.vocab_size} tokens",
+        "Candidates": f"{candidates.n} per prompt, T {candidates.temperature:g}, top-p {candidates.top_p:g}",
+        "Judge": f"{judge.n} judgements per candidate, T {judge.temperature:g}, template {judge.template}",
+        "DPO": f"beta {config.dpo.beta:g}, lr {config.dpo.lr:g}, batch {config.dpo.global_batch_size}",
+    }
 
 
 def metric(value: float | None, name: str) -> str:

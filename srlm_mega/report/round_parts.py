@@ -9,7 +9,8 @@ from typing import Any
 
 import orjson
 
-from srlm_mega.report.lineage_sample import LineageSample, PairLeaf, PromptTree
+from srlm_mega.report.costs import read_metrics
+from srlm_mega.report.lineage_sample import LineageSample, PairLeaf
 from srlm_mega.run.run_dir import RunDir
 from srlm_mega.run.stage_kinds import CANDIDATES, JUDGEMENTS, PAIRS, PROMPTS, model_name
 
@@ -45,16 +46,6 @@ class RoundPart:
     def scored(self) -> int:
         """Number of judgements with a score."""
         return sum(self.scores.values())
-
-    @property
-    def is_paired(self) -> bool:
-        """True when the round's pairs are made."""
-        return bool(self.counts)
-
-    @property
-    def trees(self) -> list[PromptTree]:
-        """Prompts that the page shows."""
-        return self.lineage.trees
 
 
 def read_round(run: RunDir, number: int, max_bytes: int) -> RoundPart:
@@ -98,15 +89,9 @@ def lines(run: RunDir, stage: str, file: str) -> Iterator[dict[str, Any]]:
 
 def read_dpo_steps(path: Path) -> tuple[DpoStep, ...]:
     """Read the steps of one model's DPO; a value that was not finite is NaN, a gap in the curve."""
-    steps = []
-    for line in path.read_bytes().splitlines():
-        row = orjson.loads(line)
-        if "rewards/margins" not in row:  # a step of replayed EFT
-            continue
-        keys = ("loss", "rewards/margins", "rewards/accuracies", "rewards/chosen", "rewards/rejected")
-        steps.append(DpoStep(row["step"], *(_or_gap(row.get(key)) for key in keys)))
-    return tuple(steps)
-
-
-def _or_gap(value: float | None) -> float:
-    return math.nan if value is None else float(value)
+    keys = ("loss", "rewards/margins", "rewards/accuracies", "rewards/chosen", "rewards/rejected")
+    return tuple(
+        DpoStep(row["step"], *(math.nan if row.get(key) is None else float(row[key]) for key in keys))
+        for row in read_metrics(path)
+        if "rewards/margins" in row  # not a step of replayed EFT
+    )
