@@ -116,8 +116,7 @@ def question(fields: dict[str, Any], name: str) -> str:
 
 
 def answer_to(prompt: str | None, fields: dict[str, Any], name: str) -> str:
-    """Return the answer in a field that holds text, or messages that end with the assistant's. Any messages before it
-    must be those of the prompt."""
+    """Return the answer in a field that holds text, or messages that end with the assistant's, after the prompt's."""
     if not isinstance(fields.get(name), list):
         return text_field(fields, name)
     turns = messages(fields[name], name)

@@ -141,8 +141,7 @@ def ranked_turns(
 
 
 def unusable(message: dict[str, Any]) -> str | None:
-    """Return the reason why a message is not used, None when it is. `review_count` is ignored: in some exports it is 0
-    everywhere."""
+    """Return the reason why a message is not used, None when it is. Some exports have `review_count` 0 everywhere."""
     if message.get("deleted", False) is not False:
         return "deleted"
     if text_field(message, "lang") != LANGUAGE:

@@ -93,8 +93,7 @@ class RougePool:
         return found
 
     def _lengths(self, size: int) -> range:
-        """Return the lengths (words) that a text similar to one of `size` words can have, by
-        F1 <= 2 * shorter / (sum of both)."""
+        """Return the lengths of texts that can be similar to one of `size` words: F1 <= 2 * shorter / (sum of both)."""
         low = high = size
         while low > 1 and self._common_words(size + low - 1) <= low - 1:
             low -= 1
@@ -120,13 +119,11 @@ class RougePool:
                 self._index.setdefault((element, len(bag)), []).append(number)
 
     def _rank(self, element: int) -> int:
-        """Return an element's position in the order from rare to frequent. Elements added since it was made come before
-        all others."""
+        """Return an element's position in the order from rare to frequent; elements added since it was made lead."""
         return self._order.get(element, -element)
 
     def _reorder(self) -> None:
-        """Order the elements by frequency and rebuild the index. Any order gives the same answers; a good one is
-        faster."""
+        """Order the elements by frequency and rebuild the index. The order decides the speed, not the answers."""
         by_frequency = sorted(range(len(self._frequency)), key=self._frequency.__getitem__)
         self._order = {element: position for position, element in enumerate(by_frequency)}
         self._index.clear()

@@ -82,8 +82,7 @@ class SeededDraw:
         self._pool = RougePool(near_duplicate)
 
     def take(self, suitable: Callable[[Entry], bool]) -> Iterator[SeedItem]:
-        """Yield suitable items that were not taken yet, without near-duplicates of the excluded texts. The caller
-        excludes the texts that it uses (`exclude`)."""
+        """Yield suitable untaken items whose prompts resemble no excluded text. The caller excludes what it uses."""
         for entry in self._entries:
             if entry.offset in self._used or not suitable(entry):
                 continue
@@ -173,8 +172,7 @@ def has_target(entry: Entry) -> bool:
 
 
 def draw_eft_eval(drawing: SeededDraw, num_items: int) -> tuple[RankedReplies, ...] | None:
-    """Draw ranked first turns with `num_items` replies in total, or as close below as their sizes allow. Return None
-    when there are not enough."""
+    """Draw ranked first turns with `num_items` replies in total, or as close below as sizes allow; None if too few."""
     drawn: list[RankedReplies] = []
     counts = drawing.counts
     for item in drawing.take(lambda entry: 0 < entry.first_turn_replies <= num_items - counts["eft_eval_items"]):

@@ -39,8 +39,7 @@ class Verdict:
 @with_config(STRICT)
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """Counts of the training up to a checkpoint; written when its Hugging Face folder is complete. The learning rate's
-    schedule ends at `max_steps`."""
+    """Counts of a training up to a checkpoint whose Hugging Face folder is complete; its schedule has `max_steps`."""
 
     max_steps: int
     items: int

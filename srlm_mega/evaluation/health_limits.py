@@ -19,8 +19,7 @@ State = Literal["fine", "warn", "stop", "unknown"]
 @with_config(STRICT)
 @dataclass(frozen=True, slots=True)
 class HealthFigure:
-    """One figure and its limits. Without anything to measure, the value is None and the state `unknown`, which stops
-    nothing."""
+    """One figure and its limits. Without a measurement, the value is None and the state `unknown` stops nothing."""
 
     value: float | None
     warn: float | None
@@ -45,8 +44,7 @@ class RoundHealth:
 
 @dataclass(frozen=True, slots=True)
 class HealthTable:
-    """Table of several rounds' health.json: figures by their key, one per round of `rounds`, None for a round without
-    that figure."""
+    """Table of several rounds' health.json: figures by their key, one per round of `rounds`, None if it has none."""
 
     rounds: tuple[int, ...]
     rows: dict[str, tuple[HealthFigure | None, ...]]

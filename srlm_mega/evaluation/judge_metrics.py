@@ -27,8 +27,7 @@ def with_ranks(ranked: RankedReplies, scores: Sequence[float | None]) -> list[Ra
 
 
 def judge_metrics(prompts: Iterable[Sequence[RankedScore]]) -> JudgeMetrics:
-    """Return all metrics over prompts with ranked and scored replies, iterated once. Replicates of a prompt are entries
-    of their own."""
+    """Return all metrics over prompts with ranked and scored replies, iterated once. Replicates count separately."""
     sums = MetricSums()
     for prompt in prompts:
         sums.add(prompt)

@@ -63,8 +63,7 @@ class LengthControlled:
 @with_config(STRICT)
 @dataclass(frozen=True, slots=True)
 class PairLengths:
-    """Lengths of chosen and rejected responses; `chosen_longer` is the share of pairs whose chosen response has more
-    characters."""
+    """Lengths of chosen and rejected responses, and the share of pairs whose chosen response has more characters."""
 
     chosen: LengthStatistics
     rejected: LengthStatistics
@@ -86,8 +85,7 @@ def length_statistics(texts: Sequence[str], tokens: Sequence[int] | None) -> Len
 
 
 def pair_lengths(pairs: Iterable[PreferencePair]) -> PairLengths:
-    """Return the lengths of a round's pairs. When chosen responses are longer, the next model is trained to write
-    longer ones."""
+    """Return the lengths of a round's pairs. Longer chosen responses train the next model to write longer ones."""
     kept = list(pairs)
     chosen = [text_of(pair.chosen) for pair in kept]
     rejected = [text_of(pair.rejected) for pair in kept]

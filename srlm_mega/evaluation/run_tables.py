@@ -43,8 +43,7 @@ def described(lengths: LengthStatistics) -> str:
 
 
 def run_as_markdown(folder: Path) -> str:
-    """Return a run's tables as Markdown, for comparison with the paper's; for a model of another shape, a line that
-    says that they are not comparable."""
+    """Return a run's tables as Markdown, for comparison with the paper's, or a line that says they are incomparable."""
     run = RunDir(folder)
     shape = load_config(run.config_file).model
     if not is_llama2_70b(shape):

@@ -36,8 +36,7 @@ def sign(difference: float) -> int:
 
 
 def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """Return Spearman's rank correlation, in [-1, 1], equal values sharing their mean rank; None when one of them ties
-    all items."""
+    """Return Spearman's rank correlation, in [-1, 1], of two scorings; None when one of them ties all items."""
     ranks = [mean_ranks(values) for values in (first, second)]
     middle = (len(first) + 1) / 2
     (one, two) = ([rank - middle for rank in own] for own in ranks)

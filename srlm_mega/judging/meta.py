@@ -27,8 +27,7 @@ class Contest:
 
 @dataclass(frozen=True)
 class PositionWeights:
-    """Weights of a win by position in the prompt, against position bias: the position that wins more often counts
-    less."""
+    """Weights of a win by position in the prompt: the position that wins more often counts less."""
 
     first: float
     second: float
@@ -69,8 +68,7 @@ def position_weights(judged: Iterable[MetaJudgement]) -> PositionWeights:
 
 
 def elo(ids: Sequence[str], judged: Iterable[MetaJudgement], weights: PositionWeights) -> dict[str, float]:
-    """Return Elo ratings with mean 0 by id: maximum likelihood of the weighted wins (Bradley-Terry, by
-    minorise-maximise)."""
+    """Return Elo ratings with mean 0 by id, of maximum likelihood (Bradley-Terry, minorise-maximise)."""
     wins = dict.fromkeys(permutations(ids, 2), PRIOR_WINS)
     for one in judged:
         match one.verdict:
@@ -107,6 +105,5 @@ def best_and_worst(
 
 
 def most_pairs(num_pairs: int, max_share: float) -> int:
-    """Return the number of judgement pairs that may be added to `num_pairs` response pairs, so that they are at most
-    `max_share` of all."""
+    """Return how many pairs of judgements can be added to `num_pairs` others and be at most `max_share` of all."""
     return math.floor(num_pairs * max_share / (1 - max_share) + 1e-9)

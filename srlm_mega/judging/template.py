@@ -27,8 +27,7 @@ class Template:
         return cls(tuple(re.split(f"({'|'.join(re.escape(placeholder(name)) for name in names)})", text)))
 
     def fill(self, values: Mapping[str, str]) -> str:
-        """Return the judge's user turn. Only the template's own placeholders are replaced, whatever the values
-        contain."""
+        """Return the judge's user turn. Placeholders within the values are not replaced."""
         by_placeholder = {placeholder(name): value for name, value in values.items()}
         return "".join(by_placeholder.get(part, part) for part in self.parts)
 

@@ -25,8 +25,7 @@ def seed_text(folder: Path) -> str:
 
 
 def pair_text(folder: Path, pair_id: str) -> str:
-    """Return everything known about a pair, as text. Raise UserError when there is no such pair, or a file of a round
-    is damaged."""
+    """Return everything known about a pair, as text. Raise UserError for an unknown id or a damaged file."""
     run = RunDir(folder)
     rounds = list(takewhile(lambda number: run.output(PAIRS.of(number)).is_dir(), count(1)))
     for number in rounds:

@@ -77,8 +77,7 @@ class PromptTree:
 
 
 class LineageSample:
-    """Kept prompts of one round, within about `max_bytes`. Prompts are added first, then candidates, judgements, pairs,
-    each in any order."""
+    """Kept prompts of one round, up to `max_bytes`. Prompts are added first, then candidates, judgements and pairs."""
 
     def __init__(self, max_bytes: int) -> None:
         self.total = 0

@@ -31,8 +31,7 @@ SHARES = {  # label: counts of a round's pairs stage, a part and its whole
 
 @dataclass(frozen=True)
 class StageStatus:
-    """State of one stage. While it is partial, `done` of `total` units are finished; `seconds` is the time that it
-    took, or an estimate of the time left, None if unknown."""
+    """State of one stage, `done` of `total` units while partial; `seconds` it took or may still take, None: unknown."""
 
     name: str
     state: Literal["done", "partial", "missing"]
@@ -116,8 +115,7 @@ def state_of(stage: Stage, run: RunDir, finished: Mapping[Stage, Manifest]) -> S
 
 
 def usual_seconds(kind: StageKind, finished: Mapping[Stage, Manifest]) -> float | None:
-    """Return the seconds of the newest finished stage of this kind, None without one. Round 1's candidates are an
-    estimate for round 2's."""
+    """Return the seconds of the newest finished stage of this kind, an estimate for the next one; None without one."""
     same = [manifest.seconds for stage, manifest in finished.items() if stage.kind is kind]
     return same[-1] if same else None
 
