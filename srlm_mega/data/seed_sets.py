@@ -136,6 +136,7 @@ def draw_sets(items: Iterable[SeedItem], section: SeedDataConfig, source: str, s
     Raise UserError when a held-out set cannot be filled or nothing remains for IFT.
     """
     drawing = SeededDraw(items, seed, section.near_duplicate_rouge_l, folder)
+    # Held-out sets come first, so that the sizes of the training sets do not change what models are measured on.
     eft_eval = draw_eft_eval(drawing, section.num_eft_eval)
     validation = draw_prompts(drawing, section.num_validation, source)
     test = draw_prompts(drawing, section.num_test, source)

@@ -58,20 +58,10 @@ def round_health(
     number: int, counts: PairCounts, now: ModelEvaluation, before: ModelEvaluation | None, limits: HealthConfig
 ) -> RoundHealth:
     """Return the health of round `number`, whose model is `now`; `before` is the model before it, None in round 1."""
-    figures = figures_of(counts, now, before, limits)
-    states = {figure.state for figure in figures.values()}
-    worst: Literal["fine", "warn", "stop"] = "stop" if "stop" in states else "warn" if "warn" in states else "fine"
-    return RoundHealth(number, worst, figures)
-
-
-def figures_of(
-    counts: PairCounts, now: ModelEvaluation, before: ModelEvaluation | None, limits: HealthConfig
-) -> dict[str, HealthFigure]:
-    """Return every figure of the section health, in its order."""
     entropy = counts.score_entropy if counts.judgements > counts.unparsed else None
     longer = ratio(counts.mean_chosen_length, counts.mean_rejected_length)
     growth = None if before is None else ratio(now.mean_length, before.mean_length)
-    return {
+    figures = {
         "parse_failure": figure(ratio(counts.unparsed, counts.judgements), limits.parse_failure),
         "truncation": figure(ratio(counts.truncated, counts.candidates), limits.truncation),
         "tie_rate": figure(ratio(counts.tied, counts.prompts - counts.too_few), limits.tie_rate),
@@ -81,6 +71,9 @@ def figures_of(
         "length_growth": figure(growth, limits.length_growth),
         "agreement_drop": figure(agreement_drop(now, before), limits.agreement_drop),
     }
+    states = {figure.state for figure in figures.values()}
+    worst: Literal["fine", "warn", "stop"] = "stop" if "stop" in states else "warn" if "warn" in states else "fine"
+    return RoundHealth(number, worst, figures)
 
 
 def figure(value: float | None, limit: Limit, low_is_bad: bool = False) -> HealthFigure:

@@ -36,7 +36,8 @@ def judge_metrics(prompts: Iterable[Sequence[RankedScore]]) -> JudgeMetrics:
 
 @dataclass
 class MetricSums:
-    """Running counts over prompts. `orders`: pairs in the right order (1), inverted (-1), tied (0)."""
+    """Running counts over prompts. `orders`: pairs in the right order (1), inverted (-1), tied (0). `fives`: replies
+    with a mean score of 5, by whether no reply to their prompt is ranked above them."""
 
     prompts: int = 0
     replies: int = 0
@@ -51,8 +52,10 @@ class MetricSums:
 
     def add(self, prompt: Sequence[RankedScore]) -> None:
         """Count one prompt's replies."""
-        kept = _scored(prompt)
+        # Rounded, so that two means of thirds that differ in the last bit are a tie for the correlations too.
+        kept = [(rank, round(score, SCORE_DECIMALS)) for rank, score in prompt if score is not None]
         orders = _pair_orders(kept)
+        best = min((rank for rank, _ in prompt), default=0)  # of all replies, scored or not
         self.prompts += 1
         self.replies += len(prompt)
         self.scored += len(kept)
@@ -60,7 +63,7 @@ class MetricSums:
         self.usable += bool(orders)
         self.exact += bool(orders) and all(order == 1 for order in orders)
         self.orders.update(orders)
-        self.fives.update(_perfect_are_best(prompt, kept))
+        self.fives.update(rank == best for rank, score in kept if score == PERFECT_SCORE)
         qualities, scores = [-float(rank) for rank, _ in kept], [score for _, score in kept]
         for defined, statistic in ((self.spearman, spearman), (self.kendall, kendall_tau)):
             value = statistic(qualities, scores)
@@ -92,11 +95,6 @@ class MetricSums:
         )
 
 
-def _scored(prompt: Sequence[RankedScore]) -> list[tuple[int, float]]:
-    # Rounded, so that two means of thirds that differ in the last bit are a tie for the correlations too.
-    return [(rank, round(score, SCORE_DECIMALS)) for rank, score in prompt if score is not None]
-
-
 def _pair_orders(prompt: Sequence[tuple[int, float]]) -> list[int]:
     """Return for each pair of different ranks: 1 in the right order, -1 inverted, 0 tied."""
     orders = []
@@ -105,12 +103,6 @@ def _pair_orders(prompt: Sequence[tuple[int, float]]) -> list[int]:
             better, worse = (first, second) if first_rank < second_rank else (second, first)
             orders.append((better > worse) - (better < worse))
     return orders
-
-
-def _perfect_are_best(prompt: Sequence[RankedScore], kept: Sequence[tuple[int, float]]) -> list[bool]:
-    """Tell for each reply with a mean score of 5 whether no reply to the prompt, scored or not, is ranked above it."""
-    best = min((rank for rank, _ in prompt), default=0)
-    return [rank == best for rank, score in kept if score == PERFECT_SCORE]
 
 
 def ratio(part: float, whole: float) -> float | None:

@@ -59,7 +59,7 @@ def run_as_markdown(folder: Path) -> str:
         "| spearman drop / zero | kendall drop / zero | parse failures |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    compared = []
+    compared = []  # none unless a judge compares the models
     for number, evaluation in evaluations(run):
         lines += [judge_line(model_name(number), one.judgements, one.metrics) for one in evaluation.judge_means]
         compared += [] if evaluation.pairwise is None else [evaluation.pairwise]

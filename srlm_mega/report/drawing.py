@@ -49,7 +49,6 @@ STYLE = {
     "lines.linewidth": 1.6,
     "lines.markersize": 6,
 }
-LEGEND_COLUMNS = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +65,7 @@ def model_color(number: int) -> str:
     return MODEL_COLORS[(number - 1) % len(MODEL_COLORS)]
 
 
-def legend(axes: Axes, columns: int = LEGEND_COLUMNS) -> None:
+def legend(axes: Axes, columns: int = 6) -> None:
     """Put the legend above the drawing, in one line if it fits."""
     axes.legend(
         loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=columns, fontsize=8, borderpad=0, columnspacing=1.2

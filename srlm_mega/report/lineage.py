@@ -56,9 +56,10 @@ def describe(run: RunDir, number: int, pair: PreferencePair) -> Iterator[str]:
         judgements.setdefault(judgement.candidate_id, []).append(judgement)
     yield f"pair {pair.id}   {round_folder(number)}"
     yield f"prompt {prompt.id} ({prompt.source}): {prompt.text}"
-    for draft in drafts(run, number):
-        if prompt.source == f"self_instruct/{draft.id}":
-            yield f"  written in draft {draft.id} (seed {draft.seed}, model {draft.model_hash}): {draft.text}"
+    for path in sorted(run.output(PROMPTS.of(number)).glob("drafts_*.jsonl")):  # none when prompts came from a file
+        for draft in read_jsonl(path, PromptDraft):
+            if prompt.source == f"self_instruct/{draft.id}":
+                yield f"  written in draft {draft.id} (seed {draft.seed}, model {draft.model_hash}): {draft.text}"
     for candidate in candidates.values():
         if candidate.prompt_id != prompt_id:
             continue
@@ -87,12 +88,6 @@ def describe_judgements(run: RunDir, number: int, pair: PreferencePair) -> Itera
         if one.candidate_id == judged:
             verdict = one.verdict or "no verdict"
             yield f"  {one.first_id} against {one.second_id}: {verdict}: {one.text}  (seed {one.seed})"
-
-
-def drafts(run: RunDir, number: int) -> Iterator[PromptDraft]:
-    """Yield the prompt writer's drafts in a round; none when the prompts came from a file."""
-    for path in sorted(run.output(PROMPTS.of(number)).glob("drafts_*.jsonl")):
-        yield from read_jsonl(path, PromptDraft)
 
 
 def read(run: RunDir, stage: str, file: str, record: type[T]) -> Iterator[T]:

@@ -76,7 +76,7 @@ def render(run: Path) -> str:
     config = load_config(folder.config_file)
     summary = build_summary(run)
     numbers = [number for number in range(1, config.run.rounds + 1) if CANDIDATES.of(number) in summary.seconds]
-    rounds = [read_round(folder, number, TEXT_BYTES // len(numbers)) for number in numbers]
+    rounds = [read_round(folder, number, TEXT_BYTES // len(numbers)) for number in numbers]  # equal shares of the page
     samples = read_samples(folder, summary)
     costs = stage_costs(folder, config)
     script, style = (asset(name) for name in ("report.js", "report.css"))

@@ -168,12 +168,13 @@ def time_plot(costs: Sequence[StageCost]) -> Plot:
         for sums in (rows.setdefault(row_of(cost.stage), {}), total):
             part = cost.stage.kind.part
             sums[part] = sums.get(part, 0.0) + cost.seconds
-    longest = max(sum(row.values()) for row in rows.values())
+    longest = max(sum(row.values()) for row in rows.values())  # decides the axis' unit
     unit, seconds = ("h", 3600.0) if longest > 7200 else ("min", 60.0) if longest > 120 else ("s", 1.0)
 
     def paint(axes: Axes) -> None:
         for position, part in enumerate(Part):
             if part in total:
+                # A bar begins where those of the earlier parts end.
                 before = [sum(row.get(one, 0.0) for one in list(Part)[:position]) / seconds for row in rows.values()]
                 widths = [row.get(part, 0.0) / seconds for row in rows.values()]
                 axes.barh(range(len(rows)), widths, 0.5, before, color=PART_COLORS[part], label=part)

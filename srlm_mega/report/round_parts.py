@@ -50,7 +50,7 @@ class RoundPart:
 
 def read_round(run: RunDir, number: int, max_bytes: int) -> RoundPart:
     """Read one round, with as many of its texts as fit into `max_bytes`."""
-    lineage = LineageSample(max_bytes)
+    lineage = LineageSample(max_bytes)  # drops prompts while it grows, so parents are added before their children
     for prompt in lines(run, PROMPTS.of(number), "prompts.jsonl"):
         lineage.add_prompt(prompt["id"], prompt["text"])
     lengths: Counter[int] = Counter()

@@ -1,6 +1,6 @@
 """A model's text, made safe to show: invisible characters are spelled out, long text is cut."""
 
-import unicodedata
+from unicodedata import category
 
 # Characters that reorder, hide or break the text around them are shown by name. Joiners stay: emoji and some scripts
 # need them.
@@ -13,7 +13,10 @@ def visible(text: str) -> str:
     """Return the text with every control, bidirectional and other invisible character spelled out."""
     if text.translate(WITHOUT_KEPT).isprintable():  # the common case, fast
         return text
-    return "".join(_spelled(character) for character in text)
+    return "".join(
+        f"⟨U+{ord(one):04X}⟩" if one not in KEPT_CONTROLS and category(one) in CONTROL_CATEGORIES else one
+        for one in text
+    )
 
 
 def shortened(text: str, limit: int) -> str:
@@ -29,9 +32,3 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def _spelled(character: str) -> str:
-    if character in KEPT_CONTROLS or unicodedata.category(character) not in CONTROL_CATEGORIES:
-        return character
-    return f"⟨U+{ord(character):04X}⟩"

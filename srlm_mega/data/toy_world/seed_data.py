@@ -54,7 +54,7 @@ def make_toy_world(counts: SeedDataConfig, seed: int, mixture: Mixture = Mixture
         )
     judge = load_template("toy")
     rng("instructions").shuffle(instructions)
-    pool = iter(instructions)
+    pool = iter(instructions)  # the sets take from it one after another, so they are disjoint
     ift = make_ift(islice(pool, counts.num_ift), mixture, rng("ift"))
     eft_train = make_eft(islice(pool, counts.num_eft), judge, mixture, rng("eft"))
     eft_eval = make_ranked(islice(pool, num_eft_eval), "eft_eval", rng("eft_eval"))
@@ -77,17 +77,11 @@ def make_documents(
 
 def make_ift(instructions: Iterable[Instruction], mixture: Mixture, rng: random.Random) -> tuple[SftExample, ...]:
     """Write answers, a share `ift_careful` of them with care; nothing marks which ones."""
-    assistant = Author("", mixture.ift_careful)
-    return tuple(
-        SftExample(
-            f"ift-{number:05d}",
-            "ift",
-            instruction.render(),
-            faulty_answer(instruction, assistant.care(rng).fault, rng),
-            SOURCE,
-        )
-        for number, instruction in enumerate(instructions)
-    )
+    author, examples = Author("", mixture.ift_careful), []
+    for number, instruction in enumerate(instructions):
+        answer = faulty_answer(instruction, author.care(rng).fault, rng)
+        examples.append(SftExample(f"ift-{number:05d}", "ift", instruction.render(), answer, SOURCE))
+    return tuple(examples)
 
 
 def make_eft(
@@ -132,10 +126,8 @@ def _document(pool: Sequence[Instruction], judge: JudgeTemplate, mixture: Mixtur
     author, instruction = rng.choice(EVERYBODY), rng.choice(pool)
     if rng.random() < mixture.reviews:
         response = faulty_answer(instruction, mixture.reviewed_fault, rng)
-        prompt, completion = (
-            judge.fill(instruction.render(), response),
-            review(instruction, response, author.care(rng), rng),
-        )
+        prompt = judge.fill(instruction.render(), response)
+        completion = review(instruction, response, author.care(rng), rng)
     else:
         prompt, completion = instruction.render(), faulty_answer(instruction, author.care(rng).fault, rng)
     return f"{author.name} {prompt} {CLOSE_USER} {completion}"
