@@ -5,7 +5,7 @@ batch, and every completion has random draws of its own, so that the batch size 
 model folder's generation_config has no say.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -47,7 +47,9 @@ class HuggingFaceSampler:
         completions: list[list[Completion]] = [[] for _ in prompts]
         longest_first = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
         with torch.inference_mode():
-            for batch in chunks(longest_first, max(1, self._batch_size // params.n)):
+            size = max(1, self._batch_size // params.n)
+            for start in range(0, len(longest_first), size):
+                batch = longest_first[start : start + size]
                 seeds = [derive_seed(params.seed, first + index, copy) for index in batch for copy in range(params.n)]
                 rows = self._decode([prompts[index] for index in batch], params, seeds)
                 for position, index in enumerate(batch):
@@ -119,11 +121,6 @@ class HuggingFaceSampler:
 def automatic_device() -> str:
     """A GPU where there is one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def chunks(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    """Slices of `size`; the last may be shorter."""
-    return (items[first : first + size] for first in range(0, len(items), size))
 
 
 def uniform_draws(seeds: Sequence[int], params: SamplingParams) -> Tensor:

@@ -8,10 +8,10 @@ from pathlib import Path
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
 from srlm_mega.config.runtime import SamplerConfig
-from srlm_mega.errors import CannotContinue
 from srlm_mega.records import FailedRequest
 from srlm_mega.sampling.backends import open_sampler
 from srlm_mega.sampling.sampler import Completion, Sampler, SamplingParams
+from srlm_mega.sampling.shards import too_many_failed
 
 # What backends raise when an engine, a device or a connection fails. A ValueError is a mistake that stays one.
 TRANSIENT = (RuntimeError, OSError)
@@ -28,7 +28,7 @@ class PatientSampler:
         self._sampler = sampler
         self._attempts = attempts
         self._allowed = allowed
-        self._failed = 0
+        self._failed: list[FailedRequest] = []
         self._sleep = sleep
 
     def sample(self, ids: Sequence[str], prompts: Sequence[tuple[int, ...]], params: SamplingParams) -> list[Answer]:
@@ -48,14 +48,10 @@ class PatientSampler:
             (completions,) = self._retrying()(self._sampler.sample, [prompt], params, place)
             return completions
         except TRANSIENT as error:
-            self._failed += 1
-            if self._failed > self._allowed:
-                raise CannotContinue(
-                    f"{self._failed} requests failed for good, sampler.max_failed_share allows {self._allowed}. "
-                    f"The last is {name}: {error!r}. What is finished is kept; once the cause is gone, the same "
-                    "command goes on"
-                ) from error
-            return FailedRequest(name, repr(error), self._attempts)
+            self._failed.append(FailedRequest(name, repr(error), self._attempts))
+            if len(self._failed) > self._allowed:
+                raise too_many_failed(self._failed, self._allowed) from error
+            return self._failed[-1]
 
     def _retrying(self) -> Retrying:
         return Retrying(

@@ -8,7 +8,7 @@ takes shards by lease files in the folder where finished shards lie. Doing a sha
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -139,11 +139,11 @@ class ShardFiles(Generic[R]):
         """Write a shard's files, the one that says it is finished last."""
         suffix = f"tmp{report.replica}"
         if answered.failed:
-            write_durably(self._file(shard, ".failed.jsonl"), partial(write_records, answered.failed), suffix)
+            write_durably(self._file(shard, ".failed.jsonl"), lambda part: write_jsonl(part, answered.failed), suffix)
         else:  # those of an attempt that did not get to its records
             self._file(shard, ".failed.jsonl").unlink(missing_ok=True)
         write_atomic(self._file(shard, ".report.json"), orjson.dumps(asdict(report)))
-        write_durably(self._file(shard, ".jsonl"), partial(write_records, answered.records), suffix)
+        write_durably(self._file(shard, ".jsonl"), lambda part: write_jsonl(part, answered.records), suffix)
         self._file(shard, ".lease").unlink(missing_ok=True)
 
     def report(self, shard: Shard[R]) -> ShardReport:
@@ -159,11 +159,7 @@ class ShardFiles(Generic[R]):
         if self.allowed is not None and len(failed) > self.allowed:
             for shard in with_failures:
                 self._file(shard, ".jsonl").unlink()
-            raise CannotContinue(
-                f"{len(failed)} requests failed for good, sampler.max_failed_share allows {self.allowed}. The last is "
-                f"{failed[-1].id}: {failed[-1].error}. What is finished is kept; once the cause is gone, the same "
-                "command goes on"
-            )
+            raise too_many_failed(failed, self.allowed)
         if failed:
             write_durably(self.output.with_name(FAILED), partial(concatenate, parts))
         else:  # one of an earlier comparison in this folder
@@ -179,6 +175,15 @@ class ShardFiles(Generic[R]):
         return self.folder / f"shard_{shard.number:05d}{suffix}"
 
 
+def too_many_failed(failed: Sequence[FailedRequest], allowed: int) -> CannotContinue:
+    """Return the error that ends a stage whose failed requests are more than `allowed`."""
+    return CannotContinue(
+        f"{len(failed)} requests failed for good, sampler.max_failed_share allows {allowed}. The last is "
+        f"{failed[-1].id}: {failed[-1].error}. What is finished is kept; once the cause is gone, the same command "
+        "goes on"
+    )
+
+
 def held_shards(folder: Path) -> list[str]:
     """Who works on which shard of a stage's folder, and for how long, in words."""
     held = []
@@ -189,11 +194,15 @@ def held_shards(folder: Path) -> list[str]:
     return held
 
 
+def ignore(report: ShardReport) -> None:
+    """Do nothing with a report: it stays in its file."""
+
+
 def run_shards(
     files: ShardFiles[R],
     work: Callable[[Shard[R]], Answered],
-    on_earlier: Callable[[ShardReport], None],
-    on_finished: Callable[[ShardReport], None],
+    on_earlier: Callable[[ShardReport], None] = ignore,
+    on_finished: Callable[[ShardReport], None] = ignore,
 ) -> None:
     """Do all shards that are not there in this process, in order, and merge them. `on_earlier` is called for those of
     an earlier attempt, `on_finished` for each of this one."""
@@ -211,7 +220,7 @@ def take_shards(
     work: Callable[[Shard[R]], Answered],
     replica: int,
     take_over_seconds: float,
-    on_finished: Callable[[ShardReport], None],
+    on_finished: Callable[[ShardReport], None] = ignore,
 ) -> None:
     """Work on shards that nobody else has until all are finished, whoever finished them."""
     ready = time.monotonic()
@@ -236,11 +245,6 @@ def take_shards(
         on_finished(report)
 
 
-def write_records(records: Iterable[Any], path: Path) -> None:
-    """Records as JSON lines, in the form `write_durably` asks for."""
-    write_jsonl(path, records)
-
-
 def concatenate(parts: Sequence[Path], path: Path) -> None:
     """The parts, one after the other, as one file."""
     with path.open("wb") as file:
@@ -249,7 +253,7 @@ def concatenate(parts: Sequence[Path], path: Path) -> None:
                 shutil.copyfileobj(source, file)
 
 
-def write_durably(path: Path, write: Callable[[Path], None], suffix: str = "tmp") -> None:
+def write_durably(path: Path, write: Callable[[Path], object], suffix: str = "tmp") -> None:
     """Let `write` fill a temporary file (`suffix` tells apart those of several processes), bring it to the disk, and
     only then give it its name."""
     temporary = path.with_name(f".{path.name}.{suffix}")

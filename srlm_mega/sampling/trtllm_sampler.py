@@ -73,7 +73,8 @@ class TrtllmSampler:
         cut = None if params.stop is None else params.stop.cut(tokens)
         if cut is not None:
             return Completion(cut, "stop", seed)
-        return Completion(tokens, reason, seed, rounded(output.cumulative_logprob))
+        logprob = output.cumulative_logprob  # kept to 1e-4 nats: further digits are rounding of the arithmetic
+        return Completion(tokens, reason, seed, None if logprob is None else round(logprob, 4))
 
     def _finish_reason(self, output: CompletionOutput, tokens: Sequence[int], params: SamplingParams) -> FinishReason:
         match output.finish_reason:
@@ -86,8 +87,3 @@ class TrtllmSampler:
                 return "length"
             case other:
                 raise RuntimeError(f"TensorRT-LLM ended a request with {other!r}")
-
-
-def rounded(logprob: float | None) -> float | None:
-    """To 1e-4 nats: further digits are rounding of the arithmetic."""
-    return None if logprob is None else round(logprob, 4)

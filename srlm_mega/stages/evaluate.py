@@ -3,7 +3,6 @@ besides the seed."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from statistics import fmean
 
 import orjson
@@ -17,12 +16,12 @@ from srlm_mega.evaluation.results import Comparison, EvaluationSample, JudgedBy,
 from srlm_mega.evaluation.win_rates import HeadToHead, head_to_head
 from srlm_mega.judging.scores import mean_score, parse_score
 from srlm_mega.judging.template import JudgeTemplate
-from srlm_mega.records import Prompt, RankedReplies, read_jsonl
+from srlm_mega.records import Prompt, RankedReplies, read_jsonl, write_jsonl
 from srlm_mega.run.stage_kinds import EVALUATION
 from srlm_mega.run.work import Done, Work
 from srlm_mega.sampling.retries import PatientSampler, none_failed
 from srlm_mega.sampling.sampler import SamplingParams
-from srlm_mega.sampling.shards import write_durably, write_records
+from srlm_mega.sampling.shards import write_durably
 from srlm_mega.seeds import derive_seed
 from srlm_mega.stages.compare_responses import compare_with_m1
 from srlm_mega.stages.responses import held_out
@@ -75,8 +74,8 @@ def measure(work: Work, model: str, keep: bool) -> tuple[list[EvaluationSample],
     measured = Measured(tuple(lengths), too_long, tuple(measure_judge(work, chat, sampler)))
     sampler.close()
     if keep:
-        write_durably(measured_file, partial(write_records, [measured]))
-    write_durably(samples_file, partial(write_records, samples))
+        write_durably(measured_file, lambda part: write_jsonl(part, [measured]))
+    write_durably(samples_file, lambda part: write_jsonl(part, samples))
     return samples, measured
 
 

@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Sequence
-from functools import partial
 from itertools import count
 
 from srlm_mega.chat import Chat
@@ -13,7 +12,7 @@ from srlm_mega.run.stage_kinds import PROMPTS, model_name
 from srlm_mega.run.work import Done, Work
 from srlm_mega.sampling.retries import PatientSampler
 from srlm_mega.sampling.sampler import ModelLimits, SamplingParams
-from srlm_mega.sampling.shards import write_durably, write_records
+from srlm_mega.sampling.shards import write_durably
 from srlm_mega.seeds import derive_seed
 from srlm_mega.stages.sampler_weights import open_model
 from srlm_mega.stages.sampling_task import SampledBy
@@ -106,7 +105,7 @@ def wave_of_drafts(
     path = work.out / f"drafts_{wave:05d}.jsonl"
     if not path.exists():
         drafts = sample_drafts(work, wave, seeds, generated, chat, sampler)
-        write_durably(path, partial(write_records, drafts))
+        write_durably(path, lambda part: write_jsonl(part, drafts))
     return list(read_jsonl(path, PromptDraft))
 
 

@@ -49,7 +49,7 @@ def judge_candidates(work: Work) -> Done:
         case "random":
             candidates, too_long = read_candidates(work), 0
             files = shard_files(work, candidates, "judgements.jsonl")
-            run_shards(files, partial(judge_at_random, work), lambda _: None, lambda _: None)
+            run_shards(files, partial(judge_at_random, work))
             requested = len(candidates)
         case other:
             assert_never(other)

@@ -19,13 +19,7 @@ from srlm_mega.run.work import Work
 from srlm_mega.sampling.replicas import replica_progress, run_replicas
 from srlm_mega.sampling.retries import PatientSampler
 from srlm_mega.sampling.sampling_rate import ShardWatch
-from srlm_mega.sampling.shards import (
-    ShardFiles,
-    ShardReport,
-    cut_into_shards,
-    run_shards,
-    take_shards,
-)
+from srlm_mega.sampling.shards import ShardFiles, cut_into_shards, run_shards, take_shards
 from srlm_mega.seeds import derive_seed
 from srlm_mega.stages.sampler_weights import open_model
 from srlm_mega.stages.sampling_task import SamplingTask, answer
@@ -46,7 +40,7 @@ def sample_in_shards(work: Work, task: SamplingTask[T]) -> None:
     if config.sampler_replicas > 1:
         run_replicas(files, partial(start_replica, work), config.sampler_replicas, watch)
     else:
-        with closing(patient_sampler(work, task)) as sampler:
+        with closing(open_task_model(work, task)) as sampler:
             run_shards(files, partial(answer, task.params, task.records, sampler), watch.earlier, watch.finished)
     watch.close()
 
@@ -76,17 +70,13 @@ def work_as_replica(run: RunDir, stage_name: str, number: int) -> int:
     task, *_ = resolve_name(stage.kind.requests)(work)
     files = shard_files(work, task.requests, task.file)
     try:
-        with closing(patient_sampler(work, task)) as sampler:
+        with closing(open_task_model(work, task)) as sampler:
             seconds = work.config.sampler.take_over_seconds
-            take_shards(files, partial(answer, task.params, task.records, sampler), number, seconds, nobody_watches)
+            take_shards(files, partial(answer, task.params, task.records, sampler), number, seconds)
     except (UserError, CannotContinue) as error:
         Progress(replica_progress(files.folder, number)).failed(exit_code(error), str(error))
         return exit_code(error)
     return 0
-
-
-def nobody_watches(report: ShardReport) -> None:
-    """A replica's reports are read from their files."""
 
 
 def shard_files(work: Work, requests: Sequence[T], file: str) -> ShardFiles[T]:
@@ -101,6 +91,6 @@ def failures_allowed(work: Work, requests: Sequence[T]) -> int:
     return int(work.config.sampler.max_failed_share * len(requests))
 
 
-def patient_sampler(work: Work, task: SamplingTask[T]) -> PatientSampler:
-    """The task's model, loaded. It stops by itself when this process alone has too many failures."""
+def open_task_model(work: Work, task: SamplingTask[T]) -> PatientSampler:
+    """Load the task's model. CannotContinue when this process alone has too many failures."""
     return open_model(work, task.model, failures_allowed(work, task.requests))
