@@ -3,6 +3,7 @@ poisoned request does not cost the others their answers."""
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
@@ -19,46 +20,44 @@ FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 1.0, 60.0
 Answer = list[Completion] | FailedRequest
 
 
+@dataclass
 class PatientSampler:
     """A sampler with retries. It tolerates `allowed` requests that fail for good, in all its calls together."""
 
-    def __init__(
-        self, sampler: Sampler, attempts: int, allowed: int, sleep: Callable[[float], None] = time.sleep
-    ) -> None:
-        self._sampler = sampler
-        self._attempts = attempts
-        self._allowed = allowed
-        self._failed: list[FailedRequest] = []
-        self._sleep = sleep
+    sampler: Sampler
+    attempts: int
+    allowed: int
+    sleep: Callable[[float], None] = time.sleep
+    failed: list[FailedRequest] = field(default_factory=list, init=False)
 
     def sample(self, ids: Sequence[str], prompts: Sequence[tuple[int, ...]], params: SamplingParams) -> list[Answer]:
         """The completions of each prompt, or (`ids` name the requests) its failure. CannotContinue above the share."""
         try:
-            return list(self._retrying()(self._sampler.sample, prompts, params))
+            return list(self._retrying()(self.sampler.sample, prompts, params))
         except TRANSIENT as error:
             print(f"a batch of {len(prompts)} requests failed, each goes alone: {error!r}", flush=True)
         return [self._alone(*named, place, params) for place, named in enumerate(zip(ids, prompts, strict=True))]
 
     def close(self) -> None:
         """Free the model."""
-        self._sampler.close()
+        self.sampler.close()
 
     def _alone(self, name: str, prompt: tuple[int, ...], place: int, params: SamplingParams) -> Answer:
         try:
-            (completions,) = self._retrying()(self._sampler.sample, [prompt], params, place)
+            (completions,) = self._retrying()(self.sampler.sample, [prompt], params, place)
             return completions
         except TRANSIENT as error:
-            self._failed.append(FailedRequest(name, repr(error), self._attempts))
-            if len(self._failed) > self._allowed:
-                raise too_many_failed(self._failed, self._allowed) from error
-            return self._failed[-1]
+            self.failed.append(FailedRequest(name, repr(error), self.attempts))
+            if len(self.failed) > self.allowed:
+                raise too_many_failed(self.failed, self.allowed) from error
+            return self.failed[-1]
 
     def _retrying(self) -> Retrying:
         return Retrying(
-            stop=stop_after_attempt(self._attempts),
+            stop=stop_after_attempt(self.attempts),
             wait=wait_exponential(multiplier=FIRST_WAIT_SECONDS, max=LONGEST_WAIT_SECONDS),
             retry=retry_if_exception_type(TRANSIENT),
-            sleep=self._sleep,
+            sleep=self.sleep,
             reraise=True,
         )
 

@@ -41,20 +41,16 @@ class ShardWatch:
         self._reports.append(report)
         self._done += report.requests
         self._write(shard_metrics(report, self._devices))
-        self._say(self._done, self._total, f"{self._time_left()} left, {self._tokens_per_second():,.0f} tokens/s")
+        seconds = time.monotonic() - self._begin
+        left = duration((self._total - self._done) / ((self._done - self._before) / seconds))
+        tokens_per_second = sum(report.output_tokens for report in self._reports) / seconds
+        self._say(self._done, self._total, f"{left} left, {tokens_per_second:,.0f} tokens/s")
 
     def close(self) -> None:
         """The line for all shards of this attempt."""
         if self._reports:
             seconds = time.monotonic() - self._begin
             self._write(stage_metrics(self._reports, seconds, self._devices * self._replicas))
-
-    def _time_left(self) -> str:
-        rate = (self._done - self._before) / (time.monotonic() - self._begin)
-        return duration((self._total - self._done) / rate)
-
-    def _tokens_per_second(self) -> float:
-        return sum(report.output_tokens for report in self._reports) / (time.monotonic() - self._begin)
 
     def _write(self, metrics: dict[str, float]) -> None:
         with self._file.open("ab") as file:

@@ -139,11 +139,11 @@ class ShardFiles(Generic[R]):
         """Write a shard's files, the one that says it is finished last."""
         suffix = f"tmp{report.replica}"
         if answered.failed:
-            write_durably(self._file(shard, ".failed.jsonl"), lambda part: write_jsonl(part, answered.failed), suffix)
+            write_durably(self._file(shard, ".failed.jsonl"), partial(write_jsonl, records=answered.failed), suffix)
         else:  # those of an attempt that did not get to its records
             self._file(shard, ".failed.jsonl").unlink(missing_ok=True)
         write_atomic(self._file(shard, ".report.json"), orjson.dumps(asdict(report)))
-        write_durably(self._file(shard, ".jsonl"), lambda part: write_jsonl(part, answered.records), suffix)
+        write_durably(self._file(shard, ".jsonl"), partial(write_jsonl, records=answered.records), suffix)
         self._file(shard, ".lease").unlink(missing_ok=True)
 
     def report(self, shard: Shard[R]) -> ShardReport:
