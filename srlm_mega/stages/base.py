@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -33,8 +33,7 @@ def take_writer(work: Work) -> Done:
     """`prompt_writer/huggingface`: a link to the model that writes the prompts; any shape and tokenizer will do."""
     source = work.config.prompts.writer
     assert isinstance(source, Path), "the plan has this stage for a model from outside only"
-    if not (source / "config.json").is_file():
-        raise UserError(f"prompts.writer {source} is not a Hugging Face model folder (no config.json)")
+    require_model_folder("prompts.writer", source)
     if not work.config.model.allow_unverified:
         require_verified(source)
     Chat.from_folder(source)
@@ -42,13 +41,18 @@ def take_writer(work: Work) -> Done:
     return Done()
 
 
+def require_model_folder(option: str, folder: Path) -> None:
+    """UserError, which names the option, when its folder has no config.json."""
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"{option} {folder} is not a Hugging Face model folder (no config.json). "
+            f"Download the weights there, or set {option} to where they are."
+        )
+
+
 def link_folder(model: ModelConfig, source: Path, target: Path) -> None:
     """M0 is the user's folder; it must exist and have the configured shape."""
-    if not (source / "config.json").is_file():
-        raise UserError(
-            f"model.path {source} is not a Hugging Face model folder (no config.json). "
-            "Download the weights there, or set model.path to where they are."
-        )
+    require_model_folder("model.path", source)
     try:
         if not model.allow_unverified:
             check_proven(source)
@@ -74,15 +78,4 @@ def write_random(work: Work, target: Path) -> None:
 
 def shape_of(model: ModelConfig) -> LlamaShape:
     """The configured shape, output untied."""
-    return LlamaShape(
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        ffn_hidden_size=model.ffn_hidden_size,
-        num_attention_heads=model.num_attention_heads,
-        num_query_groups=model.num_query_groups,
-        vocab_size=model.vocab_size,
-        max_position_embeddings=model.max_position_embeddings,
-        norm_epsilon=model.norm_epsilon,
-        rotary_base=model.rotary_base,
-        tie_word_embeddings=False,
-    )
+    return LlamaShape(**model.model_dump(include={one.name for one in fields(LlamaShape)}), tie_word_embeddings=False)

@@ -15,7 +15,7 @@ from srlm_mega.run.stage_kinds import EVALUATION
 from srlm_mega.run.work import Work
 from srlm_mega.sampling.sampling_rate import ShardWatch
 from srlm_mega.sampling.shards import FAILED, ShardFiles, cut_into_shards, run_shards
-from srlm_mega.stages.judges import LocalJudge, open_judge
+from srlm_mega.stages.judges import open_judge, open_m1
 from srlm_mega.stages.pairwise_judge import OpenJudge, PairwiseQuestion
 from srlm_mega.stages.responses import Say
 from srlm_mega.stages.sampler_weights import loaded_folder
@@ -40,14 +40,11 @@ def compare_with_m1(work: Work, samples: Sequence[EvaluationSample]) -> Comparis
     }
     matches = [Match(sample.prompt_id, sample.prompt, sample.sampled, theirs[sample.prompt_id]) for sample in samples]
 
-    def m1(questions: int) -> LocalJudge:
-        folder, length = work.run.weights("M1"), config.judge.max_new_tokens
-        loaded = loaded_folder(work, "M1")
-        name, longest = work.run.digest("M1"), config.model.seq_length
-        return LocalJudge.of_folder(name, folder, loaded, length, config.sampler, allowed=0, seq_length=longest)
-
-    allow_unverified = config.model.allow_unverified
-    opened: OpenJudge = m1 if settings is None else partial(open_judge, settings, config.sampler, allow_unverified)
+    opened: OpenJudge
+    if settings is None:
+        opened = partial(open_m1, work.run, config, loaded_folder(work, "M1"))
+    else:
+        opened = partial(open_judge, settings, config.sampler, config.model.allow_unverified)
 
     def say(done: int, total: int, note: str) -> None:
         work.progress.update(done, total, "questions to the judge", note)

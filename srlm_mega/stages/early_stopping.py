@@ -43,20 +43,16 @@ def compare_checkpoints(run: RunDir, name: str, parts: Sequence[str]) -> int:
 def sample_responses(work: Work, files: EarlyStoppingFiles, step: int) -> None:
     """Greedy responses of the waiting checkpoint, and of the model that training started from where that is the best
     so far and has not answered yet."""
-    prompts = list(read_jsonl(work.read("seed", "validation.jsonl"), Prompt))
+    prompts, start = list(read_jsonl(work.read("seed", "validation.jsonl"), Prompt)), model_name(work.round)
     for one in (kept_step(files.verdicts()), step):
         if not files.responses(one).exists():
             files.step_folder(one).mkdir(parents=True, exist_ok=True)
             say = partial(say_part, work, f"responses of step {one}")
-            respond(work.config, writer(work, files, one), prompts, 0.0, 1.0, files.responses(one), say)
-
-
-def writer(work: Work, files: EarlyStoppingFiles, step: int) -> Writer:
-    """The model of a step."""
-    if step == START:
-        start = model_name(work.round)
-        return Writer(work.run.digest(start), work.run.weights(start))
-    return Writer(f"{work.stage.name} step {step}", files.export(step))
+            if one == START:
+                writer = Writer(work.run.digest(start), work.run.weights(start))
+            else:
+                writer = Writer(f"{work.stage.name} step {one}", files.export(one))
+            respond(work.config, writer, prompts, 0.0, 1.0, files.responses(one), say)
 
 
 def write_verdict(work: Work, files: EarlyStoppingFiles, step: int) -> None:

@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
-from srlm_mega.chat import Chat
 from srlm_mega.data.eft_selection import (
     EftYield,
     Mode,
@@ -15,12 +14,11 @@ from srlm_mega.data.eft_selection import (
     yields,
 )
 from srlm_mega.errors import CannotContinue
-from srlm_mega.judging.template import JudgeTemplate
 from srlm_mega.records import Judgement, RankedReplies, SftExample, read_jsonl, write_jsonl
 from srlm_mega.run.work import Done, Work
 from srlm_mega.sampling.sampler import Completion, SamplingParams
 from srlm_mega.seeds import derive_seed
-from srlm_mega.stages.sampling_task import SampledBy, SamplingRequest, SamplingTask, judgements_of, that_fit
+from srlm_mega.stages.sampling_task import SampledBy, SamplingRequest, SamplingTask, judge_template, judgements_of
 from srlm_mega.stages.sharded import sample_in_shards
 
 MODEL = "sft_baseline"
@@ -90,24 +88,21 @@ def accepted_judgements(judged: Sequence[JudgedSet], mode: Mode) -> list[tuple[J
 def eft_task(work: Work) -> tuple[SamplingTask[str], int]:
     """A request per ranked reply for all its tries (`source` is what the judge is shown); and how many replies were
     left out, too long to be judged whole."""
-    settings, judge = work.config.eft, work.config.judge
-    chat = Chat.from_folder(work.run.weights(MODEL))
-    model_hash = work.run.digest(MODEL)
-    template = JudgeTemplate.from_text(work.read("seed", "judge_template.txt").read_text(encoding="utf-8"), "seed")
-    params = SamplingParams(settings.attempts, settings.temperature, settings.top_p, judge.max_new_tokens, seed=0)
+    settings, length = work.config.eft, work.config.judge.max_new_tokens
+    params = SamplingParams(settings.attempts, settings.temperature, settings.top_p, length, seed=0)
+    by, template = SampledBy.of_run(work, MODEL, params), judge_template(work)
     requests = []
     for ranked in sources(work):
         for place, reply in enumerate(ranked.replies):
             text = template.fill(ranked.prompt, reply.text)
-            requests.append(SamplingRequest(reply_id(ranked, place), text, chat.prompt(text)))
-    fitting, by = that_fit(work.config, requests, judge.max_new_tokens), SampledBy(chat, model_hash, params)
+            requests.append(SamplingRequest(reply_id(ranked, place), text, by.chat.prompt(text)))
 
     def records(request: SamplingRequest[str], completions: Sequence[Completion]) -> Iterator[Judgement]:
         for judgement in judgements_of(by, "j", request, completions):
             whole = judgement.finish_reason == "stop"  # one that was cut is no example of judging
             yield judgement if whole else replace(judgement, score=None)
 
-    return SamplingTask(MODEL, fitting, params, records, JUDGEMENTS, "replies"), len(requests) - len(fitting)
+    return SamplingTask(MODEL, requests, params, records, JUDGEMENTS, "replies").fitting(work.config)
 
 
 def judged_sets(work: Work) -> tuple[list[JudgedSet], int]:

@@ -16,15 +16,11 @@ SHARD_SIZE = 16  # answers that are paid for again after a kill, at most; fixed,
 class EndpointJudge:
     """See `PairwiseJudge`. It tolerates `allowed` questions that fail for good."""
 
-    def __init__(self, settings: PairwiseJudgeConfig, endpoint: Endpoint, allowed: int) -> None:
-        self.name, self.shard_size = settings.model, SHARD_SIZE
-        self._settings, self._endpoint, self._allowed = settings, endpoint, allowed
-        self._failed = 0
-
-    @classmethod
-    def of(cls, settings: PairwiseJudgeConfig, allowed: int) -> "EndpointJudge":
+    def __init__(self, settings: PairwiseJudgeConfig, allowed: int) -> None:
         """UserError when the variable with the endpoint's key is not set."""
-        return cls(settings, Endpoint(settings), allowed)
+        self.name, self.shard_size = settings.model, SHARD_SIZE
+        self._settings, self._endpoint, self._allowed = settings, Endpoint(settings), allowed
+        self._failed = 0
 
     def fits(self, text: str) -> bool:
         """Only the endpoint knows; what it refuses is a failed request."""

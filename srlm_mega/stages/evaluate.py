@@ -3,6 +3,7 @@ besides the seed."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from statistics import fmean
 
 import orjson
@@ -15,7 +16,6 @@ from srlm_mega.evaluation.lengths import length_statistics
 from srlm_mega.evaluation.results import Comparison, EvaluationSample, JudgedBy, Measured, ModelEvaluation
 from srlm_mega.evaluation.win_rates import HeadToHead, head_to_head
 from srlm_mega.judging.scores import mean_score, parse_score
-from srlm_mega.judging.template import JudgeTemplate
 from srlm_mega.records import Prompt, RankedReplies, read_jsonl, write_jsonl
 from srlm_mega.run.stage_kinds import EVALUATION
 from srlm_mega.run.work import Done, Work
@@ -26,6 +26,7 @@ from srlm_mega.seeds import derive_seed
 from srlm_mega.stages.compare_responses import compare_with_m1
 from srlm_mega.stages.responses import held_out
 from srlm_mega.stages.sampler_weights import open_model
+from srlm_mega.stages.sampling_task import judge_template
 
 
 def evaluate(work: Work) -> Done:
@@ -74,8 +75,8 @@ def measure(work: Work, model: str, keep: bool) -> tuple[list[EvaluationSample],
     measured = Measured(tuple(lengths), too_long, tuple(measure_judge(work, chat, sampler)))
     sampler.close()
     if keep:
-        write_durably(measured_file, lambda part: write_jsonl(part, [measured]))
-    write_durably(samples_file, lambda part: write_jsonl(part, samples))
+        write_durably(measured_file, partial(write_jsonl, records=[measured]))
+    write_durably(samples_file, partial(write_jsonl, records=samples))
     return samples, measured
 
 
@@ -109,21 +110,11 @@ def make_samples(work: Work, chat: Chat, sampler: PatientSampler) -> tuple[list[
     params = SamplingParams(1, settings.temperature, settings.top_p, length, seed)
     sampled = none_failed(sampler.sample(names, ids, params))
     has_truth = work.config.seed_data.source == "toy_world"
-
-    def sample(prompt: Prompt, greedy_text: str, sampled_text: str) -> EvaluationSample:
-        return EvaluationSample(
-            prompt_id=prompt.id,
-            prompt=prompt.text,
-            greedy=greedy_text,
-            sampled=sampled_text,
-            quality_greedy=quality(prompt.text, greedy_text) if has_truth else None,
-            quality_sampled=quality(prompt.text, sampled_text) if has_truth else None,
-        )
-
-    samples = [
-        sample(prompt, chat.decode(one.token_ids), chat.decode(other.token_ids))
-        for prompt, (one,), (other,) in zip(prompts, greedy, sampled, strict=True)
-    ]
+    samples = []
+    for prompt, *answers in zip(prompts, greedy, sampled, strict=True):
+        texts = [chat.decode(completion.token_ids) for (completion,) in answers]
+        qualities = [quality(prompt.text, text) if has_truth else None for text in texts]
+        samples.append(EvaluationSample(prompt.id, prompt.text, texts[0], texts[1], *qualities))
     lengths = [len(completion.token_ids) for (completion,) in sampled]
     return samples, lengths, len(given) - len(prompts)
 
@@ -155,8 +146,7 @@ def score_replies(
 ) -> list[list[list[float | None]]]:
     """Scores by set, reply and judgement. A reply too long to be judged whole has none, as if none could be read."""
     judge = work.config.judge
-    template = JudgeTemplate.from_text(work.read("seed", "judge_template.txt").read_text(encoding="utf-8"), "seed")
-    longest = work.config.longest_prompt(judge.max_new_tokens)
+    template, longest = judge_template(work), work.config.longest_prompt(judge.max_new_tokens)
     requests = [
         (number, place, ids)
         for number, ranked in enumerate(sets)

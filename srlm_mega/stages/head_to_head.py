@@ -19,7 +19,7 @@ from srlm_mega.run.identity import responding
 from srlm_mega.run.manifest import file_hash
 from srlm_mega.run.run_dir import RunDir
 from srlm_mega.stages.compare_responses import compare, matches_of
-from srlm_mega.stages.judges import LocalJudge, open_judge
+from srlm_mega.stages.judges import open_judge, open_m1
 from srlm_mega.stages.pairwise_judge import OpenJudge
 from srlm_mega.stages.responses import Writer, held_out, respond
 from srlm_mega.stages.sampler_weights import require_verified
@@ -116,13 +116,7 @@ def judge_of(model: RunModel, settings: PairwiseJudgeConfig | None) -> OpenJudge
     if settings is not None:
         return partial(open_judge, settings, model.config.sampler, False)
     m1 = RunModel.at(model.run.output("M1"))
-
-    def opened(questions: int) -> LocalJudge:
-        length, longest = m1.config.judge.max_new_tokens, m1.config.model.seq_length
-        name, folder = m1.writer.name, m1.writer.folder
-        return LocalJudge.of_folder(name, folder, folder, length, m1.config.sampler, allowed=0, seq_length=longest)
-
-    return opened
+    return partial(open_m1, m1.run, m1.config, m1.writer.folder)
 
 
 def begin(folder: Path, identity: Mapping[str, object]) -> None:

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from srlm_mega.chat import Chat
+from srlm_mega.config import Config
 from srlm_mega.config.comparison import PairwiseJudgeConfig
 from srlm_mega.config.runtime import SamplerConfig
 from srlm_mega.records import PairwiseJudgement
+from srlm_mega.run.run_dir import RunDir
 from srlm_mega.sampling.retries import PatientSampler, open_patient_sampler
 from srlm_mega.sampling.sampler import Completion, ModelLimits, SamplingParams
 from srlm_mega.sampling.shards import Answered, Shard
@@ -71,6 +73,13 @@ class LocalJudge:
         return (judgement_of(request.source, by.fields(completion)) for completion in completions)
 
 
+def open_m1(run: RunDir, config: Config, loaded: Path, questions: int) -> LocalJudge:
+    """Load M1 of a run as the judge. `loaded`: the folder that the sampler loads of it. No question may fail."""
+    name, folder, length = run.digest("M1"), run.weights("M1"), config.judge.max_new_tokens
+    seq_length = config.model.seq_length
+    return LocalJudge.of_folder(name, folder, loaded, length, config.sampler, allowed=0, seq_length=seq_length)
+
+
 def open_judge(
     settings: PairwiseJudgeConfig, sampler: SamplerConfig, allow_unverified: bool, questions: int
 ) -> PairwiseJudge:
@@ -83,4 +92,4 @@ def open_judge(
         return LocalJudge.of_folder(settings.model, folder, folder, settings.max_new_tokens, sampler, allowed)
     from srlm_mega.stages.endpoint_judge import EndpointJudge
 
-    return EndpointJudge.of(settings, allowed)
+    return EndpointJudge(settings, allowed)

@@ -19,12 +19,11 @@ from srlm_mega.judging.meta import (
 from srlm_mega.judging.pairwise import parse_verdict
 from srlm_mega.judging.rewards import reward_of
 from srlm_mega.judging.scored_candidates import judgements_by_candidate, score_candidate
-from srlm_mega.judging.template import JudgeTemplate
 from srlm_mega.records import Candidate, Judgement, Message, MetaJudgement, PreferencePair, read_jsonl, write_jsonl
 from srlm_mega.run.stage_kinds import CANDIDATES, JUDGEMENTS, PAIRS, model_name
 from srlm_mega.run.work import Done, Work
 from srlm_mega.sampling.sampler import Completion, SamplingParams
-from srlm_mega.stages.sampling_task import SampledBy, SamplingRequest, SamplingTask, that_fit
+from srlm_mega.stages.sampling_task import SampledBy, SamplingRequest, SamplingTask, judge_template
 from srlm_mega.stages.sharded import sample_in_shards
 
 SPARE = 1.5  # responses asked about for each pair that may come of them: some end in a draw
@@ -63,8 +62,8 @@ def judge_judgements(work: Work) -> Done:
 def comparisons_task(work: Work) -> tuple[SamplingTask[JudgementComparison], int, list[Contest]]:
     """A request per comparison; how many were left out, too long for a whole answer; and what they decide."""
     settings, judge = work.config.judge, model_name(work.round)
-    chat, model_hash = Chat.from_folder(work.run.weights(judge)), work.run.digest(judge)
-    template, contests = meta_template(), contests_of(work)
+    params = SamplingParams(1, settings.temperature, settings.top_p, settings.max_new_tokens, seed=0)
+    by, template, contests = SampledBy.of_run(work, judge, params), meta_template(), contests_of(work)
 
     def request(contest: Contest, first: Judgement, second: Judgement) -> SamplingRequest[JudgementComparison]:
         values = {
@@ -75,11 +74,9 @@ def comparisons_task(work: Work) -> tuple[SamplingTask[JudgementComparison], int
         }
         name = f"{first.id}-over-{second.id}"
         compared = JudgementComparison(contest.candidate.id, first, second)
-        return SamplingRequest(name, compared, chat.prompt(template.fill(values)))
+        return SamplingRequest(name, compared, by.chat.prompt(template.fill(values)))
 
     requests = [request(contest, *both) for contest in contests for both in comparisons(contest)]
-    params = SamplingParams(1, settings.temperature, settings.top_p, settings.max_new_tokens, seed=0)
-    by = SampledBy(chat, model_hash, params)
 
     def records(
         request: SamplingRequest[JudgementComparison], completions: Sequence[Completion]
@@ -96,9 +93,8 @@ def comparisons_task(work: Work) -> tuple[SamplingTask[JudgementComparison], int
                 **fields,
             )
 
-    fitting = that_fit(work.config, requests, settings.max_new_tokens)
-    task = SamplingTask(judge, fitting, params, records, "meta_judgements.jsonl", "comparisons")
-    return task, len(requests) - len(fitting), contests
+    task = SamplingTask(judge, requests, params, records, "meta_judgements.jsonl", "comparisons")
+    return *task.fitting(work.config), contests
 
 
 def contests_of(work: Work) -> list[Contest]:
@@ -128,8 +124,7 @@ def judgement_pairs(work: Work, contests: Sequence[Contest], judged: Sequence[Me
     """A pair of judgements for each response where one is better, up to the largest share. Trained on as they were
     sampled: the judge's prompt, the better and the worse judgement."""
     chat = Chat.from_folder(work.run.weights(model_name(work.round)))
-    template = JudgeTemplate.from_text(work.read("seed", "judge_template.txt").read_text(encoding="utf-8"), "seed")
-    weights = position_weights(judged)
+    template, weights = judge_template(work), position_weights(judged)
     by_candidate: dict[str, list[MetaJudgement]] = {}
     for one in judged:
         by_candidate.setdefault(one.candidate_id, []).append(one)

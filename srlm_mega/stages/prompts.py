@@ -2,6 +2,8 @@
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import count
 
 from srlm_mega.chat import Chat
@@ -59,8 +61,11 @@ def take_from_file(work: Work) -> Done:
 def self_instruct(work: Work) -> Done:
     """Waves of few-shot requests to the writer until enough of what it wrote passes the filters."""
     settings = work.config.prompts
-    writer = writer_model(work)
-    writer_chat, chat = Chat.from_folder(work.run.weights(writer)), answering_chat(work)
+    writer, chat = writer_model(work), answering_chat(work)
+    writer_chat = Chat.from_folder(work.run.weights(writer))
+    stop = writer_chat.stop(settings.stop)
+    params = SamplingParams(1, settings.temperature, settings.top_p, settings.max_new_tokens, seed=0, stop=stop)
+    by = SampledBy(writer_chat, work.run.digest(writer), params)
     sampler = open_model(work, writer, int(work.config.sampler.max_failed_share * settings.max_requests))
     seeds = [example.prompt for example in read_jsonl(work.read("seed", "ift.jsonl"), SftExample)]
     shots = settings.shots_ift + settings.shots_generated
@@ -83,7 +88,11 @@ def self_instruct(work: Work) -> Done:
                 f"Lower prompts.per_round, loosen the filters, or read {work.out} to see what the writer wrote."
             )
         generated = [*earlier, *(prompt.text for prompt in accepted)]
-        for draft in wave_of_drafts(work, wave, seeds, generated, writer_chat, sampler):
+        path = work.out / f"drafts_{wave:05d}.jsonl"
+        if not path.exists():  # else a killed attempt got this far
+            drafts = sample_drafts(work, wave, seeds, generated, by, sampler)
+            write_durably(path, partial(write_jsonl, records=drafts))
+        for draft in read_jsonl(path, PromptDraft):
             for task in parse_tasks(draft.text, truncated=draft.finish_reason == "length"):
                 if not fits(work, chat, task):
                     no_room += 1
@@ -98,19 +107,8 @@ def self_instruct(work: Work) -> Done:
     return Done(len(accepted), {**task_filter.rejected, "no_room": no_room, "requests": (wave + 1) * REQUESTS_PER_WAVE})
 
 
-def wave_of_drafts(
-    work: Work, wave: int, seeds: Sequence[str], generated: Sequence[str], chat: Chat, sampler: PatientSampler
-) -> list[PromptDraft]:
-    """What the writer wrote to one wave of requests: from disk when a killed attempt got that far."""
-    path = work.out / f"drafts_{wave:05d}.jsonl"
-    if not path.exists():
-        drafts = sample_drafts(work, wave, seeds, generated, chat, sampler)
-        write_durably(path, lambda part: write_jsonl(part, drafts))
-    return list(read_jsonl(path, PromptDraft))
-
-
 def sample_drafts(
-    work: Work, wave: int, seeds: Sequence[str], generated: Sequence[str], chat: Chat, sampler: PatientSampler
+    work: Work, wave: int, seeds: Sequence[str], generated: Sequence[str], by: SampledBy, sampler: PatientSampler
 ) -> list[PromptDraft]:
     """One wave: each request shows IFT tasks and, once there are some, tasks written before."""
     settings = work.config.prompts
@@ -125,21 +123,13 @@ def sample_drafts(
         shots = rng.sample(seeds, num_ift) + rng.sample(generated, num_generated)
         rng.shuffle(shots)
         request = few_shot_prompt(shots)
-        ids = chat.document(request, end=False)
+        ids = by.chat.document(request, end=False)
         if len(ids) <= longest:  # a request that does not fit whole is not sent
             requests.append((request, ids))
-    stop = chat.stop(settings.stop)
-    params = SamplingParams(1, settings.temperature, settings.top_p, settings.max_new_tokens, seed, stop)
-    by = SampledBy(chat, work.run.digest(writer_model(work)), params)
     names = [f"r{work.round}-w{wave:05d}-{number:02d}" for number in range(len(requests))]
-    answers = sampler.sample(names, [ids for _, ids in requests], params)
+    answers = sampler.sample(names, [ids for _, ids in requests], replace(by.params, seed=seed))
     return [
-        PromptDraft(
-            id=name,
-            request=request,
-            cumulative_logprob=completion.cumulative_logprob,
-            **by.fields(completion),
-        )
+        PromptDraft(id=name, request=request, cumulative_logprob=completion.cumulative_logprob, **by.fields(completion))
         for name, (request, _), completions in zip(names, requests, answers, strict=True)
         if not isinstance(completions, FailedRequest)  # another request will do as well
         for completion in completions

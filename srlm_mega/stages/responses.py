@@ -16,7 +16,7 @@ from srlm_mega.sampling.sampler import SamplingParams
 from srlm_mega.sampling.sampling_rate import ShardWatch
 from srlm_mega.sampling.shards import ShardFiles, cut_into_shards, run_shards
 from srlm_mega.seeds import derive_seed
-from srlm_mega.stages.sampling_task import SampledBy, SamplingRequest, answer, candidates_of, that_fit
+from srlm_mega.stages.sampling_task import SampledBy, SamplingRequest, answer, candidates_of, fitting_requests
 
 Say = Callable[[int, int, str], None]
 """Requests (or questions) that are answered, of how many, and a few words."""
@@ -48,7 +48,8 @@ def respond(
     """
     length = config.candidates.max_new_tokens
     chat = Chat.from_folder(writer.folder)
-    requests = that_fit(config, [SamplingRequest(one.id, one, chat.prompt(one.text)) for one in prompts], length)
+    asked = [SamplingRequest(prompt.id, prompt, chat.prompt(prompt.text)) for prompt in prompts]
+    requests = fitting_requests(config, asked, length)
     if not requests:
         longest = config.longest_prompt(length)
         raise UserError(f"no prompt has {longest} tokens or fewer: lower candidates.max_new_tokens")

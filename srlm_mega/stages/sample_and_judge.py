@@ -5,12 +5,10 @@ Where the configuration asks for it, an anchor model answers them too, and the p
 
 import random
 from functools import partial
-from typing import TypeVar, assert_never
+from typing import assert_never
 
-from srlm_mega.chat import Chat
 from srlm_mega.config.data import CandidatesConfig, JudgeConfig
 from srlm_mega.judging.scores import MAX_SCORE, score_variance
-from srlm_mega.judging.template import JudgeTemplate
 from srlm_mega.records import Candidate, Judgement, Prompt, read_jsonl
 from srlm_mega.run.stage_kinds import ANCHOR_JUDGEMENTS, ANCHORS, CANDIDATES, PREVIOUS_JUDGEMENTS, PROMPTS, model_name
 from srlm_mega.run.work import Done, Work
@@ -21,12 +19,10 @@ from srlm_mega.stages.sampling_task import (
     SamplingRequest,
     SamplingTask,
     candidates_of,
+    judge_template,
     judgements_of,
-    that_fit,
 )
 from srlm_mega.stages.sharded import sample_in_shards, shard_files
-
-T = TypeVar("T")
 
 
 def sample_candidates(work: Work) -> Done:
@@ -73,34 +69,26 @@ def candidates_task(work: Work) -> tuple[SamplingTask[Prompt], int]:
     """A request per prompt; and how many prompts were left out, too long for a whole response."""
     is_anchor = work.stage.kind is ANCHORS
     writer, letter = (work.config.pairs.rejected_from, "a") if is_anchor else (model_name(work.round), "c")
-    settings = work.config.candidates
-    chat = Chat.from_folder(work.run.weights(writer))
-    model_hash = work.run.digest(writer)
+    by = SampledBy.of_run(work, writer, params_of(work.config.candidates))
     prompts = read_jsonl(work.read(PROMPTS.of(work.round), "prompts.jsonl"), Prompt)
-    requests = [SamplingRequest(prompt.id, prompt, chat.prompt(prompt.text)) for prompt in prompts]
-    params = params_of(settings)
-    records = partial(candidates_of, SampledBy(chat, model_hash, params), letter)
-    fitting = that_fit(work.config, requests, settings.max_new_tokens)
-    return SamplingTask(writer, fitting, params, records, "candidates.jsonl", "prompts"), len(requests) - len(fitting)
+    requests = [SamplingRequest(prompt.id, prompt, by.chat.prompt(prompt.text)) for prompt in prompts]
+    records = partial(candidates_of, by, letter)
+    return SamplingTask(writer, requests, by.params, records, "candidates.jsonl", "prompts").fitting(work.config)
 
 
 def judgements_task(work: Work) -> tuple[SamplingTask[Candidate], int]:
     """A request per candidate for all its judgements; and how many candidates were left out, too long to be judged
     whole. The order is the candidates': those of a prompt follow one another, so that the beginning they share, the
     rubric and the prompt, is still in a sampler's cache."""
-    settings, is_previous = work.config.judge, work.stage.kind is PREVIOUS_JUDGEMENTS
+    is_previous = work.stage.kind is PREVIOUS_JUDGEMENTS
     judge, letter = (model_name(work.round - 1), "p") if is_previous else (model_name(work.round), "j")
-    chat = Chat.from_folder(work.run.weights(judge))
-    model_hash = work.run.digest(judge)
-    template = JudgeTemplate.from_text(work.read("seed", "judge_template.txt").read_text(encoding="utf-8"), "seed")
+    by, template = SampledBy.of_run(work, judge, params_of(work.config.judge)), judge_template(work)
     requests = [
-        SamplingRequest(candidate.id, candidate, chat.prompt(template.fill(candidate.prompt, candidate.text)))
+        SamplingRequest(candidate.id, candidate, by.chat.prompt(template.fill(candidate.prompt, candidate.text)))
         for candidate in read_candidates(work)
     ]
-    params = params_of(settings)
-    records = partial(judgements_of, SampledBy(chat, model_hash, params), letter)
-    fitting = that_fit(work.config, requests, settings.max_new_tokens)
-    return SamplingTask(judge, fitting, params, records, "judgements.jsonl", "responses"), len(requests) - len(fitting)
+    records = partial(judgements_of, by, letter)
+    return SamplingTask(judge, requests, by.params, records, "judgements.jsonl", "responses").fitting(work.config)
 
 
 def read_candidates(work: Work) -> list[Candidate]:

@@ -7,6 +7,7 @@ from typing import Generic, TypedDict, TypeVar
 from srlm_mega.chat import Chat
 from srlm_mega.config import Config
 from srlm_mega.judging.scores import parse_score
+from srlm_mega.judging.template import JudgeTemplate
 from srlm_mega.records import (
     Candidate,
     Decoding,
@@ -17,6 +18,7 @@ from srlm_mega.records import (
     PairwiseJudgement,
     Prompt,
 )
+from srlm_mega.run.work import Work
 from srlm_mega.sampling.retries import PatientSampler
 from srlm_mega.sampling.sampler import Completion, SamplingParams
 from srlm_mega.sampling.shards import Answered, Shard
@@ -49,6 +51,11 @@ class SamplingTask(Generic[T]):
     file: str
     unit: str
 
+    def fitting(self, config: Config) -> tuple["SamplingTask[T]", int]:
+        """Return the task without requests that leave no room for a whole answer, and their number."""
+        kept = fitting_requests(config, self.requests, self.params.max_new_tokens)
+        return replace(self, requests=kept), len(self.requests) - len(kept)
+
 
 class CompletionFields(TypedDict):
     """The fields that every record of a completion has; `cumulative_logprob` comes on top where a record keeps it."""
@@ -69,6 +76,11 @@ class SampledBy:
     model_hash: str
     params: SamplingParams
 
+    @classmethod
+    def of_run(cls, work: Work, model: str, params: SamplingParams) -> "SampledBy":
+        """Return the record fields' source for a model of the stage's run."""
+        return cls(Chat.from_folder(work.run.weights(model)), work.run.digest(model), params)
+
     def fields(self, completion: Completion) -> CompletionFields:
         """What a completion's record says of it; its text ends before a stop string."""
         text, stop = self.chat.decode(completion.token_ids), self.params.stop
@@ -80,6 +92,11 @@ class SampledBy:
             "token_ids": completion.token_ids,
             "decoding": self.params.decoding,
         }
+
+
+def judge_template(work: Work) -> JudgeTemplate:
+    """Read the template of the additive judge that the seed stage kept."""
+    return JudgeTemplate.from_text(work.read("seed", "judge_template.txt").read_text(encoding="utf-8"), "seed")
 
 
 def candidates_of(
@@ -112,7 +129,9 @@ def judgements_of(
         )
 
 
-def that_fit(config: Config, requests: Sequence[SamplingRequest[T]], max_new_tokens: int) -> list[SamplingRequest[T]]:
+def fitting_requests(
+    config: Config, requests: Sequence[SamplingRequest[T]], max_new_tokens: int
+) -> list[SamplingRequest[T]]:
     """Requests that leave room for a whole answer: over-long ones are never sent and never cut."""
     longest = config.longest_prompt(max_new_tokens)
     return [request for request in requests if len(request.token_ids) <= longest]

@@ -30,15 +30,8 @@ def make_seed(work: Work) -> Done:
             data = read_oasst(config.seed_data, seed, quarantine=work.out / "quarantine.jsonl")
         case "jsonl":
             data = read_jsonl_sets(config.seed_data, seed, quarantine=work.out / "quarantine.jsonl")
-    rows = {
-        "ift.jsonl": write_jsonl(work.out / "ift.jsonl", data.ift),
-        "eft_train.jsonl": write_jsonl(work.out / "eft_train.jsonl", data.eft_train),
-        "eft_sources.jsonl": write_jsonl(work.out / "eft_sources.jsonl", data.eft_sources),
-        "eft_eval.jsonl": write_jsonl(work.out / "eft_eval.jsonl", data.eft_eval),
-        "validation.jsonl": write_jsonl(work.out / "validation.jsonl", data.validation),
-        "test.jsonl": write_jsonl(work.out / "test.jsonl", data.test),
-        "documents.jsonl": write_jsonl(work.out / "documents.jsonl", data.documents),
-    }
+    sets = {f"{name}.jsonl": records for name, records in vars(data).items() if name != "counts"}
+    rows = {name: write_jsonl(work.out / name, records) for name, records in sets.items()}
     (work.out / "counts.json").write_bytes(orjson.dumps(dict(data.counts), option=orjson.OPT_INDENT_2))
     (work.out / "judge_template.txt").write_text(load_template(config.judge.template).text, encoding="utf-8")
     if config.prompts.path is not None:
