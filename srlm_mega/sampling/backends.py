@@ -1,4 +1,4 @@
-"""The configured backend, with the model loaded."""
+"""Opening the configured sampler backend."""
 
 from pathlib import Path
 from typing import assert_never
@@ -8,10 +8,12 @@ from srlm_mega.sampling.sampler import Sampler
 
 
 def open_sampler(config: SamplerConfig, model_folder: Path, eos_id: int) -> Sampler:
-    """Load the model of a Hugging Face folder with the configured backend. AssertionError names an unknown backend.
+    """Load a model with the configured backend.
 
-    Backends' stacks exclude one another, so each is imported only where it was chosen.
+    `model_folder` is a Hugging Face folder, or an engine's folder for the backend trtllm_engine; `eos_id` is the end
+    token. UserError or ValueError when the folder does not fit the backend; AssertionError names an unknown backend.
     """
+    # The backends' packages exclude one another, so each is imported only where it was chosen.
     match config.backend:
         case "huggingface":
             from srlm_mega.sampling.huggingface_sampler import HuggingFaceSampler

@@ -1,8 +1,8 @@
 """The transformers backend, on CPU or one GPU: prefill each prompt once, then decode its n completions together.
 
-It decodes by itself instead of calling `generate`: the prompt is computed once for all n, finished rows leave the
-batch, and every completion has random draws of its own, so that the batch size does not decide what is sampled. A
-model folder's generation_config has no say.
+It has its own decoding loop instead of calling `generate`: the prompt is computed once for all n completions, finished
+rows leave the batch, and every completion has random draws of its own, so that the batch size does not decide what is
+sampled.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,8 @@ from srlm_mega.seeds import derive_seed
 
 
 class HuggingFaceSampler:
-    """A Hugging Face causal language model. `batch_size` is in sequences (prompts times n) per forward pass."""
+    """A `Sampler` of a Hugging Face causal language model. `batch_size`: sequences (prompts times n) per forward pass.
+    ValueError when the folder lacks weights of the model."""
 
     def __init__(
         self, model_folder: Path, eos_id: int, device: Literal["auto", "cpu", "cuda"], batch_size: int
@@ -30,11 +31,11 @@ class HuggingFaceSampler:
         model, report = AutoModelForCausalLM.from_pretrained(
             str(model_folder), dtype="auto", local_files_only=True, output_loading_info=True
         )
-        # transformers only warns, and goes on with random weights.
+        # transformers only warns about these, and fills them with random weights.
         if report["missing_keys"] or report["mismatched_keys"]:
             raise ValueError(
                 f"{model_folder} does not hold the whole model: missing {sorted(report['missing_keys'])}, "
-                f"of another shape {sorted(report['mismatched_keys'])}. Convert it again"
+                f"of another shape {sorted(report['mismatched_keys'])}. Download or convert it again"
             )
         self._model = model.to(self._device).eval()
         self._limits = ModelLimits(int(model.config.max_position_embeddings), int(model.config.vocab_size))
@@ -42,9 +43,10 @@ class HuggingFaceSampler:
     def sample(
         self, prompts: Sequence[tuple[int, ...]], params: SamplingParams, first: int = 0
     ) -> list[list[Completion]]:
-        """See `Sampler.sample`. Prompts are batched by length, which keeps padding small."""
+        """Sample completions as `Sampler.sample` specifies."""
         self._limits.check(prompts, params.max_new_tokens)
         completions: list[list[Completion]] = [[] for _ in prompts]
+        # Prompts of similar length share a batch, which keeps padding small.
         longest_first = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
         with torch.inference_mode():
             size = max(1, self._batch_size // params.n)
@@ -52,12 +54,12 @@ class HuggingFaceSampler:
                 batch = longest_first[start : start + size]
                 seeds = [derive_seed(params.seed, first + index, copy) for index in batch for copy in range(params.n)]
                 rows = self._decode([prompts[index] for index in batch], params, seeds)
-                for position, index in enumerate(batch):
-                    completions[index] = rows[position * params.n : (position + 1) * params.n]
+                for row, index in enumerate(batch):
+                    completions[index] = rows[row * params.n : (row + 1) * params.n]
         return completions
 
     def close(self) -> None:
-        """Free the model and, on a GPU, the memory it had."""
+        """Free the model and its memory."""
         del self._model
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
@@ -65,9 +67,9 @@ class HuggingFaceSampler:
     def _decode(
         self, prompts: Sequence[tuple[int, ...]], params: SamplingParams, seeds: Sequence[int]
     ) -> list[Completion]:
-        """`params.n` completions per prompt, those of one prompt side by side; one seed for each."""
+        """Decode one batch: `params.n` completions per prompt, those of a prompt in a row; a seed for each."""
         input_ids, mask = (tensor.to(self._device) for tensor in left_padded(prompts))
-        # Without padding no mask is needed, and attention takes its faster way.
+        # Without padding no mask is needed, and attention takes its faster path.
         padded = not bool(mask.all())
         output = self._model(
             input_ids=input_ids,
@@ -76,6 +78,7 @@ class HuggingFaceSampler:
             use_cache=True,
             logits_to_keep=1,
         )
+        # From here on a row is a completion: each prompt's cache, mask and logits are repeated n times.
         cache = output.past_key_values
         cache.batch_repeat_interleave(params.n)
         logits = output.logits[:, -1].repeat_interleave(params.n, dim=0)
@@ -84,7 +87,7 @@ class HuggingFaceSampler:
 
         tokens: list[list[int]] = [[] for _ in seeds]
         logprobs = torch.zeros(len(seeds), dtype=torch.float64, device=self._device)
-        active = torch.arange(len(seeds), device=self._device)
+        active = torch.arange(len(seeds), device=self._device)  # rows that are still being decoded
         for step in range(params.max_new_tokens):
             chosen = choose(logits, params, draws[active, step])
             logprobs[active] += logprob_of(chosen, logits)
@@ -92,11 +95,11 @@ class HuggingFaceSampler:
                 tokens[row].append(token)
             unfinished = (chosen != self._eos_id).nonzero()[:, 0]
             if params.stop is not None:
-                going = [place for place in unfinished.tolist() if not params.stop.is_end(tokens[active[place]])]
-                unfinished = torch.tensor(going, dtype=torch.long, device=self._device)
+                kept = [row for row in unfinished.tolist() if not params.stop.is_end(tokens[active[row]])]
+                unfinished = torch.tensor(kept, dtype=torch.long, device=self._device)
             if len(unfinished) == 0 or step + 1 == params.max_new_tokens:
                 break
-            if len(unfinished) < len(active):
+            if len(unfinished) < len(active):  # finished rows cost nothing more
                 cache.batch_select_indices(unfinished)
                 active, chosen, mask = active[unfinished], chosen[unfinished], mask[unfinished]
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
@@ -119,12 +122,12 @@ class HuggingFaceSampler:
 
 
 def automatic_device() -> str:
-    """A GPU where there is one."""
+    """Return `cuda` where a GPU is available, else `cpu`."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def uniform_draws(seeds: Sequence[int], params: SamplingParams) -> Tensor:
-    """(rows, max_new_tokens) numbers in [0, 1): each row from its own seed. Greedy decoding needs none: zeros."""
+    """Return numbers in [0, 1), (rows, max_new_tokens): each row from its own seed; zeros for greedy decoding."""
     if params.temperature == 0:
         return torch.zeros(len(seeds), params.max_new_tokens)
     generator = torch.Generator()
@@ -135,7 +138,7 @@ def uniform_draws(seeds: Sequence[int], params: SamplingParams) -> Tensor:
 
 
 def left_padded(prompts: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
-    """Token ids and mask (1: a token, 0: padding), both (prompts, longest prompt); what ends, ends at the right."""
+    """Return token ids and mask (1: token, 0: padding), both (prompts, longest prompt), padded on the left."""
     longest = max(len(prompt) for prompt in prompts)
     ids = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
@@ -143,10 +146,10 @@ def left_padded(prompts: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
 
 
 def choose(logits: Tensor, params: SamplingParams, draws: Tensor) -> Tensor:
-    """One token per row of `logits` (rows, vocabulary); `draws` (rows) in [0, 1) decide.
+    """Return a token id per row (rows), from logits (rows, vocabulary) and draws (rows) in [0, 1).
 
-    Nucleus sampling: of the tokens from the likeliest on, the fewest that together have probability `top_p`; among
-    them the one in whose share of their cumulative probability the draw falls.
+    The nucleus is the fewest likeliest tokens whose probabilities sum to `top_p`. Laid side by side, likeliest first,
+    they divide [0, their sum); the token in whose share the draw times that sum falls is chosen.
     """
     if params.temperature == 0:
         return logits.argmax(dim=-1)
@@ -155,11 +158,11 @@ def choose(logits: Tensor, params: SamplingParams, draws: Tensor) -> Tensor:
     cumulative = ordered.cumsum(dim=-1)
     kept = (cumulative - ordered < params.top_p).sum(dim=-1, keepdim=True)
     mass = cumulative.gather(-1, kept - 1)
-    place = torch.searchsorted(cumulative, draws[:, None] * mass, right=True)
-    return tokens.gather(-1, torch.minimum(place, kept - 1))[:, 0]
+    index = torch.searchsorted(cumulative, draws[:, None] * mass, right=True)
+    return tokens.gather(-1, torch.minimum(index, kept - 1))[:, 0]  # rounding may point one past the nucleus
 
 
 def logprob_of(tokens: Tensor, logits: Tensor) -> Tensor:
-    """(rows) log-probabilities in nats of one token per row of `logits` (rows, vocabulary)."""
+    """Return the log-probabilities in nats (rows) of one token per row of `logits` (rows, vocabulary)."""
     logits = logits.float()
     return (logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(dim=-1)).double()

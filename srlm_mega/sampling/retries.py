@@ -1,5 +1,5 @@
-"""Second tries: a batch that fails for a passing reason is sent again, and then each of its requests alone, so that one
-poisoned request does not cost the others their answers."""
+"""Retries: a batch that fails for a transient reason is sent again, and after the last attempt each of its requests is
+sent alone, so that one bad request does not cost the others their answers."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -14,15 +14,16 @@ from srlm_mega.sampling.backends import open_sampler
 from srlm_mega.sampling.sampler import Completion, Sampler, SamplingParams
 from srlm_mega.sampling.shards import too_many_failed
 
-# What backends raise when an engine, a device or a connection fails. A ValueError is a mistake that stays one.
+# Backends raise these when an engine, a device or a connection fails. A ValueError would only be raised again.
 TRANSIENT = (RuntimeError, OSError)
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 1.0, 60.0
 Answer = list[Completion] | FailedRequest
 
 
 @dataclass
-class PatientSampler:
-    """A sampler with retries. It tolerates `allowed` requests that fail for good, in all its calls together."""
+class RetryingSampler:
+    """A sampler with `attempts` per request. Requests that fail in all of them are tolerated, up to `allowed` in all
+    calls together; `failed` holds them."""
 
     sampler: Sampler
     attempts: int
@@ -31,23 +32,24 @@ class PatientSampler:
     failed: list[FailedRequest] = field(default_factory=list, init=False)
 
     def sample(self, ids: Sequence[str], prompts: Sequence[tuple[int, ...]], params: SamplingParams) -> list[Answer]:
-        """The completions of each prompt, or (`ids` name the requests) its failure. CannotContinue above the share."""
+        """Return for each prompt its completions, or the FailedRequest with its id; `Sampler.sample` describes prompts
+        and params. CannotContinue when more than `allowed` requests have failed."""
         try:
             return list(self._retrying()(self.sampler.sample, prompts, params))
         except TRANSIENT as error:
-            print(f"a batch of {len(prompts)} requests failed, each goes alone: {error!r}", flush=True)
-        return [self._alone(*named, place, params) for place, named in enumerate(zip(ids, prompts, strict=True))]
+            print(f"a batch of {len(prompts)} requests failed, each is now sent alone: {error!r}", flush=True)
+        return [self._alone(*request, params) for request in zip(ids, prompts, range(len(prompts)), strict=True)]
 
     def close(self) -> None:
         """Free the model."""
         self.sampler.close()
 
-    def _alone(self, name: str, prompt: tuple[int, ...], place: int, params: SamplingParams) -> Answer:
+    def _alone(self, request_id: str, prompt: tuple[int, ...], position: int, params: SamplingParams) -> Answer:
         try:
-            (completions,) = self._retrying()(self.sampler.sample, [prompt], params, place)
+            (completions,) = self._retrying()(self.sampler.sample, [prompt], params, position)
             return completions
         except TRANSIENT as error:
-            self.failed.append(FailedRequest(name, repr(error), self.attempts))
+            self.failed.append(FailedRequest(request_id, repr(error), self.attempts))
             if len(self.failed) > self.allowed:
                 raise too_many_failed(self.failed, self.allowed) from error
             return self.failed[-1]
@@ -63,12 +65,12 @@ class PatientSampler:
 
 
 def none_failed(answers: Sequence[Answer]) -> list[list[Completion]]:
-    """The answers of a sampler that tolerates no failure."""
+    """Return the answers of a sampler with allowed=0 as completions. AssertionError when a request failed."""
     completions = [answer for answer in answers if not isinstance(answer, FailedRequest)]
     assert len(completions) == len(answers), "allowed=0 lets no failed request through"
     return completions
 
 
-def open_patient_sampler(config: SamplerConfig, model_folder: Path, eos_id: int, allowed: int) -> PatientSampler:
-    """The configured backend with the model loaded, and the configured number of attempts."""
-    return PatientSampler(open_sampler(config, model_folder, eos_id), config.attempts, allowed)
+def open_retrying_sampler(config: SamplerConfig, model_folder: Path, eos_id: int, allowed: int) -> RetryingSampler:
+    """Load a model as `open_sampler` does, with the configured number of attempts; `allowed` requests may fail."""
+    return RetryingSampler(open_sampler(config, model_folder, eos_id), config.attempts, allowed)

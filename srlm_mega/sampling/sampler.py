@@ -1,5 +1,5 @@
-"""What a sampler is: token ids in, sampled token ids out. Backends stand behind this small interface
-(backends.py chooses one)."""
+"""The sampler's interface: token ids in, sampled token ids out. Every backend keeps the contract written here
+(tests/support/sampler_contract.py tests it); backends.py opens the configured one."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,8 +15,16 @@ from srlm_mega.records import Decoding, FinishReason
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to decode. `temperature` 0 is greedy; `n` completions per prompt; `seed` decides every draw of a call; `stop`
-    ends a completion besides the end token."""
+    """Decoding settings of one call to `Sampler.sample`. ValueError when a value is out of range.
+
+    - n: completions per prompt, at least 1.
+    - temperature: the logits are divided by it; 0 takes the likeliest token (greedy), and then n must be 1.
+    - top_p: nucleus sampling, in (0, 1]: tokens are drawn from the fewest likeliest ones whose probabilities, after the
+      temperature, sum to top_p; 1 keeps the whole vocabulary.
+    - max_new_tokens: longest completion in tokens, the end token included; at least 1.
+    - seed: with a prompt's position and a completion's number it decides all random draws.
+    - stop: strings that end a completion in addition to the end token; None for no such strings.
+    """
 
     n: int
     temperature: float
@@ -31,11 +39,11 @@ class SamplingParams:
         if self.temperature < 0 or not 0 < self.top_p <= 1:
             raise ValueError(f"temperature must be >= 0 and top_p in (0, 1], got {self.temperature} and {self.top_p}")
         if self.temperature == 0 and self.n > 1:
-            raise ValueError(f"greedy decoding (temperature 0) gives {self.n} times the same: use n=1")
+            raise ValueError(f"greedy decoding (temperature 0) gives the same completion {self.n} times: use n=1")
 
     @property
     def decoding(self) -> Decoding:
-        """What each completion's record keeps of this."""
+        """Settings that every completion's record keeps."""
         return Decoding(
             self.temperature, self.top_p, self.max_new_tokens, () if self.stop is None else self.stop.strings
         )
@@ -43,12 +51,16 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One sampled continuation. `token_ids` ends with the end token, or the one that completed a stop string, exactly
-    when `finish_reason` is `stop`; `seed` is that of its own draws, derived from the call's, the prompt's place in the
-    call and the copy.
+    """One sampled continuation of a prompt.
 
-    `cumulative_logprob` is the sum of its tokens' log-probabilities (nats) where the backend gives it: of huggingface
-    under the model itself, before temperature and top-p. Its last digits depend on the batch, so it is not compared.
+    - token_ids: 1 to max_new_tokens ids, without the prompt. With finish_reason `stop` the last one is the end token or
+      the token that completed the first stop string, and neither occurs earlier.
+    - finish_reason: `stop`, or `length` for a completion that max_new_tokens cut off. One that stops exactly at
+      max_new_tokens is a `stop`.
+    - seed: seed of this completion's own draws; no other completion of the call has the same.
+    - cumulative_logprob: sum of the tokens' log-probabilities in nats, None where the backend gives none. Backend
+      huggingface takes them from the model itself, before temperature and top-p. The last digits depend on the batch,
+      so it is left out when completions are compared.
     """
 
     token_ids: tuple[int, ...]
@@ -58,43 +70,52 @@ class Completion:
 
 
 class Sampler(Protocol):
-    """A model that is loaded and ready."""
+    """A loaded model that continues prompts. The end token's id is given to the backend when it is opened; a model
+    folder's generation_config is ignored."""
 
     def sample(
         self, prompts: Sequence[tuple[int, ...]], params: SamplingParams, first: int = 0
     ) -> list[list[Completion]]:
-        """`params.n` completions of each prompt, in the order of the prompts. The same model, prompts and params give
-        the same completions.
+        """Return `params.n` completions of each prompt: one list per prompt, in the order of the prompts.
 
-        `first` is the place of the first prompt, from which seeds are derived: the prompts from place 5 on, asked for
-        alone with first=5, have the seeds that they have in the whole list. ValueError when a prompt is empty, has a
-        token that the model does not know, or exceeds the model's positions together with `max_new_tokens`.
+        Prompts are token ids and are sent as they are: nothing is added, nothing is cut. No prompts give an empty list.
+
+        The same model, prompts, params and first give the same completions, whatever was sampled before; the global
+        random state is neither read nor changed. The seeds of a prompt's completions are derived from params.seed, the
+        prompt's position and the completion's number, so equal prompts at two positions get different draws. `first` is
+        the position of the first prompt: prompts 5 to 9 of a list, asked for alone with first=5, get the seeds that
+        they have in the whole list.
+
+        Raises:
+            ValueError: before anything is sampled, when a prompt is empty, has an id outside the vocabulary, or exceeds
+                the model's positions together with max_new_tokens. The sampler stays usable.
+            RuntimeError, OSError: the engine, device or connection failed; the caller may try again.
         """
-        ...
 
     def close(self) -> None:
-        """Free the model."""
-        ...
+        """Free the model and the memory it holds. The sampler cannot be used afterwards."""
 
 
 @dataclass(frozen=True)
 class ModelLimits:
-    """What a model can be asked."""
+    """Longest sequence (prompt and completion, in tokens) and vocabulary size of a model."""
 
     max_positions: int
     vocab_size: int
 
     @classmethod
     def of_folder(cls, model_folder: Path) -> "ModelLimits":
-        """From the `config.json` of a Hugging Face folder."""
+        """Read the limits from a Hugging Face folder's `config.json`. UserError when it is not there."""
         path = model_folder / "config.json"
         if not path.is_file():
-            raise UserError(f"{model_folder} is not a Hugging Face model folder: it has no config.json")
+            raise UserError(
+                f"{model_folder} is not a Hugging Face model folder (no config.json): give the folder of a model"
+            )
         fields = orjson.loads(path.read_bytes())
         return cls(int(fields["max_position_embeddings"]), int(fields["vocab_size"]))
 
     def check(self, prompts: Sequence[tuple[int, ...]], max_new_tokens: int) -> None:
-        """ValueError names the first prompt that cannot be answered as a whole: none is ever cut."""
+        """Raise ValueError for the first prompt that cannot be answered as a whole: none is ever cut."""
         for index, prompt in enumerate(prompts):
             if not prompt:
                 raise ValueError(f"prompt {index} has no tokens: it needs at least the begin token")

@@ -1,7 +1,7 @@
-"""How fast a stage samples: metrics.jsonl, a line per shard and one for all, and progress with the time that is left.
+"""Sampling speed of a stage: metrics.jsonl, with a line per shard and one for all, and progress with the time left.
 
-Requests of a shard are answered together, so the latency that can be seen is a shard's; its tail is what a stage waits
-for at its end.
+The requests of a shard are answered together, so latency is measured per shard. Its percentiles matter because a stage
+waits for its slowest shards at the end.
 """
 
 import time
@@ -13,41 +13,45 @@ import orjson
 
 from srlm_mega.sampling.shards import ShardReport
 
+ProgressCallback = Callable[[int, int, str], None]
+"""Function that is given the requests answered so far, their total, and a note of a few words."""
+
 
 class ShardWatch:
-    """Takes the reports of finished shards. `total` requests; `devices` hold one replica."""
+    """Turns the reports of finished shards into metrics and progress. `total`: requests of the stage; `devices`: GPUs
+    of one replica; `on_progress` gets requests done, total, and a note with the time left."""
 
     def __init__(
-        self, metrics_file: Path, say: Callable[[int, int, str], None], total: int, devices: int, replicas: int
+        self, metrics_file: Path, on_progress: ProgressCallback, total: int, devices: int, replicas: int
     ) -> None:
         self._file = metrics_file
-        self._say = say
+        self._on_progress = on_progress
         self._total = total
         self._devices = devices
         self._replicas = replicas
         self._begin = time.monotonic()
         self._reports: list[ShardReport] = []
         self._done = self._before = 0
-        say(0, total, "")
+        on_progress(0, total, "")
 
     def earlier(self, report: ShardReport) -> None:
-        """A shard of an earlier attempt: done, but not in this attempt's time."""
+        """Count a shard of an earlier attempt, which took none of this attempt's time."""
         self._done += report.requests
         self._before += report.requests
-        self._say(self._done, self._total, "")
+        self._on_progress(self._done, self._total, "")
 
     def finished(self, report: ShardReport) -> None:
-        """A shard that was finished just now."""
+        """Count a shard that was finished just now, write its line and report the time left."""
         self._reports.append(report)
         self._done += report.requests
         self._write(shard_metrics(report, self._devices))
         seconds = time.monotonic() - self._begin
         left = duration((self._total - self._done) / ((self._done - self._before) / seconds))
         tokens_per_second = sum(report.output_tokens for report in self._reports) / seconds
-        self._say(self._done, self._total, f"{left} left, {tokens_per_second:,.0f} tokens/s")
+        self._on_progress(self._done, self._total, f"{left} left, {tokens_per_second:,.0f} tokens/s")
 
     def close(self) -> None:
-        """The line for all shards of this attempt."""
+        """Write the line for all shards of this attempt."""
         if self._reports:
             seconds = time.monotonic() - self._begin
             self._write(stage_metrics(self._reports, seconds, self._devices * self._replicas))
@@ -58,7 +62,7 @@ class ShardWatch:
 
 
 def shard_metrics(report: ShardReport, devices: int) -> dict[str, float]:
-    """A shard's line. `per GPU` counts the devices of its replica, a CPU process as one."""
+    """Return a shard's line. Rates per GPU divide by `devices`, the GPUs of its replica (1 for a CPU process)."""
     seconds = max(report.seconds, 1e-3)  # reports are in milliseconds
     return {
         "shard": report.shard,
@@ -74,7 +78,8 @@ def shard_metrics(report: ShardReport, devices: int) -> dict[str, float]:
 
 
 def stage_metrics(reports: list[ShardReport], seconds: float, devices: int) -> dict[str, float]:
-    """The line for all: rates over `seconds` of wall-clock time, loading of the model included."""
+    """Return the line for all shards: rates over `seconds` of wall-clock time, loading of the model included, and per
+    GPU of `devices` in all."""
     times = [report.seconds for report in reports]
     percentiles = quantiles(times, n=100, method="inclusive") if len(times) > 1 else times * 99
     return {
@@ -93,7 +98,7 @@ def stage_metrics(reports: list[ShardReport], seconds: float, devices: int) -> d
 
 
 def duration(seconds: float) -> str:
-    """In the two largest units: `2 h 5 min`, `3 min 20 s`, `12 s`."""
+    """Format a duration in its two largest units: `2 h 5 min`, `3 min 20 s`, `12 s`."""
     whole = round(seconds)
     if whole >= 3600:
         return f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -1,8 +1,9 @@
-"""A long stage in shards: what a killed stage has to repeat is at most the shards it was in.
+"""Shards: slices of a stage's requests that survive a kill, and that several processes can share.
 
 The requests are a fixed list; a shard is a slice of it with a seed of its own, so its records are the same whether the
-stage ran through or was started ten times, and whoever made them. Several processes (replicas) work on one list: each
-takes shards by lease files in the folder where finished shards lie. Doing a shard twice does no harm.
+stage ran through or was started ten times, and whichever process made them. A killed stage repeats at most the shards
+it was working on. Several processes (replicas) work on one list: each takes shards by lease files in the folder of the
+finished shards. Doing a shard twice does no harm.
 """
 
 import os
@@ -23,13 +24,13 @@ from srlm_mega.run.files import fsync, write_atomic
 from srlm_mega.seeds import derive_seed
 
 FAILED = "failed.jsonl"
-WAIT_SECONDS = 0.2
+WAIT_SECONDS = 0.2  # between two looks at the files of other processes
 R = TypeVar("R")
 
 
 @dataclass(frozen=True)
 class Shard(Generic[R]):
-    """A slice of the requests; `first` is the position of its first one in the whole list."""
+    """A slice of the requests with its own seed; `first` is the position of its first request in the whole list."""
 
     number: int
     first: int
@@ -39,7 +40,7 @@ class Shard(Generic[R]):
 
 @dataclass(frozen=True)
 class Answered:
-    """What a shard came to. Requests in `failed` have no records; the tokens are for the metrics."""
+    """Result of a shard. Requests in `failed` have no records; the token counts are for the metrics."""
 
     records: Sequence[Any]
     failed: Sequence[FailedRequest] = ()
@@ -49,7 +50,7 @@ class Answered:
 
 @dataclass(frozen=True)
 class ShardReport:
-    """How a finished shard went. `queue_seconds`: from the replica's readiness to the shard's begin."""
+    """Counts and seconds of a finished shard. `queue_seconds`: from the replica's readiness to the shard's start."""
 
     shard: int
     replica: int
@@ -62,8 +63,8 @@ class ShardReport:
 
 
 def cut_into_shards(requests: Sequence[R], shard_size: int, run_seed: int, *names: str | int) -> list[Shard[R]]:
-    """Slices of `shard_size` (the last may be shorter). A shard's seed is derived from the run's, the names of what it
-    is for (round, purpose) and its number."""
+    """Cut requests into slices of `shard_size`; the last may be shorter. A shard's seed is derived from the run's seed,
+    the names of its purpose (such as round and stage) and its number."""
     return [
         Shard(number, first, derive_seed(run_seed, *names, number), requests[first : first + shard_size])
         for number, first in enumerate(range(0, len(requests), shard_size))
@@ -71,10 +72,13 @@ def cut_into_shards(requests: Sequence[R], shard_size: int, run_seed: int, *name
 
 
 class ShardFiles(Generic[R]):
-    """The shards of one output, and their files in `<output>.shards/` beside it until the merge: shard_00003.jsonl
-    (finished), .failed.jsonl, .report.json, and .lease while somebody works on it. The folder must belong to these
-    shards: whoever changes the requests starts with an empty one. It tolerates `allowed` requests that fail for good
-    (None: whoever answers counts), whichever processes and attempts they failed in."""
+    """The shards of one output file, and their files until the merge.
+
+    They lie in `<output>.shards/`: shard_00003.jsonl (finished), .failed.jsonl, .report.json, and .lease while a
+    process works on the shard. The folder must belong to these shards: a caller that changes the requests starts with
+    an empty one. `allowed` requests may fail for good, counted over all processes and attempts; None sets no limit
+    here, for callers that count by themselves.
+    """
 
     def __init__(self, shards: Sequence[Shard[R]], output: Path, allowed: int | None = None) -> None:
         self.shards = shards
@@ -84,19 +88,20 @@ class ShardFiles(Generic[R]):
 
     @property
     def merged(self) -> bool:
-        """Whether the output is there."""
+        """True when the output file exists."""
         return self.output.exists()
 
     def missing(self) -> list[Shard[R]]:
-        """Shards that nobody has finished."""
+        """Return the shards that no process has finished."""
         return [shard for shard in self.shards if not self._file(shard, ".jsonl").exists()]
 
     def finished(self) -> list[Shard[R]]:
-        """Shards whose records are whole, whoever made them."""
+        """Return the shards that some process has finished."""
         return [shard for shard in self.shards if self._file(shard, ".jsonl").exists()]
 
     def lease(self, shard: Shard[R], replica: int, take_over_seconds: float) -> bool:
-        """Take a shard that is free, or that another replica has had for too long; whether it is ours now."""
+        """Take a shard for a replica if it is free, or if another replica has held it for more than
+        `take_over_seconds`. Returns True when it was taken and is not finished."""
         path = self._file(shard, ".lease")
         draft = path.with_name(f".{path.name}.{replica}")
         draft.write_text(str(replica))
@@ -115,7 +120,7 @@ class ShardFiles(Generic[R]):
     def _take_over(self, path: Path, replica: int, take_over_seconds: float) -> bool:
         try:
             age, owner = time.time() - path.stat().st_mtime, path.read_text()
-        except FileNotFoundError:  # given back in between
+        except FileNotFoundError:  # released in between
             return False
         if age <= take_over_seconds or owner == str(replica):
             return False
@@ -123,36 +128,36 @@ class ShardFiles(Generic[R]):
         return True
 
     def release(self, replica: int) -> None:
-        """Give back what an ended replica had."""
+        """Remove the leases of a replica that ended."""
         for path in self.folder.glob("*.lease"):
             with suppress(FileNotFoundError):  # its new owner has finished the shard
                 if path.read_text() == str(replica):
                     path.unlink()
 
     def prepare(self) -> None:
-        """Begin or go on: leases of an earlier attempt, and what its replicas said at their end, are out of date."""
+        """Create the folder, or clear an earlier attempt's leases and its replicas' reasons for ending from it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in [*self.folder.glob("*.lease"), *self.folder.glob("replica_*.progress.json")]:
             path.unlink()
 
     def finish(self, shard: Shard[R], answered: Answered, report: ShardReport) -> None:
-        """Write a shard's files, the one that says it is finished last."""
+        """Write a shard's files; its records come last, because they mark it as finished."""
         suffix = f"tmp{report.replica}"
         if answered.failed:
             write_durably(self._file(shard, ".failed.jsonl"), partial(write_jsonl, records=answered.failed), suffix)
-        else:  # those of an attempt that did not get to its records
+        else:  # failures of an attempt that was killed before it wrote its records
             self._file(shard, ".failed.jsonl").unlink(missing_ok=True)
         write_atomic(self._file(shard, ".report.json"), orjson.dumps(asdict(report)))
         write_durably(self._file(shard, ".jsonl"), partial(write_jsonl, records=answered.records), suffix)
         self._file(shard, ".lease").unlink(missing_ok=True)
 
     def report(self, shard: Shard[R]) -> ShardReport:
-        """Of a finished shard."""
+        """Read the report of a finished shard."""
         return ShardReport(**orjson.loads(self._file(shard, ".report.json").read_bytes()))
 
     def merge(self) -> None:
-        """All shards as one file, failures as another; without any there is none. CannotContinue when too many failed:
-        the next attempt asks the shards that have failures again."""
+        """Write the records of all shards to the output, and their failures, if any, to failed.jsonl next to it.
+        CannotContinue when more than `allowed` failed: the next attempt repeats the shards that have failures."""
         with_failures = [shard for shard in self.shards if self._file(shard, ".failed.jsonl").exists()]
         parts = [self._file(shard, ".failed.jsonl") for shard in with_failures]
         failed = [one for part in parts for one in read_jsonl(part, FailedRequest)]
@@ -162,12 +167,12 @@ class ShardFiles(Generic[R]):
             raise too_many_failed(failed, self.allowed)
         if failed:
             write_durably(self.output.with_name(FAILED), partial(concatenate, parts))
-        else:  # one of an earlier comparison in this folder
+        else:  # that of an earlier comparison in this folder
             self.output.with_name(FAILED).unlink(missing_ok=True)
         write_durably(self.output, partial(concatenate, [self._file(shard, ".jsonl") for shard in self.shards]))
 
     def tidy(self) -> None:
-        """Remove what the merge made superfluous."""
+        """Remove the shards' folder, which nobody needs after the merge."""
         if self.folder.exists():
             shutil.rmtree(self.folder)
 
@@ -180,12 +185,12 @@ def too_many_failed(failed: Sequence[FailedRequest], allowed: int) -> CannotCont
     return CannotContinue(
         f"{len(failed)} requests failed for good, sampler.max_failed_share allows {allowed}. The last is "
         f"{failed[-1].id}: {failed[-1].error}. What is finished is kept; once the cause is gone, the same command "
-        "goes on"
+        "resumes the stage"
     )
 
 
 def held_shards(folder: Path) -> list[str]:
-    """Who works on which shard of a stage's folder, and for how long, in words."""
+    """Return a line for each leased shard in a stage's folder: which replica holds it, and for how many minutes."""
     held = []
     for path in sorted(folder.glob("*.shards/*.lease")):
         with suppress(FileNotFoundError):  # finished in between
@@ -204,8 +209,8 @@ def run_shards(
     on_earlier: Callable[[ShardReport], None] = ignore,
     on_finished: Callable[[ShardReport], None] = ignore,
 ) -> None:
-    """Do all shards that are not there in this process, in order, and merge them. `on_earlier` is called for those of
-    an earlier attempt, `on_finished` for each of this one."""
+    """Work on all unfinished shards in this process, in order, and merge them. `on_earlier` gets the reports of shards
+    that an earlier attempt finished, `on_finished` those of this one. CannotContinue when too many requests failed."""
     if not files.merged:
         files.prepare()
         for shard in files.finished():
@@ -222,11 +227,12 @@ def take_shards(
     take_over_seconds: float,
     on_finished: Callable[[ShardReport], None] = ignore,
 ) -> None:
-    """Work on shards that nobody else has until all are finished, whoever finished them."""
+    """Work on shards that no other process holds, until all shards are finished. A shard that another replica has held
+    for more than `take_over_seconds` is taken over."""
     ready = time.monotonic()
     while missing := files.missing():
         shard = next((one for one in missing if files.lease(one, replica, take_over_seconds)), None)
-        if shard is None:  # others work on all that is left; one of them may yet fall out
+        if shard is None:  # others hold all that is left; one of them may still end, and release its shard
             time.sleep(WAIT_SECONDS)
             continue
         begin = time.monotonic()
@@ -246,7 +252,7 @@ def take_shards(
 
 
 def concatenate(parts: Sequence[Path], path: Path) -> None:
-    """The parts, one after the other, as one file."""
+    """Write the parts one after the other to one file."""
     with path.open("wb") as file:
         for part in parts:
             with part.open("rb") as source:
@@ -254,8 +260,8 @@ def concatenate(parts: Sequence[Path], path: Path) -> None:
 
 
 def write_durably(path: Path, write: Callable[[Path], object], suffix: str = "tmp") -> None:
-    """Let `write` fill a temporary file (`suffix` tells apart those of several processes), bring it to the disk, and
-    only then give it its name."""
+    """Let `write` fill a temporary file, sync it to the disk, and only then give it its name. `suffix` keeps the
+    temporary files of several processes apart."""
     temporary = path.with_name(f".{path.name}.{suffix}")
     write(temporary)
     fsync(temporary)

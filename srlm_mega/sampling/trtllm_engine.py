@@ -1,5 +1,5 @@
-"""A TensorRT engine, built by `trtllm-build` of TensorRT-LLM 1.2 (the last line with engines). Never run on real
-hardware (see trtllm.py)."""
+"""Backend trtllm_engine: an engine built by `trtllm-build` of TensorRT-LLM 1.2, the last release line with engines.
+Never run on real hardware (see trtllm_sampler.py)."""
 
 from pathlib import Path
 
@@ -18,9 +18,8 @@ from srlm_mega.sampling.trtllm_sampler import TrtllmSampler
 
 
 def open_trtllm_engine(config: SamplerConfig, engine: Path, eos_id: int) -> TrtllmSampler:
-    """Load the engine in a folder; its files have its limits, TP and PP. UserError when it was not built for these
-    versions and this GPU. An engine gives log-probabilities only when it was built to gather all logits, so none are
-    asked for."""
+    """Load the engine in a folder, whose files tell its limits, TP and PP. UserError when it was not built for these
+    versions and this GPU."""
     try:
         record = check_engine(engine, runtime_here(), None, engine)
     except ValueError as error:
@@ -31,10 +30,11 @@ def open_trtllm_engine(config: SamplerConfig, engine: Path, eos_id: int) -> Trtl
         skip_tokenizer_init=True,
         kv_cache_config=KvCacheConfig(enable_block_reuse=True, free_gpu_memory_fraction=config.kv_cache_fraction),
     )
+    # An engine gives log-probabilities only when it was built to gather all logits, so none are asked for.
     return TrtllmSampler(llm, eos_id, ModelLimits(record.limits.max_seq_len, vocabulary), logprobs=False)
 
 
 def runtime_here() -> Runtime:
-    """What an engine must have been built with to run here."""
+    """Return the versions and the GPU's compute capability that an engine must have been built for to run here."""
     major, minor = torch.cuda.get_device_capability()
     return Runtime(tensorrt_llm.__version__, tensorrt.__version__, f"{major}.{minor}")

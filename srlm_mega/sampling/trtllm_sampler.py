@@ -1,4 +1,4 @@
-"""What the two TensorRT-LLM backends share: from our requests to its LLM API, and back. Written for 1.2.
+"""The sampler of both TensorRT-LLM backends: requests to its LLM API, and completions from it. Written for 1.2.
 
 Never run on real hardware: TensorRT-LLM cannot be imported without a GPU. It was tested against a strict stand-in of
 the documented API (tests/support/tensorrt_llm_stand_in); tests/gpu has the same tests for the real one.
@@ -15,8 +15,8 @@ from srlm_mega.seeds import derive_seed
 
 
 class TrtllmSampler:
-    """A loaded `LLM`. The n completions of a prompt are one request, whose prompt is computed once; what prompts have
-    in common is reused from the KV cache, where they follow one another."""
+    """A `Sampler` of a loaded `LLM`. The n completions of a prompt are one request, whose prompt is computed once; the
+    beginning that successive prompts share is reused from the KV cache."""
 
     def __init__(self, llm: LLM, eos_id: int, limits: ModelLimits, logprobs: bool) -> None:
         self._llm = llm
@@ -27,26 +27,27 @@ class TrtllmSampler:
     def sample(
         self, prompts: Sequence[tuple[int, ...]], params: SamplingParams, first: int = 0
     ) -> list[list[Completion]]:
-        """See `Sampler.sample`. TensorRT-LLM gives copy i of a request the request's seed + i."""
+        """Sample completions as `Sampler.sample` specifies."""
         self._limits.check(prompts, params.max_new_tokens)
-        seeds = [derive_seed(params.seed, place) for place in range(first, first + len(prompts))]
+        seeds = [derive_seed(params.seed, position) for position in range(first, first + len(prompts))]
         outputs = self._llm.generate(
             [list(prompt) for prompt in prompts],
             [self._request(params, seed) for seed in seeds],
             use_tqdm=False,
         )
         assert len(outputs) == len(prompts), f"{len(prompts)} requests, {len(outputs)} answers"
+        # TensorRT-LLM samples completion i of a request with the request's seed + i.
         return [
             [self._completion(one, params, seed + copy) for copy, one in enumerate(output.outputs)]
             for output, seed in zip(outputs, seeds, strict=True)
         ]
 
     def close(self) -> None:
-        """End the workers, which frees their memory."""
+        """Shut down the workers, which frees their memory."""
         self._llm.shutdown()
 
     def _request(self, params: SamplingParams, seed: int) -> TrtllmParams:
-        """Greedy is asked for by name: with temperature, top_p and top_k all left out it depends on the version."""
+        # Greedy decoding is asked for by top_k: with all three left out, the decoding depends on the version.
         greedy = params.temperature == 0
         return TrtllmParams(
             n=params.n,
@@ -63,13 +64,13 @@ class TrtllmSampler:
         )
 
     def _completion(self, output: CompletionOutput, params: SamplingParams, seed: int) -> Completion:
-        """RuntimeError for an answer that broke off (`timeout`, `cancelled`), which is worth another try."""
+        """Convert an answer. RuntimeError for one that broke off (`timeout`, `cancelled`): a retry may succeed."""
         tokens = tuple(output.token_ids)
         # The end token itself is left out of the answer by some versions and kept by others.
         if output.finish_reason == "stop" and tokens[-1:] != (self._eos_id,):
             tokens = (*tokens, self._eos_id)
         reason = self._finish_reason(output, tokens, params)
-        # Its own stop words need its tokenizer and one spelling in tokens; a stop string has several.
+        # TensorRT-LLM's stop words need its tokenizer and a single tokenisation; a stop string has several.
         cut = None if params.stop is None else params.stop.cut(tokens)
         if cut is not None:
             return Completion(cut, "stop", seed)

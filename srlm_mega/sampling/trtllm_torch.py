@@ -1,5 +1,5 @@
-"""TensorRT-LLM's PyTorch backend: a Hugging Face folder as it is, bf16 or unified FP8. Written for 1.2, never run on
-real hardware (see trtllm.py)."""
+"""Backend trtllm_torch: TensorRT-LLM's PyTorch backend on a Hugging Face folder as it is, bf16 or unified FP8. Written
+for 1.2, never run on real hardware (see trtllm_sampler.py)."""
 
 from pathlib import Path
 
@@ -12,24 +12,19 @@ from srlm_mega.sampling.trtllm_sampler import TrtllmSampler
 
 
 def open_trtllm_torch(config: SamplerConfig, model_folder: Path, eos_id: int) -> TrtllmSampler:
-    """Load the folder's model on TP * PP GPUs.
-
-    - sampler_type: only this one honours a request's seed in 1.2.
-    - max_input_len is 1024 where it is left out.
-    - skip_tokenizer_init: token ids go in and out; text is made by chat.py alone.
-    """
+    """Load the folder's model on tp_size * pp_size GPUs. UserError when the folder has no config.json."""
     limits = ModelLimits.of_folder(model_folder)
     llm = LLM(
         model=str(model_folder),
-        skip_tokenizer_init=True,
+        skip_tokenizer_init=True,  # token ids go in and out: text is made by chat.py alone
         tensor_parallel_size=config.tp_size,
         pipeline_parallel_size=config.pp_size,
         max_batch_size=config.batch_size,
         max_num_tokens=config.max_num_tokens,
-        max_input_len=limits.max_positions,
+        max_input_len=limits.max_positions,  # 1024 where it is left out
         max_seq_len=limits.max_positions,
         enable_chunked_prefill=True,
-        sampler_type="TRTLLMSampler",
+        sampler_type="TRTLLMSampler",  # only this one honours a request's seed in 1.2
         kv_cache_config=KvCacheConfig(
             enable_block_reuse=True,
             free_gpu_memory_fraction=config.kv_cache_fraction,

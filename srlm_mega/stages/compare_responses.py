@@ -13,11 +13,10 @@ from srlm_mega.judging.pairwise import Outcome, outcome, pairwise_template
 from srlm_mega.records import Candidate, FailedRequest, PairwiseJudgement, read_jsonl
 from srlm_mega.run.stage_kinds import EVALUATION
 from srlm_mega.run.work import Work
-from srlm_mega.sampling.sampling_rate import ShardWatch
+from srlm_mega.sampling.sampling_rate import ProgressCallback, ShardWatch
 from srlm_mega.sampling.shards import FAILED, ShardFiles, cut_into_shards, run_shards
 from srlm_mega.stages.judges import open_judge, open_m1
 from srlm_mega.stages.pairwise_judge import OpenJudge, PairwiseQuestion
-from srlm_mega.stages.responses import Say
 from srlm_mega.stages.sampler_weights import loaded_folder
 
 
@@ -52,7 +51,9 @@ def compare_with_m1(work: Work, samples: Sequence[EvaluationSample]) -> Comparis
     return compare((work.stage.model, "M1"), matches, opened, work.out / "pairwise.jsonl", say)
 
 
-def compare(names: tuple[str, str], matches: Sequence[Match], opened: OpenJudge, file: Path, say: Say) -> Comparison:
+def compare(
+    names: tuple[str, str], matches: Sequence[Match], opened: OpenJudge, file: Path, on_progress: ProgressCallback
+) -> Comparison:
     """Ask a judge about every match in both orders: what it prefers only in one order is a tie. What it says is written
     to `file`, by way of shards that survive a kill, so `file` belongs to these matches and this judge."""
     questions = questions_of(matches)
@@ -60,7 +61,7 @@ def compare(names: tuple[str, str], matches: Sequence[Match], opened: OpenJudge,
         name = judge.name
         too_long = {question.prompt_id for question in questions if not judge.fits(question.text)}
         sent = [question for question in questions if question.prompt_id not in too_long]
-        watch = ShardWatch(file.with_name("metrics.jsonl"), say, len(sent), devices=1, replicas=1)
+        watch = ShardWatch(file.with_name("metrics.jsonl"), on_progress, len(sent), devices=1, replicas=1)
         files = ShardFiles(cut_into_shards(sent, judge.shard_size, 0, "pairwise"), file)
         run_shards(files, judge.answer, watch.earlier, watch.finished)
         watch.close()

@@ -19,7 +19,7 @@ from srlm_mega.judging.scores import mean_score, parse_score
 from srlm_mega.records import Prompt, RankedReplies, read_jsonl, write_jsonl
 from srlm_mega.run.stage_kinds import EVALUATION
 from srlm_mega.run.work import Done, Work
-from srlm_mega.sampling.retries import PatientSampler, none_failed
+from srlm_mega.sampling.retries import RetryingSampler, none_failed
 from srlm_mega.sampling.sampler import SamplingParams
 from srlm_mega.sampling.shards import write_durably
 from srlm_mega.seeds import derive_seed
@@ -93,7 +93,7 @@ def pairwise_counts(comparison: Comparison) -> dict[str, float]:
     return counts | {f"pairwise_{key}": number for key, number in result.items()}
 
 
-def make_samples(work: Work, chat: Chat, sampler: PatientSampler) -> tuple[list[EvaluationSample], list[int], int]:
+def make_samples(work: Work, chat: Chat, sampler: RetryingSampler) -> tuple[list[EvaluationSample], list[int], int]:
     """A greedy and a sampled response per held-out prompt, the lengths of the sampled ones in tokens, and how many
     prompts were left out because a response would not fit."""
     settings, length = work.config.evaluation, work.config.candidates.max_new_tokens
@@ -119,7 +119,7 @@ def make_samples(work: Work, chat: Chat, sampler: PatientSampler) -> tuple[list[
     return samples, lengths, len(given) - len(prompts)
 
 
-def measure_judge(work: Work, chat: Chat, sampler: PatientSampler) -> list[JudgedBy]:
+def measure_judge(work: Work, chat: Chat, sampler: RetryingSampler) -> list[JudgedBy]:
     """Agreement of the model's scores with ranked replies: by means of k judgements as in the loop, by single ones, and
     by `evaluation.judge_means`; all in several replicates, each of the first judgements of the same ones."""
     judge, evaluation = work.config.judge, work.config.evaluation
@@ -142,7 +142,7 @@ def measure_judge(work: Work, chat: Chat, sampler: PatientSampler) -> list[Judge
 
 
 def score_replies(
-    work: Work, chat: Chat, sampler: PatientSampler, sets: Sequence[RankedReplies], judgements: int
+    work: Work, chat: Chat, sampler: RetryingSampler, sets: Sequence[RankedReplies], judgements: int
 ) -> list[list[list[float | None]]]:
     """Scores by set, reply and judgement. A reply too long to be judged whole has none, as if none could be read."""
     judge = work.config.judge

@@ -20,7 +20,7 @@ from srlm_mega.evaluation.export_formats import (
 from srlm_mega.records import Candidate, Prompt, read_jsonl
 from srlm_mega.run.files import write_atomic
 from srlm_mega.run.identity import responding
-from srlm_mega.sampling.retries import PatientSampler, none_failed, open_patient_sampler
+from srlm_mega.sampling.retries import RetryingSampler, none_failed, open_retrying_sampler
 from srlm_mega.sampling.sampler import Completion, SamplingParams
 from srlm_mega.seeds import derive_seed
 from srlm_mega.stages.head_to_head import RunModel, begin, show
@@ -59,7 +59,7 @@ def export_mt_bench(model: RunModel, questions: Sequence[MtBenchQuestion], model
     """Answer every turn of MT-Bench's questions, with FastChat's temperatures. UserError for one that does not fit."""
     chat = Chat.from_folder(model.writer.folder)
     conversations = [Conversation(question, (), ()) for question in questions]
-    with closing(open_patient_sampler(model.config.sampler, model.writer.folder, chat.eos_id, allowed=0)) as sampler:
+    with closing(open_retrying_sampler(model.config.sampler, model.writer.folder, chat.eos_id, allowed=0)) as sampler:
         for turn in range(max(len(question.turns) for question in questions)):
             for temperature in sorted({question.temperature for question in questions}):
                 conversations = take_turn(model, chat, sampler, conversations, turn, temperature)
@@ -85,7 +85,7 @@ class Conversation:
 def take_turn(
     model: RunModel,
     chat: Chat,
-    sampler: PatientSampler,
+    sampler: RetryingSampler,
     conversations: Sequence[Conversation],
     turn: int,
     temperature: float,

@@ -10,7 +10,7 @@ from srlm_mega.config.comparison import PairwiseJudgeConfig
 from srlm_mega.config.runtime import SamplerConfig
 from srlm_mega.records import PairwiseJudgement
 from srlm_mega.run.run_dir import RunDir
-from srlm_mega.sampling.retries import PatientSampler, open_patient_sampler
+from srlm_mega.sampling.retries import RetryingSampler, open_retrying_sampler
 from srlm_mega.sampling.sampler import Completion, ModelLimits, SamplingParams
 from srlm_mega.sampling.shards import Answered, Shard
 from srlm_mega.stages.pairwise_judge import PairwiseJudge, PairwiseQuestion, judgement_of
@@ -25,7 +25,7 @@ class LocalJudge:
     name: str
     shard_size: int
     chat: Chat
-    sampler: PatientSampler
+    sampler: RetryingSampler
     params: SamplingParams
     longest: int
 
@@ -45,7 +45,7 @@ class LocalJudge:
         chat, positions = Chat.from_folder(folder), ModelLimits.of_folder(folder).max_positions
         if seq_length is not None:
             positions = min(positions, seq_length)
-        ready = open_patient_sampler(sampler, loaded, chat.eos_id, allowed)
+        ready = open_retrying_sampler(sampler, loaded, chat.eos_id, allowed)
         params = SamplingParams(1, 0.0, 1.0, max_new_tokens, seed=0)
         return cls(name, sampler.shard_size, chat, ready, params, positions - max_new_tokens)
 

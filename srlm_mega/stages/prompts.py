@@ -12,7 +12,7 @@ from srlm_mega.errors import CannotContinue, UserError
 from srlm_mega.records import FailedRequest, Prompt, PromptDraft, RankedReplies, SftExample, read_jsonl, write_jsonl
 from srlm_mega.run.stage_kinds import PROMPTS, model_name
 from srlm_mega.run.work import Done, Work
-from srlm_mega.sampling.retries import PatientSampler
+from srlm_mega.sampling.retries import RetryingSampler
 from srlm_mega.sampling.sampler import ModelLimits, SamplingParams
 from srlm_mega.sampling.shards import write_durably
 from srlm_mega.seeds import derive_seed
@@ -108,7 +108,7 @@ def self_instruct(work: Work) -> Done:
 
 
 def sample_drafts(
-    work: Work, wave: int, seeds: Sequence[str], generated: Sequence[str], by: SampledBy, sampler: PatientSampler
+    work: Work, wave: int, seeds: Sequence[str], generated: Sequence[str], by: SampledBy, sampler: RetryingSampler
 ) -> list[PromptDraft]:
     """One wave: each request shows IFT tasks and, once there are some, tasks written before."""
     settings = work.config.prompts

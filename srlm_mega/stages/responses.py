@@ -1,6 +1,6 @@
 """What a model answers to a list of prompts, once per prompt: for comparisons and exports."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -11,15 +11,12 @@ from srlm_mega.config import Config
 from srlm_mega.errors import UserError
 from srlm_mega.records import Prompt
 from srlm_mega.run.run_dir import RunDir
-from srlm_mega.sampling.retries import open_patient_sampler
+from srlm_mega.sampling.retries import open_retrying_sampler
 from srlm_mega.sampling.sampler import SamplingParams
-from srlm_mega.sampling.sampling_rate import ShardWatch
+from srlm_mega.sampling.sampling_rate import ProgressCallback, ShardWatch
 from srlm_mega.sampling.shards import ShardFiles, cut_into_shards, run_shards
 from srlm_mega.seeds import derive_seed
 from srlm_mega.stages.sampling_task import SampledBy, SamplingRequest, answer, candidates_of, fitting_requests
-
-Say = Callable[[int, int, str], None]
-"""Requests (or questions) that are answered, of how many, and a few words."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +35,13 @@ def held_out(run: RunDir) -> Path:
 
 
 def respond(
-    config: Config, writer: Writer, prompts: Sequence[Prompt], temperature: float, top_p: float, file: Path, say: Say
+    config: Config,
+    writer: Writer,
+    prompts: Sequence[Prompt],
+    temperature: float,
+    top_p: float,
+    file: Path,
+    on_progress: ProgressCallback,
 ) -> int:
     """Write a response (Candidate) per prompt to `file`, by way of shards that survive a kill; returns how many prompts
     were left out, too long for a whole response. Greedy at temperature 0. All must be answered: models are compared on
@@ -57,8 +60,8 @@ def respond(
     records = partial(candidates_of, SampledBy(chat, writer.name, params), "c")
     shards = cut_into_shards(requests, config.sampler.shard_size, derive_seed(config.run.seed, "responses"))
     devices = config.sampler.devices_per_replica
-    watch = ShardWatch(file.with_name("metrics.jsonl"), say, len(requests), devices, replicas=1)
-    with closing(open_patient_sampler(config.sampler, writer.folder, chat.eos_id, allowed=0)) as sampler:
+    watch = ShardWatch(file.with_name("metrics.jsonl"), on_progress, len(requests), devices, replicas=1)
+    with closing(open_retrying_sampler(config.sampler, writer.folder, chat.eos_id, allowed=0)) as sampler:
         ask = partial(answer, params, records, sampler)
         run_shards(ShardFiles(shards, file), ask, watch.earlier, watch.finished)
     watch.close()

@@ -23,18 +23,18 @@ from srlm_mega.errors import UserError
 from srlm_mega.records import SftExample, read_jsonl
 from srlm_mega.run.stage_kinds import SAMPLER_WEIGHTS, model_name
 from srlm_mega.run.work import Done, Work
-from srlm_mega.sampling.retries import PatientSampler, open_patient_sampler
+from srlm_mega.sampling.retries import RetryingSampler, open_retrying_sampler
 from srlm_mega.seeds import derive_seed
 
 AMAX, CHECKPOINT, ENGINE, FOLDER = "amax.json", "checkpoint", "engine", "huggingface"
 MIB = 1 << 20
 
 
-def open_model(work: Work, model: str, allowed: int) -> PatientSampler:
+def open_model(work: Work, model: str, allowed: int) -> RetryingSampler:
     """A model of the run, loaded by the configured backend; at most `allowed` requests may fail for good."""
     folder = work.run.weights(model)
     eos_id = Chat.from_folder(folder).eos_id
-    return open_patient_sampler(work.config.sampler, loaded_folder(work, model), eos_id, allowed)
+    return open_retrying_sampler(work.config.sampler, loaded_folder(work, model), eos_id, allowed)
 
 
 def loaded_folder(work: Work, model: str) -> Path:

@@ -19,7 +19,7 @@ from srlm_mega.records import (
     Prompt,
 )
 from srlm_mega.run.work import Work
-from srlm_mega.sampling.retries import PatientSampler
+from srlm_mega.sampling.retries import RetryingSampler
 from srlm_mega.sampling.sampler import Completion, SamplingParams
 from srlm_mega.sampling.shards import Answered, Shard
 
@@ -138,7 +138,7 @@ def fitting_requests(
 
 
 def answer(
-    params: SamplingParams, records: Records[T], sampler: PatientSampler, shard: Shard[SamplingRequest[T]]
+    params: SamplingParams, records: Records[T], sampler: RetryingSampler, shard: Shard[SamplingRequest[T]]
 ) -> Answered:
     """The records of one shard, sampled with its seed. All n completions of a prompt are one request."""
     requests = shard.requests

@@ -17,7 +17,7 @@ from srlm_mega.run.progress import Progress
 from srlm_mega.run.run_dir import RunDir
 from srlm_mega.run.work import Work
 from srlm_mega.sampling.replicas import replica_progress, run_replicas
-from srlm_mega.sampling.retries import PatientSampler
+from srlm_mega.sampling.retries import RetryingSampler
 from srlm_mega.sampling.sampling_rate import ShardWatch
 from srlm_mega.sampling.shards import ShardFiles, cut_into_shards, run_shards, take_shards
 from srlm_mega.seeds import derive_seed
@@ -91,6 +91,6 @@ def failures_allowed(work: Work, requests: Sequence[T]) -> int:
     return int(work.config.sampler.max_failed_share * len(requests))
 
 
-def open_task_model(work: Work, task: SamplingTask[T]) -> PatientSampler:
+def open_task_model(work: Work, task: SamplingTask[T]) -> RetryingSampler:
     """Load the task's model. CannotContinue when this process alone has too many failures."""
     return open_model(work, task.model, failures_allowed(work, task.requests))

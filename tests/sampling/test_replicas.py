@@ -82,7 +82,7 @@ def test_the_shards_of_a_killed_replica_are_taken_over(tmp_path: Path, whole: by
     replicas[str(first)].send_signal(signal.SIGKILL)
     assert process.wait(timeout=300) == 0, run.log_file(CANDIDATES).read_text()
     assert (run.output(CANDIDATES) / "candidates.jsonl").read_bytes() == whole
-    assert f"replica {first} ended with -9" in run.log_file(CANDIDATES).read_text()
+    assert f"replica {first} ended with code -9" in run.log_file(CANDIDATES).read_text()
     lines = metrics(run)
     assert {line["replica"] for line in lines[:-1]} == {0, 1} and lines[-1]["requests"] == 200
     assert sorted(path.name for path in run.output(CANDIDATES).iterdir()) == [

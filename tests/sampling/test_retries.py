@@ -6,7 +6,7 @@ import pytest
 
 from srlm_mega.errors import CannotContinue
 from srlm_mega.records import FailedRequest
-from srlm_mega.sampling.retries import PatientSampler
+from srlm_mega.sampling.retries import RetryingSampler
 from srlm_mega.sampling.sampler import Completion, SamplingParams
 from srlm_mega.seeds import derive_seed
 
@@ -38,9 +38,9 @@ class Fragile:
         """Nothing to free."""
 
 
-def patient(sampler: Fragile, allowed: int = 0) -> tuple[PatientSampler, list[float]]:
+def patient(sampler: Fragile, allowed: int = 0) -> tuple[RetryingSampler, list[float]]:
     waits: list[float] = []
-    return PatientSampler(sampler, 3, allowed, sleep=waits.append), waits
+    return RetryingSampler(sampler, 3, allowed, sleep=waits.append), waits
 
 
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), ConnectionError("reset"), TimeoutError()])

@@ -177,7 +177,7 @@ def test_failures_count_together_whichever_process_had_them(tmp_path: Path) -> N
         files().release(last)
     with pytest.raises(
         CannotContinue,
-        match=r"max_failed_share allows 3\. The last is p15: broken\. .* goes on",
+        match=r"max_failed_share allows 3\. The last is p15: broken\. .* resumes",
     ):
         run_shards(files(), answers, quiet, quiet)
     assert not output.exists()

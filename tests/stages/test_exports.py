@@ -78,7 +78,7 @@ def test_the_second_turn_sees_the_first(run: RunDir, tmp_path: Path, monkeypatch
     from srlm_mega.stages import exports
 
     sent: list[tuple[float, list[tuple[int, ...]]]] = []
-    opened = exports.open_patient_sampler
+    opened = exports.open_retrying_sampler
 
     def listening(*arguments: object, **named: object) -> object:
         sampler = opened(*arguments, **named)  # type: ignore[arg-type]
@@ -91,7 +91,7 @@ def test_the_second_turn_sees_the_first(run: RunDir, tmp_path: Path, monkeypatch
         monkeypatch.setattr(sampler, "sample", noted)
         return sampler
 
-    monkeypatch.setattr(exports, "open_patient_sampler", listening)
+    monkeypatch.setattr(exports, "open_retrying_sampler", listening)
     path = tmp_path / "question.jsonl"
     path.write_bytes(b"".join(orjson.dumps(one) + b"\n" for one in QUESTIONS))
     export_mt_bench(RunModel.at(run.root / "M1"), read_mt_bench_questions(path), "mine", tmp_path / "out.jsonl")
