@@ -1,8 +1,7 @@
 """The transformers backend, on CPU or one GPU: prefill each prompt once, then decode its n completions together.
 
-It has its own decoding loop instead of calling `generate`: the prompt is computed once for all n completions, finished
-rows leave the batch, and every completion has random draws of its own, so that the batch size does not decide what is
-sampled.
+It has its own loop instead of calling `generate`: a prompt is computed once for all its completions, finished rows
+leave the batch, and every completion has its own random draws, so that the batch size does not decide what is sampled.
 """
 
 from collections.abc import Sequence
@@ -19,12 +18,12 @@ from srlm_mega.seeds import derive_seed
 
 
 class HuggingFaceSampler:
-    """A `Sampler` of a Hugging Face causal language model. `batch_size`: sequences (prompts times n) per forward pass.
-    ValueError when the folder lacks weights of the model."""
+    """A `Sampler` of a Hugging Face causal model. `batch_size`: sequences (prompts times n) per forward pass."""
 
     def __init__(
         self, model_folder: Path, eos_id: int, device: Literal["auto", "cpu", "cuda"], batch_size: int
     ) -> None:
+        """Load the model. ValueError when the folder lacks some of its weights."""
         self._device = torch.device(automatic_device() if device == "auto" else device)
         self._eos_id = eos_id
         self._batch_size = batch_size

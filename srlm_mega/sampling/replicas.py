@@ -20,8 +20,7 @@ def run_replicas(
     files: ShardFiles[R], start: Callable[[int], subprocess.Popen[bytes]], replicas: int, watch: ShardWatch
 ) -> None:
     """Start replicas 0, 1, ..., wait until every shard is finished, and merge. The others take over the shards of a
-    replica that ends. UserError or CannotContinue as a replica reports it; RuntimeError when all ended without a
-    reason."""
+    replica that ends. UserError or CannotContinue as a replica reports it; RuntimeError when all have ended."""
     if not files.merged:
         files.prepare()
         seen = set[int]()
@@ -66,8 +65,7 @@ def pass_new_reports(files: ShardFiles[R], seen: set[int], on_finished: Callable
 
 
 def handle_end(files: ShardFiles[R], number: int, code: int) -> None:
-    """Release the shards of a replica that ended with exit code `code`. UserError or CannotContinue, which end the
-    stage, when the replica left such a reason."""
+    """Release the shards of a replica that ended. UserError or CannotContinue when it left such a reason."""
     said = read_progress(replica_progress(files.folder, number))
     if said.exit_code == CANNOT_CONTINUE:
         raise CannotContinue(said.message)

@@ -22,8 +22,7 @@ Answer = list[Completion] | FailedRequest
 
 @dataclass
 class RetryingSampler:
-    """A sampler with `attempts` per request. Requests that fail in all of them are tolerated, up to `allowed` in all
-    calls together; `failed` holds them."""
+    """A sampler with retries. It tolerates `allowed` requests that fail in all `attempts`, in all calls together."""
 
     sampler: Sampler
     attempts: int

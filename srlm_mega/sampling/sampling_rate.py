@@ -78,8 +78,7 @@ def shard_metrics(report: ShardReport, devices: int) -> dict[str, float]:
 
 
 def stage_metrics(reports: list[ShardReport], seconds: float, devices: int) -> dict[str, float]:
-    """Return the line for all shards: rates over `seconds` of wall-clock time, loading of the model included, and per
-    GPU of `devices` in all."""
+    """Return the line for all shards: rates over `seconds` of wall-clock time, loading of the model included."""
     times = [report.seconds for report in reports]
     percentiles = quantiles(times, n=100, method="inclusive") if len(times) > 1 else times * 99
     return {

@@ -18,8 +18,7 @@ from srlm_mega.sampling.trtllm_sampler import TrtllmSampler
 
 
 def open_trtllm_engine(config: SamplerConfig, engine: Path, eos_id: int) -> TrtllmSampler:
-    """Load the engine in a folder, whose files tell its limits, TP and PP. UserError when it was not built for these
-    versions and this GPU."""
+    """Load an engine's folder. UserError when it was not built for these versions and this GPU."""
     try:
         record = check_engine(engine, runtime_here(), None, engine)
     except ValueError as error:
