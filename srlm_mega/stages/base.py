@@ -1,4 +1,4 @@
-"""M0 without pre-training: a given Hugging Face folder, or random weights."""
+"""Stages M0 (without pre-training) and prompt_writer: models that are given, or made of random weights."""
 
 import os
 import shutil
@@ -20,7 +20,7 @@ from srlm_mega.stages.sampler_weights import require_verified
 
 
 def make_base(work: Work) -> Done:
-    """`M0/huggingface`: a link to the given folder, or random weights with the seed's tokenizer."""
+    """Make `M0/huggingface`: a link to model.path, or random weights with the seed's tokenizer."""
     model = work.config.model
     if model.path is not None:
         link_folder(model, model.path, work.out / "huggingface")
@@ -30,7 +30,8 @@ def make_base(work: Work) -> Done:
 
 
 def take_writer(work: Work) -> Done:
-    """`prompt_writer/huggingface`: a link to the model that writes the prompts; any shape and tokenizer will do."""
+    """Make `prompt_writer/huggingface`: a link to the model that writes the prompts, of any shape and tokenizer.
+    UserError when it is no model folder, or was converted and not verified."""
     source = work.config.prompts.writer
     assert isinstance(source, Path), "the plan has this stage for a model from outside only"
     require_model_folder("prompts.writer", source)
@@ -42,7 +43,7 @@ def take_writer(work: Work) -> Done:
 
 
 def require_model_folder(option: str, folder: Path) -> None:
-    """UserError, which names the option, when its folder has no config.json."""
+    """Raise UserError, which names the option, when its folder has no config.json."""
     if not (folder / "config.json").is_file():
         raise UserError(
             f"{option} {folder} is not a Hugging Face model folder (no config.json). "
@@ -51,12 +52,13 @@ def require_model_folder(option: str, folder: Path) -> None:
 
 
 def link_folder(model: ModelConfig, source: Path, target: Path) -> None:
-    """M0 is the user's folder; it must exist and have the configured shape."""
+    """Make `target` a link to the user's model folder. UserError unless it holds every tensor of the configured shape
+    and, if it was converted, its proof (unless model.allow_unverified)."""
     require_model_folder("model.path", source)
     try:
         if not model.allow_unverified:
             check_proven(source)
-        open_weights(source)  # every tensor there, of the right shape: said before anything is trained
+        open_weights(source)  # a missing or misshapen tensor is reported before anything is trained
         found = asdict(read_shape(source))
     except ValueError as error:
         raise UserError(f"model.path: {error}") from None
@@ -64,12 +66,15 @@ def link_folder(model: ModelConfig, source: Path, target: Path) -> None:
     wanted = asdict(shape_of(model))
     differing = [f"{key} is {found[key]}, configured {wanted[key]}" for key in wanted if found[key] != wanted[key]]
     if differing:
-        raise UserError(f"{source}/config.json does not have the configured shape: " + "; ".join(differing))
+        raise UserError(
+            f"{source}/config.json does not have the configured shape: {'; '.join(differing)}. Set the keys "
+            "of the model section to the folder's values, or give another model.path"
+        )
     os.symlink(source.resolve(), target)
 
 
 def write_random(work: Work, target: Path) -> None:
-    """Random weights of the configured shape, and the seed's tokenizer."""
+    """Write a Hugging Face folder with random weights of the configured shape and the seed's tokenizer."""
     model, shape = work.config.model, shape_of(work.config.model)
     generator = torch.Generator().manual_seed(derive_seed(work.config.run.seed, "M0"))
     shutil.copytree(work.read("seed", "tokenizer"), target)
@@ -77,5 +82,5 @@ def write_random(work: Work, target: Path) -> None:
 
 
 def shape_of(model: ModelConfig) -> LlamaShape:
-    """The configured shape, output untied."""
+    """Return the configured shape, with an output layer of its own (untied)."""
     return LlamaShape(**model.model_dump(include={one.name for one in fields(LlamaShape)}), tie_word_embeddings=False)

@@ -1,4 +1,4 @@
-"""Head to head by a judge, where no ground truth is: two models' responses to the same prompts, in both orders."""
+"""Head-to-head by a judge, which needs no ground truth: two models' responses to the same prompts, in both orders."""
 
 from collections.abc import Sequence
 from contextlib import closing
@@ -31,7 +31,7 @@ class Match:
 
 
 def compare_with_m1(work: Work, samples: Sequence[EvaluationSample]) -> Comparison:
-    """A model's sampled responses against M1's, by M1 or the configured judge; writes `pairwise.jsonl`."""
+    """Compare a model's sampled responses with M1's by the configured judge or M1; writes `pairwise.jsonl`."""
     config, settings = work.config, work.config.evaluation.pairwise_judge
     theirs = {
         sample.prompt_id: sample.sampled
@@ -39,25 +39,28 @@ def compare_with_m1(work: Work, samples: Sequence[EvaluationSample]) -> Comparis
     }
     matches = [Match(sample.prompt_id, sample.prompt, sample.sampled, theirs[sample.prompt_id]) for sample in samples]
 
-    opened: OpenJudge
+    opener: OpenJudge
     if settings is None:
-        opened = partial(open_m1, work.run, config, loaded_folder(work, "M1"))
+        opener = partial(open_m1, work.run, config, loaded_folder(work, "M1"))
     else:
-        opened = partial(open_judge, settings, config.sampler, config.model.allow_unverified)
+        opener = partial(open_judge, settings, config.sampler, config.model.allow_unverified)
 
-    def say(done: int, total: int, note: str) -> None:
+    def on_progress(done: int, total: int, note: str) -> None:
         work.progress.update(done, total, "questions to the judge", note)
 
-    return compare((work.stage.model, "M1"), matches, opened, work.out / "pairwise.jsonl", say)
+    return compare((work.stage.model, "M1"), matches, opener, work.out / "pairwise.jsonl", on_progress)
 
 
 def compare(
-    names: tuple[str, str], matches: Sequence[Match], opened: OpenJudge, file: Path, on_progress: ProgressCallback
+    names: tuple[str, str], matches: Sequence[Match], opener: OpenJudge, file: Path, on_progress: ProgressCallback
 ) -> Comparison:
-    """Ask a judge about every match in both orders: what it prefers only in one order is a tie. What it says is written
-    to `file`, by way of shards that survive a kill, so `file` belongs to these matches and this judge."""
+    """Ask a judge about every match in both orders: a preference in one order only is a tie.
+
+    `names` are those of our and their model. The judgements are written to `file` by way of shards that survive a kill,
+    so `file` belongs to these matches and this judge. CannotContinue when too many questions failed.
+    """
     questions = questions_of(matches)
-    with closing(opened(len(questions))) as judge:
+    with closing(opener(len(questions))) as judge:
         name = judge.name
         too_long = {question.prompt_id for question in questions if not judge.fits(question.text)}
         sent = [question for question in questions if question.prompt_id not in too_long]
@@ -94,7 +97,7 @@ def compare(
 
 
 def matches_of(ours: Path, theirs: Path) -> list[Match]:
-    """The responses of two models to the prompts that both answered, from two files of candidates."""
+    """Read the responses of two models to the prompts that both answered, from two files of candidates."""
     other = {candidate.prompt_id: candidate.text for candidate in read_jsonl(theirs, Candidate)}
     return [
         Match(candidate.prompt_id, candidate.prompt, candidate.text, other[candidate.prompt_id])
@@ -104,7 +107,7 @@ def matches_of(ours: Path, theirs: Path) -> list[Match]:
 
 
 def questions_of(matches: Sequence[Match]) -> list[PairwiseQuestion]:
-    """Each match in both orders, one after the other: they share all up to the first response."""
+    """Return each match's questions in both orders, one after the other, as they share all up to the first response."""
     template = pairwise_template()
 
     def question(match: Match, ours_first: bool) -> PairwiseQuestion:
@@ -116,7 +119,7 @@ def questions_of(matches: Sequence[Match]) -> list[PairwiseQuestion]:
 
 
 def outcomes_of(judgements: Sequence[PairwiseJudgement]) -> dict[str, Outcome]:
-    """By prompt, where both orders have a verdict."""
+    """Return the outcome of each prompt whose two orders both have a verdict."""
     verdicts = {(one.prompt_id, one.ours_first): one.verdict for one in judgements}
     found = {
         prompt_id: outcome(verdicts.get((prompt_id, True)), verdicts.get((prompt_id, False)))

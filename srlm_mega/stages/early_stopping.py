@@ -1,5 +1,5 @@
-"""The pause of a training stage: its newest checkpoint answers the validation prompts, and a judge compares its
-responses with those of the best checkpoint before it. The verdict is a file, which the training reads."""
+"""Comparisons while training is paused: the newest checkpoint answers the validation prompts, and a judge compares its
+responses with those of the best checkpoint before it. The verdict is a file that the training reads."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -19,8 +19,8 @@ from srlm_mega.stages.responses import Writer, respond
 
 
 def compare_checkpoints(run: RunDir, name: str, parts: Sequence[str]) -> int:
-    """What a paused training stage waits for; the parts are `responses` and `verdict`. Returns the exit code; a mistake
-    or a stop leaves its message in the progress file."""
+    """Do the comparison (`parts`: `responses`, `verdict` or both) that a paused training stage waits for. Returns the
+    exit code; an error's message is in the progress file. UserError when no checkpoint waits."""
     config = load_config(run.config_file)
     progress = Progress(run.progress_file(f"{name}/early_stopping"))
     work = Work(run, config, find_stage(config, name), run.partial(name), progress)
@@ -41,42 +41,43 @@ def compare_checkpoints(run: RunDir, name: str, parts: Sequence[str]) -> int:
 
 
 def sample_responses(work: Work, files: EarlyStoppingFiles, step: int) -> None:
-    """Greedy responses of the waiting checkpoint, and of the model that training started from where that is the best
-    so far and has not answered yet."""
+    """Sample greedy responses of the waiting checkpoint, and of the model that training started from when that is the
+    best so far and has not answered yet."""
     prompts, start = list(read_jsonl(work.read("seed", "validation.jsonl"), Prompt)), model_name(work.round)
     for one in (kept_step(files.verdicts()), step):
         if not files.responses(one).exists():
             files.step_folder(one).mkdir(parents=True, exist_ok=True)
-            say = partial(say_part, work, f"responses of step {one}")
+            on_progress = partial(report_progress, work, f"responses of step {one}")
             if one == START:
                 writer = Writer(work.run.digest(start), work.run.weights(start))
             else:
                 writer = Writer(f"{work.stage.name} step {one}", files.export(one))
-            respond(work.config, writer, prompts, 0.0, 1.0, files.responses(one), say)
+            respond(work.config, writer, prompts, 0.0, 1.0, files.responses(one), on_progress)
 
 
 def write_verdict(work: Work, files: EarlyStoppingFiles, step: int) -> None:
-    """Ask the judge, and decide. CannotContinue when too few of its words can be read."""
+    """Ask the judge, decide, and write the verdict. CannotContinue when too few prompts have a verdict."""
     settings, verdicts, exported = work.config.early_stopping, files.verdicts(), files.exported(step)
     assert settings is not None and exported is not None, f"no early stopping, or no export of step {step}"
     against, file = kept_step(verdicts), files.judgements(step)
-    opened = partial(open_judge, settings.judge, work.config.sampler, work.config.model.allow_unverified)
-    names, say = (f"step {step}", f"step {against}"), partial(say_part, work, "questions to the judge")
-    comparison = compare(names, matches_of(files.responses(step), files.responses(against)), opened, file, say)
+    opener = partial(open_judge, settings.judge, work.config.sampler, work.config.model.allow_unverified)
+    names, on_progress = (f"step {step}", f"step {against}"), partial(report_progress, work, "questions to the judge")
+    matches = matches_of(files.responses(step), files.responses(against))
+    comparison = compare(names, matches, opener, file, on_progress)
     decided = 0 if comparison.result is None else comparison.result.prompts
     if decided < settings.min_valid_share * comparison.prompts:
         raise CannotContinue(
             f"the judge {comparison.judge} gave a verdict in both orders on {decided} of {comparison.prompts} prompts, "
             f"needed {settings.min_valid_share:.0%} (early_stopping.min_valid_share): {comparison.unparsed} of its "
             f"answers have no `Verdict: A`, `B` or `tie` ({comparison.truncated} were cut off), {comparison.failed} "
-            f"prompts failed, {comparison.too_long} were too long. No verdict is invented. Read {file}; to have it ask "
-            "again, remove this file; the same command resumes it"
+            f"prompts failed, {comparison.too_long} were too long. No verdict is invented. Read {file}; to ask the "
+            "judge again, remove this file and give the same command"
         )
     verdict = decide(settings, step, exported.max_steps, comparison, verdicts)
     print(f"{work.stage.name}: {verdict.reason}", flush=True)
     files.write_verdict(verdict)
 
 
-def say_part(work: Work, what: str, done: int, total: int, note: str) -> None:
-    """Show how far a part is."""
+def report_progress(work: Work, what: str, done: int, total: int, note: str) -> None:
+    """Write the comparison's progress file; `what` is the unit."""
     work.progress.update(done, total, what, note)

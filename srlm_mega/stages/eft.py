@@ -1,4 +1,4 @@
-"""eft: the SFT baseline judges ranked replies, and judgements that agree with the ranking teach M1 to judge."""
+"""Stage eft: the SFT baseline judges ranked replies; M1 is trained on the judgements that agree with the ranking."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -27,24 +27,25 @@ JUDGEMENTS = "judgements.jsonl"
 
 @dataclass(frozen=True)
 class JudgedSet:
-    """All tries of a prompt: `judgements[reply][try]`."""
+    """Ranked replies to a prompt with all their judgements: `judgements[reply][try]`."""
 
     ranked: RankedReplies
     judgements: Sequence[Sequence[Judgement]]
 
     @property
     def ranks(self) -> list[int]:
-        """Of the replies."""
+        """Rank of each reply."""
         return [reply.rank for reply in self.ranked.replies]
 
     @property
     def scores(self) -> list[Scores]:
-        """`scores[reply][try]`."""
+        """Scores of the judgements: `scores[reply][try]`, None where none can be read."""
         return [[judgement.score for judgement in tries] for tries in self.judgements]
 
 
 def build_eft(work: Work) -> Done:
-    """Sampled judgements, those that agree with a ranking, and EFT from them with the most common score thinned out."""
+    """Sample judgements, accept those that agree with a ranking, and write `eft_train.jsonl` from them, with the most
+    common score thinned out. CannotContinue when fewer than eft.min_examples remain."""
     settings = work.config.eft
     task, too_long = eft_task(work)
     sample_in_shards(work, task)
@@ -53,7 +54,7 @@ def build_eft(work: Work) -> Done:
     scores = [score for _, score in accepted]
     seed = derive_seed(work.config.run.seed, work.stage.name)
     capped = cap_modal_score(scores, seed)
-    kept = [accepted[place][0] for place in sample_in_order(capped, work.config.seed_data.num_eft, seed)]
+    kept = [accepted[index][0] for index in sample_in_order(capped, work.config.seed_data.num_eft, seed)]
     result = yields([(one.ranks, one.scores) for one in judged])
     print(in_words(result, settings.attempts), flush=True)
     if len(kept) < settings.min_examples:
@@ -75,7 +76,7 @@ def build_eft(work: Work) -> Done:
 
 
 def accepted_judgements(judged: Sequence[JudgedSet], mode: Mode) -> list[tuple[Judgement, float]]:
-    """All judgements of the first try that agrees, with their scores, prompt by prompt."""
+    """Return the judgements of each prompt's first try that agrees with its ranking, with their scores."""
     accepted = []
     for one in judged:
         first = first_agreement(one.ranks, one.scores, mode)
@@ -86,52 +87,50 @@ def accepted_judgements(judged: Sequence[JudgedSet], mode: Mode) -> list[tuple[J
 
 
 def eft_task(work: Work) -> tuple[SamplingTask[str], int]:
-    """A request per ranked reply for all its tries (`source` is what the judge is shown); and how many replies were
-    left out, too long to be judged whole."""
+    """Return a task with a request per ranked reply for all its tries, and the number of replies that are too long."""
     settings, length = work.config.eft, work.config.judge.max_new_tokens
     params = SamplingParams(settings.attempts, settings.temperature, settings.top_p, length, seed=0)
     by, template = SampledBy.of_run(work, MODEL, params), judge_template(work)
     requests = []
     for ranked in sources(work):
-        for place, reply in enumerate(ranked.replies):
+        for index, reply in enumerate(ranked.replies):
             text = template.fill(ranked.prompt, reply.text)
-            requests.append(SamplingRequest(reply_id(ranked, place), text, by.chat.prompt(text)))
+            requests.append(SamplingRequest(reply_id(ranked, index), text, by.chat.prompt(text)))
 
     def records(request: SamplingRequest[str], completions: Sequence[Completion]) -> Iterator[Judgement]:
         for judgement in judgements_of(by, "j", request, completions):
-            whole = judgement.finish_reason == "stop"  # one that was cut is no example of judging
+            whole = judgement.finish_reason == "stop"  # a judgement that was cut off is no example of judging
             yield judgement if whole else replace(judgement, score=None)
 
     return SamplingTask(MODEL, requests, params, records, JUDGEMENTS, "replies").fitting(work.config)
 
 
 def judged_sets(work: Work) -> tuple[list[JudgedSet], int]:
-    """The sets of which every reply was judged; and how many were not, because a reply is too long or a request
-    failed."""
+    """Return the sets of which every reply was judged, and the number of the others (a reply too long, or failed)."""
     by_reply: dict[str, list[Judgement]] = {}
     for judgement in read_jsonl(work.out / JUDGEMENTS, Judgement):
         by_reply.setdefault(judgement.candidate_id, []).append(judgement)
     given = sources(work)
     judged = []
     for ranked in given:
-        tries = [by_reply.get(reply_id(ranked, place), []) for place in range(len(ranked.replies))]
+        tries = [by_reply.get(reply_id(ranked, index), []) for index in range(len(ranked.replies))]
         if all(tries):
             judged.append(JudgedSet(ranked, tries))
     return judged, len(given) - len(judged)
 
 
 def sources(work: Work) -> list[RankedReplies]:
-    """The ranked replies that the seed data sets aside for EFT."""
+    """Read the ranked replies that the seed data sets aside for EFT."""
     return list(read_jsonl(work.read("seed", "eft_sources.jsonl"), RankedReplies))
 
 
-def reply_id(ranked: RankedReplies, place: int) -> str:
-    """How a reply is named in requests and judgements."""
-    return f"{ranked.id}-a{place}"
+def reply_id(ranked: RankedReplies, index: int) -> str:
+    """Return the id of the reply at a position of a set, in requests and judgements."""
+    return f"{ranked.id}-a{index}"
 
 
 def in_words(result: EftYield, attempts: int) -> str:
-    """The yield in one sentence."""
+    """Return the yield as a sentence."""
     return (
         f"Of {result.prompts} ranked sets the judgements of {MODEL} agree with {result.first_try} at once and "
         f"{result.any_try} within {attempts} tries; in strict mode with {result.first_try_strict} and "
@@ -140,7 +139,7 @@ def in_words(result: EftYield, attempts: int) -> str:
 
 
 def too_few(work: Work, examples: int, result: EftYield) -> str:
-    """Why M1 would not learn to judge, in figures, and what to do."""
+    """Return the message for too few examples: the figures, and what to do."""
     return (
         f"{examples} EFT examples, needed {work.config.eft.min_examples} (eft.min_examples). "
         f"{in_words(result, work.config.eft.attempts)}. Read {work.out / JUDGEMENTS}; train the baseline longer (sft), "

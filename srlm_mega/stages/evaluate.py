@@ -1,5 +1,5 @@
-"""evaluation: what a model writes and how it judges, on held-out data. The only reader of the toy world's truth
-besides the seed."""
+"""Stage evaluation: a model's responses and judgements on held-out data. Apart from the seed, this is the only stage
+that reads the toy world's ground truth."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -30,7 +30,7 @@ from srlm_mega.stages.sampling_task import judge_template
 
 
 def evaluate(work: Work) -> Done:
-    """`evaluation.json` and `samples.jsonl` of one model."""
+    """Write `evaluation.json` and `samples.jsonl` of the stage's model."""
     model = work.stage.model
     is_compared = work.config.evaluation.pairwise and model != "M1"
     samples, measured = measure(work, model, keep=is_compared)
@@ -61,14 +61,14 @@ def evaluate(work: Work) -> Done:
 
 
 def measure(work: Work, model: str, keep: bool) -> tuple[list[EvaluationSample], Measured]:
-    """All that takes the model; writes `samples.jsonl`. With `keep`, an attempt that resumes gets what the first one
-    measured: the verdicts on its samples must stay verdicts on these samples."""
+    """Sample and judge with the model, and write `samples.jsonl`. With `keep`, a resumed attempt returns what the first
+    one measured: verdicts of a comparison must belong to the samples that they were given on."""
     samples_file, measured_file = work.out / "samples.jsonl", work.out / "measured.json"
-    if keep and samples_file.exists():  # written last
+    if keep and samples_file.exists():  # it is written last, so measured.json is there too
         (measured,) = read_jsonl(measured_file, Measured)
         return list(read_jsonl(samples_file, EvaluationSample)), measured
     chat = Chat.from_folder(work.run.weights(model))
-    sampler = open_model(work, model, allowed=0)  # none may fail: models are compared on the same prompts
+    sampler = open_model(work, model, allowed=0)  # no request may fail: models are compared on the same prompts
     work.progress.update(0, 2, "parts", "responses")
     samples, lengths, too_long = make_samples(work, chat, sampler)
     work.progress.update(1, 2, "parts", "judgements")
@@ -81,7 +81,7 @@ def measure(work: Work, model: str, keep: bool) -> tuple[list[EvaluationSample],
 
 
 def pairwise_counts(comparison: Comparison) -> dict[str, float]:
-    """What the manifest keeps of a comparison by a judge."""
+    """Return the counts that the manifest keeps of a comparison by a judge."""
     counts: dict[str, float] = {
         "pairwise_prompts": 0 if comparison.result is None else comparison.result.prompts,
         "pairwise_too_long": comparison.too_long,
@@ -94,8 +94,8 @@ def pairwise_counts(comparison: Comparison) -> dict[str, float]:
 
 
 def make_samples(work: Work, chat: Chat, sampler: RetryingSampler) -> tuple[list[EvaluationSample], list[int], int]:
-    """A greedy and a sampled response per held-out prompt, the lengths of the sampled ones in tokens, and how many
-    prompts were left out because a response would not fit."""
+    """Return a greedy and a sampled response per held-out prompt, the lengths of the sampled ones in tokens, and the
+    number of prompts left out because a whole response would not fit. UserError when none fits."""
     settings, length = work.config.evaluation, work.config.candidates.max_new_tokens
     given = list(read_jsonl(held_out(work.run), Prompt))
     longest = work.config.longest_prompt(length)
@@ -103,7 +103,7 @@ def make_samples(work: Work, chat: Chat, sampler: RetryingSampler) -> tuple[list
     if not prompts:
         raise UserError(f"no held-out prompt has {longest} tokens or fewer: lower candidates.max_new_tokens")
     ids = [chat.prompt(prompt.text) for prompt in prompts]
-    # The same draws for every model: what differs between models is then the model.
+    # The same draws for every model, so that differences come from the models alone.
     seed = derive_seed(work.config.run.seed, "evaluation", "responses")
     names = [prompt.id for prompt in prompts]
     greedy = none_failed(sampler.sample(names, ids, SamplingParams(1, 0.0, 1.0, length, seed)))
@@ -120,8 +120,9 @@ def make_samples(work: Work, chat: Chat, sampler: RetryingSampler) -> tuple[list
 
 
 def measure_judge(work: Work, chat: Chat, sampler: RetryingSampler) -> list[JudgedBy]:
-    """Agreement of the model's scores with ranked replies: by means of k judgements as in the loop, by single ones, and
-    by `evaluation.judge_means`; all in several replicates, each of the first judgements of the same ones."""
+    """Measure how well the model's scores agree with ranked replies, for means of judge.n judgements, single judgements
+    and means of each size in evaluation.judge_means. All share evaluation.judge_replicates replicates, of which smaller
+    sizes take the first judgements."""
     judge, evaluation = work.config.judge, work.config.evaluation
     sets = list(read_jsonl(work.read("seed", "eft_eval.jsonl"), RankedReplies))
     most = max(judge.n, *evaluation.judge_means)
@@ -137,45 +138,45 @@ def measure_judge(work: Work, chat: Chat, sampler: RetryingSampler) -> list[Judg
         return JudgedBy(size, judge_metrics(prompts))
 
     sizes = (judge.n, 1, *evaluation.judge_means)
-    by_size = {size: metrics(size) for size in set(sizes)}  # a size may be wanted twice
+    by_size = {size: metrics(size) for size in set(sizes)}  # a size may be configured twice
     return [by_size[size] for size in sizes]
 
 
 def score_replies(
     work: Work, chat: Chat, sampler: RetryingSampler, sets: Sequence[RankedReplies], judgements: int
 ) -> list[list[list[float | None]]]:
-    """Scores by set, reply and judgement. A reply too long to be judged whole has none, as if none could be read."""
+    """Return scores[set][reply][judgement], None where none can be read; an empty list for a reply that is too long."""
     judge = work.config.judge
     template, longest = judge_template(work), work.config.longest_prompt(judge.max_new_tokens)
     requests = [
-        (number, place, ids)
+        (number, index, ids)
         for number, ranked in enumerate(sets)
-        for place, reply in enumerate(ranked.replies)
+        for index, reply in enumerate(ranked.replies)
         if len(ids := chat.prompt(template.fill(ranked.prompt, reply.text))) <= longest
     ]
     seed = derive_seed(work.config.run.seed, "evaluation", "judgements")
     params = SamplingParams(judgements, judge.temperature, judge.top_p, judge.max_new_tokens, seed)
-    names = [f"{sets[number].id}/{place}" for number, place, _ in requests]
+    names = [f"{sets[number].id}/{index}" for number, index, _ in requests]
     answers = none_failed(sampler.sample(names, [ids for _, _, ids in requests], params))
     scores: list[list[list[float | None]]] = [[[] for _ in ranked.replies] for ranked in sets]
-    for (number, place, _), completions in zip(requests, answers, strict=True):
-        scores[number][place] = [parse_score(chat.decode(completion.token_ids)) for completion in completions]
+    for (number, index, _), completions in zip(requests, answers, strict=True):
+        scores[number][index] = [parse_score(chat.decode(completion.token_ids)) for completion in completions]
     return scores
 
 
 def against_m1(work: Work, samples: Sequence[EvaluationSample]) -> HeadToHead | None:
-    """Sampled responses against M1's to the same prompts by ground truth; None without one."""
+    """Compare sampled responses with M1's to the same prompts by ground truth; None where there is no ground truth."""
     first = list(read_jsonl(work.read(EVALUATION.of("M1"), "samples.jsonl"), EvaluationSample))
     ours, theirs = qualities(samples), qualities(first)
     return head_to_head(ours, theirs) if ours else None
 
 
 def qualities(samples: Sequence[EvaluationSample]) -> dict[str, list[float]]:
-    """Ground truth of the sampled responses by prompt; empty where there is none."""
+    """Return the true quality of each prompt's sampled response; empty where there is no ground truth."""
     return {sample.prompt_id: [sample.quality_sampled] for sample in samples if sample.quality_sampled is not None}
 
 
 def mean_or_none(values: Sequence[int | None]) -> float | None:
-    """The mean, None where nothing was measured."""
+    """Return the mean of the values that are not None; None when there are none."""
     known = [value for value in values if value is not None]
     return fmean(known) if known else None

@@ -1,4 +1,4 @@
-"""A model's answers in the formats of AlpacaEval 2 and MT-Bench, by the run's sampler."""
+"""A finished model's answers to AlpacaEval 2 and MT-Bench, sampled by its run's sampler, in their file formats."""
 
 import shutil
 import time
@@ -23,17 +23,17 @@ from srlm_mega.run.identity import responding
 from srlm_mega.sampling.retries import RetryingSampler, none_failed, open_retrying_sampler
 from srlm_mega.sampling.sampler import Completion, SamplingParams
 from srlm_mega.seeds import derive_seed
-from srlm_mega.stages.head_to_head import RunModel, begin, show
+from srlm_mega.stages.head_to_head import RunModel, begin, print_progress
 from srlm_mega.stages.responses import respond
 
-MT_BENCH_TOKENS = 1024  # FastChat's
+MT_BENCH_TOKENS = 1024  # longest answer in FastChat
 
 
 def export_alpaca_eval(
     model: RunModel, instructions: Sequence[AlpacaInstruction], generator: str, temperature: float, out: Path
 ) -> int:
-    """Answer AlpacaEval's instructions; returns how many were left out, too long for a whole answer. After a kill the
-    same command goes on."""
+    """Write a model's answers to AlpacaEval's instructions; return the number of those left out because a whole answer
+    would not fit. After a kill the same call resumes in `<out>.partial`."""
     prompts = [Prompt(str(number), one.instruction, one.dataset) for number, one in enumerate(instructions)]
     folder = out.with_name(f"{out.name}.partial")
     file, top_p = folder / "responses.jsonl", model.config.evaluation.top_p
@@ -45,7 +45,9 @@ def export_alpaca_eval(
         "settings": responding(model.config),
     }
     begin(folder, identity)
-    too_long = respond(model.config, model.writer, prompts, temperature, top_p, file, partial(show, "responses"))
+    too_long = respond(
+        model.config, model.writer, prompts, temperature, top_p, file, partial(print_progress, "responses")
+    )
     outputs = [
         AlpacaOutput(candidate.prompt, candidate.text, generator, instructions[int(candidate.prompt_id)].dataset)
         for candidate in read_jsonl(file, Candidate)
@@ -56,7 +58,7 @@ def export_alpaca_eval(
 
 
 def export_mt_bench(model: RunModel, questions: Sequence[MtBenchQuestion], model_id: str, out: Path) -> None:
-    """Answer every turn of MT-Bench's questions, with FastChat's temperatures. UserError for one that does not fit."""
+    """Write a model's answers to every turn of MT-Bench's questions. UserError when a turn does not fit."""
     chat = Chat.from_folder(model.writer.folder)
     conversations = [Conversation(question, (), ()) for question in questions]
     with closing(open_retrying_sampler(model.config.sampler, model.writer.folder, chat.eos_id, allowed=0)) as sampler:
@@ -69,14 +71,14 @@ def export_mt_bench(model: RunModel, questions: Sequence[MtBenchQuestion], model
 
 @dataclass(frozen=True)
 class Conversation:
-    """A question, the token ids of what was said so far, and the answers in it."""
+    """A question, the token ids of all turns so far, and the answers as text."""
 
     question: MtBenchQuestion
     token_ids: tuple[int, ...]
     answers: tuple[str, ...]
 
     def answered(self, prompt: tuple[int, ...], completion: Completion, chat: Chat) -> "Conversation":
-        """With one more turn; an answer that was cut off is ended."""
+        """Return the conversation with one more turn; a cut-off answer gets the end token that it lacks."""
         end = () if completion.token_ids[-1] == chat.eos_id else (chat.eos_id,)
         said = chat.decode(completion.token_ids)
         return Conversation(self.question, prompt + completion.token_ids + end, (*self.answers, said))
@@ -90,7 +92,8 @@ def take_turn(
     turn: int,
     temperature: float,
 ) -> list[Conversation]:
-    """Go on with the conversations that have such a turn and are answered with this temperature."""
+    """Answer a turn of the conversations that have it and are sampled at this temperature; return all of them, in
+    order. UserError when a prompt leaves no room for an answer."""
     length = min(MT_BENCH_TOKENS, model.config.candidates.max_new_tokens)
     prompts = {
         number: one.token_ids + chat.prompt(one.question.turns[turn])
@@ -103,7 +106,7 @@ def take_turn(
     if too_long:
         raise UserError(
             f"turn {turn + 1} of questions {', '.join(too_long)} leaves no room for an answer (prompts above {longest} "
-            "tokens), and MT-Bench wants all of them: a run with a larger model.seq_length can answer"
+            "tokens), and MT-Bench needs all of them: give a model of a run with a larger model.seq_length"
         )
     seed = derive_seed(model.config.run.seed, "mt_bench", turn, str(temperature))
     params = SamplingParams(1, temperature, 1.0, length, seed)

@@ -1,4 +1,4 @@
-"""Outside the plan, of finished models: head-to-head of any two."""
+"""Head-to-head of any two finished models, outside a run's plan (`srlm evaluate head-to-head`)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ class RunModel:
 
     @classmethod
     def at(cls, path: Path) -> "RunModel":
-        """`RUN/M2`. UserError when there is none."""
+        """Open a model by its path, such as `RUN/M2`. UserError when it is not a finished model with weights."""
         run = RunDir(path.parent)
         if not run.config_file.is_file() or run.manifest(path.name) is None:
             raise UserError(f"{path} is not a finished model of a run: give one such as runs/toy/M2")
@@ -45,7 +45,7 @@ class RunModel:
         if not run.weights(path.name).exists():
             raise UserError(f"{path} has no weights: give a model such as {path.parent}/M1")
         config = load_config(run.config_file)
-        if config.sampler.converts:  # what a command samples is a Hugging Face folder, and not converted for it
+        if config.sampler.converts:  # a command samples the Hugging Face folder as it is: nothing converts it here
             backend = "trtllm_torch" if config.sampler.traits.loads_engine else config.sampler.backend
             plain = config.sampler.model_copy(update={"backend": backend, "quantization": None})
             config = config.model_copy(update={"sampler": plain})
@@ -53,13 +53,12 @@ class RunModel:
 
     @property
     def writer(self) -> Writer:
-        """Its weights, by its hash."""
+        """The model's weights, named by its hash."""
         return Writer(self.run.digest(self.name), self.run.weights(self.name))
 
 
 def writer_at(path: Path) -> Writer:
-    """A model of a run (`RUN/M2`), or any Hugging Face folder, which goes by its path. UserError for a folder that was
-    converted and not verified."""
+    """Open a run's model (`RUN/M2`) or any Hugging Face folder. UserError for one converted and not verified."""
     if not (path / "config.json").is_file():
         return RunModel.at(path).writer
     require_verified(path)
@@ -68,7 +67,8 @@ def writer_at(path: Path) -> Writer:
 
 @dataclass(frozen=True)
 class HeadToHeadWish:
-    """What to compare: `ours` is of a run, whose sampler and lengths serve both. `judge` None: that run's M1."""
+    """The two models, prompts, judge and decoding of a head-to-head. `ours` is a run's model, whose sampler and lengths
+    serve both. `prompts` None: the run's held-out prompts; `judge` None: the run's M1."""
 
     ours: Path
     theirs: Path
@@ -79,8 +79,8 @@ class HeadToHeadWish:
 
 
 def head_to_head(wish: HeadToHeadWish, out: Path) -> Comparison:
-    """Both models answer the prompts (by default the run's test set, or validation where there is none), and the judge
-    compares. `out` gets responses, judgements and `result.json`; after a kill the same goes on in it."""
+    """Let both models answer the prompts and the judge compare them. `out` gets responses, judgements and
+    `result.json`; after a kill the same call resumes there. UserError when `out` belongs to another comparison."""
     model, theirs = RunModel.at(wish.ours), writer_at(wish.theirs)
     file = held_out(model.run) if wish.prompts is None else wish.prompts
     prompts = list(read_jsonl(file, Prompt))
@@ -100,19 +100,19 @@ def head_to_head(wish: HeadToHeadWish, out: Path) -> Comparison:
         files.append(out / side / "responses.jsonl")
         files[-1].parent.mkdir(exist_ok=True)
         if not files[-1].exists():
-            say = partial(show, f"responses of {side}")
-            respond(model.config, writer, prompts, wish.temperature, wish.top_p, files[-1], say)
+            on_progress = partial(print_progress, f"responses of {side}")
+            respond(model.config, writer, prompts, wish.temperature, wish.top_p, files[-1], on_progress)
     matches = matches_of(*files)
     if len(matches) < len(prompts):
-        print(f"left out {len(prompts) - len(matches)} prompts: no room for a whole response of one of the models")
+        print(f"left out {len(prompts) - len(matches)} prompts: a whole response of one of the models does not fit")
     names, file = (str(wish.ours), str(wish.theirs)), out / "judgements.jsonl"
-    result = compare(names, matches, judge_of(model, wish.judge), file, partial(show, "judgements"))
+    result = compare(names, matches, judge_of(model, wish.judge), file, partial(print_progress, "judgements"))
     write_atomic(out / "result.json", orjson.dumps(result, option=orjson.OPT_INDENT_2))
     return result
 
 
 def judge_of(model: RunModel, settings: PairwiseJudgeConfig | None) -> OpenJudge:
-    """The external judge, or M1 of the model's run."""
+    """Return the function that opens the configured judge or, without one, M1 of the model's run."""
     if settings is not None:
         return partial(open_judge, settings, model.config.sampler, False)
     m1 = RunModel.at(model.run.output("M1"))
@@ -120,20 +120,20 @@ def judge_of(model: RunModel, settings: PairwiseJudgeConfig | None) -> OpenJudge
 
 
 def begin(folder: Path, identity: Mapping[str, object]) -> None:
-    """A folder to work in: new, or one that was begun for the same. UserError when it is another's."""
+    """Make a folder to work in, or resume in one of the same identity. UserError for any other that exists."""
     if folder.exists():
         if not (folder / IDENTITY).is_file():
-            raise UserError(f"{folder} is there, and was not made by this command: give another folder")
+            raise UserError(f"{folder} exists and was not made by this command: give another folder")
         begun, wanted = orjson.loads((folder / IDENTITY).read_bytes()), orjson.loads(orjson.dumps(identity))
         if changed(begun.pop("settings"), wanted.pop("settings")) or begun != wanted:
             raise UserError(
                 f"{folder} is of other models, prompts, settings or another judge ({IDENTITY} there): give another "
-                "folder, or remove it"
+                "folder, or remove this one"
             )
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / IDENTITY, orjson.dumps(identity))
 
 
-def show(what: str, done: int, total: int, note: str) -> None:
-    """How far it is, in a line."""
+def print_progress(what: str, done: int, total: int, note: str) -> None:
+    """Print the progress in a line."""
     print(f"{what}: {done} of {total}", flush=True)

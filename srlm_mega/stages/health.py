@@ -1,4 +1,4 @@
-"""health: what the round made, held against limits before anything is trained on it."""
+"""Stage health: figures of a round's data, checked against limits before anything is trained on it."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from srlm_mega.records import parse_line
 from srlm_mega.run.stage_kinds import EVALUATION, PAIRS, model_name
 from srlm_mega.run.work import Done, Work
 
-# What each figure says of the round, and what helps.
+# Each figure in words, and what helps when it is beyond its limit.
 MEANINGS = {
     "parse_failure": ("of the judgements have no readable score", "read judgements.jsonl; train on (more) EFT data"),
     "truncation": ("of the candidates were cut", "raise candidates.max_new_tokens"),
@@ -32,7 +32,7 @@ MEANINGS = {
 
 
 def look_at_health(work: Work) -> Done:
-    """`health.json`. CannotContinue where a figure is beyond its limit `stop`; the file is there all the same."""
+    """Write `health.json`. CannotContinue when a figure is beyond its limit `stop`; the file is written anyway."""
     number = work.round
     selected = work.run.manifest(PAIRS.of(number))
     assert selected is not None, "pairs are an input, so they are finished"
@@ -52,24 +52,24 @@ def look_at_health(work: Work) -> Done:
 
 
 def read_evaluation(work: Work, number: int) -> ModelEvaluation:
-    """The figures of M(number)."""
+    """Read the evaluation of M(number)."""
     return parse_line(ModelEvaluation, work.read(EVALUATION.of(model_name(number)), "evaluation.json").read_bytes())
 
 
 def why_stopped(health: RoundHealth, file: Path) -> str:
-    """The figures beyond their limits, and how to go on."""
+    """Return the message for a stopped round: the figures beyond their limits, and how to continue."""
     stopped = health.beyond("stop")
     keys = " ".join(f"health.{key}.stop=null" for key in stopped)
     return (
         f"round {health.round} is not fit to be trained on ({file}):\n"
         + "\n".join(f"  - {in_words(key, figure)}; {MEANINGS[key][1]}" for key, figure in stopped.items())
-        + f"\nGo on all the same: the same command with {keys}. Or make the round again with other settings: in "
+        + f"\nTo continue all the same: the same command with {keys}. To make the round again with other settings: in "
         "another run folder, or here by the same command with them and --redo of the earliest stage that they change "
-        "(it is named). Everything so far is kept."
+        "(the command names it). Everything so far is kept."
     )
 
 
 def in_words(key: str, figure: HealthFigure) -> str:
-    """'0.312 of the judgements have no readable score (parse_failure, stop at 0.2)'."""
+    """Return a figure in words: '0.312 of the judgements have no readable score (parse_failure, stop at 0.2)'."""
     limit = figure.stop if figure.state == "stop" else figure.warn
     return f"{figure.value:.3g} {MEANINGS[key][0]} ({key}, {figure.state} at {limit})"

@@ -1,4 +1,4 @@
-"""Who compares two responses: the configured judge, and the one that runs here, through the sampler."""
+"""Pairwise judges: the one that runs here, through the sampler, and the choice of the configured one."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from srlm_mega.stages.sampling_task import SampledBy, SamplingRequest, answer
 
 @dataclass(frozen=True)
 class LocalJudge:
-    """A model of a Hugging Face folder, decoded greedily. `longest`: tokens of a question."""
+    """A `PairwiseJudge` that samples a Hugging Face model, greedily. `longest`: most tokens of a question."""
 
     name: str
     shard_size: int
@@ -40,8 +40,8 @@ class LocalJudge:
         allowed: int,
         seq_length: int | None = None,
     ) -> "LocalJudge":
-        """The model of a Hugging Face folder; `loaded` is what the sampler loads of it. `seq_length`: its run's,
-        for which engines are built. UserError when its tokenizer has not Llama 2's special tokens."""
+        """Load the model of a Hugging Face folder. `loaded`: the folder that the sampler loads in its place (FP8, an
+        engine); `seq_length`: the limit of an engine. UserError when the tokenizer lacks Llama 2's special tokens."""
         chat, positions = Chat.from_folder(folder), ModelLimits.of_folder(folder).max_positions
         if seq_length is not None:
             positions = min(positions, seq_length)
@@ -50,11 +50,11 @@ class LocalJudge:
         return cls(name, sampler.shard_size, chat, ready, params, positions - max_new_tokens)
 
     def fits(self, text: str) -> bool:
-        """See `PairwiseJudge.fits`."""
+        """Return True when a question leaves room for a whole answer."""
         return len(self.chat.prompt(text)) <= self.longest
 
     def answer(self, shard: Shard[PairwiseQuestion]) -> Answered:
-        """See `PairwiseJudge.answer`."""
+        """Answer a shard's questions in one call of the sampler, as `PairwiseJudge.answer` specifies."""
         requests = [
             SamplingRequest(question.prompt_id, question, self.chat.prompt(question.text))
             for question in shard.requests
@@ -63,7 +63,7 @@ class LocalJudge:
         return answer(self.params, self._judgements, self.sampler, asked)
 
     def close(self) -> None:
-        """See `PairwiseJudge.close`."""
+        """Free the model."""
         self.sampler.close()
 
     def _judgements(
@@ -74,7 +74,7 @@ class LocalJudge:
 
 
 def open_m1(run: RunDir, config: Config, loaded: Path, questions: int) -> LocalJudge:
-    """Load M1 of a run as the judge. `loaded`: the folder that the sampler loads of it. No question may fail."""
+    """Load M1 of a run as a judge that tolerates no failed question. `loaded`: as for `LocalJudge.of_folder`."""
     name, folder, length = run.digest("M1"), run.weights("M1"), config.judge.max_new_tokens
     seq_length = config.model.seq_length
     return LocalJudge.of_folder(name, folder, loaded, length, config.sampler, allowed=0, seq_length=seq_length)
@@ -83,7 +83,8 @@ def open_m1(run: RunDir, config: Config, loaded: Path, questions: int) -> LocalJ
 def open_judge(
     settings: PairwiseJudgeConfig, sampler: SamplerConfig, allow_unverified: bool, questions: int
 ) -> PairwiseJudge:
-    """The configured judge. UserError for a folder that was converted and not verified, unless that is allowed."""
+    """Open the configured judge for a number of questions, of which judge.max_failed_share may fail. UserError for a
+    folder that was converted and not verified, unless `allow_unverified`."""
     allowed = int(settings.max_failed_share * questions)
     if settings.endpoint is None:
         folder = Path(settings.model)

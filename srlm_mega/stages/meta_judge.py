@@ -1,4 +1,4 @@
-"""meta_judgements: the model compares its own judgements, and the best and worst of a response become pairs."""
+"""Stage meta_judgements: the model compares its own judgements of a response; the best and the worst become a pair."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -26,12 +26,12 @@ from srlm_mega.sampling.sampler import Completion, SamplingParams
 from srlm_mega.stages.sampling_task import SampledBy, SamplingRequest, SamplingTask, judge_template
 from srlm_mega.stages.sharded import sample_in_shards
 
-SPARE = 1.5  # responses asked about for each pair that may come of them: some end in a draw
+SPARE = 1.5  # responses that are compared per pair that can be used, as some end in a draw
 
 
 @dataclass(frozen=True)
 class JudgementComparison:
-    """Two judgements of one response, in one order."""
+    """Two judgements of one response, in the order in which they are shown."""
 
     candidate_id: str
     first: Judgement
@@ -39,7 +39,7 @@ class JudgementComparison:
 
 
 def judge_judgements(work: Work) -> Done:
-    """`meta_judgements.jsonl` and `pairs.jsonl`; no pairs at all is no reason to stop."""
+    """Write `meta_judgements.jsonl` and `pairs.jsonl`, which may be empty: a round without such pairs continues."""
     task, too_long, contests = comparisons_task(work)
     if task.requests:
         sample_in_shards(work, task)
@@ -60,7 +60,7 @@ def judge_judgements(work: Work) -> Done:
 
 
 def comparisons_task(work: Work) -> tuple[SamplingTask[JudgementComparison], int, list[Contest]]:
-    """A request per comparison; how many were left out, too long for a whole answer; and what they decide."""
+    """Return a task with a request per comparison, the number of those too long, and the contests that they decide."""
     settings, judge = work.config.judge, model_name(work.round)
     params = SamplingParams(1, settings.temperature, settings.top_p, settings.max_new_tokens, seed=0)
     by, template, contests = SampledBy.of_run(work, judge, params), meta_template(), contests_of(work)
@@ -98,7 +98,7 @@ def comparisons_task(work: Work) -> tuple[SamplingTask[JudgementComparison], int
 
 
 def contests_of(work: Work) -> list[Contest]:
-    """One response of each prompt, those first whose scores vary most: as many as the largest share can need."""
+    """Return a response per prompt with its judgements, most varied scores first; as many as max_share can need."""
     judged_in = work.read(JUDGEMENTS.of(work.round), "judgements.jsonl")
     judgements = judgements_by_candidate(read_jsonl(judged_in, Judgement))
     candidates = read_jsonl(work.read(CANDIDATES.of(work.round), "candidates.jsonl"), Candidate)
@@ -114,15 +114,15 @@ def contests_of(work: Work) -> list[Contest]:
 
 
 def largest_number(work: Work) -> int:
-    """Pairs of judgements that may join the round's pairs."""
+    """Return how many pairs of judgements may join the round's pairs."""
     selected = work.run.manifest(PAIRS.of(work.round))
     assert selected is not None, "pairs are an input, so they are finished"
     return most_pairs(selected.rows, work.config.meta_judge.max_share)
 
 
 def judgement_pairs(work: Work, contests: Sequence[Contest], judged: Sequence[MetaJudgement]) -> list[PreferencePair]:
-    """A pair of judgements for each response where one is better, up to the largest share. Trained on as they were
-    sampled: the judge's prompt, the better and the worse judgement."""
+    """Return a preference pair (the judge's prompt, its better and its worse judgement, with the token ids as they were
+    sampled) for each response that has a better one, up to meta_judge.max_share of all pairs."""
     chat = Chat.from_folder(work.run.weights(model_name(work.round)))
     template, weights = judge_template(work), position_weights(judged)
     by_candidate: dict[str, list[MetaJudgement]] = {}
@@ -143,11 +143,11 @@ def judgement_pair(
     candidate_id: str,
     prompt: str,
     prompt_token_ids: tuple[int, ...],
-    found: tuple[Judgement, Judgement],
+    best_worst: tuple[Judgement, Judgement],
     ratings: dict[str, float],
 ) -> PreferencePair:
-    """The record; its scores are Elo ratings."""
-    best, worst = found
+    """Return the record of a pair (better, worse) of judgements; its scores are Elo ratings."""
+    best, worst = best_worst
     return PreferencePair(
         id=f"{candidate_id}-meta",
         prompt=(Message("user", prompt),),

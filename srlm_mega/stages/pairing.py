@@ -1,4 +1,4 @@
-"""pairs: the best meet the worst. positives: the responses with a perfect score, for the ablation without pairs."""
+"""Stages pairs (best against worst response) and positives (responses with a perfect score, for an ablation)."""
 
 import random
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ from srlm_mega.seeds import derive_seed
 
 
 def select_pairs(work: Work) -> Done:
-    """Best against worst of each prompt; with too few pairs to train on the run stops and says why."""
+    """Write `pairs.jsonl`: each prompt's best against worst response. CannotContinue below pairs.min_pairs."""
     settings, inputs = work.config.pairs, work.stage.inputs
     seed, counter = derive_seed(work.config.run.seed, work.stage.name), PairCounter()
     anchors = None
@@ -43,7 +43,7 @@ def select_pairs(work: Work) -> Done:
 def scored(
     work: Work, answers: StageKind, judgements: StageKind, earlier: StageKind | None = None
 ) -> Iterator[list[ScoredCandidate]]:
-    """A round's candidates with their rewards, prompt by prompt."""
+    """Yield a round's candidates with their rewards, prompt by prompt. `earlier`: judgements by the previous model."""
     min_valid = work.config.judge.min_valid
     return scored_prompts(
         read_jsonl(work.read(answers.of(work.round), "candidates.jsonl"), Candidate),
@@ -53,7 +53,8 @@ def scored(
 
 
 def select_positives(work: Work) -> Done:
-    """Responses whose mean score is perfect, a text once per prompt; of too many a seeded sample, in their order."""
+    """Write `positives.jsonl`: responses with a perfect mean score, each text once per prompt; of more than
+    round.max_positives a seeded sample in the same order. CannotContinue when there are none."""
     settings = work.config.round
     found = [candidate for group in scored(work, CANDIDATES, JUDGEMENTS) for candidate in perfect(group)]
     kept = found
@@ -71,7 +72,7 @@ def select_positives(work: Work) -> Done:
 
 
 def perfect(group: list[ScoredCandidate]) -> list[Candidate]:
-    """The prompt's candidates with the highest possible score; of equal texts the first."""
+    """Return a prompt's candidates with the highest possible score; of equal texts the first."""
     by_text: dict[str, Candidate] = {}
     for item in group:
         if item.score is not None and item.score >= MAX_SCORE - SCORE_TOLERANCE:
@@ -80,7 +81,7 @@ def perfect(group: list[ScoredCandidate]) -> list[Candidate]:
 
 
 def too_few_pairs(work: Work, counts: PairCounts) -> str:
-    """Why there is nothing to train on, in figures, and what to do."""
+    """Return the message for too few pairs: the figures, and what to do."""
     judge = model_name(work.round) if work.config.judge.backend == "model" else "the random judge"
     folder = work.run.output(JUDGEMENTS.of(work.round))
     return (

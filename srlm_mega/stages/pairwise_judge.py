@@ -1,4 +1,4 @@
-"""What a judge of two responses is: questions in shards, verdicts out. judges.py chooses one."""
+"""The interface of pairwise judges: questions in shards, verdicts out. judges.py opens the configured one."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from srlm_mega.stages.sampling_task import CompletionFields
 
 @dataclass(frozen=True)
 class PairwiseQuestion:
-    """Two responses to a prompt in one order, as the judge is asked about them."""
+    """A question about two responses to a prompt: the judge's prompt as text, and which of them it shows first."""
 
     prompt_id: str
     ours_first: bool
@@ -20,7 +20,7 @@ class PairwiseQuestion:
 
 
 def judgement_of(question: PairwiseQuestion, fields: CompletionFields) -> PairwiseJudgement:
-    """The record of a judge's answer, with the verdict in it."""
+    """Return the record of a judge's answer, with the verdict that is read from its text."""
     return PairwiseJudgement(
         prompt_id=question.prompt_id,
         ours_first=question.ours_first,
@@ -30,26 +30,25 @@ def judgement_of(question: PairwiseQuestion, fields: CompletionFields) -> Pairwi
 
 
 class PairwiseJudge(Protocol):
-    """A judge that is ready."""
+    """A judge that is ready to compare two responses."""
 
     @property
     def name(self) -> str:
-        """What the records call it."""
+        """The judge's name in records."""
 
     @property
     def shard_size(self) -> int:
-        """Questions that are asked together, and lost together by a kill."""
+        """Number of questions that are asked together, and repeated together after a kill."""
 
     def fits(self, text: str) -> bool:
-        """Whether a question leaves room for a whole answer."""
+        """Return True when a question leaves room for a whole answer."""
 
     def answer(self, shard: Shard[PairwiseQuestion]) -> Answered:
-        """A PairwiseJudgement per question; those that failed for good are named instead. CannotContinue when too many
-        did."""
+        """Return a PairwiseJudgement or a FailedRequest per question. CannotContinue when too many have failed."""
 
     def close(self) -> None:
-        """Free what it holds."""
+        """Free the model or the connection."""
 
 
 OpenJudge = Callable[[int], PairwiseJudge]
-"""Gets a judge ready for so many questions."""
+"""Function that opens a judge for a number of questions."""

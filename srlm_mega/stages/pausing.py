@@ -1,7 +1,7 @@
-"""Training with pauses for early stopping: up to a checkpoint, a pause for its comparison, and on from it or the end.
+"""Training with pauses for early stopping: train up to a checkpoint, pause while it is compared, then resume or end.
 
-Sampling and training share no process, and one set of GPUs holds only one of them: so training ends its
-processes at the pause, and the controller has the comparison done and starts it again.
+Sampling and training share no process, and a set of GPUs holds only one of them at a time. So training ends its
+processes at a pause, and the controller starts the comparison and then training again.
 """
 
 import os
@@ -28,16 +28,17 @@ from srlm_mega.training.trainer import TrainingPart, TrainingSummary
 def train_with_pauses(
     work: Work, topology: Topology, start: Path, steps: int, train: Callable[[TrainingPart], TrainingSummary]
 ) -> Done:
-    """The stage's output, once every comparison is made; until then TrainingPaused, with a checkpoint to compare."""
+    """Train up to the next checkpoint to compare, and raise TrainingPaused; once a verdict ends training, make the best
+    checkpoint the stage's model and return the counts. `steps`: optimiser steps of the whole training."""
     settings, files = work.config.early_stopping, EarlyStoppingFiles(work.out)
     assert settings is not None, "training with pauses without early stopping"
-    # One rank looks, so that all do the same while files change.
+    # One rank looks, so that all ranks decide the same while files change.
     verdicts = topology.all_gather(files.verdicts() if topology.is_main else None)[0]
     assert verdicts is not None
     if verdicts and verdicts[-1].stop:
         topology.beat("export", "the best checkpoint")
         if topology.is_main:
-            keep(work.out, files, verdicts, start)
+            keep_best(work.out, files, verdicts, start)
         topology.barrier()
         return summary(files, verdicts, steps)
     step = comparison_steps(settings.eval_interval, steps)[len(verdicts)]
@@ -54,14 +55,14 @@ def train_with_pauses(
 
 
 def remove_worse(files: EarlyStoppingFiles, verdicts: list[Verdict]) -> None:
-    """Weights of checkpoints that were not kept; what was said of them stays."""
+    """Remove the weights of checkpoints that were not kept; their responses and judgements stay."""
     for verdict in verdicts:
         if verdict.step != kept_step(verdicts):
             shutil.rmtree(files.export(verdict.step), ignore_errors=True)
 
 
-def keep(out: Path, files: EarlyStoppingFiles, verdicts: list[Verdict], start: Path) -> None:
-    """The best checkpoint becomes the stage's model; of the others nothing but words is left."""
+def keep_best(out: Path, files: EarlyStoppingFiles, verdicts: list[Verdict], start: Path) -> None:
+    """Make the best checkpoint the stage's model, and remove the weights of the others."""
     kept, final = kept_step(verdicts), out / "huggingface"
     if not final.exists():  # else a killed attempt got this far
         if kept == START:
@@ -74,7 +75,7 @@ def keep(out: Path, files: EarlyStoppingFiles, verdicts: list[Verdict], start: P
 
 
 def summary(files: EarlyStoppingFiles, verdicts: list[Verdict], steps: int) -> Done:
-    """What the training did, and which step was kept and by what score, for the manifest."""
+    """Return the manifest's counts: what was trained, which step was kept, and the score of each comparison."""
     trained = verdicts[-1].step
     exported = files.exported(trained)
     assert exported is not None, f"a verdict on step {trained}, which was never exported"
@@ -95,7 +96,7 @@ def summary(files: EarlyStoppingFiles, verdicts: list[Verdict], steps: int) -> D
 
 
 def make_durable(folder: Path) -> None:
-    """Bring a folder's files to the disk."""
+    """Sync a folder's files to the disk."""
     for path in files_below(folder):
         fsync(path)
     fsync(folder)

@@ -1,4 +1,4 @@
-"""prompts: new instructions for a round, from a file or written few-shot (Self-Instruct), never the same twice."""
+"""Stage prompts: new instructions for a round, from a file or few-shot from a model (Self-Instruct), none repeated."""
 
 import random
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ REQUESTS_PER_WAVE = 64
 
 
 def write_prompts(work: Work) -> Done:
-    """`per_round` prompts that no earlier round had."""
+    """Write `prompts.jsonl`: prompts.per_round prompts that no earlier round had."""
     match work.config.prompts.generator:
         case "file":
             return take_from_file(work)
@@ -32,10 +32,11 @@ def write_prompts(work: Work) -> Done:
 
 
 def take_from_file(work: Work) -> Done:
-    """The round's slice of the given prompts, in a seeded order: rounds are disjoint, and none repeats seed data."""
+    """Write the round's own slice of the given prompts, without seed data's. UserError when there are not enough."""
     settings = work.config.prompts
     given = list(read_jsonl(work.read("seed", "prompts.jsonl"), Prompt))
-    prompts = list({prompt.text: prompt for prompt in reversed(given)}.values())  # of equal texts the first
+    # The order is seeded by the run alone, so that the slices of its rounds are disjoint.
+    prompts = list({prompt.text: prompt for prompt in reversed(given)}.values())  # keep the first of equal texts
     random.Random(derive_seed(work.config.run.seed, "prompts")).shuffle(prompts)
     chat, known = answering_chat(work), KnownTexts(settings.rouge_l_max, seed_prompts(work))
     fitting = [prompt for prompt in prompts if fits(work, chat, prompt.text)]
@@ -59,7 +60,8 @@ def take_from_file(work: Work) -> Done:
 
 
 def self_instruct(work: Work) -> Done:
-    """Waves of few-shot requests to the writer until enough of what it wrote passes the filters."""
+    """Send waves of few-shot requests to the writer until prompts.per_round of its tasks pass the filters.
+    CannotContinue after prompts.max_requests requests; UserError when there are too few IFT prompts to show."""
     settings = work.config.prompts
     writer, chat = writer_model(work), answering_chat(work)
     writer_chat = Chat.from_folder(work.run.weights(writer))
@@ -110,13 +112,15 @@ def self_instruct(work: Work) -> Done:
 def sample_drafts(
     work: Work, wave: int, seeds: Sequence[str], generated: Sequence[str], by: SampledBy, sampler: RetryingSampler
 ) -> list[PromptDraft]:
-    """One wave: each request shows IFT tasks and, once there are some, tasks written before."""
+    """Sample one wave of requests, each of which shows IFT tasks and, once there are enough, generated ones."""
     settings = work.config.prompts
     seed = derive_seed(work.config.run.seed, work.stage.name, wave)
     rng = random.Random(seed)
     num_generated = settings.shots_generated if len(generated) >= settings.shots_generated else 0
     num_ift = settings.shots_ift + settings.shots_generated - num_generated
-    positions = ModelLimits.of_folder(work.run.weights(writer_model(work))).max_positions  # of any model from outside
+    positions = ModelLimits.of_folder(
+        work.run.weights(writer_model(work))
+    ).max_positions  # those of a model from outside may be few
     longest = min(work.config.model.seq_length, positions) - settings.max_new_tokens
     requests: list[tuple[str, tuple[int, ...]]] = []
     for _ in range(REQUESTS_PER_WAVE):
@@ -124,20 +128,20 @@ def sample_drafts(
         rng.shuffle(shots)
         request = few_shot_prompt(shots)
         ids = by.chat.document(request, end=False)
-        if len(ids) <= longest:  # a request that does not fit whole is not sent
+        if len(ids) <= longest:  # a request is never cut
             requests.append((request, ids))
     names = [f"r{work.round}-w{wave:05d}-{number:02d}" for number in range(len(requests))]
     answers = sampler.sample(names, [ids for _, ids in requests], replace(by.params, seed=seed))
     return [
         PromptDraft(id=name, request=request, cumulative_logprob=completion.cumulative_logprob, **by.fields(completion))
         for name, (request, _), completions in zip(names, requests, answers, strict=True)
-        if not isinstance(completions, FailedRequest)  # another request will do as well
+        if not isinstance(completions, FailedRequest)  # the next wave makes up for it
         for completion in completions
     ]
 
 
 def writer_model(work: Work) -> str:
-    """Who writes the prompts."""
+    """Return the name of the model that writes the prompts."""
     match work.config.prompts.writer:
         case "base":
             return "M0"
@@ -148,12 +152,12 @@ def writer_model(work: Work) -> str:
 
 
 def answering_chat(work: Work) -> Chat:
-    """The tokenizer that all models of the run share; the writer's may be another."""
+    """Load the tokenizer that all models of the run share; a writer from outside may have another."""
     return Chat.from_folder(work.run.weights("M0" if "M0" in work.stage.inputs else model_name(work.round)))
 
 
 def seed_prompts(work: Work) -> list[str]:
-    """Every prompt of the seed data: new ones must not repeat what a model learnt from or is measured on."""
+    """Read every prompt of the seed data: new ones must not repeat what models are trained on or evaluated on."""
     prompts = [example.prompt for example in read_jsonl(work.read("seed", "ift.jsonl"), SftExample)]
     for name in ("validation.jsonl", "test.jsonl"):
         prompts += [prompt.text for prompt in read_jsonl(work.read("seed", name), Prompt)]
@@ -163,5 +167,5 @@ def seed_prompts(work: Work) -> list[str]:
 
 
 def fits(work: Work, chat: Chat, text: str) -> bool:
-    """Whether a prompt leaves room for a response."""
+    """Return True when a prompt leaves room for a whole response."""
     return len(chat.prompt(text)) <= work.config.longest_prompt(work.config.candidates.max_new_tokens)

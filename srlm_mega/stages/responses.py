@@ -1,4 +1,4 @@
-"""What a model answers to a list of prompts, once per prompt: for comparisons and exports."""
+"""One response of a model to each of a list of prompts, for comparisons and exports."""
 
 from collections.abc import Sequence
 from contextlib import closing
@@ -21,15 +21,15 @@ from srlm_mega.stages.sampling_task import SampledBy, SamplingRequest, answer, c
 
 @dataclass(frozen=True)
 class Writer:
-    """A model's Hugging Face folder, and what the records call it."""
+    """A model's Hugging Face folder, and its name in records."""
 
     name: str
     folder: Path
 
 
 def held_out(run: RunDir) -> Path:
-    """The prompts that models are compared on: the test set, or, in a run without one, the validation prompts. Early
-    stopping chooses checkpoints by the validation prompts."""
+    """Return the file of prompts that models are compared on: the test set or, in a run without one, the validation
+    prompts, by which early stopping chooses checkpoints."""
     test = run.output("seed") / "test.jsonl"
     return test if test.is_file() and test.stat().st_size else run.output("seed") / "validation.jsonl"
 
@@ -43,11 +43,11 @@ def respond(
     file: Path,
     on_progress: ProgressCallback,
 ) -> int:
-    """Write a response (Candidate) per prompt to `file`, by way of shards that survive a kill; returns how many prompts
-    were left out, too long for a whole response. Greedy at temperature 0. All must be answered: models are compared on
-    the same prompts.
+    """Write a response (Candidate) per prompt to `file`, by way of shards that survive a kill. Returns the number of
+    prompts left out because a whole response would not fit.
 
-    The draws depend on the run's seed and the prompts only: what differs between models is then the model.
+    The draws depend only on the run's seed and the prompts, so that differences between models come from the models.
+    For the same reason no request may fail: CannotContinue. UserError when no prompt fits.
     """
     length = config.candidates.max_new_tokens
     chat = Chat.from_folder(writer.folder)

@@ -1,4 +1,4 @@
-"""Stages as a process: begin an output, call the function of its kind, commit."""
+"""Running stages in this process: begin an output, call the function of the stage's kind, commit the output."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +28,7 @@ from srlm_mega.run.work import Done, Work
 
 
 def run_stages(run: RunDir, names: Sequence[str]) -> int:
-    """Make outputs, in this order, until one cannot be made. Returns the exit code."""
+    """Make outputs in the given order until one cannot be made. Returns the exit code (0 when all were made)."""
     die_with(os.getppid())
     show_stacks_when_asked()
     config = load_config(run.config_file)
@@ -39,15 +39,15 @@ def run_stages(run: RunDir, names: Sequence[str]) -> int:
             code = next((code for code in codes if code), 0)
             return 0 if code == PAUSED else code  # torchrun would report a failure; the progress file says what it is
     except UserError as error:
-        return explained(error, Progress(run.progress_file(stages[0].name)))
-    except StageCrashed as error:  # ranks that did not meet
+        return record_failure(error, Progress(run.progress_file(stages[0].name)))
+    except StageCrashed as error:  # the ranks' rendezvous failed
         Progress(run.progress_file(stages[0].name)).failed(CRASHED, str(error))
         print(error, flush=True)
         return CRASHED
 
 
 def joined_ranks(config: Config, stages: Sequence[Stage]) -> AbstractContextManager[object]:
-    """The ranks that torchrun started meet once, for all their stages."""
+    """Return a context in which torchrun's ranks share one process group for all stages, if any is parallel."""
     if not any(stage.kind.parallel for stage in stages):
         return nullcontext()
     import torch
@@ -62,7 +62,7 @@ def joined_ranks(config: Config, stages: Sequence[Stage]) -> AbstractContextMana
 
 
 def run_stage(run: RunDir, config: Config, stage: Stage) -> int:
-    """Make one output. Returns the exit code; a mistake or a stop leaves its message in the progress file too."""
+    """Make one output. Returns the exit code; the message of an explained error is in the progress file."""
     progress = Progress(run.progress_file(stage.name))
     try:
         if run.manifest(stage.name) is not None:
@@ -73,12 +73,12 @@ def run_stage(run: RunDir, config: Config, stage: Stage) -> int:
         else:
             run_single(work)
     except (UserError, CannotContinue, StopRequested, TrainingPaused, OSError) as error:
-        return explained(error, progress)
+        return record_failure(error, progress)
     return 0
 
 
-def explained(error: Exception, progress: Progress) -> int:
-    """Leave the reason where the controller looks for it; returns the exit code."""
+def record_failure(error: Exception, progress: Progress) -> int:
+    """Write an error's reason to the progress file and return its exit code. An error without a code is re-raised."""
     code = exit_code(error)
     if code == CRASHED:
         raise error
@@ -88,14 +88,14 @@ def explained(error: Exception, progress: Progress) -> int:
 
 
 def run_single(work: Work) -> None:
-    """A stage in this process."""
+    """Run a stage in this process."""
     function: Callable[[Work], Done] = resolve_name(work.stage.kind.function)
     with output(work) as done:
         done.append(function(work))
 
 
 def run_parallel(work: Work) -> None:
-    """A stage in all ranks of a torchrun job; the main rank owns the output."""
+    """Run a stage in all ranks of a torchrun job; the main rank owns the output."""
     from srlm_mega.training.topology import Topology, watched
 
     def stuck(message: str) -> None:
@@ -118,7 +118,7 @@ def run_parallel(work: Work) -> None:
 
 @contextmanager
 def output(work: Work) -> Iterator[list[Done]]:
-    """Verify the inputs, begin the output, and commit it with what the block appended."""
+    """Verify the inputs, begin the output, and commit it with the Done that the block appends to the yielded list."""
     done: list[Done] = []
     identity = identity_of(work.stage, work.config, work.run)
     for name in work.stage.inputs:

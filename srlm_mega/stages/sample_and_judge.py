@@ -1,6 +1,5 @@
-"""candidates, judgements: the model answers new prompts and judges its own answers.
-
-Where the configuration asks for it, an anchor model answers them too, and the previous model judges them too.
+"""Stages candidates and judgements: the model answers new prompts and judges its own answers. Where configured, an
+anchor model answers them too (anchors), and the previous model judges them too (previous_judgements).
 """
 
 import random
@@ -26,7 +25,7 @@ from srlm_mega.stages.sharded import sample_in_shards, shard_files
 
 
 def sample_candidates(work: Work) -> Done:
-    """N responses to each prompt, by the round's model or its anchor."""
+    """Write `candidates.jsonl`: candidates.n responses to each prompt, by the round's model or its anchor."""
     task, too_long = candidates_task(work)
     sample_in_shards(work, task)
     candidates = list(read_jsonl(work.out / task.file, Candidate))
@@ -36,7 +35,7 @@ def sample_candidates(work: Work) -> Done:
 
 
 def judge_candidates(work: Work) -> Done:
-    """k judgements of each candidate: by the round's model, the previous one, or (the control) by chance."""
+    """Write `judgements.jsonl`: judge.n judgements of each candidate by a model or, as a control, at random."""
     match work.config.judge.backend:
         case "model":
             task, too_long = judgements_task(work)
@@ -66,7 +65,7 @@ def judge_candidates(work: Work) -> Done:
 
 
 def candidates_task(work: Work) -> tuple[SamplingTask[Prompt], int]:
-    """A request per prompt; and how many prompts were left out, too long for a whole response."""
+    """Return a task with a request per prompt, and the number of prompts that leave no room for a whole response."""
     is_anchor = work.stage.kind is ANCHORS
     writer, letter = (work.config.pairs.rejected_from, "a") if is_anchor else (model_name(work.round), "c")
     by = SampledBy.of_run(work, writer, params_of(work.config.candidates))
@@ -77,9 +76,8 @@ def candidates_task(work: Work) -> tuple[SamplingTask[Prompt], int]:
 
 
 def judgements_task(work: Work) -> tuple[SamplingTask[Candidate], int]:
-    """A request per candidate for all its judgements; and how many candidates were left out, too long to be judged
-    whole. The order is the candidates': those of a prompt follow one another, so that the beginning they share, the
-    rubric and the prompt, is still in a sampler's cache."""
+    """Return a task with a request per candidate for all its judgements, and the number of candidates too long for one.
+    Those of a prompt follow one another, as the beginning that they share is then still in the sampler's cache."""
     is_previous = work.stage.kind is PREVIOUS_JUDGEMENTS
     judge, letter = (model_name(work.round - 1), "p") if is_previous else (model_name(work.round), "j")
     by, template = SampledBy.of_run(work, judge, params_of(work.config.judge)), judge_template(work)
@@ -92,18 +90,18 @@ def judgements_task(work: Work) -> tuple[SamplingTask[Candidate], int]:
 
 
 def read_candidates(work: Work) -> list[Candidate]:
-    """What this stage judges, in the order of their prompts: the round's candidates, or its anchor's."""
+    """Read the candidates that the stage judges, in the order of their prompts: the round's own, or its anchor's."""
     judged = ANCHORS if work.stage.kind is ANCHOR_JUDGEMENTS else CANDIDATES
     return list(read_jsonl(work.read(judged.of(work.round), "candidates.jsonl"), Candidate))
 
 
 def params_of(settings: CandidatesConfig | JudgeConfig) -> SamplingParams:
-    """How to decode; the seed is each shard's own."""
+    """Return the decoding settings of a section; each shard sets its own seed."""
     return SamplingParams(settings.n, settings.temperature, settings.top_p, settings.max_new_tokens, seed=0)
 
 
 def judge_at_random(work: Work, shard: Shard[Candidate]) -> Answered:
-    """Whole scores from 0 to 5, all equally likely, whatever the response."""
+    """Return judgements with whole scores from 0 to 5, equally likely whatever the response."""
     rng = random.Random(shard.seed)
     judgements: list[Judgement] = []
     for candidate in shard.requests:

@@ -1,7 +1,7 @@
-"""sampler_weights: what the sampler loads in place of a model's Hugging Face folder: FP8 weights, or an engine.
+"""Stage sampler_weights: FP8 weights or an engine, which the sampler loads in place of a model's Hugging Face folder.
 
-It runs in the sampler's environment. Each conversion is proven before it is used (`proof.json`). What needs a GPU and
-TensorRT-LLM, the engine's build, was never run on real hardware.
+It runs in the sampler's environment. Each conversion is verified before it is used (`proof.json`). Building an engine,
+which needs a GPU and TensorRT-LLM, was never run on real hardware.
 """
 
 import os
@@ -31,14 +31,14 @@ MIB = 1 << 20
 
 
 def open_model(work: Work, model: str, allowed: int) -> RetryingSampler:
-    """A model of the run, loaded by the configured backend; at most `allowed` requests may fail for good."""
+    """Load a model of the run with the configured backend; at most `allowed` requests may fail for good."""
     folder = work.run.weights(model)
     eos_id = Chat.from_folder(folder).eos_id
     return open_retrying_sampler(work.config.sampler, loaded_folder(work, model), eos_id, allowed)
 
 
 def loaded_folder(work: Work, model: str) -> Path:
-    """What the sampler loads. UserError when it is a conversion without its proof."""
+    """Return the folder that the sampler loads for a model. UserError when it was converted and not verified."""
     if not work.config.sampler.converts:
         return work.run.weights(model)
     is_engine = work.config.sampler.traits.loads_engine
@@ -51,8 +51,7 @@ def loaded_folder(work: Work, model: str) -> Path:
 
 
 def require_verified(folder: Path) -> None:
-    """UserError, which names the command that verifies it, when a conversion made this model folder and nobody verified
-    it."""
+    """Raise UserError, which names the command to verify it, when a model folder was converted and not verified."""
     try:
         check_proven(folder)
     except ValueError as error:
@@ -60,7 +59,7 @@ def require_verified(folder: Path) -> None:
 
 
 def make_sampler_weights(work: Work) -> Done:
-    """Convert a model for the sampler, prove it, and build its engine where the backend runs engines."""
+    """Convert a model for the sampler, verify it, and build its engine where the backend runs engines."""
     settings = work.config.sampler
     source = work.run.weights(work.stage.model)
     is_engine = settings.traits.loads_engine
@@ -75,18 +74,19 @@ def make_sampler_weights(work: Work) -> Done:
         wish = Wish(Kind.TRTLLM, settings.tp_size, settings.pp_size, dtype, amax)
     else:
         wish = Wish(Kind.HUGGINGFACE, dtype=dtype, amax=amax)
-    bar = partial(bar_of, work)
+    bar = partial(progress_bar, work)
     convert(source, destination, wish, Resources(), bar)
     proof = prove(source, destination, bar)
     proof.save()
     if is_engine:
-        build(work, destination)
+        link_engine(work, destination)
     return Done(proof.num_tensors, counts | {"verified_tensors": proof.num_tensors, "bytes": proof.num_bytes})
 
 
 def activation_ranges(work: Work, source: Path) -> tuple[Amax, dict[str, float]]:
-    """The calibration of the model before, as long as a probe of few prompts stays within it; otherwise a new one."""
-    # nvidia-modelopt and torch: only FP8 needs them.
+    """Return the activation ranges for FP8 and the manifest's counts. The previous model's ranges serve as long as a
+    probe of few prompts stays within them; otherwise the model is calibrated anew."""
+    # It imports nvidia-modelopt and torch, which only FP8 needs.
     from srlm_mega.checkpoints_conversion.calibrate import calibrate
 
     settings, prompts = work.config.sampler, calibration_prompts(work, source)
@@ -101,7 +101,7 @@ def activation_ranges(work: Work, source: Path) -> tuple[Amax, dict[str, float]]
 
 
 def calibration_prompts(work: Work, source: Path) -> list[list[int]]:
-    """Token ids of IFT prompts with their answers, a seeded choice."""
+    """Return the token ids of a seeded choice of IFT prompts with their answers."""
     chat = Chat.from_folder(source)
     examples = list(read_jsonl(work.read("seed", "ift.jsonl"), SftExample))
     rng = random.Random(derive_seed(work.config.run.seed, "calibration"))
@@ -109,8 +109,8 @@ def calibration_prompts(work: Work, source: Path) -> list[list[int]]:
     return [[*chat.prompt(one.prompt), *chat.completion(one.completion)] for one in chosen]
 
 
-def build(work: Work, checkpoint: Path) -> None:
-    """Find or build the engine in the run's cache, and link it."""
+def link_engine(work: Work, checkpoint: Path) -> None:
+    """Find or build a checkpoint's engine in the run's cache of engines, and link it into the stage's output."""
     settings, length = work.config.sampler, work.config.model.seq_length
     limits = Limits(
         max_batch_size=settings.batch_size,
@@ -127,8 +127,8 @@ def build(work: Work, checkpoint: Path) -> None:
 
 
 @contextmanager
-def bar_of(work: Work, what: str, total: int) -> Iterator[Report]:
-    """A conversion's progress as the stage's."""
+def progress_bar(work: Work, what: str, total: int) -> Iterator[Report]:
+    """Show a conversion's progress as the stage's. `total`: bytes; the yielded function adds bytes that are written."""
     done = 0
 
     def report(written: int) -> None:

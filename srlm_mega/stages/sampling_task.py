@@ -1,4 +1,4 @@
-"""Requests to a model, and the records that its completions become: the one road of all that samples in shards."""
+"""Sampling tasks, for all stages that sample in shards: requests to a model, and records of its completions."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +29,7 @@ Sampled = Candidate | Judgement | MetaJudgement | PairwiseJudgement
 
 @dataclass(frozen=True)
 class SamplingRequest(Generic[T]):
-    """One prompt of the sampler; `source` is what the records are about, `id` names the request where it fails."""
+    """A prompt for the sampler. `source`: the object that its records are about; `id` names the request if it fails."""
 
     id: str
     source: T
@@ -37,12 +37,13 @@ class SamplingRequest(Generic[T]):
 
 
 Records = Callable[[SamplingRequest[T], Sequence[Completion]], Iterator[Sampled]]
-"""What becomes of a request's completions."""
+"""Function that turns a request and its completions into records."""
 
 
 @dataclass(frozen=True)
 class SamplingTask(Generic[T]):
-    """What a stage samples: with which model, what, how (the seed is each shard's own), and what becomes of it."""
+    """What a stage samples: the model's name in the run, the requests, the decoding settings (each shard sets its own
+    seed), the function that makes records, and the output's file name. `unit`: what progress counts."""
 
     model: str
     requests: Sequence[SamplingRequest[T]]
@@ -58,7 +59,7 @@ class SamplingTask(Generic[T]):
 
 
 class CompletionFields(TypedDict):
-    """The fields that every record of a completion has; `cumulative_logprob` comes on top where a record keeps it."""
+    """Fields that every record of a completion has; some records keep `cumulative_logprob` in addition."""
 
     text: str
     finish_reason: FinishReason
@@ -70,7 +71,7 @@ class CompletionFields(TypedDict):
 
 @dataclass(frozen=True)
 class SampledBy:
-    """The model that writes completions, and how it decodes."""
+    """The model that samples completions, as their records name it, and its decoding settings."""
 
     chat: Chat
     model_hash: str
@@ -78,11 +79,11 @@ class SampledBy:
 
     @classmethod
     def of_run(cls, work: Work, model: str, params: SamplingParams) -> "SampledBy":
-        """Return the record fields' source for a model of the stage's run."""
+        """Return the entry for a model of the stage's run."""
         return cls(Chat.from_folder(work.run.weights(model)), work.run.digest(model), params)
 
     def fields(self, completion: Completion) -> CompletionFields:
-        """What a completion's record says of it; its text ends before a stop string."""
+        """Return a completion's record fields; its text ends before the stop string."""
         text, stop = self.chat.decode(completion.token_ids), self.params.stop
         return {
             "text": text if stop is None else stop.before(text),
@@ -102,7 +103,7 @@ def judge_template(work: Work) -> JudgeTemplate:
 def candidates_of(
     by: SampledBy, letter: str, request: SamplingRequest[Prompt], completions: Sequence[Completion]
 ) -> Iterator[Candidate]:
-    """The responses to one prompt, which the request is named after."""
+    """Yield the responses to one prompt, whose id is the request's."""
     for number, completion in enumerate(completions):
         yield Candidate(
             id=f"{request.id}-{letter}{number}",
@@ -117,7 +118,7 @@ def candidates_of(
 def judgements_of(
     by: SampledBy, letter: str, request: SamplingRequest[T], completions: Sequence[Completion]
 ) -> Iterator[Judgement]:
-    """The judgements of one response, which the request is named after."""
+    """Yield the judgements of one response, whose id is the request's."""
     for number, completion in enumerate(completions):
         fields = by.fields(completion)
         yield Judgement(
@@ -132,7 +133,7 @@ def judgements_of(
 def fitting_requests(
     config: Config, requests: Sequence[SamplingRequest[T]], max_new_tokens: int
 ) -> list[SamplingRequest[T]]:
-    """Requests that leave room for a whole answer: over-long ones are never sent and never cut."""
+    """Return the requests that leave room for a whole answer; the others are never sent and never cut."""
     longest = config.longest_prompt(max_new_tokens)
     return [request for request in requests if len(request.token_ids) <= longest]
 
@@ -140,7 +141,7 @@ def fitting_requests(
 def answer(
     params: SamplingParams, records: Records[T], sampler: RetryingSampler, shard: Shard[SamplingRequest[T]]
 ) -> Answered:
-    """The records of one shard, sampled with its seed. All n completions of a prompt are one request."""
+    """Sample a shard with its seed, all n completions of a prompt as one request, and make the records."""
     requests = shard.requests
     answers = sampler.sample(
         [one.id for one in requests], [one.token_ids for one in requests], replace(params, seed=shard.seed)

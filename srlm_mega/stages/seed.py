@@ -1,4 +1,4 @@
-"""seed: everything that comes from outside, read once and kept in the run folder."""
+"""Stage seed: everything that comes from outside, read once and kept in the run folder."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from srlm_mega.seeds import derive_seed
 
 
 def make_seed(work: Work) -> Done:
-    """IFT, EFT, the held-out sets, the judge template; the tokenizer of a model made here; prompts from a file."""
+    """Write the seed sets, the judge template, the given prompts and the tokenizer of a model that is made here."""
     config = work.config
     seed = derive_seed(config.run.seed, "seed")
     match config.seed_data.source:
@@ -43,7 +43,8 @@ def make_seed(work: Work) -> Done:
 
 
 def load_tokenizer(model: ModelConfig) -> Tokenizer:
-    """SentencePiece .model, tokenizer.json, a folder that holds one, or (none given) the toy world's."""
+    """Load model.tokenizer: a SentencePiece .model, a tokenizer.json or a folder that holds one; without one, the toy
+    world's. UserError when it cannot be read or has more pieces than model.vocab_size."""
     path = model.tokenizer
     if path is None:
         tokenizer = toy_tokenizer()
@@ -63,7 +64,7 @@ def load_tokenizer(model: ModelConfig) -> Tokenizer:
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    """A file in one of the two formats."""
+    """Read a SentencePiece .model or a tokenizer.json."""
     if path.suffix != ".model":
         return Tokenizer.from_file(str(path))
     # transformers takes seconds to import, and nothing else of this stage needs it.

@@ -1,4 +1,4 @@
-"""A stage that samples a fixed list of requests, in shards: in this process, or by replicas that share the shards."""
+"""Sampling a task in shards: in this process, or by replicas that share the shards."""
 
 import os
 import subprocess
@@ -28,7 +28,8 @@ T = TypeVar("T")
 
 
 def sample_in_shards(work: Work, task: SamplingTask[T]) -> None:
-    """Write the task's file in the stage's output, the failed requests and metrics.jsonl beside it."""
+    """Sample a task into its file in the stage's output, with metrics.jsonl and (for failed requests) failed.jsonl next
+    to it. CannotContinue when more than sampler.max_failed_share of the requests failed."""
     config, files = work.config, shard_files(work, task.requests, task.file)
     watch = ShardWatch(
         work.out / "metrics.jsonl",
@@ -46,7 +47,7 @@ def sample_in_shards(work: Work, task: SamplingTask[T]) -> None:
 
 
 def start_replica(work: Work, number: int) -> "subprocess.Popen[bytes]":
-    """`srlm replica` in the sampler's environment; it ends with this process."""
+    """Start `srlm replica` in the sampler's environment; it ends with this process."""
     return subprocess.Popen(
         sampler_process(work.config, ["replica", str(work.run.root), work.stage.name, str(number)]),
         stdin=subprocess.DEVNULL,
@@ -56,8 +57,8 @@ def start_replica(work: Work, number: int) -> "subprocess.Popen[bytes]":
 
 
 def work_as_replica(run: RunDir, stage_name: str, number: int) -> int:
-    """Take shards of a stage that another process began until all are there. Returns the exit code; a mistake or a
-    stop leaves its message for that process."""
+    """Work on the shards of a stage that another process began, until all are finished. Returns the exit code; the
+    message of a UserError or CannotContinue is left for that process."""
     die_with(os.getppid())
     show_stacks_when_asked()
     config = load_config(run.config_file)
@@ -80,17 +81,17 @@ def work_as_replica(run: RunDir, stage_name: str, number: int) -> int:
 
 
 def shard_files(work: Work, requests: Sequence[T], file: str) -> ShardFiles[T]:
-    """The stage's shards, the same in every process that works on them."""
+    """Return the stage's shards, which are the same in every process that works on them."""
     seed = derive_seed(work.config.run.seed, work.stage.name)
     shards = cut_into_shards(requests, work.config.sampler.shard_size, seed)
     return ShardFiles(shards, work.out / file, failures_allowed(work, requests))
 
 
 def failures_allowed(work: Work, requests: Sequence[T]) -> int:
-    """How many requests of a stage may fail for good."""
+    """Return how many requests of a stage may fail for good."""
     return int(work.config.sampler.max_failed_share * len(requests))
 
 
 def open_task_model(work: Work, task: SamplingTask[T]) -> RetryingSampler:
-    """Load the task's model. CannotContinue when this process alone has too many failures."""
+    """Load the task's model; its sampler ends the stage when this process alone has too many failed requests."""
     return open_model(work, task.model, failures_allowed(work, task.requests))

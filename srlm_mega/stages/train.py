@@ -1,4 +1,4 @@
-"""The stages that run on all ranks: pre-training (toy world), SFT, reference log-probabilities, DPO."""
+"""Stages that run on all ranks: pre-training (toy world), SFT, reference log-probabilities, DPO."""
 
 import shutil
 from collections.abc import Iterable, Sequence
@@ -25,11 +25,11 @@ from srlm_mega.training.trainer import TrainingJob, TrainingPart, TrainingSummar
 
 
 def pretrain(work: Work, topology: Topology) -> Done:
-    """M0 of the toy world: random weights, then next-token training on its documents."""
+    """Make M0 of the toy world: random weights, then next-token training on its documents."""
     assert work.config.pretrain is not None, "M0 is parallel only when there is pre-training"
     start = work.out / "random"
     if topology.is_main:
-        shutil.rmtree(start, ignore_errors=True)  # of a killed attempt
+        shutil.rmtree(start, ignore_errors=True)  # a killed attempt may have left it
         write_random(work, start)
     topology.barrier()
     result = train_on(work, topology, work.config.pretrain, start, [work.read("seed", "documents.jsonl")])
@@ -39,17 +39,17 @@ def pretrain(work: Work, topology: Topology) -> Done:
 
 
 def baseline(work: Work, topology: Topology) -> Done:
-    """The SFT baseline, M0 trained on IFT alone: it judges the replies that EFT is built from."""
+    """Train the SFT baseline, M0 on IFT alone, which judges the replies that EFT is built from."""
     return train_on(work, topology, work.config.sft, work.run.weights("M0"), [work.read("seed", "ift.jsonl")])
 
 
 def supervised(work: Work, topology: Topology) -> Done:
-    """M1: M0 trained on IFT and EFT together, loss on the target tokens."""
+    """Train M1: M0 on IFT and EFT together, with the loss on the target tokens."""
     return train_on(work, topology, work.config.sft, work.run.weights("M0"), seed_files(work))
 
 
 def supervised_with_positives(work: Work, topology: Topology) -> Done:
-    """M(t+1) of the ablation: M0 trained on the seed and the round's perfect responses, as they were sampled."""
+    """Train M(t+1) of the ablation: M0 on the seed and the round's perfect responses, as they were sampled."""
     path = work.read(POSITIVES.of(work.round), "positives.jsonl")
     positives = [
         TokenSequence(one.id, one.prompt_token_ids + one.token_ids, len(one.prompt_token_ids))
@@ -66,7 +66,7 @@ def train_on(
     files: Sequence[Path],
     more: Sequence[TokenSequence] = (),
 ) -> Done:
-    """SFT from `start` on files of examples, and more."""
+    """Train by SFT from the model in `start`, on files of examples and further sequences."""
     sequences, job = [*sequences_of(start, files), *more], job_of(work, topology, start)
 
     def train(part: TrainingPart | None) -> TrainingSummary:
@@ -79,7 +79,7 @@ def train_on(
 
 
 def job_of(work: Work, topology: Topology, start: Path) -> TrainingJob:
-    """The stage as the trainer takes it."""
+    """Return the stage as a job for the trainer."""
     return TrainingJob(
         topology=topology,
         config=work.config,
@@ -92,23 +92,23 @@ def job_of(work: Work, topology: Topology, start: Path) -> TrainingJob:
 
 
 def seed_files(work: Work) -> list[Path]:
-    """IFT, and EFT where M1 learns to judge."""
+    """Return the files of IFT and, where it is enabled, EFT examples."""
     return [work.read("seed", "ift.jsonl"), *([eft_file(work)] if work.config.eft.enabled else [])]
 
 
 def eft_file(work: Work) -> Path:
-    """The EFT examples: built here, or of the seed data."""
+    """Return the file of EFT examples: those built by stage eft, or the seed data's."""
     return work.read(eft_source(work.config), "eft_train.jsonl")
 
 
 def sequences_of(start: Path, files: Sequence[Path]) -> list[TokenSequence]:
-    """The examples of files as token ids of the model in `start`."""
+    """Read examples as token ids of the model in `start`."""
     examples = (example for file in files for example in read_jsonl(file, SftExample))
     return list(tokenized(examples, Chat.from_folder(start)))
 
 
 def done(summary: TrainingSummary) -> Done:
-    """What a training stage did, for its manifest."""
+    """Return a training's counts for the manifest."""
     counts: dict[str, float] = {
         "steps": summary.steps,
         "excluded": summary.excluded,
@@ -118,7 +118,7 @@ def done(summary: TrainingSummary) -> Done:
 
 
 def tokenized(examples: Iterable[SftExample], chat: Chat) -> Iterable[TokenSequence]:
-    """Prompt and target ids of each example; of a document every token after the first is a target."""
+    """Yield the prompt and target ids of each example; in a document every token after the first is a target."""
     for example in examples:
         match example.kind:
             case "document":
@@ -131,7 +131,7 @@ def tokenized(examples: Iterable[SftExample], chat: Chat) -> Iterable[TokenSeque
 
 
 def reference(work: Work, topology: Topology) -> Done:
-    """Log-probabilities of the round's pairs under its starting model, once."""
+    """Write the log-probabilities of the round's pairs under its starting model."""
     pairs = read_pairs(work)
     start, report = work.run.weights(model_name(work.round)), work.progress.update
     records = compute_reference(topology, work.config, start, pairs, report)
@@ -141,7 +141,7 @@ def reference(work: Work, topology: Topology) -> Done:
 
 
 def preference(work: Work, topology: Topology) -> Done:
-    """M(t+1): M(t) trained by DPO on the round's pairs."""
+    """Train M(t+1): M(t) by DPO on the round's pairs. UserError when the reference does not belong to them."""
     check_reference(work)
     pairs = read_pairs(work)
     path = work.read(REFERENCE.of(work.round), "reference.jsonl")
@@ -160,8 +160,8 @@ def preference(work: Work, topology: Topology) -> Done:
 
 
 def check_reference(work: Work) -> None:
-    """UserError unless the reference was computed by the model, tokenizer (in the model's folder), pairs and longest
-    length that this stage trains with."""
+    """Raise UserError unless the reference was computed with the model (and its tokenizer), the pairs and the
+    seq_length that this stage trains with."""
     name = REFERENCE.of(work.round)
     manifest = work.run.manifest(name)
     assert manifest is not None, f"{name} is an input, so it is finished"
@@ -179,7 +179,7 @@ def check_reference(work: Work) -> None:
 
 
 def read_pairs(work: Work) -> list[PairSequences]:
-    """The round's pairs, of responses and of judgements, as token ids exactly as they were sampled."""
+    """Read the round's pairs, of responses and of judgements, with the token ids as they were sampled."""
 
     def sequence(pair: PreferencePair, name: str, response: tuple[int, ...]) -> TokenSequence:
         return TokenSequence(f"{pair.id}/{name}", pair.prompt_token_ids + response, len(pair.prompt_token_ids))
