@@ -18,6 +18,7 @@ from srlm_mega.sampling.shards import FAILED, ShardFiles, cut_into_shards, run_s
 from srlm_mega.stages.judges import open_judge, open_m1
 from srlm_mega.stages.pairwise_judge import OpenJudge, PairwiseQuestion
 from srlm_mega.stages.sampler_weights import loaded_folder
+from srlm_mega.stages.sampling_task import report_progress
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,7 @@ def compare_with_m1(work: Work, samples: Sequence[EvaluationSample]) -> Comparis
         opener = partial(open_m1, work.run, config, loaded_folder(work, "M1"))
     else:
         opener = partial(open_judge, settings, config.sampler, config.model.allow_unverified)
-
-    def on_progress(done: int, total: int, note: str) -> None:
-        work.progress.update(done, total, "questions to the judge", note)
-
+    on_progress = partial(report_progress, work, "questions to the judge")
     return compare((work.stage.model, "M1"), matches, opener, work.out / "pairwise.jsonl", on_progress)
 
 
@@ -62,6 +60,7 @@ def compare(
     questions = questions_of(matches)
     with closing(opener(len(questions))) as judge:
         name = judge.name
+        # A prompt is left out as a whole when one of its two orders is too long: a verdict takes both.
         too_long = {question.prompt_id for question in questions if not judge.fits(question.text)}
         sent = [question for question in questions if question.prompt_id not in too_long]
         watch = ShardWatch(file.with_name("metrics.jsonl"), on_progress, len(sent), devices=1, replicas=1)

@@ -16,6 +16,7 @@ from srlm_mega.run.work import Work
 from srlm_mega.stages.compare_responses import compare, matches_of
 from srlm_mega.stages.judges import open_judge
 from srlm_mega.stages.responses import Writer, respond
+from srlm_mega.stages.sampling_task import report_progress
 
 
 def compare_checkpoints(run: RunDir, name: str, parts: Sequence[str]) -> int:
@@ -76,8 +77,3 @@ def write_verdict(work: Work, files: EarlyStoppingFiles, step: int) -> None:
     verdict = decide(settings, step, exported.max_steps, comparison, verdicts)
     print(f"{work.stage.name}: {verdict.reason}", flush=True)
     files.write_verdict(verdict)
-
-
-def report_progress(work: Work, what: str, done: int, total: int, note: str) -> None:
-    """Write the comparison's progress file; `what` is the unit."""
-    work.progress.update(done, total, what, note)

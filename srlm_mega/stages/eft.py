@@ -53,7 +53,7 @@ def build_eft(work: Work) -> Done:
     accepted = accepted_judgements(judged, settings.mode)
     scores = [score for _, score in accepted]
     seed = derive_seed(work.config.run.seed, work.stage.name)
-    capped = cap_modal_score(scores, seed)
+    capped = cap_modal_score(scores, seed)  # else M1 would be trained to give one score to almost everything
     kept = [accepted[index][0] for index in sample_in_order(capped, work.config.seed_data.num_eft, seed)]
     result = yields([(one.ranks, one.scores) for one in judged])
     print(in_words(result, settings.attempts), flush=True)

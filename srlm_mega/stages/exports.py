@@ -108,6 +108,7 @@ def take_turn(
             f"turn {turn + 1} of questions {', '.join(too_long)} leaves no room for an answer (prompts above {longest} "
             "tokens), and MT-Bench needs all of them: give a model of a run with a larger model.seq_length"
         )
+    # A call's draws follow from the seed and the position, so turns and temperatures need seeds of their own.
     seed = derive_seed(model.config.run.seed, "mt_bench", turn, str(temperature))
     params = SamplingParams(1, temperature, 1.0, length, seed)
     sampled = none_failed(sampler.sample(list(names.values()), list(prompts.values()), params)) if prompts else []

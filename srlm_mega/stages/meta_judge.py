@@ -121,8 +121,8 @@ def largest_number(work: Work) -> int:
 
 
 def judgement_pairs(work: Work, contests: Sequence[Contest], judged: Sequence[MetaJudgement]) -> list[PreferencePair]:
-    """Return a preference pair (the judge's prompt, its better and its worse judgement, with the token ids as they were
-    sampled) for each response that has a better one, up to meta_judge.max_share of all pairs."""
+    """Return a preference pair (the judge's prompt, its better and its worse judgement, token ids as they were sampled,
+    Elo ratings as scores) for each response that has a better one, up to meta_judge.max_share of all pairs."""
     chat = Chat.from_folder(work.run.weights(model_name(work.round)))
     template, weights = judge_template(work), position_weights(judged)
     by_candidate: dict[str, list[MetaJudgement]] = {}
@@ -133,31 +133,22 @@ def judgement_pairs(work: Work, contests: Sequence[Contest], judged: Sequence[Me
         own = by_candidate.get(contest.candidate.id, [])
         ratings = elo([judgement.id for judgement in contest.judgements], own, weights)
         found = best_and_worst(contest, ratings, work.config.meta_judge.max_chosen_length)
-        if found is not None:
-            prompt = template.fill(contest.candidate.prompt, contest.candidate.text)
-            pairs.append(judgement_pair(contest.candidate.id, prompt, chat.prompt(prompt), found, ratings))
+        if found is None:
+            continue
+        best, worst = found
+        prompt = template.fill(contest.candidate.prompt, contest.candidate.text)
+        pair = PreferencePair(
+            id=f"{contest.candidate.id}-meta",
+            prompt=(Message("user", prompt),),
+            chosen=(Message("assistant", best.text),),
+            rejected=(Message("assistant", worst.text),),
+            chosen_id=best.id,
+            rejected_id=worst.id,
+            chosen_score=ratings[best.id],
+            rejected_score=ratings[worst.id],
+            prompt_token_ids=chat.prompt(prompt),
+            chosen_token_ids=best.token_ids,
+            rejected_token_ids=worst.token_ids,
+        )
+        pairs.append(pair)
     return pairs[: largest_number(work)]
-
-
-def judgement_pair(
-    candidate_id: str,
-    prompt: str,
-    prompt_token_ids: tuple[int, ...],
-    best_worst: tuple[Judgement, Judgement],
-    ratings: dict[str, float],
-) -> PreferencePair:
-    """Return the record of a pair (better, worse) of judgements; its scores are Elo ratings."""
-    best, worst = best_worst
-    return PreferencePair(
-        id=f"{candidate_id}-meta",
-        prompt=(Message("user", prompt),),
-        chosen=(Message("assistant", best.text),),
-        rejected=(Message("assistant", worst.text),),
-        chosen_id=best.id,
-        rejected_id=worst.id,
-        chosen_score=ratings[best.id],
-        rejected_score=ratings[worst.id],
-        prompt_token_ids=prompt_token_ids,
-        chosen_token_ids=best.token_ids,
-        rejected_token_ids=worst.token_ids,
-    )

@@ -70,8 +70,7 @@ def keep_best(out: Path, files: EarlyStoppingFiles, verdicts: list[Verdict], sta
             shutil.rmtree(copy, ignore_errors=True)
             shutil.copytree(start, copy)
         os.rename(files.export(kept), final)
-    for verdict in verdicts:
-        shutil.rmtree(files.export(verdict.step), ignore_errors=True)
+    remove_worse(files, verdicts)
 
 
 def summary(files: EarlyStoppingFiles, verdicts: list[Verdict], steps: int) -> Done:

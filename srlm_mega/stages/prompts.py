@@ -82,7 +82,7 @@ def self_instruct(work: Work) -> Done:
     task_filter = TaskFilter(settings.min_words, settings.max_words, settings.rouge_l_max, known)
     accepted: list[Prompt] = []
     no_room = 0
-    for wave in count():
+    for wave in count():  # a task that passes is shown to the writer in later waves, so they come one after the other
         if wave * REQUESTS_PER_WAVE >= settings.max_requests:
             raise CannotContinue(
                 f"{wave * REQUESTS_PER_WAVE} requests (prompts.max_requests) gave {len(accepted)} of "

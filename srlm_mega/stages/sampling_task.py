@@ -42,8 +42,8 @@ Records = Callable[[SamplingRequest[T], Sequence[Completion]], Iterator[Sampled]
 
 @dataclass(frozen=True)
 class SamplingTask(Generic[T]):
-    """What a stage samples: the model's name in the run, the requests, the decoding settings (each shard sets its own
-    seed), the function that makes records, and the output's file name. `unit`: what progress counts."""
+    """A stage's sampling: the model's name in the run, the requests, the decoding settings (each shard sets its own
+    seed), the function that makes records, and the output's file name. `unit`: the requests' name in progress."""
 
     model: str
     requests: Sequence[SamplingRequest[T]]
@@ -93,6 +93,11 @@ class SampledBy:
             "token_ids": completion.token_ids,
             "decoding": self.params.decoding,
         }
+
+
+def report_progress(work: Work, unit: str, done: int, total: int, note: str) -> None:
+    """Write the stage's progress file: `done` of `total` units, and a note of a few words."""
+    work.progress.update(done, total, unit, note)
 
 
 def judge_template(work: Work) -> JudgeTemplate:

@@ -17,12 +17,11 @@ from srlm_mega.run.progress import Progress
 from srlm_mega.run.run_dir import RunDir
 from srlm_mega.run.work import Work
 from srlm_mega.sampling.replicas import replica_progress, run_replicas
-from srlm_mega.sampling.retries import RetryingSampler
 from srlm_mega.sampling.sampling_rate import ShardWatch
 from srlm_mega.sampling.shards import ShardFiles, cut_into_shards, run_shards, take_shards
 from srlm_mega.seeds import derive_seed
 from srlm_mega.stages.sampler_weights import open_model
-from srlm_mega.stages.sampling_task import SamplingTask, answer
+from srlm_mega.stages.sampling_task import SamplingTask, answer, report_progress
 
 T = TypeVar("T")
 
@@ -33,7 +32,7 @@ def sample_in_shards(work: Work, task: SamplingTask[T]) -> None:
     config, files = work.config, shard_files(work, task.requests, task.file)
     watch = ShardWatch(
         work.out / "metrics.jsonl",
-        lambda done, total, note: work.progress.update(done, total, task.unit, note),
+        partial(report_progress, work, task.unit),
         len(task.requests),
         config.sampler.devices_per_replica,
         config.sampler_replicas,
@@ -41,7 +40,7 @@ def sample_in_shards(work: Work, task: SamplingTask[T]) -> None:
     if config.sampler_replicas > 1:
         run_replicas(files, partial(start_replica, work), config.sampler_replicas, watch)
     else:
-        with closing(open_task_model(work, task)) as sampler:
+        with closing(open_model(work, task.model, failures_allowed(work, task.requests))) as sampler:
             run_shards(files, partial(answer, task.params, task.records, sampler), watch.earlier, watch.finished)
     watch.close()
 
@@ -71,7 +70,7 @@ def work_as_replica(run: RunDir, stage_name: str, number: int) -> int:
     task, *_ = resolve_name(stage.kind.requests)(work)
     files = shard_files(work, task.requests, task.file)
     try:
-        with closing(open_task_model(work, task)) as sampler:
+        with closing(open_model(work, task.model, failures_allowed(work, task.requests))) as sampler:
             seconds = work.config.sampler.take_over_seconds
             take_shards(files, partial(answer, task.params, task.records, sampler), number, seconds)
     except (UserError, CannotContinue) as error:
@@ -90,8 +89,3 @@ def shard_files(work: Work, requests: Sequence[T], file: str) -> ShardFiles[T]:
 def failures_allowed(work: Work, requests: Sequence[T]) -> int:
     """Return how many requests of a stage may fail for good."""
     return int(work.config.sampler.max_failed_share * len(requests))
-
-
-def open_task_model(work: Work, task: SamplingTask[T]) -> RetryingSampler:
-    """Load the task's model; its sampler ends the stage when this process alone has too many failed requests."""
-    return open_model(work, task.model, failures_allowed(work, task.requests))
