@@ -32,11 +32,11 @@ def head_to_head(
 ) -> None:
     """Two models' responses to the same prompts, compared by a judge in both orders; what it prefers only in one order
     is a tie."""
-    from srlm_mega.stages.head_to_head import HeadToHeadWish
+    from srlm_mega.stages.head_to_head import HeadToHeadRequest
     from srlm_mega.stages.head_to_head import head_to_head as run
 
     settings = judge_settings(judge, endpoint, api_key_variable)
-    print(described(run(HeadToHeadWish(ours, theirs, prompts, settings, temperature, top_p), out)))
+    print(described(run(HeadToHeadRequest(ours, theirs, prompts, settings, temperature, top_p), out)))
 
 
 def judge_settings(judge: str | None, endpoint: str | None, variable: str | None) -> "PairwiseJudgeConfig | None":

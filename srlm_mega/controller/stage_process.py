@@ -25,7 +25,7 @@ from srlm_mega.launch.child_process import die_with, environment
 from srlm_mega.launch.ranks import Start
 from srlm_mega.run.progress import read_progress
 from srlm_mega.run.run_dir import RunDir
-from srlm_mega.sampling.replicas import end
+from srlm_mega.sampling.replicas import terminate
 
 LOG_TAIL_LINES = 15
 PATIENCE_SECONDS = 60.0
@@ -109,7 +109,7 @@ def started(start: Start, name: str, config: Config, run: RunDir) -> Iterator[St
             yield StageProcess(process, log_file, earlier_bytes, start.logs)
         finally:
             if process.poll() is None:
-                end([process])
+                terminate([process])
 
 
 def explain_failure(name: str, process: StageProcess, run: RunDir) -> None:

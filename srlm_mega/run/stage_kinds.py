@@ -147,7 +147,7 @@ PREVIOUS_JUDGEMENTS = StageKind(
     samples=True, requests="srlm_mega.stages.sample_and_judge:judgements_task", resumable=True,
 )
 PAIRS = StageKind("{round}/pairs", "srlm_mega.stages.pairing:select_pairs", Part.PAIRS, Estimate.NO_GPU)
-HEALTH = StageKind("{round}/health", "srlm_mega.stages.health:look_at_health", Part.OTHER, Estimate.NO_GPU)
+HEALTH = StageKind("{round}/health", "srlm_mega.stages.health:check_health", Part.OTHER, Estimate.NO_GPU)
 META_JUDGEMENTS = StageKind(
     "{round}/meta_judgements", "srlm_mega.stages.meta_judge:judge_judgements", Part.OTHER, Estimate.META_JUDGEMENTS,
     samples=True, requests="srlm_mega.stages.meta_judge:comparisons_task", resumable=True,

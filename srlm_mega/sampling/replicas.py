@@ -39,12 +39,12 @@ def run_replicas(
                 time.sleep(WAIT_SECONDS)
             pass_new_reports(files, seen, watch.finished)
         finally:
-            end(list(alive.values()))
+            terminate(list(alive.values()))
         files.merge()
     files.tidy()
 
 
-def end(processes: list[subprocess.Popen[bytes]]) -> None:
+def terminate(processes: list[subprocess.Popen[bytes]]) -> None:
     """Terminate processes: SIGTERM first, which srun passes on to its tasks, and SIGKILL after 30 seconds."""
     for process in processes:
         process.terminate()

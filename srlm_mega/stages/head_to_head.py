@@ -66,7 +66,7 @@ def writer_at(path: Path) -> Writer:
 
 
 @dataclass(frozen=True)
-class HeadToHeadWish:
+class HeadToHeadRequest:
     """The two models, prompts, judge and decoding of a head-to-head. `ours` is a run's model, whose sampler and lengths
     serve both. `prompts` None: the run's held-out prompts; `judge` None: the run's M1."""
 
@@ -78,20 +78,20 @@ class HeadToHeadWish:
     top_p: float
 
 
-def head_to_head(wish: HeadToHeadWish, out: Path) -> Comparison:
+def head_to_head(request: HeadToHeadRequest, out: Path) -> Comparison:
     """Let both models answer the prompts and the judge compare them. `out` gets responses, judgements and
     `result.json`; after a kill the same call resumes there. UserError when `out` belongs to another comparison."""
-    model, theirs = RunModel.at(wish.ours), writer_at(wish.theirs)
-    file = held_out(model.run) if wish.prompts is None else wish.prompts
+    model, theirs = RunModel.at(request.ours), writer_at(request.theirs)
+    file = held_out(model.run) if request.prompts is None else request.prompts
     prompts = list(read_jsonl(file, Prompt))
     identity = {
         "ours": model.writer.name,
         "theirs": theirs.name,
         "prompts": file_hash(file),
-        "judge": RunModel.at(model.run.output("M1")).writer.name if wish.judge is None else wish.judge.model,
-        "judge_tokens": (model.config.judge if wish.judge is None else wish.judge).max_new_tokens,
-        "temperature": wish.temperature,
-        "top_p": wish.top_p,
+        "judge": RunModel.at(model.run.output("M1")).writer.name if request.judge is None else request.judge.model,
+        "judge_tokens": (model.config.judge if request.judge is None else request.judge).max_new_tokens,
+        "temperature": request.temperature,
+        "top_p": request.top_p,
         "settings": responding(model.config),
     }
     begin(out, identity)
@@ -101,12 +101,12 @@ def head_to_head(wish: HeadToHeadWish, out: Path) -> Comparison:
         files[-1].parent.mkdir(exist_ok=True)
         if not files[-1].exists():
             on_progress = partial(print_progress, f"responses of {side}")
-            respond(model.config, writer, prompts, wish.temperature, wish.top_p, files[-1], on_progress)
+            respond(model.config, writer, prompts, request.temperature, request.top_p, files[-1], on_progress)
     matches = matches_of(*files)
     if len(matches) < len(prompts):
         print(f"left out {len(prompts) - len(matches)} prompts: a whole response of one of the models does not fit")
-    names, file = (str(wish.ours), str(wish.theirs)), out / "judgements.jsonl"
-    result = compare(names, matches, judge_of(model, wish.judge), file, partial(print_progress, "judgements"))
+    names, file = (str(request.ours), str(request.theirs)), out / "judgements.jsonl"
+    result = compare(names, matches, judge_of(model, request.judge), file, partial(print_progress, "judgements"))
     write_atomic(out / "result.json", orjson.dumps(result, option=orjson.OPT_INDENT_2))
     return result
 

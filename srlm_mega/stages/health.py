@@ -31,7 +31,7 @@ MEANINGS = {
 }
 
 
-def look_at_health(work: Work) -> Done:
+def check_health(work: Work) -> Done:
     """Write `health.json`. CannotContinue when a figure is beyond its limit `stop`; the file is written anyway."""
     number = work.round
     selected = work.run.manifest(PAIRS.of(number))
