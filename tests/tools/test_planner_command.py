@@ -167,6 +167,7 @@ def test_the_command(srlm: Path, tmp_path: Path) -> None:
     plan = orjson.loads(run(config, "dpo.epochs=2", "--gpu", "h200", "--json").stdout)
     assert plan["gpu"] == "h200" and plan["fits"] and plan["step"]["total"] > 0
     assert plan["memory"][0]["total"] == pytest.approx(sum(plan["memory"][0][part] for part in MEMORY_PARTS))
+    assert all([*stage] == ["name", "what", "gpus", "seconds", "tokens_per_second"] for stage in plan["stages"])
     nothing = run()
     assert nothing.returncode == 2 and "needs a CONFIG" in nothing.stderr
 

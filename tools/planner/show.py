@@ -201,7 +201,7 @@ def plan_json(plan: RunPlan) -> dict[str, Any]:
             "mfu": plan.step.mfu,
         },
         "messages": [asdict(each) for each in messages(plan.job, plan.step)],
-        "stages": [asdict(time) for time in plan.times],
+        "stages": [{key: value for key, value in vars(time).items() if key != "estimate"} for time in plan.times],
         "hours": plan.hours,
         "gpu_hours": plan.gpu_hours,
         "cost": plan.gpu_hours * plan.price,
