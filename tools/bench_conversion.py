@@ -1,6 +1,6 @@
-"""`srlm bench conversion`: conversions of a synthetic checkpoint beside `cp` of the same bytes, in one run.
+"""`srlm bench conversion`: conversions of a synthetic checkpoint, compared with `cp` of the same bytes in one run.
 
-Every figure is of a process of its own: seconds until its files are on the disk (fsync), and the largest resident set
+Every figure is of a command of its own: seconds until its files are on the disk (fsync), and the largest resident set
 of any of its processes.
 """
 
@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean, median
 
@@ -25,7 +26,8 @@ from srlm_mega.checkpoints_conversion.fp8 import Amax, Quantizer, Rounding, line
 from srlm_mega.checkpoints_conversion.huggingface_files import plan
 from srlm_mega.checkpoints_conversion.llama import LlamaShape
 from srlm_mega.errors import UserError
-from srlm_mega.tools.bench_record import BenchRecord, BenchRow, make_record, make_row, write_record
+from srlm_mega.tools.bench_record import BenchRecord, BenchRow, make_record, make_row, markdown, write_record
+from srlm_mega.tools.bench_timing import take_turns
 
 SHAPES = {
     "tiny": LlamaShape(4, 512, 1376, 8, 8, 4000, 2048, 1e-5, 10000.0),
@@ -52,7 +54,7 @@ for rank, place in enumerate(placements(shape, int(sys.argv[3]), 1)):
 
 
 def write_synthetic(folder: Path, shape: LlamaShape) -> int:
-    """A bf16 model folder of random numbers, fast; returns its bytes."""
+    """Write a bf16 model folder of random numbers quickly, with an amax.json next to it; returns the model's bytes."""
     folder.mkdir(parents=True)
     made = plan(shape, shape.to_huggingface() | LLAMA_IDS, DType.BFLOAT16)
     numbers = np.random.default_rng(0).standard_normal(BLOCK_NUMBERS, dtype=np.float32) * np.float32(0.02)
@@ -76,16 +78,16 @@ def write_synthetic(folder: Path, shape: LlamaShape) -> int:
 
 @dataclass(frozen=True)
 class Taken:
-    """What a command took: seconds, and the largest resident set of any of its processes in MiB."""
+    """Seconds of a command, and the largest resident set of any of its processes in MiB."""
 
     seconds: float
     peak_mib: int
 
 
-def measure(argv: Sequence[str], destination: Path, sources: Sequence[Path], cold: bool) -> Taken:
-    """What a command takes. What was at `destination` is removed first."""
+def measure(argv: Sequence[str], destination: Path, source: Path, cold: bool) -> Taken:
+    """Run a command and return its cost. `destination` is removed first, and synced to the disk within the seconds."""
     shutil.rmtree(destination, ignore_errors=True)
-    for path in (file for folder in sources for file in folder.iterdir()):
+    for path in source.iterdir():
         _set_cache(path, cold)
     started = time.perf_counter()
     process = subprocess.Popen(argv, stdout=subprocess.DEVNULL)
@@ -102,8 +104,8 @@ def measure(argv: Sequence[str], destination: Path, sources: Sequence[Path], col
 
 
 def _peak_of_tree(pid: int) -> int:
-    """KiB: the largest resident set that any of these processes ever had (the system counts, polling misses nothing
-    but the last moment of a process)."""
+    """Return the largest resident set in KiB that any process of a tree ever had. The kernel keeps the maximum, so that
+    polling misses the last moment of a process only."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
@@ -114,6 +116,7 @@ def _peak_of_tree(pid: int) -> int:
 
 
 def _set_cache(path: Path, cold: bool) -> None:
+    """Drop a file from the page cache, or read it into it."""
     with path.open("rb") as file:
         if cold:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -124,7 +127,7 @@ def _set_cache(path: Path, cold: bool) -> None:
 
 @dataclass(frozen=True)
 class ConversionRequest:
-    """What is measured; `cold`: with nothing of the source in memory, otherwise after it was read once."""
+    """The options of the command. `cold`: with nothing of the source in the page cache, otherwise all of it."""
 
     jobs: int
     plain: bool
@@ -135,7 +138,8 @@ class ConversionRequest:
 def run_benchmark(
     folder: Path, model: str, layers: int | None, request: ConversionRequest, json_file: Path | None
 ) -> str:
-    """All rows as a Markdown table. Needs three times the model's bytes on the disk, and removes what it wrote."""
+    """Measure, write the record, and return it as a Markdown table. Needs three times the model's bytes on the disk,
+    and removes what it wrote. UserError for an unknown model."""
     if model not in SHAPES:
         raise UserError(f"--model {model!r} is not one of {', '.join(SHAPES)}")
     shape = SHAPES[model] if layers is None else replace(SHAPES[model], num_layers=layers)
@@ -147,37 +151,35 @@ def run_benchmark(
         shutil.rmtree(root, ignore_errors=True)
     settings = asdict(request) | {"model": model, "layers": shape.num_layers, "num_bytes": num_bytes}
     rows.append(make_row("FP8 cast of one core", "GB/s", cast_speeds(), "higher"))
-    record = make_record("conversion", f"{_cpu()} ({os.cpu_count()} cores)", 1, settings, rows)
-    if json_file is not None:
-        write_record(record, json_file)
-    return markdown(record)
+    record = make_record("conversion", settings, rows, device=f"{_cpu()} ({os.cpu_count()} cores)")
+    write_record(record, json_file)
+    return as_text(record)
 
 
 def run(root: Path, shape: LlamaShape, request: ConversionRequest) -> tuple[list[BenchRow], int]:
-    """A row for each conversion, and the bytes of the model. `times_cp`: its throughput over that of `cp` with the same
-    cache, the median over the repetitions, in each of which all take turns."""
+    """Return a row for each conversion, and the bytes of the model. `times_cp`: its throughput over that of `cp` with
+    the same cache, the median over the repetitions, in each of which all take turns."""
     source, num_bytes = root / "model", write_synthetic(root / "model", shape)
     srlm = [str(Path(sys.executable).parent / "srlm"), "convert"]
-    out, trtllm = root / "out", root / "trtllm"
+    out, trtllm, nothing = root / "out", root / "trtllm", root / "none"
+    copy = ["cp", "--reflink=never", "-r", str(source), str(out)]
     jobs = ["--jobs", str(request.jobs)]
     split = ["--tp", str(TP), *jobs]
     fp8 = ["--fp8", "--calibration", str(root / "amax.json")]
-    commands: list[tuple[str, list[str], Path, Path]] = [
-        (CP[0], ["cp", "--reflink=never", "-r", str(source), str(out)], out, source),
-        ("to trtllm TP8", [*srlm, str(source), str(trtllm), "--to", "trtllm", *split], trtllm, source),
-        ("trtllm TP8 back", [*srlm, str(trtllm), str(out), "--to", "huggingface", *jobs], out, trtllm),
-        ("to megatron TP8", [*srlm, str(source), str(out), "--to", "megatron", *split], out, source),
-        ("to trtllm TP8 FP8", [*srlm, str(source), str(out), "--to", "trtllm", *fp8, *split], out, source),
-        ("verify", [*srlm, "verify", str(source), str(trtllm)], root / "none", trtllm),
-        (CP[1], ["cp", "--reflink=never", "-r", str(source), str(out)], out, source),
-    ]
+    commands: dict[str, tuple[list[str], Path, Path]] = {  # name: command, what it writes, what it reads
+        CP[0]: (copy, out, source),
+        "to trtllm TP8": ([*srlm, str(source), str(trtllm), "--to", "trtllm", *split], trtllm, source),
+        "trtllm TP8 back": ([*srlm, str(trtllm), str(out), "--to", "huggingface", *jobs], out, trtllm),
+        "to megatron TP8": ([*srlm, str(source), str(out), "--to", "megatron", *split], out, source),
+        "to trtllm TP8 FP8": ([*srlm, str(source), str(out), "--to", "trtllm", *fp8, *split], out, source),
+        "verify": ([*srlm, "verify", str(source), str(trtllm)], nothing, trtllm),
+        CP[1]: (copy, out, source),
+    }
     if request.plain:
         argv = [sys.executable, "-c", PLAIN, str(source), str(out), str(TP)]
-        commands.append(("transformers, load all, save Megatron's shards", argv, out, source))
-    taken: dict[str, list[Taken]] = {what: [] for what, *_ in commands}
-    for _ in range(request.repetitions):
-        for what, argv, destination, reads in commands:
-            taken[what].append(measure(argv, destination, [reads], request.cold))
+        commands["transformers, load all, save Megatron's shards"] = (argv, out, source)
+    calls = {name: partial(measure, *command, request.cold) for name, command in commands.items()}
+    taken = take_turns(calls, request.repetitions)
     copied = [fmean(1 / one.seconds for one in both) for both in zip(*(taken[what] for what in CP), strict=True)]
     rows = []
     for what, measured in taken.items():
@@ -192,7 +194,7 @@ def run(root: Path, shape: LlamaShape, request: ConversionRequest) -> tuple[list
 
 
 def cast_speeds() -> list[float]:
-    """GB of bf16 per second that one core casts to e4m3, five times, by the time of this process."""
+    """Return the GB of bf16 per second that one core casts to e4m3, five times, by the CPU time of this process."""
     block = from_float32(np.random.default_rng(0).standard_normal(1 << 23, dtype=np.float32), DType.BFLOAT16)
     speeds = []
     for _ in range(5):
@@ -203,25 +205,23 @@ def cast_speeds() -> list[float]:
 
 
 def _cpu() -> str:
+    """Return the name of the processor."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def markdown(record: BenchRecord) -> str:
-    """The table of one run."""
+def as_text(record: BenchRecord) -> str:
+    """Return the record as a Markdown table under a line of settings."""
     settings = record.settings
-    lines = [
-        f"{settings['model']}, {settings['layers']} layers, {settings['num_bytes'] / 1e9:.2f} GB, "
-        f"--jobs {settings['jobs']}, medians of {settings['repetitions']}; "
-        f"{record.device}, load {record.load_average[0]:.1f}; {record.date}; "
-        f"FP8 cast {max(record.row('FP8 cast of one core').samples):.2f} GB/s on one core",
-        "",
-        "| what | cache | seconds | GB/s | times cp | peak MiB |",
-        "|---|---|---|---|---|---|",
-    ]
+    rows = [("what", "cache", "seconds", "GB/s", "times cp", "peak MiB")]
     for row in record.rows:
         if row.unit == "s":
             speed, times, peak = (row.extra[key] or 0.0 for key in ("gb_per_second", "times_cp", "peak_rss_mib"))
-            cells = (row.name, row.labels["cache"], f"{row.median:.1f}", f"{speed:.2f}", f"{times:.2f}")
-            lines.append(f"| {' | '.join(cells)} | {peak:.0f} |")
-    return "\n".join(lines) + "\n"
+            figures = (f"{row.median:.1f}", f"{speed:.2f}", f"{times:.2f}", f"{peak:.0f}")
+            rows.append((row.name, row.labels["cache"], *figures))
+    return (
+        f"{settings['model']}, {settings['layers']} layers, {settings['num_bytes'] / 1e9:.2f} GB, "
+        f"--jobs {settings['jobs']}, medians of {settings['repetitions']}; "
+        f"{record.device}, load {record.load_average[0]:.1f}; {record.date}; "
+        f"FP8 cast {max(record.row('FP8 cast of one core').samples):.2f} GB/s on one core\n\n{markdown(rows)}\n"
+    )

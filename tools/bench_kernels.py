@@ -3,16 +3,17 @@
 One process. For each shape every provider is first compared with fp64; one that is wrong is reported and not timed.
 Rounds are interleaved (every provider once, then again), with the L2 cache flushed before each sample; memory is
 measured in a pass of its own. Without a GPU a smoke mode runs tiny shapes, where "ours" is the plain reference: its
-times say nothing. The GPU side of this file did not run yet.
+times say nothing. The GPU side of this file has not run yet.
 """
 
 import gc
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import groupby
+from math import inf, isnan
+from operator import itemgetter
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -32,7 +33,8 @@ from srlm_mega.tools.bench_heads import (
     our_dpo_loss,
     true_loss,
 )
-from srlm_mega.tools.bench_record import BenchRecord, BenchRow, make_record, make_row, write_record
+from srlm_mega.tools.bench_record import BenchRecord, BenchRow, make_record, make_row, markdown, spread, write_record
+from srlm_mega.tools.bench_timing import take_turns, timed
 
 SHAPES = (
     HeadShape("7b", 4, 1024, 4096, 32000),
@@ -55,199 +57,143 @@ PACKAGES = ("triton", "liger-kernel")
 # Further than this from fp64, relatively, a loss or gradient is wrong: rounding logits to bf16, as eager code does,
 # moves a margin by some tenths of a nat.
 WRONG = {torch.bfloat16: 0.1, torch.float32: 1e-4}
-ALONE = "alone "  # what a row of one kernel begins with
+ALONE = "alone "  # begins the name of every row of one kernel
 FLUSH_BYTES = 256 * 2**20  # several times the L2 cache
+WARMUP_ROUNDS = 3
 Call = Callable[[], object]
-Status = Literal["ok", "wrong", "out of memory", "absent"]
-
-
-@dataclass(frozen=True)
-class Errors:
-    """Relative distances from fp64: of the loss, and of the gradients of hidden states and weight."""
-
-    loss: float
-    hidden: float
-    weight: float
-
-    @property
-    def largest(self) -> float:
-        """The worst; NaN counts as infinite."""
-        return max(value if value == value else float("inf") for value in (self.loss, self.hidden, self.weight))
-
-
-@dataclass(frozen=True)
-class Result:
-    """One provider on one shape. Raw samples in ms; bytes beyond the inputs and the two gradients, None on a CPU."""
-
-    shape: str
-    provider: Provider
-    status: Status
-    errors: Errors | None = None
-    forward_ms: tuple[float, ...] = ()
-    forward_backward_ms: tuple[float, ...] = ()
-    extra_bytes: int | None = None
 
 
 @dataclass(frozen=True)
 class Device:
-    """Where samples are taken."""
+    """The device that samples are taken on, and the dtype of its inputs."""
 
     torch_device: torch.device
     dtype: torch.dtype
 
     @property
     def on_gpu(self) -> bool:
-        """Whether times mean something."""
+        """True where times mean something."""
         return bool(self.torch_device.type == "cuda")
 
     @property
     def name(self) -> str:
-        """As it stands in the result."""
+        """The device's name in the record."""
         return str(torch.cuda.get_device_name(self.torch_device)) if self.on_gpu else "CPU (smoke mode)"
 
 
 def find_device() -> Device:
-    """The GPU in bf16, or the CPU in fp32."""
+    """Return the GPU with bf16, or the CPU with fp32."""
     if torch.cuda.is_available():
         return Device(torch.device("cuda"), torch.bfloat16)
     return Device(torch.device("cpu"), torch.float32)
 
 
 def run_benchmark(json: Path | None, rounds: int, only: Sequence[str], sweep: bool) -> None:
-    """All shapes (or those named in `only`), a table, and everything with raw samples in `json`."""
+    """Measure all shapes (or those named in `only`), print tables, and write the record with raw samples to `json`."""
     device = find_device()
     known = {shape.name: shape for shape in (SHAPES + SWEEPS if device.on_gpu else SMOKE_SHAPES)}
     default = [shape.name for shape in SHAPES + (SWEEPS if sweep else ())] if device.on_gpu else list(known)
     if unknown := set(only) - set(known):
         raise UserError(f"no shape is called {', '.join(sorted(unknown))} here: {', '.join(known)}")
-    results: list[Result] = []
-    for name in only or default:
-        results += bench_shape(known[name], device, rounds)
-    parts = bench_parts(device, rounds)
-    if json is not None:
-        shapes = [known[name] for name in only or default]
-        write_record(record(device, shapes, results, parts), json)
-    print_tables(known, results, parts, device)
-
-
-def record(
-    device: Device, shapes: Sequence[HeadShape], results: Sequence[Result], parts: Sequence[BenchRow]
-) -> BenchRecord:
-    """The JSON file. What was not timed has a row without samples that says why."""
-    rows = [*(row for result in results for row in rows_of(result)), *parts]
+    shapes = [known[name] for name in only or default]
+    rows = [row for shape in shapes for row in bench_shape(shape, device, rounds)]
     settings = {
         "on_gpu": device.on_gpu,
         "dtype": str(device.dtype),
         "cuda": torch.version.cuda,
         "shapes": [asdict(shape) for shape in shapes],
     }
-    return make_record("kernels", device.name, 1, settings, rows, PACKAGES)
+    record = make_record("kernels", settings, [*rows, *bench_parts(device, rounds)], PACKAGES, device.name)
+    write_record(record, json)
+    print(as_text(record, known))
 
 
-def rows_of(result: Result) -> list[BenchRow]:
-    """Forward, and forward with backward, of one provider on one shape."""
-    name = f"{result.shape} {result.provider}"
-    labels = {"shape": result.shape, "provider": result.provider, "status": result.status}
-    errors = {} if result.errors is None else {f"error_{part}": off for part, off in asdict(result.errors).items()}
-    if result.status != "ok":
-        return [make_row(name, "ms", (), labels=labels, extra=errors)]
-    memory = {"extra_bytes": None if result.extra_bytes is None else float(result.extra_bytes)}
-    return [
-        make_row(f"{name} forward", "ms", result.forward_ms, labels=labels | {"pass": "forward"}, extra=errors),
-        make_row(
-            f"{name} forward + backward",
-            "ms",
-            result.forward_backward_ms,
-            labels=labels | {"pass": "forward + backward"},
-            extra=errors | memory,
-        ),
-    ]
-
-
-def bench_shape(shape: HeadShape, device: Device, rounds: int) -> list[Result]:
-    """Accuracy, then interleaved times, then memory."""
+def bench_shape(shape: HeadShape, device: Device, rounds: int) -> list[BenchRow]:
+    """Measure the accuracy of every provider, then interleaved times in ms, then memory (on a GPU). A provider that is
+    not timed has one row without samples; its label `status` says why."""
     batch = make_batch(shape, device.torch_device)
     hidden, weight = make_inputs(shape, device.dtype, device.torch_device)
     truth = true_values(hidden, weight, batch)
-    refused: list[Result] = []
-    heads: dict[Provider, Head] = {}
-    errors: dict[Provider, Errors] = {}
+    heads: dict[str, Head] = {}
+    errors: dict[str, dict[str, float]] = {}
+    refused: list[BenchRow] = []
+
+    def row(provider: str, status: str, name: str, samples: Sequence[float], **extra: float | None) -> BenchRow:
+        labels = {"shape": shape.name, "provider": provider, "status": status} | ({"pass": name} if name else {})
+        full_name = f"{shape.name} {provider} {name}".rstrip()
+        return make_row(full_name, "ms", samples, labels=labels, extra=errors.get(provider, {}) | extra)
+
     for provider in PROVIDERS if device.on_gpu else SMOKE_PROVIDERS:
         if provider == "liger" and package_version("liger-kernel") is None:
-            refused.append(Result(shape.name, provider, "absent"))
+            refused.append(row(provider, "absent", "", ()))
             continue
         head = make_head(provider, batch)
         try:
-            found = errors_of(head, hidden, weight, truth)
+            errors[provider] = errors_of(with_gradients(head, hidden, weight), truth)
         except torch.OutOfMemoryError:
-            refused.append(Result(shape.name, provider, "out of memory"))
+            refused.append(row(provider, "out of memory", "", ()))
             continue
-        if found.largest > WRONG[device.dtype]:
-            refused.append(Result(shape.name, provider, "wrong", found))
+        if largest(errors[provider]) > WRONG[device.dtype]:
+            refused.append(row(provider, "wrong", "", ()))
         else:
-            heads[provider], errors[provider] = head, found
-    del truth
-    forward: dict[str, Call] = {}
-    both: dict[str, Call] = {}
-    for provider, head in heads.items():
-        forward[provider] = lambda head=head: head(hidden, weight)  # type: ignore[misc]
-        both[provider] = lambda head=head: torch.autograd.grad(head(hidden, weight), [hidden, weight])  # type: ignore[misc]
-    forward_ms, both_ms = interleaved(forward, device, rounds), interleaved(both, device, rounds)
-    timed = [
-        Result(
-            shape.name, provider, "ok", errors[provider], forward_ms[provider], both_ms[provider],
-            extra_bytes(both[provider], hidden, weight) if device.on_gpu else None,
-        )
-        for provider in heads
-    ]  # fmt: skip
-    return timed + refused
+            heads[provider] = head
+    del truth  # in fp64 it takes memory that the heads may need
+    passes = {provider: partial(with_gradients, head, hidden, weight) for provider, head in heads.items()}
+    forward = interleaved({provider: partial(head, hidden, weight) for provider, head in heads.items()}, device, rounds)
+    both = interleaved(passes, device, rounds)
+    timed_rows: list[BenchRow] = []
+    for name in heads:
+        memory = float(extra_bytes(passes[name], hidden, weight)) if device.on_gpu else None
+        timed_rows += [
+            row(name, "ok", "forward", forward[name]),
+            row(name, "ok", "forward + backward", both[name], extra_bytes=memory),
+        ]
+    return timed_rows + refused
 
 
-def true_values(hidden: Tensor, weight: Tensor, batch: HeadBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss and both gradients in fp64."""
-    hidden, weight = (tensor.detach().double().requires_grad_() for tensor in (hidden, weight))
-    loss = true_loss(hidden, weight, batch)
+def with_gradients(head: Head, hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    """Run a head forward and backward: its loss [], and the gradients of hidden [T, H] and weight [V, H]."""
+    loss = head(hidden, weight)
     return loss.detach(), *torch.autograd.grad(loss, [hidden, weight])
 
 
-def errors_of(head: Head, hidden: Tensor, weight: Tensor, truth: tuple[Tensor, Tensor, Tensor]) -> Errors:
-    """One run of a head against fp64."""
-    loss = head(hidden, weight)
-    found = (loss.detach(), *torch.autograd.grad(loss, [hidden, weight]))
-    pairs = zip(found, truth, strict=True)
-    return Errors(*(float((ours.double() - true).norm() / true.norm()) for ours, true in pairs))
+def true_values(hidden: Tensor, weight: Tensor, batch: HeadBatch) -> tuple[Tensor, ...]:
+    """Return the loss and both gradients in fp64."""
+    hidden, weight = (tensor.detach().double().requires_grad_() for tensor in (hidden, weight))
+    return with_gradients(lambda states, matrix: true_loss(states, matrix, batch), hidden, weight)
 
 
-def interleaved(calls: dict[str, Call], device: Device, rounds: int, warmup: int = 3) -> dict[str, tuple[float, ...]]:
-    """Samples in ms: every call once per round. The first `warmup` rounds are dropped."""
+def errors_of(found: Sequence[Tensor], truth: Sequence[Tensor]) -> dict[str, float]:
+    """Return the relative distances from fp64 of a loss and the gradients of hidden states and weight."""
+    pairs = zip(("error_loss", "error_hidden", "error_weight"), found, truth, strict=True)
+    return {name: float((ours.double() - true).norm() / true.norm()) for name, ours, true in pairs}
+
+
+def largest(errors: Mapping[str, float]) -> float:
+    """Return the worst error; NaN counts as infinite."""
+    return max(inf if isnan(error) else error for error in errors.values())
+
+
+def interleaved(calls: Mapping[str, Call], device: Device, rounds: int) -> dict[str, list[float]]:
+    """Return milliseconds of every call, once per round, after rounds to warm up; between events on a GPU's stream."""
     flush = torch.empty(FLUSH_BYTES if device.on_gpu else 0, dtype=torch.int8, device=device.torch_device)
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(warmup + rounds):
-        for name, call in calls.items():
-            flush.zero_()
-            samples[name].append(gpu_ms(call) if device.on_gpu else cpu_ms(call))
-    return {name: tuple(values[warmup:]) for name, values in samples.items()}
 
+    def sample(call: Call) -> float:
+        flush.zero_()  # what the last call left in the L2 cache must not help this one
+        if not device.on_gpu:
+            return timed(call)[1] * 1e3
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        stop.record()
+        stop.synchronize()
+        return float(start.elapsed_time(stop))
 
-def gpu_ms(call: Call) -> float:
-    """Between two events on the stream."""
-    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    call()
-    stop.record()
-    stop.synchronize()
-    return float(start.elapsed_time(stop))
-
-
-def cpu_ms(call: Call) -> float:
-    """By the clock."""
-    start = time.perf_counter()
-    call()
-    return (time.perf_counter() - start) * 1e3
+    return take_turns({name: partial(sample, call) for name, call in calls.items()}, rounds, WARMUP_ROUNDS)
 
 
 def extra_bytes(call: Call, hidden: Tensor, weight: Tensor) -> int:
-    """Peak memory of forward and backward, without what was there before and without the two gradients."""
+    """Return the peak bytes of forward and backward, without what was there before and without the two gradients."""
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.synchronize()
@@ -259,8 +205,8 @@ def extra_bytes(call: Call, hidden: Tensor, weight: Tensor) -> int:
 
 
 def bench_parts(device: Device, rounds: int) -> list[BenchRow]:
-    """`vp_logprob_` forward and backward, a copy of the logits, and `dpo_loss` of 8 pairs, which makes its gradient,
-    each with the bytes it cannot avoid to move."""
+    """Time `vp_logprob_` forward and backward, a copy of the logits, and `dpo_loss` of 8 pairs, which makes its
+    gradient; each row with the bytes that it cannot avoid moving."""
     num_rows, columns = (8192, 32000) if device.on_gpu else (32, 101)
     generator = torch.Generator(device.torch_device).manual_seed(0)
     options = {"device": device.torch_device, "generator": generator}
@@ -290,35 +236,30 @@ def bench_parts(device: Device, rounds: int) -> list[BenchRow]:
 
 
 def tflops(shape: HeadShape, milliseconds: float) -> float:
-    """Useful ones of forward and backward: three products of [N, H] and [V, H], completion rows only."""
+    """Return the useful TFLOP/s of forward and backward: three products of [N, H] and [V, H], completion rows only."""
     return 6 * shape.num_rows * shape.hidden_size * shape.vocab_size / milliseconds / 1e9
 
 
-def spread(samples: Sequence[float]) -> str:
-    """median [p10, p90]"""
-    ordered = sorted(samples)
-    low, high = ordered[len(ordered) // 10], ordered[-1 - len(ordered) // 10]
-    return f"{statistics.median(ordered):.3f} [{low:.3f}, {high:.3f}]"
-
-
-def print_tables(
-    shapes: dict[str, HeadShape], results: Sequence[Result], parts: Sequence[BenchRow], device: Device
-) -> None:
-    """What a person reads, as Markdown."""
-    print(f"DPO head on {device.name}, {device.dtype}; ms: median [p10, p90]\n")
-    print("| shape | provider | forward | forward + backward | TFLOP/s | extra GB | off fp64 |")
-    print("|---|---|---|---|---|---|---|")
-    for result in results:
-        error = f"{result.errors.largest:.1e}" if result.errors else ""
-        cells = [result.status, "", "", ""]
-        if result.status == "ok":
-            rate = tflops(shapes[result.shape], statistics.median(result.forward_backward_ms))
-            memory = "" if result.extra_bytes is None else f"{result.extra_bytes / 1e9:.2f}"
-            cells = [spread(result.forward_ms), spread(result.forward_backward_ms), f"{rate:.1f}", memory]
-        print("| " + " | ".join([result.shape, result.provider, *cells, error]) + " |")
-    print("\n| alone | ms | GB/s |\n|---|---|---|")
-    for part in parts:
-        rate = (part.extra["useful_bytes"] or 0) / statistics.median(part.samples) / 1e6
-        print(f"| {part.name.removeprefix(ALONE)} | {spread(part.samples)} | {rate:.1f} |")
-    if not device.on_gpu:
-        print("\nNo GPU: tiny shapes in fp32 on the CPU, where ours is the plain reference. No figure counts.")
+def as_text(record: BenchRecord, shapes: Mapping[str, HeadShape]) -> str:
+    """Return the record as Markdown tables: every provider on every shape, then single kernels."""
+    of_heads = [row for row in record.rows if "provider" in row.labels]
+    heads = [["shape", "provider", "forward", "forward + backward", "TFLOP/s", "extra GB", "off fp64"]]
+    by_head = groupby(of_heads, key=lambda row: itemgetter("shape", "provider", "status")(row.labels))
+    for (shape, provider, status), group in by_head:
+        rows = list(group)  # one where the provider was not timed
+        forward, both = rows[0], rows[-1]
+        cells = [status, "", "", ""]
+        if both.median is not None:
+            rate, memory = tflops(shapes[shape], both.median), both.extra["extra_bytes"]
+            gigabytes = "" if memory is None else f"{memory / 1e9:.2f}"
+            cells = [spread(forward, ".3f"), spread(both, ".3f"), f"{rate:.1f}", gigabytes]
+        errors = {name: error for name, error in both.extra.items() if name.startswith("error") and error is not None}
+        heads.append([shape, provider, *cells, f"{largest(errors):.1e}" if errors else ""])
+    parts = [["alone", "ms", "GB/s"]]
+    for row in record.rows[len(of_heads) :]:
+        rate = (row.extra["useful_bytes"] or 0) / (row.median or inf) / 1e6
+        parts.append([row.name.removeprefix(ALONE), spread(row, ".3f"), f"{rate:.1f}"])
+    title = f"DPO head on {record.device}, {record.settings['dtype']}; ms: median [p10, p90]"
+    smoke = "No GPU: tiny shapes in fp32 on the CPU, where ours is the plain reference. No figure counts."
+    texts = [title, markdown(heads), markdown(parts), *([] if record.settings["on_gpu"] else [smoke])]
+    return "\n\n".join(texts)

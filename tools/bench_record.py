@@ -1,4 +1,4 @@
-"""What every benchmark writes: one JSON schema, with all raw samples, that `srlm bench compare` reads back."""
+"""The record that every benchmark writes: one JSON schema with all raw samples, which `srlm bench compare` reads."""
 
 import os
 import sys
@@ -24,8 +24,8 @@ Better = Literal["lower", "higher", "neither"]
 @dataclass(frozen=True)
 class BenchRow:
     """One figure: raw samples in the order they were taken, and their quantiles (None without samples: `labels` or
-    `extra` then say why). `labels` say what was measured in words (method, shape, part, ...), `extra` hold what belongs
-    to it in numbers. `better`: where a good value lies."""
+    `extra` then say why). `labels` describe it in words (method, shape, part, ...), `extra` in numbers. `better` tells
+    which direction is good."""
 
     name: str
     unit: str
@@ -41,8 +41,8 @@ class BenchRow:
 @with_config(STRICT)
 @dataclass(frozen=True)
 class BenchRecord:
-    """One benchmark on one machine. `devices` of the kind `device`; `settings` is what was measured: configuration,
-    shapes, options. `load_average` of the machine at the end: a busy machine's figures are ratios at best."""
+    """One benchmark on one machine with `devices` devices of the kind `device`. `settings` holds the configuration,
+    shapes and options; `load_average` is the machine's at the end: on a busy machine only ratios mean anything."""
 
     schema_version: int
     bench: str
@@ -57,7 +57,7 @@ class BenchRecord:
     rows: tuple[BenchRow, ...]
 
     def row(self, name: str) -> BenchRow:
-        """The row of this name."""
+        """Return the row of this name."""
         return next(row for row in self.rows if row.name == name)
 
 
@@ -69,27 +69,27 @@ def make_row(
     labels: Mapping[str, str] | None = None,
     extra: Mapping[str, float | None] | None = None,
 ) -> BenchRow:
-    """A row with the quantiles of its samples, linearly interpolated."""
+    """Return a row with the quantiles of its samples, linearly interpolated."""
     low, median, high = np.quantile(samples, [0.1, 0.5, 0.9]).tolist() if samples else (None, None, None)
     return BenchRow(name, unit, tuple(samples), median, low, high, better, labels or {}, extra or {})
 
 
 def make_record(
     bench: str,
-    device: str,
-    devices: int,
     settings: Mapping[str, Any],
     rows: Iterable[BenchRow],
     packages: Iterable[str] = (),
+    device: str | None = None,
+    devices: int = 1,
 ) -> BenchRecord:
-    """A record of what this process has just measured."""
+    """Return the record of a measurement that this process has just made; without a `device` it is this CPU's."""
     return BenchRecord(
         schema_version=SCHEMA_VERSION,
         bench=bench,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         command=tuple(command_of(sys.argv)),
         commit=commit(),
-        device=device,
+        device=device or f"CPU ({os.cpu_count()} cores)",
         devices=devices,
         load_average=os.getloadavg(),
         versions={name: package_version(name) for name in (*PACKAGES, *packages)},
@@ -99,13 +99,13 @@ def make_record(
 
 
 def command_of(argv: Sequence[str]) -> list[str]:
-    """The command without where its file goes: two that measured the same thing are equal."""
+    """Return a command line without the options that leave the figures alone: two of the same measurement are equal."""
     words = (word for word in argv[1:] if word != "--started")
     return [Path(argv[0]).name, *without_options(words, ("--json",))]
 
 
 def without_options(words: Iterable[str], names: Sequence[str]) -> list[str]:
-    """A command line without these options and their values."""
+    """Return a command line's words without these options and their values."""
     kept: list[str] = []
     left = iter(words)
     for word in left:
@@ -116,14 +116,15 @@ def without_options(words: Iterable[str], names: Sequence[str]) -> list[str]:
     return kept
 
 
-def write_record(record: BenchRecord, path: Path) -> None:
-    """As JSON; a path or a tuple in the settings becomes text or a list."""
-    options = orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY
-    path.write_bytes(orjson.dumps(asdict(record), default=str, option=options))
+def write_record(record: BenchRecord, path: Path | None) -> None:
+    """Write the record as JSON where a file is named; a path or a tuple in the settings becomes text or a list."""
+    if path is not None:
+        options = orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY
+        path.write_bytes(orjson.dumps(asdict(record), default=str, option=options))
 
 
 def read_record(path: Path) -> BenchRecord:
-    """UserError where the file is no record, is of another schema, or does not agree with its own samples."""
+    """Read a record. UserError where the file is no record, is of another schema, or contradicts its own samples."""
     content = path.read_bytes()
     try:
         record = parse_line(BenchRecord, content)
@@ -143,26 +144,29 @@ def read_record(path: Path) -> BenchRecord:
 
 
 def same(found: Sequence[float | None], expected: Sequence[float | None]) -> bool:
-    """Equal up to rounding; None is NaN here, and equal to itself."""
+    """Tell whether two lists are equal up to rounding; None equals itself alone."""
     ours, theirs = (np.array(values, dtype=float) for values in (found, expected))
     return np.allclose(ours, theirs, rtol=1e-9, atol=0, equal_nan=True)
 
 
-def spread(row: BenchRow, digits: int = 4) -> str:
-    """`median [p10, p90]`, or a dash."""
+def spread(row: BenchRow, form: str = ".4g") -> str:
+    """Return `median [p10, p90]`, or a dash for a row without samples."""
     if row.median is None or row.p10 is None or row.p90 is None:
         return "–"
-    return f"{row.median:.{digits}g} [{row.p10:.{digits}g}, {row.p90:.{digits}g}]"
+    return f"{row.median:{form}} [{row.p10:{form}}, {row.p90:{form}}]"
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table; the first row is its header."""
+    header, *lines = [f"| {' | '.join(cells)} |" for cells in rows]
+    return "\n".join([header, "|" + "---|" * len(rows[0]), *lines])
 
 
 def table(record: BenchRecord) -> str:
-    """All rows as Markdown."""
+    """Return all rows of a record as Markdown, with a line about the machine."""
     load = f"load {record.load_average[0]:.1f}"
-    lines = [
-        f"{record.bench} on {record.devices} x {record.device}, {record.date[:10]}, {load}; median [p10, p90]",
-        "",
-        "| what | | samples | unit |",
-        "|---|---|---|---|",
-        *(f"| {row.name} | {spread(row)} | {len(row.samples)} | {row.unit} |" for row in record.rows),
-    ]
-    return "\n".join(lines)
+    rows = [(row.name, spread(row), str(len(row.samples)), row.unit) for row in record.rows]
+    return (
+        f"{record.bench} on {record.devices} x {record.device}, {record.date[:10]}, {load}; median [p10, p90]\n\n"
+        f"{markdown([('what', '', 'samples', 'unit'), *rows])}"
+    )

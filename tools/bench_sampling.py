@@ -1,15 +1,14 @@
-"""`srlm bench sampling`: how fast the backend at hand samples what a run's round 1 asks for.
+"""`srlm bench sampling`: how fast the backend at hand samples the requests of a run's round 1.
 
 The requests are the stages' own: n candidates of each prompt, k judgements of each candidate. Every repetition times
-all methods one after the other, and ratios are taken within a repetition, so that what else the machine does falls on
-all of them alike. Methods draw differently, so rates count each one's own output tokens. Request by request takes every
+all methods one after the other, and ratios are taken within a repetition, so that other work on the machine slows all
+of them alike. Methods draw differently, so rates count each one's own output tokens. Request by request takes every
 tenth request only: without batches a rate does not depend on how many there are.
 """
 
-import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from srlm_mega.sampling.huggingface_sampler import automatic_device, left_padded
 from srlm_mega.sampling.sampler import SamplingParams
 from srlm_mega.stages.sample_and_judge import candidates_task, judgements_task
 from srlm_mega.tools.bench_record import BenchRecord, BenchRow, make_record, make_row, write_record
+from srlm_mega.tools.bench_timing import timed
 
 ONE_BY_ONE, FIXED_BATCHES = "generate, request by request", "generate, fixed batches"
 OURS, NO_REUSE = "srlm", "srlm, every copy prefilled"
@@ -47,13 +47,13 @@ class BenchPart:
 
     @property
     def prompt_tokens(self) -> int:
-        """Prefilled where each distinct request is computed once."""
+        """Tokens to prefill where each distinct request is computed once."""
         return sum(len(prompt) for prompt in self.prompts)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One method on one stage's requests, once."""
+    """One method's run over one stage's requests."""
 
     repetition: int
     method: str
@@ -73,19 +73,18 @@ def measure(
     batch_sizes: Sequence[int],
     json: Path | None,
 ) -> None:
-    """Measure with the first `prompts` prompts, print, and write the JSON file."""
+    """Measure with the first `prompts` prompts of a run's round 1, print, and write the record to `json`."""
     run = RunDir(run_folder)
     config = parse_config(apply_overrides(read_yaml(run.config_file), overrides), str(run.config_file))
     parts = requests_of(run, config, prompts)
-    samples = list(timed(parts, methods(run, config, batch_sizes), repetitions))
+    samples = list(take_samples(parts, methods(run, config, batch_sizes), repetitions))
     result = summed_up(run, config, parts, samples)
     print(as_text(result), flush=True)
-    if json is not None:
-        write_record(result, json)
+    write_record(result, json)
 
 
 def requests_of(run: RunDir, config: Config, prompts: int) -> list[BenchPart]:
-    """What candidates and judgements of round 1 ask for; the run must have its candidates."""
+    """Return the requests for candidates and judgements of round 1; the run must have its candidates."""
 
     def work(stage: str) -> Work:
         progress = Progress(run.root / "logs" / "bench.progress.json")
@@ -94,18 +93,14 @@ def requests_of(run: RunDir, config: Config, prompts: int) -> list[BenchPart]:
     candidates, _ = candidates_task(work("round_1/candidates"))
     chosen = {request.id for request in candidates.requests[:prompts]}
     judgements, _ = judgements_task(work("round_1/judgements"))
-    return [
-        BenchPart("candidates", [one.token_ids for one in candidates.requests if one.id in chosen], candidates.params),
-        BenchPart(
-            "judgements",
-            [one.token_ids for one in judgements.requests if one.source.prompt_id in chosen],
-            judgements.params,
-        ),
-    ]
+    asked = [one.token_ids for one in candidates.requests if one.id in chosen]
+    judged = [one.token_ids for one in judgements.requests if one.source.prompt_id in chosen]
+    return [BenchPart("candidates", asked, candidates.params), BenchPart("judgements", judged, judgements.params)]
 
 
 def methods(run: RunDir, config: Config, batch_sizes: Sequence[int]) -> dict[str, Method]:
-    """Ours, by batch size and without reuse; for the transformers backend also `generate`, with the same model."""
+    """Return our sampler by batch size and without reuse of prefills; for the transformers backend also `generate`
+    with the same model."""
     folder, settings = run.weights("M1"), config.sampler
     eos_id = Chat.from_folder(folder).eos_id
 
@@ -123,20 +118,21 @@ def methods(run: RunDir, config: Config, batch_sizes: Sequence[int]) -> dict[str
     if settings.backend == "huggingface":
         device = torch.device(automatic_device() if settings.device == "auto" else settings.device)
         model = AutoModelForCausalLM.from_pretrained(str(folder), dtype="auto").to(device).eval()
+        size = settings.batch_size
         found[ONE_BY_ONE] = lambda prompts, params: generate(model, eos_id, prompts, params, 1)
         found[FIXED_BATCHES] = lambda prompts, params: generate(
-            model, eos_id, prompts, params, max(1, settings.batch_size // params.n)
+            model, eos_id, prompts, params, max(1, size // params.n)
         )
     return found
 
 
 def every_copy_alone(prompts: Prompts, params: SamplingParams) -> tuple[Prompts, SamplingParams]:
-    """n requests for one completion each in place of one for n."""
+    """Replace each request for n completions by n requests for one."""
     return [prompt for prompt in prompts for _ in range(params.n)], replace(params, n=1)
 
 
 def generate(model: Any, eos_id: int, prompts: Prompts, params: SamplingParams, batch: int) -> int:
-    """Output tokens of transformers' own loop, `batch` prompts at a time in the given order."""
+    """Sample with transformers' own loop, `batch` prompts at a time in order; returns the number of output tokens."""
     settings = GenerationConfig(
         do_sample=True, temperature=params.temperature, top_p=params.top_p, top_k=0, num_return_sequences=params.n,
         max_new_tokens=params.max_new_tokens, eos_token_id=eos_id, pad_token_id=eos_id,
@@ -152,32 +148,23 @@ def generate(model: Any, eos_id: int, prompts: Prompts, params: SamplingParams, 
     return total
 
 
-def timed(parts: Sequence[BenchPart], by_name: dict[str, Method], repetitions: int) -> Iterator[Sample]:
-    """All methods on all parts, repetition by repetition, each method warmed up once."""
+def take_samples(parts: Sequence[BenchPart], by_name: dict[str, Method], repetitions: int) -> Iterator[Sample]:
+    """Run all methods on all parts, repetition by repetition, after a warm-up of each."""
     for part in parts:
         for method in by_name.values():
             method(part.prompts[:2], part.params)
     for repetition in range(repetitions):
         for part in parts:  # methods follow one another on the same part: as close in time as can be
             for name, method in by_name.items():
-                mine = replace(part, prompts=part.prompts[::10]) if name == ONE_BY_ONE else part
-                begin = time.perf_counter()
-                output_tokens = method(mine.prompts, mine.params)
-                seconds = time.perf_counter() - begin
-                yield Sample(
-                    repetition=repetition,
-                    method=name,
-                    part=part.name,
-                    requests=len(mine.prompts),
-                    sequences=len(mine.prompts) * part.params.n,
-                    prompt_tokens=mine.prompt_tokens * (part.params.n if name == NO_REUSE else 1),
-                    output_tokens=output_tokens,
-                    seconds=seconds,
-                )
+                prompts = part.prompts[::10] if name == ONE_BY_ONE else part.prompts
+                output_tokens, seconds = timed(partial(method, prompts, part.params))
+                sequences = len(prompts) * part.params.n
+                prefilled = sum(map(len, prompts)) * (part.params.n if name == NO_REUSE else 1)
+                yield Sample(repetition, name, part.name, len(prompts), sequences, prefilled, output_tokens, seconds)
 
 
 def rates(samples: Sequence[Sample], method: str) -> list[float]:
-    """Output tokens per second of each repetition, over all parts."""
+    """Return a method's output tokens per second of each repetition, over all parts."""
     found = []
     for repetition in sorted({sample.repetition for sample in samples}):
         mine = [one for one in samples if one.method == method and one.repetition == repetition]
@@ -186,23 +173,14 @@ def rates(samples: Sequence[Sample], method: str) -> list[float]:
 
 
 def summed_up(run: RunDir, config: Config, parts: Sequence[BenchPart], samples: list[Sample]) -> BenchRecord:
-    """The record of all samples: rates and ratios of whole repetitions, then every method on every part."""
-    names = list(dict.fromkeys(sample.method for sample in samples))
-    ours = rates(samples, OURS)
-    once = sum(part.prompt_tokens for part in parts)
-    on_gpu = torch.cuda.is_available() and config.sampler.device != "cpu"
-    rows = [make_row(f"{RATE} {name}", "tokens/s", rates(samples, name), "higher") for name in names]
-    rows += [
-        make_row(
-            f"{RATIO} {name}",
-            "ratio",
-            [mine / other for mine, other in zip(ours, rates(samples, name), strict=True)],
-            "higher",
-        )
-        for name in names
-        if name != OURS
-    ]
-    for name in names:
+    """Return the record: rates and ratios of whole repetitions, then every method on every part."""
+    speeds = {name: rates(samples, name) for name in dict.fromkeys(sample.method for sample in samples)}
+    rows = [make_row(f"{RATE} {name}", "tokens/s", speed, "higher") for name, speed in speeds.items()]
+    for name, speed in speeds.items():
+        if name != OURS:
+            ratios = [ours / other for ours, other in zip(speeds[OURS], speed, strict=True)]
+            rows.append(make_row(f"{RATIO} {name}", "ratio", ratios, "higher"))
+    for name in speeds:
         for part in parts:
             rows += part_rows([one for one in samples if (one.method, one.part) == (name, part.name)])
     settings = {
@@ -210,32 +188,28 @@ def summed_up(run: RunDir, config: Config, parts: Sequence[BenchPart], samples: 
         "model": str(run.weights("M1")),
         "threads": torch.get_num_threads(),
         # Prompt tokens without reuse by those with it.
-        "prefill_saving": sum(part.prompt_tokens * part.params.n for part in parts) / once,
+        "prefill_saving": sum(part.prompt_tokens * part.params.n for part in parts)
+        / sum(part.prompt_tokens for part in parts),
     }
-    device = str(torch.cuda.get_device_name()) if on_gpu else f"CPU ({os.cpu_count()} cores)"
-    return make_record("sampling", device, 1, settings, rows, ("tensorrt-llm",))
+    on_gpu = torch.cuda.is_available() and config.sampler.device != "cpu"
+    device = str(torch.cuda.get_device_name()) if on_gpu else None
+    return make_record("sampling", settings, rows, ("tensorrt-llm",), device)
 
 
 def part_rows(samples: Sequence[Sample]) -> list[BenchRow]:
-    """One method on one stage's requests: seconds and output tokens of each repetition."""
+    """Return rows of one method on one stage's requests: seconds and output tokens of each repetition."""
     first = samples[0]
-    labels = {"method": first.method, "part": first.part}
-    counts: dict[str, float | None] = {
-        "requests": first.requests,
-        "sequences": first.sequences,
-        "prompt_tokens": first.prompt_tokens,
-    }
-    name = f"{first.part}, {first.method}"
+    labels, name = {"method": first.method, "part": first.part}, f"{first.part}, {first.method}"
+    counts = {"requests": first.requests, "sequences": first.sequences, "prompt_tokens": first.prompt_tokens}
+    tokens = [float(one.output_tokens) for one in samples]
     return [
         make_row(f"seconds of {name}", "s", [one.seconds for one in samples], "lower", labels, counts),
-        make_row(
-            f"output tokens of {name}", "tokens", [float(one.output_tokens) for one in samples], "neither", labels
-        ),
+        make_row(f"output tokens of {name}", "tokens", tokens, "neither", labels),
     ]
 
 
 def as_text(record: BenchRecord) -> str:
-    """The record for a terminal."""
+    """Return the record as text for a terminal."""
     shown = {row.name.removeprefix(f"{RATE} "): row for row in record.rows if row.name.startswith(RATE)}
     ratio = {row.name.removeprefix(f"{RATIO} "): row for row in record.rows if row.name.startswith(RATIO)}
     whole = [row for row in record.rows if row.labels.get("method") == OURS and row.unit == "s"]

@@ -1,7 +1,7 @@
 """`srlm bench training --sweep KEY=V1,V2,...`: the same benchmark for several values of one setting, in one record.
 
-Each value is measured by a `srlm bench training` of its own, so that nothing of one (memory, compiled code) is left for
-the next. A value that cannot be measured, for example because memory runs out, is named in the record and left out.
+Each value is measured by a `srlm bench training` of its own, so that the next one finds nothing of it (memory, compiled
+code). A value that cannot be measured, for example because memory runs out, is named in the record and left out.
 """
 
 import subprocess
@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from srlm_mega.errors import UserError
-from srlm_mega.tools.bench_record import BenchRecord, BenchRow, command_of, read_record, write_record
+from srlm_mega.tools.bench_record import BenchRecord, command_of, read_record, write_record
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Sweep:
 
 
 def parse_sweep(text: str) -> Sweep:
-    """From KEY=V1,V2,..."""
+    """Parse KEY=V1,V2,... UserError for fewer than two values, or one given twice."""
     key, _, values = text.partition("=")
     found = tuple(value for value in values.split(",") if value)
     if not key or len(found) < 2 or len(set(found)) < len(found):
@@ -33,7 +33,8 @@ def parse_sweep(text: str) -> Sweep:
 
 
 def run_sweep(sweep: Sweep, argv: Sequence[str], json: Path) -> BenchRecord:
-    """Measure every value with the command `argv` (without --sweep and --json) and write one record."""
+    """Measure every value with the command `argv` (without --sweep and --json), and write one record. UserError where
+    no value could be measured."""
     measured: dict[str, BenchRecord] = {}
     failed: dict[str, int] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -48,21 +49,19 @@ def run_sweep(sweep: Sweep, argv: Sequence[str], json: Path) -> BenchRecord:
                 failed[value] = done.returncode
                 print(f"{sweep.key}={value} was not measured: exit code {done.returncode}", flush=True)
     if not measured:
-        raise UserError(f"no value of {sweep.key} could be measured; what each said is above")
+        raise UserError(f"no value of {sweep.key} could be measured: correct what the errors above name")
     record = merged(sweep, measured, failed)
     write_record(record, json)
     return record
 
 
 def merged(sweep: Sweep, measured: Mapping[str, BenchRecord], failed: Mapping[str, int]) -> BenchRecord:
-    """All values' rows in one record, each named and labelled with its value."""
-    first, *_, last = [*measured.values(), *measured.values()]
+    """Return the rows of all values in one record, each named and labelled with its value."""
+    first, last = next(iter(measured.values())), list(measured.values())[-1]
     settings = {**first.settings, "sweep": {"key": sweep.key, "values": list(measured), "failed": dict(failed)}}
-    rows = tuple(at(row, sweep.key, value) for value, record in measured.items() for row in record.rows)
-    command = tuple(command_of(sys.argv))
-    return replace(last, date=first.date, command=command, settings=settings, rows=rows)
-
-
-def at(row: BenchRow, key: str, value: str) -> BenchRow:
-    """The row of one value."""
-    return replace(row, name=f"{row.name} at {key}={value}", labels={**row.labels, "what": row.name, "at": value})
+    rows = [
+        replace(row, name=f"{row.name} at {sweep.key}={value}", labels={**row.labels, "what": row.name, "at": value})
+        for value, record in measured.items()
+        for row in record.rows
+    ]
+    return replace(last, date=first.date, command=tuple(command_of(sys.argv)), settings=settings, rows=tuple(rows))

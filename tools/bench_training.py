@@ -1,14 +1,14 @@
 """`srlm bench training`: steps of the trainer on random pairs, on whatever devices there are.
 
-Every rank runs `measure`; the main one prints and writes. Steps are timed undisturbed; where their time goes is
-measured in steps of its own afterwards (time_split.py). With a baseline, each of our steps is followed by one of plain
-Hugging Face on the same pairs from the same weights (plain_dpo.py), and their losses must agree.
+Every rank runs `measure`; the main one prints and writes. Steps are timed undisturbed; how a step's time divides into
+parts is measured in other steps afterwards (time_split.py). With a baseline, each of our steps is followed by one of
+plain Hugging Face on the same pairs from the same weights (plain_dpo.py), and their losses must agree.
 """
 
-import os
 import random
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +21,7 @@ from srlm_mega.errors import UserError
 from srlm_mega.records import ReferenceLogprobs
 from srlm_mega.stages.base import shape_of
 from srlm_mega.tools.bench_record import BenchRecord, Better, make_record, make_row, spread, write_record
+from srlm_mega.tools.bench_timing import timed
 from srlm_mega.tools.plain_dpo import PlainDpo
 from srlm_mega.tools.time_split import PARTS, Part, TimeSplit
 from srlm_mega.training.batch import PairSequences, TokenSequence
@@ -39,25 +40,26 @@ SEED = 0
 STEP, PART, RATIO, DIFFERENCE = "step", "part", "plain / ours", "difference of losses"
 UNITS = {"tokens/s/GPU": "tokens/s", "useful_tokens/s/GPU": "tokens/s", "TFLOP/s/GPU_causal": "TFLOP/s"}
 OPTIONAL_PACKAGES = ("transformer-engine", "flash-attn", "liger-kernel", "trl")
-# Losses of two implementations, after steps that start from the same weights.
+# How far apart, relatively, the losses of two implementations may be after steps from the same weights.
 AGREEMENT = {"fp32": 1e-3, "bf16": 5e-2, "fp8": 5e-2}
 
 
 @dataclass(frozen=True)
 class TrainingRequest:
-    """What to measure."""
+    """The options of the command; `steps` and `warmup` are numbers of steps."""
 
     objective: ObjectiveName
     steps: int
     warmup: int
     baseline: bool
-    baseline_size: int | None  # pairs in one of its forward passes; none: as many passes as ours
+    baseline_size: int | None  # pairs in one of its forward passes; None: as many passes as ours
     json: Path | None
 
 
 @dataclass(frozen=True)
 class Samples:
-    """One entry per measured step: seconds, and what the step worked on."""
+    """Measured steps, an entry each: seconds, ours and the baseline's, the relative difference of their losses, and
+    rates."""
 
     seconds: list[float]
     baseline_seconds: list[float]
@@ -66,7 +68,7 @@ class Samples:
 
 
 def measure(config: Config, request: TrainingRequest) -> None:
-    """Measure, print, and write the JSON file. UserError when the baseline cannot do what the config says."""
+    """Measure, print, and write the JSON file. UserError when the baseline cannot do what the configuration says."""
     if request.baseline:
         check_baseline(config, request)
     with process_group(config.trainer), Topology.start(config.parallel, config.trainer, SEED) as topology:
@@ -75,14 +77,13 @@ def measure(config: Config, request: TrainingRequest) -> None:
         split = bench.split_time()
         memory = peak_memory(topology)
         if topology.is_main:
-            record = summed_up(config, request, topology, samples, split, memory)
+            record = bench.record(samples, split, memory)
             print(as_text(record, request), flush=True)
-            if request.json is not None:
-                write_record(record, request.json)
+            write_record(record, request.json)
 
 
 def check_baseline(config: Config, request: TrainingRequest) -> None:
-    """The baseline is sigmoid DPO without dropout."""
+    """UserError unless the configuration is sigmoid DPO without dropout, which is all that the baseline can do."""
     section = config.dpo
     if request.objective != "dpo" or section.loss_type != "sigmoid" or section.label_smoothing or section.rpo_alpha:
         raise UserError(
@@ -97,7 +98,7 @@ def check_baseline(config: Config, request: TrainingRequest) -> None:
 
 
 class Bench:
-    """A trainer with random weights and random data, and the baseline beside it on the main rank."""
+    """A trainer with random weights and random data, and the baseline on the main rank."""
 
     def __init__(self, config: Config, request: TrainingRequest, topology: Topology) -> None:
         self.config, self.request, self.topology = config, request, topology
@@ -128,37 +129,32 @@ class Bench:
         return DpoObjective(self.pairs, self.reference, self.config.dpo, self.topology, vocab_size, tolerance=None)
 
     def indices(self, number: int) -> list[int]:
-        """The items of a step, counted from 0."""
+        """Return the items of a step; both are counted from 0."""
         size = self.section.global_batch_size
         return list(range(number * size, (number + 1) * size))
 
     def time_steps(self) -> Samples:
-        """Warm up, then time every step from token ids to updated weights; ours and the baseline's in turn."""
+        """Time every step from token ids to updated weights, ours and the baseline's in turn; those to warm up are
+        left out."""
         samples = Samples([], [], [], [])
         for number in range(self.request.warmup + self.request.steps):
             rate = self.trainer.optimizer.param_groups[0]["lr"]
             self.topology.barrier()
-            begin = self._clock()
-            step, metrics = self._step(number)
-            end = self._clock()
-            if number >= self.request.warmup:
-                samples.seconds.append(end - begin)
-                rates = self.trainer.meter.measure(step.lengths, step.num_positions, end - begin)
-                samples.metrics.append(rates | {"padding_fraction": step.padding_fraction})
-            if self.plain is None:
-                continue
-            pairs = [self.pairs[index] for index in self.indices(number)]
-            reference = [self.reference[index] for index in self.indices(number)]
-            begin = self._clock()
-            loss = self.plain.step(pairs, reference, rate, self._plain_size(step))
-            end = self._clock()
-            if number >= self.request.warmup:
-                samples.baseline_seconds.append(end - begin)
+            (step, metrics), seconds = timed(partial(self._step, number), self._clock)
+            samples.seconds.append(seconds)
+            rates = self.trainer.meter.measure(step.lengths, step.num_positions, seconds)
+            samples.metrics.append(rates | {"padding_fraction": step.padding_fraction})
+            if self.plain is not None:
+                indices = self.indices(number)
+                data = [self.pairs[index] for index in indices], [self.reference[index] for index in indices]
+                plain_step = partial(self.plain.step, *data, rate, self._plain_size(step))
+                loss, seconds = timed(plain_step, self._clock)
+                samples.baseline_seconds.append(seconds)
                 samples.loss_differences.append(abs(metrics["loss"] - loss) / loss)
-        return samples
+        return Samples(*(taken[self.request.warmup :] for taken in vars(samples).values()))
 
     def split_time(self) -> dict[Part, float]:
-        """Seconds per step in each part, the mean over steps and ranks."""
+        """Return the seconds per step in each part, the mean over steps and ranks."""
         split = TimeSplit(self.topology.device)
         first = self.request.warmup + self.request.steps
         with split.wrapped():
@@ -179,7 +175,7 @@ class Bench:
         return step, self.trainer.step(self.objective, step, number + 2)
 
     def _plain_size(self, step: Step) -> int:
-        """Pairs in one of the baseline's forward passes: as asked for, or so that it has as many passes as we have."""
+        """Return the pairs in one of the baseline's forward passes: as asked for, or for as many passes as ours."""
         passes = len(step.micro_batches) * self.topology.dp_size
         return self.request.baseline_size or -(-self.section.global_batch_size // passes)
 
@@ -188,9 +184,38 @@ class Bench:
             torch.cuda.synchronize(self.topology.device)
         return time.perf_counter()
 
+    def record(self, samples: Samples, split: dict[Part, float], memory: dict[str, float]) -> BenchRecord:
+        """Return the main rank's record. The parts of a step are of other steps than its seconds: see time_split.py."""
+        rows = [make_row(STEP, "s", samples.seconds)]
+        for key in samples.metrics[0]:
+            better: Better = "lower" if key == "padding_fraction" else "higher"
+            rows.append(make_row(key, UNITS.get(key, "share"), [row[key] for row in samples.metrics], better))
+        rows += [make_row(key, "GiB", [value]) for key, value in memory.items()]
+        for part, seconds in split.items():
+            rows.append(make_row(f"{PART} {part}", "s", [seconds], labels={"meaning": PARTS[part]}))
+        config, request = self.config, self.request
+        if request.baseline:
+            ratios = [plain / ours for ours, plain in zip(samples.seconds, samples.baseline_seconds, strict=True)]
+            tolerance = AGREEMENT[precision_of(config.trainer)]
+            rows += [
+                make_row("plain step", "s", samples.baseline_seconds),
+                make_row(RATIO, "ratio", ratios, "higher"),
+                make_row(DIFFERENCE, "relative", samples.loss_differences, extra={"tolerance": tolerance}),
+            ]
+        settings = {
+            "objective": request.objective,
+            "steps": request.steps,
+            "warmup": request.warmup,
+            "baseline_size": request.baseline_size,
+            "threads_per_process": torch.get_num_threads(),
+            **config.model_dump(mode="json", include={"model", "dpo", "sft", "parallel", "trainer"}),
+        }
+        device, devices = device_name(self.topology.device), self.topology.world_size
+        return make_record("training", settings, rows, OPTIONAL_PACKAGES, device, devices)
+
 
 def random_pairs(count: int, seq_length: int, vocab_size: int) -> list[PairSequences]:
-    """Prompts and responses of uniform lengths, each from an eighth to a half of `seq_length`."""
+    """Return pairs whose prompts and responses have uniform lengths from an eighth to a half of `seq_length` tokens."""
     rng = random.Random(SEED)
     low, high = max(2, seq_length // 8), seq_length // 2
 
@@ -206,50 +231,13 @@ def random_pairs(count: int, seq_length: int, vocab_size: int) -> list[PairSeque
 
 
 def uniform_reference(pair: PairSequences, vocab_size: int) -> ReferenceLogprobs:
-    """What a model says that finds all tokens equally likely; random weights are not far from it."""
+    """Return the log-probabilities of a model to which all tokens are equally likely, as to random weights nearly."""
     one = -torch.tensor(float(vocab_size)).log().item()
     return ReferenceLogprobs(pair.id, one * pair.chosen.num_targets, one * pair.rejected.num_targets)
 
 
-def summed_up(
-    config: Config,
-    request: TrainingRequest,
-    topology: Topology,
-    samples: Samples,
-    split: dict[Part, float],
-    memory: dict[str, float],
-) -> BenchRecord:
-    """The main rank's record. The parts of a step are of other steps than its seconds: see time_split.py."""
-    rows = [make_row(STEP, "s", samples.seconds)]
-    for key in samples.metrics[0]:
-        better: Better = "lower" if key == "padding_fraction" else "higher"
-        rows.append(make_row(key, UNITS.get(key, "share"), [row[key] for row in samples.metrics], better))
-    rows += [make_row(key, "GiB", [value]) for key, value in memory.items()]
-    rows += [
-        make_row(f"{PART} {part}", "s", [seconds], labels={"meaning": PARTS[part]}) for part, seconds in split.items()
-    ]
-    if request.baseline:
-        ratios = [plain / ours for ours, plain in zip(samples.seconds, samples.baseline_seconds, strict=True)]
-        tolerance = AGREEMENT[precision_of(config.trainer)]
-        rows += [
-            make_row("plain step", "s", samples.baseline_seconds),
-            make_row(RATIO, "ratio", ratios, "higher"),
-            make_row(DIFFERENCE, "relative", samples.loss_differences, extra={"tolerance": tolerance}),
-        ]
-    settings = {
-        "objective": request.objective,
-        "steps": request.steps,
-        "warmup": request.warmup,
-        "baseline_size": request.baseline_size,
-        "threads_per_process": torch.get_num_threads(),
-        **config.model_dump(mode="json", include={"model", "dpo", "sft", "parallel", "trainer"}),
-    }
-    device = device_name(topology.device) or f"CPU ({os.cpu_count()} cores)"
-    return make_record("training", device, topology.world_size, settings, rows, OPTIONAL_PACKAGES)
-
-
 def as_text(record: BenchRecord, request: TrainingRequest) -> str:
-    """The record for a terminal."""
+    """Return the record as text for a terminal."""
     parts = {row.name.removeprefix(f"{PART} "): row.samples[0] for row in record.rows if row.name.startswith(PART)}
     total = sum(parts.values())
     shares = ", ".join(f"{part} {100 * seconds / total:.0f} %" for part, seconds in parts.items())

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from srlm_mega.cli.main import app
 from srlm_mega.tools import bench_kernels
 from srlm_mega.tools.bench_heads import HeadBatch, HeadShape, make_batch, make_head, our_loss
-from srlm_mega.tools.bench_record import BenchRecord, read_record, write_record
+from srlm_mega.tools.bench_record import BenchRecord, make_row, read_record, spread, write_record
 from srlm_mega.tools.scripts.plot_bench import draw_providers, main
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU this is the real benchmark")
@@ -51,10 +51,10 @@ def test_a_wrong_provider_is_reported_and_not_timed(monkeypatch: pytest.MonkeyPa
         return our_loss(hidden * 1.01, weight, batch, save)
 
     monkeypatch.setattr("srlm_mega.tools.bench_heads.our_loss", scaled)
-    results = bench_kernels.bench_shape(bench_kernels.SMOKE_SHAPES[0], bench_kernels.find_device(), rounds=1)
-    found = {result.provider: result for result in results}
-    assert found["ours-save"].status == "wrong" and found["ours-save"].forward_ms == ()
-    assert found["eager"].status == "ok"
+    rows = bench_kernels.bench_shape(bench_kernels.SMOKE_SHAPES[0], bench_kernels.find_device(), rounds=1)
+    found = {row.labels["provider"]: row for row in rows}
+    assert found["ours-save"].labels["status"] == "wrong" and found["ours-save"].samples == ()
+    assert found["eager"].labels["status"] == "ok"
 
 
 def test_only_completion_rows_are_computed() -> None:
@@ -70,7 +70,8 @@ def test_only_completion_rows_are_computed() -> None:
 
 
 def test_spread_is_median_and_percentiles() -> None:
-    assert bench_kernels.spread([float(value) for value in range(10, -1, -1)]) == "5.000 [1.000, 9.000]"
+    row = make_row("x", "ms", [float(value) for value in range(10, -1, -1)])
+    assert spread(row, ".3f") == "5.000 [1.000, 9.000]"
 
 
 def test_the_plot_shows_every_provider(report: tuple[Path, BenchRecord, str], tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
-"""python tools/scripts/bench_pairs.py: pairs of many candidates, and all judge metrics of as many ranked replies.
-
-Seconds and memory of both.
+"""python tools/scripts/bench_pairs.py: seconds and memory of the pairs of many candidates, and of all judge metrics of
+as many ranked replies.
 """
 
 import multiprocessing
@@ -8,10 +7,10 @@ import os
 import random
 import resource
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -24,6 +23,7 @@ from srlm_mega.judging.rewards import read_rewards
 from srlm_mega.judging.scored_candidates import scored_prompts
 from srlm_mega.records import Candidate, Decoding, Judgement, read_jsonl, write_jsonl
 from srlm_mega.tools.bench_record import make_record, make_row, write_record
+from srlm_mega.tools.bench_timing import timed
 
 PER_PROMPT, PER_CANDIDATE = 4, 3
 RESPONSE_TOKENS, JUDGEMENT_TOKENS, CHARACTERS_PER_TOKEN = 270, 120, 4
@@ -33,11 +33,10 @@ TOKENS = tuple(random.Random(2).choices(range(32000), k=100_000))
 
 @dataclass(frozen=True)
 class PartCost:
-    """One part, in a process of its own, with those that it starts; the peaks count everything they hold, Python and
-    its libraries too."""
+    """The cost of one part, in a process of its own and those that it starts; the peak includes Python's libraries."""
 
     seconds: float
-    processor_seconds: float  # of all its processes: on a busy machine it waits besides
+    processor_seconds: float  # of all its processes; on a busy machine it also waits
     peak_mib: float  # of all its processes together, were their peaks at one time
     rows: int
 
@@ -60,20 +59,19 @@ def main(
     for part, one in parts.items():
         taken = f"{one.seconds:7.1f} s, {one.processor_seconds:.1f} s of processor"
         print(f"{part:<14} {taken}  {one.peak_mib:7.0f} MiB  {one.rows:,} rows")
-    if json is not None:
-        settings = {
-            "candidates": candidates,
-            "judgements": num_judgements,
-            "bytes": size,
-            "response_tokens": RESPONSE_TOKENS,
-            "judgement_tokens": JUDGEMENT_TOKENS,
-        }
-        rows = [make_row(part, "s", [one.seconds], extra=asdict(one)) for part, one in parts.items()]
-        write_record(make_record("pairs", f"CPU ({os.cpu_count()} cores)", 1, settings, rows), json)
+    settings = {
+        "candidates": candidates,
+        "judgements": num_judgements,
+        "bytes": size,
+        "response_tokens": RESPONSE_TOKENS,
+        "judgement_tokens": JUDGEMENT_TOKENS,
+    }
+    rows = [make_row(part, "s", [one.seconds], extra=asdict(one)) for part, one in parts.items()]
+    write_record(make_record("pairs", settings, rows), json)
 
 
 def write_round(folder: Path, num_candidates: int) -> int:
-    """Candidates and judgements as a round writes them; returns how many judgements."""
+    """Write candidates and judgements as a round writes them; returns the number of judgements."""
     rng = random.Random(0)
     write_jsonl(folder / "candidates.jsonl", (candidate(number, rng) for number in range(num_candidates)))
     judgements = (judgement(number, turn, rng) for number in range(num_candidates) for turn in range(PER_CANDIDATE))
@@ -81,7 +79,7 @@ def write_round(folder: Path, num_candidates: int) -> int:
 
 
 def candidate(number: int, rng: random.Random) -> Candidate:
-    """Of about the length that a 70B model's have."""
+    """Make a candidate of about the length that a 70B model's have."""
     tokens = rng.randint(1, 2 * RESPONSE_TOKENS)
     prompt = f"p{number // PER_PROMPT:07d}"
     return Candidate(
@@ -100,7 +98,7 @@ def candidate(number: int, rng: random.Random) -> Candidate:
 
 
 def judgement(number: int, turn: int, rng: random.Random) -> Judgement:
-    """Mostly with a whole score."""
+    """Make a judgement, mostly with a whole score."""
     tokens = rng.randint(1, 2 * JUDGEMENT_TOKENS)
     name = f"p{number // PER_PROMPT:07d}-c{number % PER_PROMPT}"
     return Judgement(
@@ -118,28 +116,28 @@ def judgement(number: int, turn: int, rng: random.Random) -> Judgement:
 
 
 def some_tokens(rng: random.Random, number: int) -> tuple[int, ...]:
-    """Ids of a vocabulary of 32,000."""
+    """Return token ids of a vocabulary of 32,000."""
     start = rng.randrange(len(TOKENS) - number)
     return TOKENS[start : start + number]
 
 
 def measured(work: Callable[[Path, int], int], folder: Path, num_candidates: int) -> PartCost:
-    """A part in a fresh process, so that its memory is its own."""
+    """Measure a part in a fresh process, so that its memory is its own."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
         return executor.submit(measure, work, folder, num_candidates).result()
 
 
 def measure(work: Callable[[Path, int], int], folder: Path, num_candidates: int) -> PartCost:
-    """In this process, which has done nothing before."""
-    start, processor = time.perf_counter(), sum(os.times()[:4])
-    rows = work(folder, num_candidates)
-    seconds, processor = time.perf_counter() - start, sum(os.times()[:4]) - processor
+    """Measure a part in this process, which has done nothing before."""
+    start = sum(os.times()[:4])
+    rows, seconds = timed(partial(work, folder, num_candidates))
+    processor = sum(os.times()[:4]) - start
     kib = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return PartCost(round(seconds, 2), round(processor, 2), round(kib / 1024, 1), rows)
 
 
 def make_pairs(folder: Path, num_candidates: int) -> int:
-    """What the stage pairs does: read, score, select, count, write."""
+    """Do the work of the stage `pairs`: read, score, select, count, write. Returns the number of pairs."""
     counter = PairCounter()
     candidates = read_jsonl(folder / "candidates.jsonl", Candidate)
     prompts = scored_prompts(candidates, read_rewards(folder / "judgements.jsonl", 1))
@@ -150,12 +148,12 @@ def make_pairs(folder: Path, num_candidates: int) -> int:
 
 
 def measure_judge(folder: Path, num_candidates: int) -> int:
-    """All metrics of as many replies with ranks, in thirds."""
+    """Compute all metrics of as many replies with ranks, scored in thirds. Returns the number of replies."""
     return judge_metrics(ranked_prompts(num_candidates // PER_PROMPT)).replies
 
 
 def ranked_prompts(num_prompts: int) -> Iterator[list[RankedScore]]:
-    """Four replies each, some of equal rank or without a score."""
+    """Yield prompts of four ranked replies, some of equal rank or without a score."""
     rng = random.Random(1)
     for _ in range(num_prompts):
         yield [

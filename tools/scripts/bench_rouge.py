@@ -1,16 +1,15 @@
 """python tools/scripts/bench_rouge.py: the ROUGE-L filter of new prompts, against rouge-score on a sample of its pairs.
 
 Prompts are generated here: openings that many share, words by Zipf's law, lengths and near-duplicates as bootstrapped
-lists have them. Seconds are processor time of one thread, and methods take turns, so other work on the machine counts
+lists have them. Seconds are CPU time of one thread, and methods take turns, so that other work on the machine matters
 little. The filter is checked on the way: rouge-score on sampled pairs, rapidfuzz on whole pools for sampled prompts.
 """
 
-import os
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import log
+from math import log, nan
 from pathlib import Path
 from statistics import median
 from typing import Annotated
@@ -22,7 +21,8 @@ from rapidfuzz.process import cdist
 from rouge_score.rouge_scorer import RougeScorer
 
 from srlm_mega.data.rouge import RougePool, rouge_words
-from srlm_mega.tools.bench_record import BenchRecord, BenchRow, make_record, make_row, write_record
+from srlm_mega.tools.bench_record import BenchRecord, make_record, make_row, write_record
+from srlm_mega.tools.bench_timing import timed
 
 THRESHOLD = 0.7
 SEEDS_PER_PROMPT = 0.16  # 3,200 to 20,000 prompts, in proportion, so that comparing all takes the square
@@ -40,12 +40,11 @@ OPENINGS = (
 
 @dataclass(frozen=True)
 class FilterSample:
-    """One run of the filter, and of rouge-score on a sample of its pairs right after it. `comparisons` is what
-    comparing each prompt with all texts known at its time would take."""
+    """One run of the filter, and of rouge-score on a sample of its pairs right after it. `comparisons` is the number of
+    pairs when each prompt is compared with all texts known before it."""
 
     num_generated: int
     num_seeds: int
-    repetition: int
     accepted: int
     comparisons: int
     seconds: float
@@ -54,7 +53,7 @@ class FilterSample:
 
     @property
     def ratio(self) -> float:
-        """Comparisons per second to rouge-score's, on `CORES` cores."""
+        """Comparisons per second, divided by those of rouge-score on `CORES` cores."""
         return self.comparisons / self.seconds / (CORES * self.rouge_score_pairs / self.rouge_score_seconds)
 
 
@@ -67,26 +66,26 @@ def main(
     """Time the ROUGE-L filter of new prompts against the rouge-score package (pip install rouge-score)."""
     sizes = generated or [5000, 10000, 20000]
     texts = prompts(num_seeds(max(sizes)) + max(sizes), random.Random(0))
-    samples: list[FilterSample] = []
+    samples: dict[int, list[FilterSample]] = {size: [] for size in sorted(sizes)}
     for repetition in range(repetitions):
         for size in sizes:
-            samples.append(one_sample(texts[: num_seeds(size) + size], num_seeds(size), repetition, pairs))
-            print(as_line(samples[-1]), flush=True)
+            sample = one_sample(texts[: num_seeds(size) + size], num_seeds(size), random.Random(repetition), pairs)
+            print(as_line(sample), flush=True)
+            samples[size].append(sample)
     checked = check_decisions(texts, random.Random(1))
     seconds = whole_pool_seconds(texts, num_seeds(max(sizes)))
     record = record_of(samples, checked, seconds, len(texts))
     print(as_text(record), flush=True)
-    if json is not None:
-        write_record(record, json)
+    write_record(record, json)
 
 
 def num_seeds(num_generated: int) -> int:
-    """How many texts are known before the first generated one."""
+    """Return the number of texts that are known before the first generated one."""
     return round(SEEDS_PER_PROMPT * num_generated)
 
 
 def prompts(number: int, rng: random.Random) -> list[str]:
-    """Instructions of 3 to 145 words; one in seven is an earlier one with up to a third of its words changed."""
+    """Make instructions of 3 to 145 words; one in seven is an earlier one with up to a third of its words changed."""
     draws = np.random.default_rng(rng.randrange(2**32))
     weights = 1 / (np.arange(VOCABULARY) + 2.7) ** 1.05
     weights /= weights.sum()
@@ -104,8 +103,8 @@ def prompts(number: int, rng: random.Random) -> list[str]:
     return texts
 
 
-def one_sample(texts: Sequence[str], seeds: int, repetition: int, num_pairs: int) -> FilterSample:
-    """The filter over everything after the seeds, then rouge-score on random pairs of what it compared."""
+def one_sample(texts: Sequence[str], seeds: int, rng: random.Random, num_pairs: int) -> FilterSample:
+    """Filter everything after the seeds, then time rouge-score on random pairs of the filter's texts."""
     accepted: list[str] = []
     comparisons = 0
     begin = time.process_time()
@@ -116,27 +115,16 @@ def one_sample(texts: Sequence[str], seeds: int, repetition: int, num_pairs: int
             pool.add(text)
             accepted.append(text)
     seconds = time.process_time() - begin
-    rng = random.Random(repetition)
     known = [*texts[:seeds], *accepted]
     pairs = [(rng.choice(texts[seeds:]), rng.choice(known)) for _ in range(num_pairs)]
-    return FilterSample(
-        num_generated=len(texts) - seeds,
-        num_seeds=seeds,
-        repetition=repetition,
-        accepted=len(accepted),
-        comparisons=comparisons,
-        seconds=seconds,
-        rouge_score_pairs=num_pairs,
-        rouge_score_seconds=rouge_score_seconds(pairs),
-    )
+    scorer_seconds = rouge_score_seconds(pairs)
+    return FilterSample(len(texts) - seeds, seeds, len(accepted), comparisons, seconds, num_pairs, scorer_seconds)
 
 
 def rouge_score_seconds(pairs: Sequence[tuple[str, str]]) -> float:
-    """How long rouge-score takes for them; each must have the F1 that the pool's definition gives it."""
+    """Return the seconds of rouge-score for all pairs; each must get the F1 that the pool's definition gives it."""
     scorer = RougeScorer(["rougeL"], use_stemmer=False)
-    begin = time.process_time()
-    scores = [scorer.score(first, second)["rougeL"].fmeasure for first, second in pairs]
-    seconds = time.process_time() - begin
+    scores, seconds = timed(lambda: [scorer.score(*pair)["rougeL"].fmeasure for pair in pairs], time.process_time)
     for (first, second), score in zip(pairs, scores, strict=True):
         one, other = rouge_words(first), rouge_words(second)
         expected = 2 * LCSseq.similarity(one, other) / (len(one) + len(other))
@@ -145,7 +133,7 @@ def rouge_score_seconds(pairs: Sequence[tuple[str, str]]) -> float:
 
 
 def check_decisions(texts: Sequence[str], rng: random.Random, number: int = 1000) -> int:
-    """The pool's answers for some prompts, each against all texts before it, are those of comparing with every one."""
+    """Check the pool's answers for some prompts by comparing each with every text before it; returns how many."""
     places = sorted(rng.sample(range(len(texts)), min(number, len(texts))))
     characters: dict[str, str] = {}
     encoded = [
@@ -166,26 +154,21 @@ def check_decisions(texts: Sequence[str], rng: random.Random, number: int = 1000
 
 
 def whole_pool_seconds(texts: Sequence[str], seeds: int) -> float:
-    """Every generated prompt against a pool of all texts, which has itself too."""
+    """Return the seconds of every generated prompt against a pool of all texts, which has itself too."""
     begin = time.process_time()
     pool = RougePool(THRESHOLD, texts)
     assert all(pool.has_similar(text) for text in texts[seeds:]), "each text is in the pool"
     return time.process_time() - begin
 
 
-def exponent(samples: Sequence[FilterSample]) -> float:
-    """Of the growth of seconds with the number of prompts, from the smallest to the largest."""
-    sizes = sizes_of(samples)
-    if len(sizes) < 2:
-        return float("nan")
-    few, many = (
-        median(sample.seconds for sample in samples if sample.num_generated == size) for size in (sizes[0], sizes[-1])
-    )
-    return log(many / few) / log(sizes[-1] / sizes[0])
+def exponent(seconds: Mapping[int, float]) -> float:
+    """Return the power by which seconds grow from the smallest to the largest number of prompts; NaN for one."""
+    few, many = min(seconds), max(seconds)
+    return log(seconds[many] / seconds[few]) / log(many / few) if few < many else nan
 
 
 def as_line(sample: FilterSample) -> str:
-    """A sample for a terminal."""
+    """Return a sample as a line for a terminal."""
     return (
         f"{sample.num_generated:>7,} prompts, {sample.accepted:,} accepted: {sample.comparisons:.3g} comparisons in "
         f"{sample.seconds:.2f} s; rouge-score {sample.rouge_score_pairs / sample.rouge_score_seconds:,.0f} pairs/s: "
@@ -193,46 +176,36 @@ def as_line(sample: FilterSample) -> str:
     )
 
 
-def record_of(samples: Sequence[FilterSample], decisions: int, pool_seconds: float, pool_texts: int) -> BenchRecord:
-    """The filter at every number of prompts, rouge-score beside it, and every prompt against a pool of all texts."""
-    rows = [row for size in sizes_of(samples) for row in rows_of([one for one in samples if one.num_generated == size])]
-    rouge_score = median(sample.rouge_score_pairs / sample.rouge_score_seconds for sample in samples)
-    times = max(sizes_of(samples)) * pool_texts / pool_seconds / (CORES * rouge_score)
+def record_of(
+    samples: Mapping[int, Sequence[FilterSample]], decisions: int, pool_seconds: float, pool_texts: int
+) -> BenchRecord:
+    """Return the record: the filter and rouge-score at every number of prompts, and the whole pool's seconds."""
+    rows = []
+    for size, taken in samples.items():
+        first, name = taken[0], f"{size} prompts"
+        counts = {"seeds": first.num_seeds, "accepted": first.accepted, "comparisons": first.comparisons}
+        scorer, pairs = [one.rouge_score_seconds for one in taken], {"pairs": first.rouge_score_pairs}
+        rows += [
+            make_row(f"{FILTER} {name}", "s", [one.seconds for one in taken], extra=counts),
+            make_row(f"rouge-score beside {name}", "s", scorer, "neither", extra=pairs),
+            make_row(f"{TIMES} {name}", "ratio", [one.ratio for one in taken], "higher"),
+        ]
+    everything = [sample for taken in samples.values() for sample in taken]
+    speed = median(sample.rouge_score_pairs / sample.rouge_score_seconds for sample in everything)
+    times = max(samples) * pool_texts / pool_seconds / (CORES * speed)
     rows.append(make_row(WHOLE_POOL, "s", [pool_seconds], extra={"times": times}))
+    medians = {size: median(sample.seconds for sample in taken) for size, taken in samples.items()}
     settings = {
         "threshold": THRESHOLD,
-        "exponent": exponent(samples),  # seconds grow with the number of prompts to this power
-        "checked_pairs": sum(sample.rouge_score_pairs for sample in samples),  # these two without a difference
+        "exponent": exponent(medians),  # seconds grow with the number of prompts to this power
+        "checked_pairs": sum(sample.rouge_score_pairs for sample in everything),  # these two without a difference
         "checked_decisions": decisions,
     }
-    return make_record("rouge", f"CPU ({os.cpu_count()} cores)", 1, settings, rows, ("rapidfuzz", "rouge-score"))
-
-
-def sizes_of(samples: Sequence[FilterSample]) -> list[int]:
-    """Numbers of generated prompts, rising."""
-    return sorted({sample.num_generated for sample in samples})
-
-
-def rows_of(samples: Sequence[FilterSample]) -> list[BenchRow]:
-    """All repetitions of one number of prompts."""
-    first = samples[0]
-    name = f"{first.num_generated} prompts"
-    counts = {"seeds": first.num_seeds, "accepted": first.accepted, "comparisons": first.comparisons}
-    return [
-        make_row(f"{FILTER} {name}", "s", [one.seconds for one in samples], extra=counts),
-        make_row(
-            f"rouge-score beside {name}",
-            "s",
-            [one.rouge_score_seconds for one in samples],
-            "neither",
-            extra={"pairs": first.rouge_score_pairs},
-        ),
-        make_row(f"{TIMES} {name}", "ratio", [one.ratio for one in samples], "higher"),
-    ]
+    return make_record("rouge", settings, rows, ("rapidfuzz", "rouge-score"))
 
 
 def as_text(record: BenchRecord) -> str:
-    """The record for a terminal."""
+    """Return the record as text for a terminal."""
     times = [row for row in record.rows if row.name.startswith(TIMES)][-1]
     pool, settings = record.row(WHOLE_POOL), record.settings
     return (

@@ -5,11 +5,10 @@ in another language. Its texts are cut from a long one of random words, so that 
 """
 
 import gzip
-import os
 import random
 import resource
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +18,7 @@ import typer
 from srlm_mega.config.data import SeedDataConfig
 from srlm_mega.data.oasst import read_oasst
 from srlm_mega.tools.bench_record import make_record, make_row, write_record
+from srlm_mega.tools.bench_timing import timed
 
 TEXT_WORDS, VOCABULARY = 4_000_000, 20_000
 FLUSH_TREES = 500
@@ -34,26 +34,23 @@ def main(
         path = Path(scratch) / "trees.jsonl.gz"
         written = write_trees(path, int(gigabytes * 1e9), random.Random(0))
         section = SeedDataConfig(source="oasst", path=path, num_eft_sources=1500, num_test=256)
-        begin = time.perf_counter()
-        sets = read_oasst(section, 0, path.with_name("quarantine.jsonl"))
-        seconds = time.perf_counter() - begin
+        sets, seconds = timed(partial(read_oasst, section, 0, path.with_name("quarantine.jsonl")))
         size = path.stat().st_size
     peak_bytes = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(
         f"{size / 1e9:.2f} GB ({written / 1e9:.2f} GB uncompressed, {sets.counts['trees']:,} trees): {seconds:.0f} s, "
         f"peak memory {peak_bytes / 1e6:,.0f} MB"
     )
-    if json is not None:
-        rows = [
-            make_row("seed data", "s", [seconds], extra={name: float(count) for name, count in sets.counts.items()}),
-            make_row("peak memory", "bytes", [float(peak_bytes)]),  # the process's, making the file included
-        ]
-        settings = {"bytes": size, "uncompressed_bytes": written, "gigabytes": gigabytes}
-        write_record(make_record("seed-data", f"CPU ({os.cpu_count()} cores)", 1, settings, rows), json)
+    rows = [
+        make_row("seed data", "s", [seconds], extra={name: float(count) for name, count in sets.counts.items()}),
+        make_row("peak memory", "bytes", [float(peak_bytes)]),  # the process's, making the file included
+    ]
+    settings = {"bytes": size, "uncompressed_bytes": written, "gigabytes": gigabytes}
+    write_record(make_record("seed-data", settings, rows), json)
 
 
 def write_trees(path: Path, size: int, rng: random.Random) -> int:
-    """Trees until the compressed file has `size` bytes; returns the uncompressed bytes."""
+    """Write trees until the compressed file has `size` bytes; returns the uncompressed bytes."""
     words = ["".join(rng.choices("etaoinshrdlucmfw", k=rng.randint(2, 9))) for _ in range(VOCABULARY)]
     text = " ".join(rng.choices(words, [1 / (place + 3) for place in range(VOCABULARY)], k=TEXT_WORDS))
     written = number = 0
@@ -66,7 +63,7 @@ def write_trees(path: Path, size: int, rng: random.Random) -> int:
 
 
 def tree(number: int, text: str, rng: random.Random) -> dict[str, Any]:
-    """A prompt, three ranked replies, and a later turn with two."""
+    """Make a prompt with three ranked replies, and a later turn with two."""
 
     def cut(length: float) -> str:
         size = max(20, int(rng.expovariate(1 / length)))
