@@ -13,8 +13,7 @@ from srlm_mega.gpus import GPUS, find_gpu
 from srlm_mega.tools.planner.communication import data_parallel_seconds, tensor_parallel_seconds
 from srlm_mega.tools.planner.job import Job, ParallelLayout
 from srlm_mega.tools.planner.memory import fullest_stage, stage_memory
-from srlm_mega.tools.planner.model_flops import published_flops_per_token
-from srlm_mega.tools.planner.points import CALIBRATION_FILE, Point, read_points
+from srlm_mega.tools.planner.points import CALIBRATION_FILE, Point, published_flops_per_token, read_points
 from srlm_mega.tools.planner.shapes import PUBLISHED, find_shape
 from srlm_mega.tools.planner.step_time import FITTED, exposed, layer_quantities, step_parts, step_quantities
 from srlm_mega.training.memory_budget import sizes_of

@@ -1,4 +1,4 @@
-"""What dominates a step and a run, and what would change it, in words."""
+"""Advice in words: the largest part of a step and of a run, and what would change it."""
 
 from collections.abc import Sequence
 
@@ -38,18 +38,12 @@ FP8_ADVICE = {  # where the GPU has FP8 units
 
 
 def kind_of(time: StageTime) -> str:
-    """One of RUN_ADVICE."""
+    """Return the key of RUN_ADVICE that a stage's time counts under."""
     match time.estimate:
-        case Estimate.PROMPTS:
-            return "prompts"
-        case Estimate.CANDIDATES:
-            return "candidates"
+        case Estimate.PROMPTS | Estimate.CANDIDATES | Estimate.EVALUATION | Estimate.CONVERSION:
+            return str(time.estimate)
         case Estimate.JUDGEMENTS | Estimate.META_JUDGEMENTS | Estimate.EFT:
             return "judgements"
-        case Estimate.EVALUATION:
-            return "evaluation"
-        case Estimate.CONVERSION:
-            return "conversion"
         case Estimate.FORWARD_PASS:
             return "reference"
         case Estimate.PRETRAINING | Estimate.SFT_ON_IFT | Estimate.SFT | Estimate.SFT_ON_POSITIVES | Estimate.DPO:
@@ -58,30 +52,28 @@ def kind_of(time: StageTime) -> str:
             return "work without a GPU"
 
 
-def change(name: str, advice: str, fp8: bool) -> str:
-    """What would change it."""
-    return f"{advice}, or {FP8_ADVICE[name]}" if fp8 and name in FP8_ADVICE else advice
+def advise(what: str, name: str, share: float, advice: str, fp8: bool) -> str:
+    """Say what is spent most on, and what would change it; FP8 only where the GPU has it."""
+    remedy = f"{advice}, or {FP8_ADVICE[name]}" if fp8 and name in FP8_ADVICE else advice
+    return f"Most of {what} is {name} ({share:.0%}). What would change it: {remedy}."
 
 
 def run_advice(times: Sequence[StageTime], fp8: bool) -> str:
-    """About the kind of stage that takes longest in all."""
+    """Advise on the kind of stage that takes longest in all."""
     totals: dict[str, float] = {}
     for time in times:
         totals[kind_of(time)] = totals.get(kind_of(time), 0.0) + time.seconds
     longest = max(totals, key=lambda kind: totals[kind])
-    share = totals[longest] / sum(totals.values())
-    advice = change(longest, RUN_ADVICE[longest], fp8)
-    return f"Most of the run is {longest} ({share:.0%}). What would change it: {advice}."
+    return advise("the run", longest, totals[longest] / sum(totals.values()), RUN_ADVICE[longest], fp8)
 
 
 def step_advice(seconds: dict[str, float], fp8: bool) -> str:
-    """About the largest part of a step, and the largest that is no work."""
+    """Advise on the largest part of a step, and on the largest part that is no work."""
     total = sum(seconds.values())
     longest = max(seconds, key=lambda name: seconds[name])
     waste = {name: value for name, value in seconds.items() if name.endswith("messages") or name == "pipeline bubble"}
     worst = max(waste, key=lambda name: waste[name])
-    advice = change(longest, STEP_ADVICE[longest], fp8)
-    lines = [f"Most of a step is {longest} ({seconds[longest] / total:.0%}). What would change it: {advice}."]
+    text = advise("a step", longest, seconds[longest] / total, STEP_ADVICE[longest], fp8)
     if worst != longest and waste[worst] > 0.05 * total:
-        lines.append(f"Most of what is no work is {worst} ({waste[worst] / total:.0%}): {STEP_ADVICE[worst]}.")
-    return "\n".join(lines)
+        text += f"\nMost of what is no work is {worst} ({waste[worst] / total:.0%}): {STEP_ADVICE[worst]}."
+    return text

@@ -1,4 +1,4 @@
-"""Seconds that a step's messages take at nominal bandwidth; how much of them shows is calibrated (step_time.py).
+"""Seconds of a step's messages at nominal bandwidth; how much of them adds to the step is calibrated (step_time.py).
 
 Ranks are numbered TP, CP, DP, PP from the inside out, as Megatron does.
 """
@@ -11,13 +11,13 @@ RING = 2  # FSDP's all-gathers per micro batch: forward and backward
 
 
 def ring_share(size: int) -> float:
-    """Of a gathered buffer, the share that one rank receives in a ring."""
+    """Return the share of a gathered buffer that one rank receives in a ring."""
     return (size - 1) / size
 
 
 def tensor_parallel_seconds(job: Job, layers: float) -> float:
-    """Of one micro batch: per layer two all-gathers and two reduce-scatters forward; the same backward, and two
-    all-gathers again of what was kept in parts (sequence parallelism). All-reduces move as much."""
+    """Return the TP seconds of one micro batch: per layer two all-gathers and two reduce-scatters forward; the same
+    backward, and two all-gathers again of what was kept in parts (sequence parallelism). All-reduces move as much."""
     tp = job.layout.tp
     if tp == 1:
         return 0.0
@@ -29,7 +29,7 @@ def tensor_parallel_seconds(job: Job, layers: float) -> float:
 
 
 def context_parallel_seconds(job: Job, layers: float) -> float:
-    """Of one micro batch: keys and values once around the ring forward, they and their gradients backward."""
+    """Return the CP seconds of one micro batch: keys and values around the ring, backward with their gradients."""
     cp, tp = job.layout.cp, job.layout.tp
     if cp == 1:
         return 0.0
@@ -38,7 +38,7 @@ def context_parallel_seconds(job: Job, layers: float) -> float:
 
 
 def pipeline_seconds(job: Job) -> float:
-    """Of one micro batch: each model chunk passes on its output, and its input's gradient."""
+    """Return the PP seconds of one micro batch: each model chunk passes on its output, and its input's gradient."""
     layout = job.layout
     if layout.pp == 1:
         return 0.0
@@ -48,7 +48,8 @@ def pipeline_seconds(job: Job) -> float:
 
 
 def data_parallel_seconds(job: Job, parameters: float) -> float:
-    """Of a step, for a stage of so many parameters on this rank: gradients summed, new weights gathered."""
+    """Return the DP seconds of a step, for a stage of so many parameters on this rank: gradients summed, new weights
+    gathered."""
     layout = job.layout
     if job.frozen:
         return 0.0
@@ -65,12 +66,12 @@ def data_parallel_seconds(job: Job, parameters: float) -> float:
 
 
 def gathers_every_micro_batch(job: Job) -> bool:
-    """FSDP frees gathered weights after use, but with a pipeline keeps them for all micro batches of a step."""
+    """Tell whether FSDP gathers weights for every micro batch; with a pipeline it keeps them for the whole step."""
     return job.layout.fsdp > 1 and job.layout.pp == 1
 
 
 def sharded_weights_seconds(job: Job, parameters: float) -> float:
-    """Of one pass with FSDP: weights gathered forward and backward, gradients scattered."""
+    """Return the FSDP seconds of one pass: weights gathered forward and backward, gradients scattered."""
     fsdp = job.layout.fsdp
     if fsdp == 1:
         return 0.0
@@ -79,5 +80,5 @@ def sharded_weights_seconds(job: Job, parameters: float) -> float:
 
 
 def sharded_weights_hops(job: Job, layers: float) -> float:
-    """Of one micro batch with FSDP: messages one after the other, (ranks - 1) per ring and layer."""
+    """Return the number of consecutive FSDP messages of one micro batch: (ranks - 1) per ring and layer."""
     return layers * (RING + 1) * (job.layout.fsdp - 1)

@@ -10,7 +10,7 @@ from srlm_mega.tools.planner.show import MEMORY_PARTS, RunPlan, header, part_byt
 
 
 def draw(plan: RunPlan, path: Path) -> None:
-    """Written in the format of the file's name. UserError where it cannot be."""
+    """Draw the plan in the format of the file's name. UserError where it cannot be written."""
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     figure.suptitle(header(plan), fontsize=10)
     memory, step, run = figure.subplots(1, 3)

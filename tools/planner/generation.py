@@ -1,8 +1,7 @@
-"""How fast a GPU samples: prefill bound by arithmetic, decoding by memory, the batch by what the KV cache holds.
+"""Sampling speed of GPUs: prefill bound by arithmetic, decoding by memory, the batch by the size of the KV cache.
 
-Nothing of this was measured by this project. Kernels are as far from the data sheet as in training (parameters.py);
-what a server adds per token, TOKEN_SECONDS, is set by four published figures
-(tools/scripts/calibrate_planner.py).
+This project has measured none of it. Kernels are as far from the data sheet as in training (step_time.py); a server's
+overhead per token, TOKEN_SECONDS, is set by four published figures (tools/scripts/calibrate_planner.py).
 """
 
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ STEP_SECONDS = 2e-3  # of a decoding step outside the model
 
 @dataclass(frozen=True)
 class Replica:
-    """A model on `gpus` GPUs that samples."""
+    """A model that samples on `gpus` GPUs. Lengths are in tokens."""
 
     shape: ModelSizes
     gpu: GpuModel
@@ -30,27 +29,27 @@ class Replica:
 
     @property
     def weight_bytes(self) -> float:
-        """Of the whole model; embeddings and head stay in 16 bits."""
+        """Bytes of the whole model; embeddings and head stay in 16 bits."""
         vocabulary = 2 * self.shape.vocab * self.shape.hidden
         return (self.shape.parameters - vocabulary) * (1 if self.fp8 else 2) + vocabulary * 2
 
     @property
     def token_cache_bytes(self) -> float:
-        """Keys and values of one token, on all GPUs together."""
+        """Bytes of one token's keys and values, on all GPUs together."""
         return 2 * self.shape.num_layers * self.shape.kv_size * (1 if self.fp8_cache else 2)
 
     @property
     def cache_tokens(self) -> float:
-        """That fit beside the weights; 0 when the weights alone do not fit."""
+        """Number of tokens that fit with the weights; 0 when the weights alone do not fit."""
         free = self.gpus * self.gpu.memory_bytes * 0.95 - self.weight_bytes
         return max(0.0, free * self.cache_fraction / self.token_cache_bytes)
 
     def batch(self, context: float) -> float:
-        """Sequences at once, at this mean number of tokens each; 0 when not even one fits."""
+        """Return the number of sequences at once with a mean of `context` tokens each; 0 when not even one fits."""
         return min(float(self.batch_limit), self.cache_tokens / context // 1)
 
     def prefill_seconds(self, tokens: float, context: float = 0.0) -> float:
-        """Of the replica for this many new tokens of one sequence behind `context` cached ones."""
+        """Return the seconds to prefill `tokens` new tokens of one sequence after `context` cached ones."""
         shape = self.shape
         matrices = 2 * (shape.num_layers * shape.layer_parameters) * tokens / self._flops_per_second
         attention = 4 * shape.num_layers * shape.query_size * tokens * (context + tokens / 2)
@@ -58,7 +57,7 @@ class Replica:
         return matrices + attention + self._messages_seconds(tokens)
 
     def decode_seconds(self, batch: float, context: float) -> float:
-        """Of one decoding step of the replica: a token for each sequence."""
+        """Return the seconds of one decoding step: a token for each sequence."""
         shape = self.shape
         read = self.weight_bytes + batch * context * self.token_cache_bytes
         reading = read / (self.gpus * self.gpu.memory_tbps * 1e12) * FITTED.passes
@@ -68,8 +67,8 @@ class Replica:
         return work + self._messages_seconds(batch) + latency + STEP_SECONDS + batch * TOKEN_SECONDS
 
     def seconds(self, requests: float, prompt: float, shared: float, samples: float, output: float) -> float:
-        """Of the replica for this many requests: each has `shared` prompt tokens computed once for its `samples`
-        outputs and `prompt - shared` for each of them. Infinite when the model does not fit."""
+        """Return the seconds of the replica for this many requests, inf when the model does not fit: each has `shared`
+        prompt tokens computed once for its `samples` outputs, and `prompt - shared` for each of them."""
         context = prompt + output / 2
         batch = min(self.batch(context), requests * samples)
         if batch < 1:
@@ -85,7 +84,7 @@ class Replica:
         return self.gpus * (gpu.teraflops("fp8" if self.fp8 else "bf16") / factor) * 1e12 * gpu.sustained
 
     def _messages_seconds(self, tokens: float) -> float:
-        """Two all-reduces of 16-bit activations per layer."""
+        """Return the seconds of two all-reduces of 16-bit activations per layer."""
         if self.gpus == 1:
             return 0.0
         size = 2 * (self.gpus - 1) / self.gpus * tokens * self.shape.hidden * 2

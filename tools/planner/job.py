@@ -1,4 +1,4 @@
-"""What is trained, on what, and how it is laid out: the planner's one input."""
+"""A training job: model, GPU, layout and batch, the planner's one input."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,7 +11,7 @@ Recompute = Literal["none", "selective", "full"]
 
 @dataclass(frozen=True)
 class Stack:
-    """What a training framework does in its own way, as documented by it."""
+    """Ways in which a training framework differs, as it documents them."""
 
     name: str
     flash2: bool = False  # attention by FlashAttention 2 in place of kernels made for Hopper (cuDNN, FlashAttention 3)
@@ -39,7 +39,7 @@ class ParallelLayout:
 
     @property
     def gpus(self) -> int:
-        """World size."""
+        """GPUs in all, the world size."""
         return self.model_parallel * self.dp
 
     @property
@@ -59,7 +59,7 @@ class ParallelLayout:
 
 @dataclass(frozen=True)
 class Job:
-    """One optimiser step. Batches in sequences; `seq_length` in tokens."""
+    """One optimiser step. Batches are in sequences, `seq_length` and `attended_length` in tokens."""
 
     shape: ModelSizes
     gpu: GpuModel
@@ -74,7 +74,7 @@ class Job:
     frozen: bool = False  # LoRA: no gradients of the weights
     gradient_bytes: int = 4
     fp8_weights: bool = False  # Megatron's fp8_param_gather: no bf16 copy of the weights beside the FP8 ones
-    attended_length: int | None = None  # packed sequences see only themselves; none: seq_length
+    attended_length: int | None = None  # packed sequences see only themselves; None: seq_length
     head_rows: float = 1.0  # share of the positions whose log-probabilities are wanted
     fused_layers: bool = True  # Transformer Engine; plain PyTorch keeps what norms and SwiGLU make on the way
     fused_head: bool = False  # log-probabilities in chunks (kernels/ops.py) in place of whole logits
@@ -85,7 +85,7 @@ class Job:
 
     @property
     def micro_batches(self) -> float:
-        """Per step and replica."""
+        """Micro batches per step and replica."""
         return max(1.0, self.global_batch / (self.micro_batch * self.layout.dp))
 
     @property
@@ -100,5 +100,5 @@ class Job:
 
     @property
     def tokens_per_step(self) -> float:
-        """Of the whole job."""
+        """Tokens of a step over the whole job."""
         return self.global_batch * self.seq_length

@@ -1,8 +1,8 @@
 """Bytes on a GPU of every pipeline stage.
 
-Weights, gradients and optimizer state are what srlm_mega/training/memory_budget.py refuses layouts by (a test compares
-the two). The rest is estimated: what the backward pass keeps of each layer in flight, the head, buffers, and a margin
-for what an allocator cannot give out again.
+Weights, gradients and optimizer state are those by which srlm_mega/training/memory_budget.py refuses layouts (a test
+compares the two). The rest is estimated: activations that the backward pass keeps of each layer in flight, the head,
+buffers, and a margin for memory that an allocator cannot give out again.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from srlm_mega.config.model_sizes import GIB, GRADIENT_BYTES, optimizer_bytes, weight_bytes
 from srlm_mega.tools.planner.job import Job
 
-MARGIN = 0.17  # of everything else: what the allocator reserves beyond what it gives out, and what is not modelled
+MARGIN = 0.17  # of everything else: memory that the allocator reserves and does not give out, and parts not modelled
 FIXED_BYTES = 1.0 * GIB  # cuBLAS and NCCL work spaces
 BUCKET_PARAMETERS = 1e8
 FUSED_CHUNK_ROWS = 1024  # rows of fp32 logits that the fused head holds at a time
@@ -33,38 +33,38 @@ class StageMemory:
 
     @property
     def needed(self) -> float:
-        """Without the margin."""
+        """Bytes without the margin."""
         state = self.weights + self.gradients + self.optimizer
         return state + self.activations + self.head + self.communication + self.cp_buffers + self.pp_buffers
 
     @property
     def margin(self) -> float:
-        """What the allocator cannot give out again, and what is not modelled."""
+        """Bytes that the allocator cannot give out again, and of parts that are not modelled."""
         return MARGIN * self.needed
 
     @property
     def total(self) -> float:
-        """With the margin."""
+        """Bytes with the margin."""
         return self.needed + self.margin
 
 
 def stage_memory(job: Job) -> list[StageMemory]:
-    """Of every pipeline stage."""
+    """Return the memory of every pipeline stage."""
     return [_stage(job, stage) for stage in range(job.layout.pp)]
 
 
 def fullest_stage(job: Job) -> StageMemory:
-    """The one that decides whether a layout fits."""
+    """Return the stage that decides whether a layout fits."""
     return max(stage_memory(job), key=lambda stage: stage.total)
 
 
 def fits(job: Job) -> bool:
-    """Whether every stage, margin included, fits the device."""
+    """Tell whether every stage, margin included, fits the device."""
     return fullest_stage(job).total <= job.gpu.memory_bytes
 
 
 def layers_of(job: Job, stage: int) -> float:
-    """Layers of a stage. Where they do not divide, embedding and head count as one each (Llama 405B: 126 + 2)."""
+    """Return the layers of a stage. Where they do not divide, embedding and head count as one each (405B: 126 + 2)."""
     layers, pp = job.shape.num_layers, job.layout.pp
     if layers % pp == 0:
         return layers / pp
@@ -72,7 +72,7 @@ def layers_of(job: Job, stage: int) -> float:
 
 
 def parameters_of(job: Job, stage: int) -> float:
-    """Parameters of a pipeline stage on one tensor-parallel rank."""
+    """Return the parameters of a pipeline stage on one tensor-parallel rank."""
     first, last = stage == 0, stage == job.layout.pp - 1
     return job.shape.parameters_on_rank(layers_of(job, stage), job.layout.tp, first, last)
 
@@ -80,56 +80,37 @@ def parameters_of(job: Job, stage: int) -> float:
 def _stage(job: Job, stage: int) -> StageMemory:
     layout, parameters = job.layout, parameters_of(job, stage)
     weights, gradients, optimizer = _fsdp_state(job, stage) if layout.fsdp > 1 else _state(job, parameters)
-    kept = layers_in_flight(job, stage) * kept_bytes(job)
-    return StageMemory(
-        stage,
-        parameters,
-        weights,
-        gradients,
-        optimizer,
-        kept + working_bytes(job),
-        head_bytes(job) if stage == layout.pp - 1 else 0.0,
-        communication_bytes(job, parameters),
-        cp_buffer_bytes(job),
-        pp_buffer_bytes(job),
-    )
+    head = head_bytes(job) if stage == layout.pp - 1 else 0.0
+    activations = layers_in_flight(job, stage) * kept_bytes(job) + working_bytes(job)
+    buffers = communication_bytes(job, parameters), cp_buffer_bytes(job), pp_buffer_bytes(job)
+    return StageMemory(stage, parameters, weights, gradients, optimizer, activations, head, *buffers)
 
 
 def _state(job: Job, parameters: float) -> tuple[float, float, float]:
-    """Weights, gradients, optimizer of a Megatron rank."""
-    full = job.precision == "fp32"
+    """Return the bytes of weights, gradients and optimizer of a Megatron rank."""
+    bf16 = job.precision != "fp32"
     copies = 2 if job.precision == "fp8" else 0  # each weight cast, and transposed
-    weights = parameters * ((0 if job.fp8_weights and not full else weight_bytes(not full)) + copies)
+    weights = parameters * ((0 if job.fp8_weights and bf16 else weight_bytes(bf16)) + copies)
     if job.frozen:
         return weights, 0.0, 0.0
-    return (
-        weights,
-        parameters * job.gradient_bytes,
-        parameters * optimizer_bytes(not full) / job.layout.optimizer_shards,
-    )
+    return weights, parameters * job.gradient_bytes, parameters * optimizer_bytes(bf16) / job.layout.optimizer_shards
 
 
 def _fsdp_state(job: Job, stage: int) -> tuple[float, float, float]:
-    """fp32 weights, gradients and moments in shards, and what is gathered of them: two layers and the vocabulary, or,
-    with a pipeline, the whole stage, whose gradients are then whole too."""
+    """Return the bytes of weights, gradients and optimizer with FSDP: all in fp32 shards, and what is gathered of them:
+    two layers and the vocabulary or, with a pipeline, the whole stage, whose gradients are then whole too."""
     parameters, shards = parameters_of(job, stage), job.layout.fsdp
+    moments = parameters * optimizer_bytes(bf16=False) / shards
     if job.layout.pp > 1:
-        return (
-            parameters * (4 / shards + 2),
-            parameters * 4 * (1 + 1 / shards),
-            parameters * optimizer_bytes(bf16=False) / shards,
-        )
+        return parameters * (4 / shards + 2), parameters * 4 * (1 + 1 / shards), moments
     layer = job.shape.layer_parameters / job.layout.tp
     vocabulary = job.shape.vocab * job.shape.hidden / job.layout.tp
-    return (
-        parameters * 4 / shards + 2 * (2 * layer + vocabulary),
-        parameters * 4 / shards + 4 * max(layer, vocabulary),
-        parameters * optimizer_bytes(bf16=False) / shards,
-    )
+    sharded = parameters * 4 / shards
+    return sharded + 2 * (2 * layer + vocabulary), sharded + 4 * max(layer, vocabulary), moments
 
 
 def layers_in_flight(job: Job, stage: int) -> float:
-    """Layers times micro batches whose activations a stage holds at most: 1F1B, or interleaved."""
+    """Return the most layers times micro batches whose activations a stage holds: 1F1B, or interleaved."""
     layout, chunk = job.layout, layers_of(job, stage) / job.layout.vpp
     if layout.vpp == 1:
         return min(job.micro_batches, layout.pp - stage) * chunk
@@ -138,13 +119,13 @@ def layers_in_flight(job: Job, stage: int) -> float:
 
 
 def element_bytes(job: Job) -> int:
-    """Of an activation."""
+    """Return the bytes of an activation's element."""
     return 4 if job.precision == "fp32" else 2
 
 
 def layer_bytes(job: Job) -> float:
-    """All that one layer keeps for its backward pass without recompute: the inputs of both norms and of the four
-    products, queries, keys, values, the attention's statistics, and the MLP's first result; unfused also the
+    """Return the bytes that one layer keeps for its backward pass without recompute: the inputs of both norms and of
+    the four products, queries, keys, values, the attention's statistics, and the MLP's first result; unfused also the
     normalised inputs and SwiGLU's gate. Flash attention keeps no scores."""
     shape, tp = job.shape, job.layout.tp
     rows = tp if job.layout.sequence_parallel else 1
@@ -155,7 +136,7 @@ def layer_bytes(job: Job) -> float:
 
 
 def kept_bytes(job: Job) -> float:
-    """What one layer keeps of one micro batch, by recompute mode."""
+    """Return the bytes that one layer keeps of one micro batch, by recompute mode."""
     shape, tp = job.shape, job.layout.tp
     rows = tp if job.layout.sequence_parallel else 1
     if job.recompute == "full":
@@ -168,7 +149,7 @@ def kept_bytes(job: Job) -> float:
 
 
 def working_bytes(job: Job) -> float:
-    """Of the layer whose backward pass runs: what it recomputes, and gradients of its widest results."""
+    """Return the bytes of the layer whose backward pass runs: recomputed results, and gradients of its widest ones."""
     shape, tp = job.shape, job.layout.tp
     recomputed = layer_bytes(job) if job.repeated_products else 0.0
     widest = (shape.mlp_inputs + shape.ffn) / tp + 2 * shape.hidden
@@ -176,8 +157,8 @@ def working_bytes(job: Job) -> float:
 
 
 def head_bytes(job: Job) -> float:
-    """Logits and what is made of them. Whole: in bf16, in fp32, softmax or gradient in fp32, gradient in bf16. Ours: a
-    bf16 buffer for the rows that count, and chunks of fp32 logits."""
+    """Return the bytes of logits and their gradients. Whole: in bf16, in fp32, softmax or gradient in fp32, gradient in
+    bf16. Ours: a bf16 buffer for the rows that count, and chunks of fp32 logits."""
     rows, columns = job.local_tokens * job.head_rows, -(-job.shape.vocab // job.layout.tp)
     if job.fused_head:
         return rows * columns * element_bytes(job) + min(rows, FUSED_CHUNK_ROWS) * columns * 4
@@ -185,7 +166,7 @@ def head_bytes(job: Job) -> float:
 
 
 def communication_bytes(job: Job, parameters: float) -> float:
-    """Gathered inputs (TP), two buckets of gradients (DP), work spaces."""
+    """Return the bytes of gathered inputs (TP), two buckets of gradients (DP), and work spaces."""
     layout = job.layout
     gathered = 2 * job.local_tokens * job.shape.hidden * element_bytes(job) if layout.tp > 1 else 0.0
     buckets = 2 * GRADIENT_BYTES * min(parameters, BUCKET_PARAMETERS) if layout.dp * layout.cp > 1 else 0.0
@@ -193,14 +174,14 @@ def communication_bytes(job: Job, parameters: float) -> float:
 
 
 def cp_buffer_bytes(job: Job) -> float:
-    """Two blocks of keys and values, and of their gradients."""
+    """Return the bytes of two blocks of keys and values, and of their gradients."""
     if job.layout.cp == 1:
         return 0.0
     return 8 * job.local_tokens * job.shape.kv_size / job.layout.tp * element_bytes(job)
 
 
 def pp_buffer_bytes(job: Job) -> float:
-    """Outputs and gradients on their way, in and out, of every model chunk."""
+    """Return the bytes of outputs and gradients in transfer, in and out, of every model chunk."""
     layout = job.layout
     if layout.pp == 1:
         return 0.0

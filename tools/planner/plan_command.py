@@ -1,4 +1,4 @@
-"""What `srlm plan` does, as text."""
+"""`srlm plan`: its results as text."""
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from srlm_mega.tools.planner.whole_run import Cluster, run_times
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What to plan."""
+    """The options of the command; `price` is of a GPU-hour."""
 
     config_file: Path
     overrides: tuple[str, ...]
@@ -31,12 +31,12 @@ class PlanRequest:
 
     @property
     def config(self) -> Config:
-        """Resolved."""
+        """The configuration with its overrides."""
         return load_config(self.config_file, self.overrides)
 
 
 def planned(request: PlanRequest, json: bool, figure: Path | None) -> str:
-    """Memory, a DPO step, every stage of the run."""
+    """Plan the memory, a DPO step and every stage of a run, and draw them to `figure` where one is named."""
     plan = make_plan(request)
     if figure is not None:
         from srlm_mega.tools.planner.figure import draw
@@ -46,10 +46,10 @@ def planned(request: PlanRequest, json: bool, figure: Path | None) -> str:
 
 
 def make_plan(request: PlanRequest) -> RunPlan:
-    """With --gpus: as many replicas as they make, and all for the sampler. UserError where they do not divide."""
+    """Plan a run. --gpus makes as many replicas as it divides into, and all of them sample. UserError where it does
+    not divide."""
     config, gpu = request.config, find_gpu(request.gpu)
-    layout = layout_of(config)
-    sampler_gpus = config.sampler.num_devices
+    layout, sampler_gpus = layout_of(config), config.sampler.num_devices
     if request.gpus is not None:
         size = config.parallel.model_parallel_size
         if request.gpus % size:
@@ -64,7 +64,7 @@ def make_plan(request: PlanRequest) -> RunPlan:
 
 
 def searched(request: PlanRequest, json: bool) -> str:
-    """Layouts of --gpus, or of 64 to 1024."""
+    """Search the layouts of --gpus, or of 64 to 1024 GPUs."""
     config, gpu = request.config, find_gpu(request.gpu)
     found = search(config, gpu, request.lengths, COUNTS if request.gpus is None else (request.gpus,))
     if json:
@@ -77,7 +77,7 @@ def searched(request: PlanRequest, json: bool) -> str:
 
 
 def predictions(path: Path, json: bool) -> str:
-    """Tokens/s/GPU, seconds per step and GiB of every point of a file."""
+    """Predict tokens/s/GPU, seconds per step and GiB of every point of a file."""
     rows = [predict(point) for point in read_points(path)]
     if json:
         return dumps([asdict(row) for row in rows])
@@ -85,14 +85,12 @@ def predictions(path: Path, json: bool) -> str:
     for row in rows:
         if isinstance(row, Unreadable):
             lines.append([row.id, "", "", "", f"not predicted: {row.error}"])
-            continue
-        lines.append(
-            [row.id, f"{row.tokens_per_sec_per_gpu:,.0f}", f"{row.step_time_s:.3f}", f"{row.memory_gib:.1f}",
-             "; ".join(row.assumed)]
-        )  # fmt: skip
+        else:
+            figures = [f"{row.tokens_per_sec_per_gpu:,.0f}", f"{row.step_time_s:.3f}", f"{row.memory_gib:.1f}"]
+            lines.append([row.id, *figures, "; ".join(row.assumed)])
     return table(lines)
 
 
 def dumps(value: Any) -> str:
-    """Indented JSON."""
+    """Return a value as indented JSON."""
     return orjson.dumps(value, option=orjson.OPT_INDENT_2).decode()

@@ -1,7 +1,7 @@
-"""Published training throughput as jobs: what a publication leaves out is filled in by stated defaults.
+"""Published training throughput as jobs; stated defaults stand for everything that a publication leaves out.
 
-points.json holds the points that the model is calibrated on, each with its source. The same form serves for
-`srlm plan --points FILE`; measured fields and unknown extra ones do not matter there.
+points.json holds the points that the model is calibrated on, each with its source. `srlm plan --points FILE` reads the
+same form, and ignores measured fields and unknown ones.
 """
 
 import re
@@ -12,20 +12,20 @@ from typing import Any
 
 import orjson
 
-from srlm_mega.config.model_sizes import ModelSizes, flops_per_token
+from srlm_mega.config.model_sizes import GIB, ModelSizes, flops_per_token
 from srlm_mega.errors import UserError
 from srlm_mega.gpus import Precision, find_gpu
 from srlm_mega.tools.planner.job import MEGATRON, Job, ParallelLayout, Recompute, Stack
 from srlm_mega.tools.planner.memory import fullest_stage, stage_memory
-from srlm_mega.tools.planner.model_flops import known_convention, published_flops_per_token
 from srlm_mega.tools.planner.shapes import find_shape
 from srlm_mega.tools.planner.step_time import FITTED, step_quantities
 
 CALIBRATION_FILE = Path(__file__).parent / "points.json"
+CONVENTIONS = {"full-attention": 2.0, "causal": 1.0, "linear-only": 0.0}  # model FLOP: how its name begins, and its a
 DEFAULTS: dict[str, Any] = {"gpu": "H100", "precision": "bf16", "seq_length": 4096}
-PACKED_SEQUENCES = 4  # assumed in a packed row, for what attention sees
+PACKED_SEQUENCES = 4  # assumed in a packed row, whose attention does not cross them
 ENDS = 2  # embedding and head, which count as a layer each where layers do not divide
-LARGEST_MICRO_BATCH = 4  # of a guess
+LARGEST_MICRO_BATCH = 4  # that is guessed
 FLASH2_BEFORE = (24, 5)  # NeMo releases before it ran FlashAttention 2 on H100s
 FIELDS = frozenset(
     ("id", "model", "task", "gpu", "n_gpus", "precision", "global_batch_size", "micro_batch_size", "seq_length",
@@ -46,9 +46,9 @@ class Point:
     id: str
     family: str
     job: Job
-    memory_job: Job  # the same, but for recompute that was not told
+    memory_job: Job  # the same, with recompute where the publication does not mention it
     assumed: tuple[str, ...]  # in words
-    ignored: tuple[str, ...]  # fields nobody here knows
+    ignored: tuple[str, ...]  # unknown fields
     tokens_per_second: float | None  # per GPU
     memory_gib: float | None
 
@@ -66,7 +66,7 @@ class Unreadable:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a point is planned to reach. `memory_gib`: of the fullest stage, margin included."""
+    """The planned speed and memory of a point. `memory_gib`: of the fullest stage, margin included."""
 
     id: str
     tokens_per_sec_per_gpu: float
@@ -79,19 +79,19 @@ class Prediction:
 
 
 def predict(point: Point | Unreadable) -> Prediction | Unreadable:
-    """Tokens per second and GPU, seconds of a step, memory."""
+    """Plan a point: tokens per second and GPU, seconds of a step, memory."""
     if isinstance(point, Unreadable):
         return point
     job = point.job
     seconds = sum(step_quantities(job).times(FITTED).values)
     speed = job.tokens_per_step / seconds / job.layout.gpus
-    flops = flops_per_token(job.shape, job.seq_length)
-    memory = tuple(stage.total / 2**30 for stage in stage_memory(point.memory_job))
-    return Prediction(point.id, speed, seconds, max(memory), memory, speed * flops / 1e12, point.assumed, point.ignored)
+    tflops = speed * flops_per_token(job.shape, job.seq_length) / 1e12
+    memory = tuple(stage.total / GIB for stage in stage_memory(point.memory_job))
+    return Prediction(point.id, speed, seconds, max(memory), memory, tflops, point.assumed, point.ignored)
 
 
 def read_points(path: Path) -> list[Point | Unreadable]:
-    """All points of a file. UserError for a file that holds none."""
+    """Read all points of a file. UserError where it is no list of points."""
     try:
         rows = orjson.loads(path.read_bytes())
     except orjson.JSONDecodeError as error:
@@ -102,7 +102,7 @@ def read_points(path: Path) -> list[Point | Unreadable]:
 
 
 def parse_points(rows: Sequence[Mapping[str, Any]]) -> list[Point | Unreadable]:
-    """Each row as a point, or why it is none."""
+    """Return each row as a point, or the reason why it cannot be one."""
     points: list[Point | Unreadable] = []
     for number, row in enumerate(rows):
         try:
@@ -113,7 +113,7 @@ def parse_points(rows: Sequence[Mapping[str, Any]]) -> list[Point | Unreadable]:
 
 
 def read_point(row: Mapping[str, Any], number: int = 0) -> Point:
-    """One point. Absent and null are the same."""
+    """Read one point; absent and null are the same. UserError, ValueError, ... where it cannot be a job."""
     given = {key: value for key, value in row.items() if value is not None}
     name = str(given.get("id", f"point {number}"))
     if "model" not in given:
@@ -131,17 +131,18 @@ def read_point(row: Mapping[str, Any], number: int = 0) -> Point:
 
 
 def _job(given: Mapping[str, Any], shape: ModelSizes, assumed: list[str]) -> Job:
-    """The job, with what had to be assumed added to `assumed`."""
+    """Return the job; everything that had to be assumed is added to `assumed`."""
 
-    def value(key: str, default: int) -> int:
-        if key not in given:
+    def value(key: str, default: int, tell: bool = True) -> int:
+        if key in given:
+            return whole(given, key)
+        if tell:
             assumed.append(f"{key} {default}")
-        return whole(given, key) if key in given else default
+        return default
 
-    task = str(given.get("task", "pretrain"))
-    stack = stack_of(str(given.get("stack", "Megatron")), str(given.get("source", "")))
+    task, stack = str(given.get("task", "pretrain")), str(given.get("stack", "Megatron"))
     tp, pp = value("tensor_model_parallel_size", 1), value("pipeline_model_parallel_size", 1)
-    cp, fsdp = value("context_parallel_size", 1), whole(given, "fsdp") if "fsdp" in given else 1
+    cp, fsdp = value("context_parallel_size", 1), value("fsdp", 1, tell=False)
     if pp > shape.num_layers or tp > shape.heads:
         raise UserError(f"PP {pp} and TP {tp} are too many for {shape.num_layers} layers of {shape.heads} heads")
     gpus = value("n_gpus", 8 * max(1, tp * pp * cp // 8))
@@ -159,30 +160,26 @@ def _job(given: Mapping[str, Any], shape: ModelSizes, assumed: list[str]) -> Job
         value("global_batch_size", 16 * dp * pp),
         seq_length,
         _recompute(given, assumed),
-        stack,
+        stack_of(stack, str(given.get("source", ""))),
         current_scaling="current" in words or "tensorwise" in words,
         frozen="lora" in task,
         attended_length=max(1, seq_length // PACKED_SEQUENCES) if "packed" in task else None,
     )
-    per_replica = max(1, job.global_batch // dp)
-    if "micro_batch_size" in given:
-        job = replace(job, micro_batch=whole(given, "micro_batch_size"))
-    else:
-        job = replace(job, micro_batch=_likely_micro_batch(job, per_replica))
-        assumed.append(f"micro_batch_size {job.micro_batch}")
+    # What fits decides the micro batch, and the number of micro batches the chunks: one guess after the other.
+    likely = _likely_micro_batch(job, max(1, job.global_batch // dp))
+    job = replace(job, micro_batch=value("micro_batch_size", likely))
     if job.global_batch < dp * job.micro_batch:
         assumed.append(f"global_batch_size is below DP * micro_batch_size = {dp * job.micro_batch}, which is timed")
-    vpp = whole(given, "virtual_pipeline") if "virtual_pipeline" in given else 1
+    vpp = value("virtual_pipeline", 1, tell=False)
     if vpp * pp > shape.num_layers + ENDS:
         raise UserError(f"virtual_pipeline {vpp} * PP {pp} are more chunks than {shape.num_layers} layers")
-    if "virtual_pipeline" not in given and pp > 1:
-        vpp = _likely_chunks(job, str(given.get("stack", "")))
-        assumed.append(f"virtual_pipeline {vpp}")
+    if pp > 1:
+        vpp = value("virtual_pipeline", _likely_chunks(job, stack))
     return _as_it_fitted(replace(job, layout=replace(job.layout, vpp=vpp)), assumed)
 
 
 def whole(given: Mapping[str, Any], key: str) -> int:
-    """A size, also written as 8.0 or "8". UserError for anything else."""
+    """Read a size, also written as 8.0 or "8". UserError for anything else."""
     found = re.fullmatch(r"([1-9][0-9]{0,8})(\.0)?", str(given[key]), re.ASCII)
     if found is None:
         raise UserError(f"{key} must be a whole number from 1, got {given[key]!r}")
@@ -190,7 +187,7 @@ def whole(given: Mapping[str, Any], key: str) -> int:
 
 
 def stack_of(name: str, source: str) -> Stack:
-    """A framework by the words of a publication."""
+    """Return the framework that a publication's words name."""
     words = name.lower()
     if "titan" in words:
         return TORCHTITAN_ASYNC if "async" in words else TORCHTITAN
@@ -211,18 +208,19 @@ def _precision(words: str) -> Precision:
 
 
 def _recompute(given: Mapping[str, Any], assumed: list[str]) -> Recompute:
-    """The first mode that a publication's words name."""
+    """Return the first mode that a publication's words name."""
     modes: tuple[Recompute, ...] = ("full", "selective", "none")
     words = str(given.get("recompute", "none")).lower()
     named = sorted((mode for mode in modes if mode in words), key=words.index)
-    if not named:
-        assumed.append(f"recompute none for {words!r}")
-    return named[0] if named else "none"
+    if named:
+        return named[0]
+    assumed.append(f"recompute none for {words!r}")
+    return "none"
 
 
 def _likely_micro_batch(job: Job, per_replica: int) -> int:
-    """As large as fits without a pipeline; with one 1, for a small bubble, or torchtitan's default: a micro batch per
-    stage."""
+    """Guess the sequences of a micro batch: as many as fit without a pipeline; with one 1, for a small bubble, or
+    torchtitan's default, a micro batch per stage."""
     if job.layout.pp > 1:
         return max(1, per_replica // job.layout.pp) if job.stack.name == "torchtitan" else 1
     sizes = [size for size in (LARGEST_MICRO_BATCH, 2) if per_replica % size == 0]
@@ -230,8 +228,8 @@ def _likely_micro_batch(job: Job, per_replica: int) -> int:
 
 
 def _likely_chunks(job: Job, stack: str) -> int:
-    """Model chunks per stage: Megatron's tables interleave down to one layer where micro batches divide; torchtitan's
-    interleaved schedule has two."""
+    """Guess the model chunks per stage: Megatron's tables interleave down to one layer where micro batches divide;
+    torchtitan's interleaved schedule has two."""
     if job.stack.name == "torchtitan":
         return 2 if "interleaved" in stack.lower() else 1
     if job.micro_batches % job.layout.pp:
@@ -241,7 +239,7 @@ def _likely_chunks(job: Job, stack: str) -> int:
 
 
 def _as_it_fitted(job: Job, assumed: list[str]) -> Job:
-    """A published run fitted its GPU: where ours would not, gradients were in bf16, then FP8 weights had no copy."""
+    """Assume what makes a published run fit its GPU: gradients in bf16, then FP8 weights without a bf16 copy."""
     for change, words in (
         ({"gradient_bytes": 2}, "gradients in bf16"),
         ({"fp8_weights": job.precision == "fp8"}, "no bf16 copy of FP8 weights"),
@@ -254,7 +252,8 @@ def _as_it_fitted(job: Job, assumed: list[str]) -> Job:
 
 
 def _with_recompute(job: Job, assumed: list[str]) -> Job:
-    """With the least recompute that fits. For memory alone: published speeds are met better without its time."""
+    """Return the job with the least recompute that fits, for memory alone: without its time, published speeds are
+    predicted better."""
     modes: tuple[Recompute, ...] = ("none", "selective", "full")
     for mode in modes:
         changed = replace(job, recompute=mode)
@@ -266,17 +265,26 @@ def _with_recompute(job: Job, assumed: list[str]) -> Job:
 
 
 def needed_gib(job: Job) -> float:
-    """Of the fullest stage, without the margin."""
-    return fullest_stage(job).needed / 2**30
+    """Return the GiB of the fullest stage, without the margin."""
+    return fullest_stage(job).needed / GIB
+
+
+def published_flops_per_token(shape: ModelSizes, seq_length: int, convention: str) -> float:
+    """Return FLOP per token by a publication's convention; "2/3" in its words: frozen weights have no gradients.
+    ValueError for words that do not begin with one of CONVENTIONS, whose figures cannot be compared."""
+    factor = next((a for word, a in CONVENTIONS.items() if convention.startswith(word)), None)
+    if factor is None:
+        raise ValueError(f"flop_convention {convention!r} does not begin with one of {', '.join(CONVENTIONS)}")
+    return flops_per_token(shape, seq_length, factor) * (2 / 3 if "2/3" in convention else 1)
 
 
 def _measured(given: Mapping[str, Any], job: Job) -> float | None:
-    """Tokens per second and GPU: published, or from the step's seconds, or from TFLOP/s and their convention."""
+    """Return tokens per second and GPU: published, or from the step's seconds, or from TFLOP/s and their convention."""
     if "tokens_per_sec_per_gpu" in given:
         return float(given["tokens_per_sec_per_gpu"])
     if "step_time_s" in given and "n_gpus" in given and "global_batch_size" in given:
         return float(job.tokens_per_step / given["step_time_s"] / job.layout.gpus)
-    if "tflops_per_gpu" in given and known_convention(str(given.get("flop_convention"))):
+    if "tflops_per_gpu" in given and str(given.get("flop_convention")).startswith(tuple(CONVENTIONS)):
         flops = published_flops_per_token(job.shape, job.seq_length, given["flop_convention"])
         return float(given["tflops_per_gpu"] * 1e12 / flops)
     return None

@@ -1,4 +1,4 @@
-"""What each sampling stage asks of a model: how many requests, of how many tokens."""
+"""The requests of each sampling stage to a model: how many, of how many tokens."""
 
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ class Requests:
 
 
 def requests_of(estimate: Estimate, config: Config, lengths: Lengths) -> list[Requests]:
-    """What a kind of stage asks of a model; empty where it asks none."""
+    """Return the requests of a kind of stage to a model; empty where it samples nothing."""
     prompts, judged = config.prompts.per_round, lengths.judge_template + lengths.sequence
     answers = Requests(prompts, lengths.prompt, config.candidates.n, lengths.response)
     judgements = Requests(prompts * config.candidates.n, judged, config.judge.n, lengths.judgement)
@@ -52,7 +52,7 @@ def requests_of(estimate: Estimate, config: Config, lengths: Lengths) -> list[Re
 
 
 def new_prompts(config: Config, lengths: Lengths) -> list[Requests]:
-    """Self-Instruct: shots in, several new instructions out. Instructions alone are a third of a mean prompt."""
+    """Return Self-Instruct's requests: shots in, several new instructions out, which alone are a third of a prompt."""
     if config.prompts.generator == "file":
         return []
     shots = (config.prompts.shots_ift + config.prompts.shots_generated) * lengths.prompt // 3

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from srlm_mega.config import Config
-from srlm_mega.config.model_sizes import ModelSizes
+from srlm_mega.config.model_sizes import GIB, ModelSizes
 from srlm_mega.gpus import GpuModel
 from srlm_mega.tools.planner.job import Job, ParallelLayout, Recompute
 from srlm_mega.tools.planner.memory import fits, fullest_stage
@@ -27,32 +27,27 @@ class Found:
 
     @property
     def gpu_seconds(self) -> float:
-        """Of a step: what it costs."""
+        """GPU-seconds of a step, which is what it costs."""
         return self.step.total * self.gpus
 
 
 def search(config: Config, gpu: GpuModel, lengths: Lengths, counts: Sequence[int]) -> list[Found]:
-    """For every number of GPUs all layouts that fit, fastest first."""
+    """Return the layouts that fit for every number of GPUs, fastest first."""
     found = []
     tokens = step_tokens(config, config.dpo, lengths)
     for count in counts:
-        at_count = [
-            Found(
-                count,
-                job.layout,
-                job.recompute,
-                fullest_stage(memory_job(config, job)).total / 2**30,
-                measure(job, tokens),
-            )
-            for job in jobs(config, gpu, lengths, count)
-            if fits(memory_job(config, job))
-        ]
+        at_count = []
+        for job in jobs(config, gpu, lengths, count):
+            longest = memory_job(config, job)
+            if fits(longest):
+                memory_gib = fullest_stage(longest).total / GIB
+                at_count.append(Found(count, job.layout, job.recompute, memory_gib, measure(job, tokens)))
         found += sorted(at_count, key=lambda each: each.step.total)
     return found
 
 
 def jobs(config: Config, gpu: GpuModel, lengths: Lengths, gpus: int) -> Iterator[Job]:
-    """Every layout that divides the model, with and without recompute."""
+    """Yield every layout that divides the model, with and without recompute."""
     for layout in layouts(config.model.sizes, gpus, gpu.gpus_per_nvlink, config.dpo.packed_sequence_size is not None):
         job = training_job(config, config.dpo, layout, gpu, lengths)
         if layout.vpp > 1 and job.micro_batches % layout.pp:
@@ -62,7 +57,7 @@ def jobs(config: Config, gpu: GpuModel, lengths: Lengths, gpus: int) -> Iterator
 
 
 def layouts(shape: ModelSizes, gpus: int, node: int, packed: bool) -> Iterator[ParallelLayout]:
-    """TP within a node. Packed rows are not cut by context parallelism."""
+    """Yield layouts with TP within a node of `node` GPUs; packed rows are not cut by context parallelism."""
     for tp in (1, 2, 4, 8):
         if tp > node or shape.heads % tp or shape.groups % tp or shape.ffn % tp:
             continue
@@ -75,5 +70,5 @@ def layouts(shape: ModelSizes, gpus: int, node: int, packed: bool) -> Iterator[P
 
 
 def divisors(number: int, largest: int) -> list[int]:
-    """In order."""
+    """Return the divisors of a number up to `largest`, rising."""
     return [size for size in range(1, largest + 1) if number % size == 0]

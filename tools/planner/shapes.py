@@ -1,7 +1,6 @@
 """Sizes of published dense transformers, by name."""
 
 import re
-from dataclasses import replace
 
 from srlm_mega.config.model_sizes import ModelSizes
 from srlm_mega.errors import UserError
@@ -34,8 +33,6 @@ PUBLISHED = {  # from each model's config.json or paper
     "gpt3-40b": ModelSizes(48, 8192, 32768, 64, 64, 51200, gated=False),
     "gpt3-175b": ModelSizes(96, 12288, 49152, 96, 96, 51200, gated=False),
 }
-
-
 SPELLINGS = (  # minor versions that share a shape, with or without dashes and dots
     (r"^(llama|qwen)-?(\d)[.\d]*-", r"\1\2-"),
     (r"^nemotron-?(?:\d-)?(?=\d+b)", "nemotron-"),
@@ -44,8 +41,8 @@ SPELLINGS = (  # minor versions that share a shape, with or without dashes and d
 
 
 def find_shape(name: str) -> ModelSizes:
-    """By a published name (llama3.1-70b, meta-llama/Llama-3.1-70B-Instruct) or spelled out as `gpt h=2048 L=24
-    heads=16 MHA ffn=4h vocab=131072`. UserError for others, mixtures of experts among them."""
+    """Find a shape by a published name (llama3.1-70b, meta-llama/Llama-3.1-70B-Instruct) or spelled out as `gpt h=2048
+    L=24 heads=16 MHA ffn=4h vocab=131072`. UserError for others, mixtures of experts among them."""
     spelled = re.findall(r"(\w+)=(\d+)(h?)", name)
     if spelled:
         return _spelled(name, {key: (int(number), bool(times_h)) for key, number, times_h in spelled})
@@ -59,18 +56,13 @@ def find_shape(name: str) -> ModelSizes:
 
 
 def _spelled(name: str, values: dict[str, tuple[int, bool]]) -> ModelSizes:
+    """Return a shape from its values, each with whether it is a multiple of the hidden size. UserError without h, L,
+    heads or vocab."""
     missing = [key for key in ("h", "L", "heads", "vocab") if key not in values]
     if missing:
         raise UserError(f"model {name!r} does not say {', '.join(missing)}")
-    hidden, heads = values["h"][0], values["heads"][0]
+    layers, hidden, heads, vocab = (values[key][0] for key in ("L", "h", "heads", "vocab"))
     ffn, times_hidden = values.get("ffn", (4, True))
-    shape = ModelSizes(
-        values["L"][0],
-        hidden,
-        ffn * hidden if times_hidden else ffn,
-        heads,
-        values.get("groups", values.get("kv", (heads, False)))[0],
-        values["vocab"][0],
-        gated=not name.lower().startswith("gpt"),
-    )
-    return replace(shape, gated=True) if "swiglu" in name.lower() else shape
+    groups = values.get("groups", values.get("kv", (heads, False)))[0]
+    gated = "swiglu" in name.lower() or not name.lower().startswith("gpt")
+    return ModelSizes(layers, hidden, ffn * hidden if times_hidden else ffn, heads, groups, vocab, gated)

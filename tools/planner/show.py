@@ -27,7 +27,7 @@ MEMORY_PARTS = (
 
 @dataclass(frozen=True)
 class RunPlan:
-    """All that `srlm plan CONFIG` says."""
+    """The result of `srlm plan CONFIG`."""
 
     cluster: Cluster
     job: Job  # a DPO step
@@ -39,49 +39,53 @@ class RunPlan:
 
     @property
     def hours(self) -> float:
-        """Of the whole run."""
+        """Hours of the whole run."""
         return sum(time.hours for time in self.times)
 
     @property
     def gpu_hours(self) -> float:
-        """Paid for: the allocation holds its GPUs from start to end."""
+        """GPU-hours that are paid for: the allocation holds its GPUs from start to end."""
         return self.hours * self.cluster.gpus
 
     @property
+    def fullest(self) -> float:
+        """Bytes of the pipeline stage that needs most, margin included."""
+        return max(stage.total for stage in self.memory)
+
+    @property
     def fits(self) -> bool:
-        """Every stage, margin included."""
-        return max(stage.total for stage in self.memory) <= self.cluster.gpu.memory_bytes
+        """True where every pipeline stage fits the device, margin included."""
+        return self.fullest <= self.cluster.gpu.memory_bytes
 
 
 def plan_text(plan: RunPlan) -> str:
-    """Tables for a terminal."""
-    return "\n\n".join(
-        [
-            header(plan),
-            memory_table(plan.memory, plan.cluster.gpu),
-            step_table(plan.step),
-            message_table(plan),
-            step_advice(plan.step.seconds, plan.cluster.gpu.peak.fp8 is not None),
-            run_table(plan),
-            run_advice(plan.times, plan.cluster.gpu.peak.fp8 is not None),
-            f"Assumed mean tokens: prompt {plan.lengths.prompt}, response {plan.lengths.response}, judgement "
-            f"{plan.lengths.judgement}. Planned, not measured; docs/planner.md says how far off published runs are.",
-        ]
+    """Return the plan as tables for a terminal."""
+    has_fp8, lengths = plan.cluster.gpu.peak.fp8 is not None, plan.lengths
+    texts = (
+        header(plan),
+        memory_table(plan.memory, plan.cluster.gpu),
+        step_table(plan.step),
+        message_table(plan),
+        step_advice(plan.step.seconds, has_fp8),
+        run_table(plan),
+        run_advice(plan.times, has_fp8),
+        f"Assumed mean tokens: prompt {lengths.prompt}, response {lengths.response}, judgement {lengths.judgement}. "
+        "Planned, not measured; docs/planner.md says how far off published runs are.",
     )
+    return "\n\n".join(texts)
 
 
 def header(plan: RunPlan) -> str:
-    """What is planned, and whether it fits."""
-    fullest = max(plan.memory, key=lambda stage: stage.total)
+    """Return a line about what is planned, and whether it fits."""
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     return (
         f"{plan.cluster.gpus} x {plan.cluster.gpu.name}, {plan.job.layout}, {plan.job.precision}, recompute "
-        f"{plan.job.recompute}: {verdict} ({fullest.total / GIB:.1f} of {plan.cluster.gpu.memory_gib:.1f} GiB)"
+        f"{plan.job.recompute}: {verdict} ({plan.fullest / GIB:.1f} of {plan.cluster.gpu.memory_gib:.1f} GiB)"
     )
 
 
 def memory_table(memory: Sequence[StageMemory], gpu: GpuModel) -> str:
-    """GiB of every pipeline stage."""
+    """Return the GiB of every pipeline stage."""
     rows = [["stage", *MEMORY_PARTS, "total", "of device"]]
     for stage in memory:
         sizes = [part_bytes(stage, part) / GIB for part in MEMORY_PARTS]
@@ -93,12 +97,12 @@ def memory_table(memory: Sequence[StageMemory], gpu: GpuModel) -> str:
 
 
 def part_bytes(stage: StageMemory, part: str) -> float:
-    """One of MEMORY_PARTS."""
-    return stage.margin if part == "margin" else float(asdict(stage)[part])
+    """Return the bytes of one of MEMORY_PARTS."""
+    return stage.margin if part == "margin" else float(vars(stage)[part])
 
 
 def step_table(step: StepTime) -> str:
-    """Where a DPO step's time goes."""
+    """Return the parts of a DPO step's time."""
     rows = [["", "seconds", "share"]]
     rows += [[name, f"{value:.3f}", f"{value / step.total:.0%}"] for name, value in step.seconds.items()]
     rows.append(["a step", f"{step.total:.3f}", f"{step.tokens:,.0f} tokens, MFU {step.mfu:.0%} (causal)"])
@@ -107,8 +111,8 @@ def step_table(step: StepTime) -> str:
 
 @dataclass(frozen=True)
 class Messages:
-    """A step's messages along one axis. `alone`: seconds at the link's speed with nothing beside them; `exposed`: what
-    they add to the step, at the speed and with the overlap of published runs."""
+    """A step's messages along one axis. `alone`: seconds at the link's speed without other work; `exposed`: seconds
+    that they add to the step, at the speed and with the overlap of published runs."""
 
     axis: str
     link: str
@@ -117,12 +121,12 @@ class Messages:
 
 
 def messages(job: Job, step: StepTime) -> list[Messages]:
-    """Of every axis that has more than one rank."""
-    layout, layers = job.layout, layers_per_stage(job)
+    """Return the messages of every axis that has more than one rank."""
+    layout, layers, count = job.layout, layers_per_stage(job), job.micro_batches
     of_axes = (
-        ("TP", layout.tp, 1, tensor_parallel_seconds(job, layers) * job.micro_batches),
-        ("CP", layout.cp, layout.tp, context_parallel_seconds(job, layers) * job.micro_batches),
-        ("PP", layout.pp, layout.tp * layout.cp * layout.dp, pipeline_seconds(job) * job.micro_batches),
+        ("TP", layout.tp, 1, tensor_parallel_seconds(job, layers) * count),
+        ("CP", layout.cp, layout.tp, context_parallel_seconds(job, layers) * count),
+        ("PP", layout.pp, layout.tp * layout.cp * layout.dp, pipeline_seconds(job) * count),
         ("DP", layout.dp * layout.cp, layout.tp, data_parallel_seconds(job, stage_parameters(job))),
     )
     return [
@@ -133,21 +137,20 @@ def messages(job: Job, step: StepTime) -> list[Messages]:
 
 
 def link(job: Job, size: int, stride: int) -> str:
-    """What a group of `size` ranks that stand `stride` apart talks over."""
+    """Return the link of a group of `size` ranks that stand `stride` apart."""
     return "NVLink" if size * stride <= job.gpu.gpus_per_nvlink else "network"
 
 
 def message_table(plan: RunPlan) -> str:
-    """Links, and how much of the messages shows."""
+    """Return the links of messages, their seconds, and how many of them add to the step."""
     rows = [["messages", "over", "seconds alone", "exposed"]]
-    rows += [
-        [each.axis, each.link, f"{each.alone:.3f}", f"{each.exposed:.3f}"] for each in messages(plan.job, plan.step)
-    ]
+    for each in messages(plan.job, plan.step):
+        rows.append([each.axis, each.link, f"{each.alone:.3f}", f"{each.exposed:.3f}"])
     return table(rows) if len(rows) > 1 else "No messages between GPUs."
 
 
 def run_table(plan: RunPlan) -> str:
-    """Hours of every stage, and what the run costs."""
+    """Return the hours of every stage, and the cost of the run."""
     rows = [["stage", "", "GPUs busy", "hours", "output tokens/s/GPU"]]
     for time in plan.times:
         rate = f"{time.tokens_per_second:,.0f}" if time.tokens_per_second else ""
@@ -157,7 +160,7 @@ def run_table(plan: RunPlan) -> str:
 
 
 def search_text(found: Sequence[Found], best: int = 3) -> str:
-    """The best layouts of each number of GPUs."""
+    """Return the best layouts of each number of GPUs."""
     rows = [["GPUs", "layout", "recompute", "GiB", "s / step", "GPU-s / step", "MFU", "most time in"]]
     for count in dict.fromkeys(each.gpus for each in found):
         for each in [each for each in found if each.gpus == count][:best]:
@@ -175,7 +178,7 @@ def search_text(found: Sequence[Found], best: int = 3) -> str:
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns aligned: the first to the left, numbers to the right."""
+    """Return a table with aligned columns: words to the left, numbers to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     numbers = [all(not row[column] or row[column][0].isdigit() for row in rows[1:]) for column in range(len(widths))]
 
@@ -186,7 +189,8 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def plan_json(plan: RunPlan) -> dict[str, Any]:
-    """The same for programs; seconds, bytes and hours as numbers."""
+    """Return the plan for programs; seconds, bytes and hours as numbers."""
+    step = plan.step
     return {
         "gpu": plan.cluster.gpu.name,
         "gpus": plan.cluster.gpus,
@@ -194,13 +198,8 @@ def plan_json(plan: RunPlan) -> dict[str, Any]:
         "precision": plan.job.precision,
         "fits": plan.fits,
         "memory": [asdict(stage) | {"margin": stage.margin, "total": stage.total} for stage in plan.memory],
-        "step": {
-            "seconds": plan.step.seconds,
-            "total": plan.step.total,
-            "tokens": plan.step.tokens,
-            "mfu": plan.step.mfu,
-        },
-        "messages": [asdict(each) for each in messages(plan.job, plan.step)],
+        "step": {"seconds": step.seconds, "total": step.total, "tokens": step.tokens, "mfu": step.mfu},
+        "messages": [asdict(each) for each in messages(plan.job, step)],
         "stages": [{key: value for key, value in vars(time).items() if key != "estimate"} for time in plan.times],
         "hours": plan.hours,
         "gpu_hours": plan.gpu_hours,
@@ -210,16 +209,9 @@ def plan_json(plan: RunPlan) -> dict[str, Any]:
 
 
 def search_json(found: Sequence[Found]) -> list[dict[str, Any]]:
-    """Every layout that fits."""
+    """Return every layout that fits, for programs."""
     return [
-        {
-            "gpus": each.gpus,
-            "layout": asdict(each.layout),
-            "recompute": each.recompute,
-            "memory_gib": each.memory_gib,
-            "step_seconds": each.step.total,
-            "mfu": each.step.mfu,
-            "parts": each.step.seconds,
-        }
+        {key: value for key, value in asdict(each).items() if key != "step"}
+        | {"step_seconds": each.step.total, "mfu": each.step.mfu, "parts": each.step.seconds}
         for each in found
     ]

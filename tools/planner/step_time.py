@@ -1,8 +1,8 @@
 """Seconds of an optimiser step as a sum of physical quantities, each times one calibrated factor.
 
-Quantities are what the job does, at data-sheet speed: FLOP / peak, bytes / bandwidth, messages / link speed, counts.
-Factors (FITTED) say how far from the data sheet real kernels are, and which share of communication shows. There
-is no factor of a model, a GPU count or a publication.
+Quantities are the job's work at data-sheet speed: FLOP / peak, bytes / bandwidth, messages / link speed, counts.
+Factors (FITTED) tell how far real kernels are from the data sheet, and which share of communication is exposed. No
+factor belongs to a model, a GPU count or a publication.
 """
 
 from dataclasses import dataclass, fields
@@ -22,8 +22,8 @@ ATTENTION_BACKWARD = 2.5  # flash attention backward: five products where forwar
 OPTIMIZER_BYTES = 30  # per parameter: gradient, master weight and two moments read, three written, weight written
 SOFTMAX_BYTES = 52  # per logit: Megatron's vocab-parallel cross entropy reads and writes fp32 copies
 FUSED_HEAD_BYTES = 14  # per logit: fp32 written and read; e written, read and written in bf16 (docs/kernels.md)
-BACKWARD_SHARE = 2 / 3  # of a micro batch's work: what gradients are summed beside
-NEVER_HIDDEN = 0.2  # of messages beside work: the first, the last, and what they slow down
+BACKWARD_SHARE = 2 / 3  # of a micro batch's work: gradients are summed meanwhile
+NEVER_HIDDEN = 0.2  # of messages that overlap with work: the first, the last, and the slowdown they cause
 
 
 @dataclass(frozen=True)
@@ -45,16 +45,16 @@ class Quantities:
     hops: float = 0.0  # messages one after the other
 
     def plus(self, other: "Quantities", times: float = 1.0) -> "Quantities":
-        """Self + times * other."""
+        """Return self + times * other."""
         return Quantities(*(a + times * b for a, b in zip(self.values, other.values, strict=True)))
 
     def times(self, factors: "Quantities") -> "Quantities":
-        """Each with its factor."""
+        """Return each quantity times its factor."""
         return Quantities(*(a * b for a, b in zip(self.values, factors.values, strict=True)))
 
     @property
     def values(self) -> tuple[float, ...]:
-        """In the order of `NAMES`."""
+        """The quantities in the order of `NAMES`."""
         return tuple(self.__dict__.values())
 
 
@@ -62,7 +62,7 @@ NAMES = tuple(item.name for item in fields(Quantities))
 
 
 def layer_quantities(job: Job) -> Quantities:
-    """One layer, one micro batch, forward and backward, on one rank."""
+    """Return the quantities of one layer and micro batch, forward and backward, on one rank."""
     gpu, messages = job.gpu, tensor_parallel_seconds(job, 1)
     products = matrix_flops(job) / (gpu.flops_per_second(job.precision) * gpu.sustained)
     attention = attention_flops(job) * (1 + ATTENTION_BACKWARD + (job.recompute == "full"))
@@ -81,19 +81,19 @@ def layer_quantities(job: Job) -> Quantities:
 
 
 def matrices(job: Job) -> list[tuple[float, float]]:
-    """(inputs, outputs) of a layer's matrices on one tensor-parallel rank."""
+    """Return (inputs, outputs) of a layer's matrices on one tensor-parallel rank."""
     tp = job.layout.tp
     return [(k, n / tp) if outputs_split else (k / tp, n) for k, n, outputs_split in job.shape.layer_matrices]
 
 
 def matrix_flops(job: Job) -> float:
-    """Of a layer and micro batch: forward, gradients of the inputs and of the weights, what recompute does again."""
+    """Return the FLOP of a layer and micro batch: forward, gradients of inputs and weights, and recompute."""
     products = (2 if job.frozen else 3) + job.repeated_products
     return sum(2 * job.local_tokens * k * n * products for k, n in matrices(job))
 
 
 def matrix_bytes(job: Job) -> float:
-    """Operands and results of the same, and the gradients that are added to."""
+    """Return the bytes of the same products' operands and results, and of the gradients that are accumulated."""
     element, tokens = 1 if job.precision == "fp8" else 2, job.local_tokens
     total = 0.0
     for k, n in matrices(job):
@@ -104,8 +104,8 @@ def matrix_bytes(job: Job) -> float:
 
 
 def pass_bytes(job: Job) -> float:
-    """A layer's passes over activations in bf16, forward and backward: per token 48 bytes per hidden column (norms,
-    residuals), 16 per MLP column (SwiGLU), 8 per query and key column (rotary)."""
+    """Return the bytes of a layer's passes over bf16 activations, forward and backward: per token 48 per hidden column
+    (norms, residuals), 16 per MLP column (SwiGLU), 8 per query and key column (rotary)."""
     shape, tp = job.shape, job.layout.tp
     hidden = 48 * shape.hidden / (tp if job.layout.sequence_parallel else 1)
     mlp = 16 * shape.ffn / tp * (1 if shape.gated else 0.75)
@@ -114,8 +114,8 @@ def pass_bytes(job: Job) -> float:
 
 
 def cast_bytes(job: Job) -> float:
-    """To FP8: inputs and gradients are read in bf16 and written twice, once transposed; a scale of their own takes one
-    more pass."""
+    """Return the bytes of casts to FP8: inputs and gradients are read in bf16 and written twice, once transposed; a
+    scale from the tensor itself takes one more pass."""
     if job.precision != "fp8":
         return 0.0
     columns = sum(k * (1 + job.repeated_products) + n for k, n in matrices(job))
@@ -123,13 +123,13 @@ def cast_bytes(job: Job) -> float:
 
 
 def attention_flops(job: Job) -> float:
-    """Forward, one layer and micro batch on one rank: two products over half of the sequence (causal)."""
+    """Return the forward FLOP of one layer and micro batch on one rank: two causal products, half the sequence."""
     length = job.attended_length or job.seq_length
     return 2 * job.local_tokens * length * job.shape.query_size / job.layout.tp
 
 
 def head_quantities(job: Job) -> Quantities:
-    """The output matrix (bf16 whatever the layers are) and the softmax over the vocabulary in fp32."""
+    """Return the quantities of the output matrix (always bf16) and of the softmax over the vocabulary in fp32."""
     shape, gpu, tp = job.shape, job.gpu, job.layout.tp
     rows, columns = job.local_tokens * job.head_rows, shape.vocab / tp
     flops = 2 * rows * shape.hidden * columns * (2 if job.frozen else 3)
@@ -144,13 +144,13 @@ def head_quantities(job: Job) -> Quantities:
 
 
 def layers_per_stage(job: Job) -> float:
-    """Of the fullest stage. A model whose layers do not divide counts embedding and head as layers (405B: 126 + 2)."""
+    """Return the layers of the fullest stage; where they do not divide, embedding and head are two (405B: 126 + 2)."""
     layers, pp = job.shape.num_layers, job.layout.pp
     return layers / pp if layers % pp == 0 else (layers + 2) / pp
 
 
 def stage_parameters(job: Job) -> float:
-    """Of the fullest stage, on one tensor-parallel rank."""
+    """Return the parameters of the fullest stage on one tensor-parallel rank."""
     shape = job.shape
     layers = shape.num_layers / job.layout.pp * shape.layer_parameters
     ends = shape.vocab * shape.hidden * (2 if job.layout.pp == 1 and not shape.tied else 1)
@@ -168,61 +168,62 @@ class StepParts:
 
     @property
     def total(self) -> Quantities:
-        """Of the step."""
+        """Quantities of the whole step."""
         return self.once.plus(self.micro_batch, self.micro_batches).plus(self.bubble)
 
 
 def step_quantities(job: Job) -> Quantities:
-    """A whole optimiser step on a rank of the slowest pipeline stage, the pipeline's bubble included."""
+    """Return the quantities of a whole optimiser step on a rank of the slowest pipeline stage, its bubble included."""
     return step_parts(job).total
 
 
 def step_parts(job: Job) -> StepParts:
-    """What a step consists of."""
-    layout = job.layout
-    layers = layers_per_stage(job)
+    """Return the parts of an optimiser step."""
+    layout, layers, parameters = job.layout, layers_per_stage(job), stage_parameters(job)
     body = Quantities().plus(layer_quantities(job), layers)
+    # Where layers do not divide, the last stage has fewer of them and the head in their place.
     divides = job.shape.num_layers % layout.pp == 0
     slowest = body.plus(head_quantities(job), 1.0 if divides else 0.0)
-    beside = BACKWARD_SHARE * nominal_seconds(slowest)
-    ring = context_parallel_seconds(job, layers)
-    parameters = stage_parameters(job)
+    backward = BACKWARD_SHARE * nominal_seconds(slowest)
     every = gathers_every_micro_batch(job)
     attention = nominal_seconds(Quantities(attention=body.attention, attention_flash2=body.attention_flash2))
     micro_batch = slowest.plus(
         Quantities(
-            context_parallel=exposed(ring, attention),
+            context_parallel=exposed(context_parallel_seconds(job, layers), attention),
             pipeline=pipeline_seconds(job),
-            data_parallel=exposed(sharded_weights_seconds(job, parameters), beside) if every else 0.0,
+            data_parallel=exposed(sharded_weights_seconds(job, parameters), backward) if every else 0.0,
             hops=sharded_weights_hops(job, layers) if every else 0.0,
         )
     )
     once = Quantities(
-        data_parallel=exposed(data_parallel_seconds(job, parameters), beside if layout.overlap_data_parallel else 0.0),
+        data_parallel=exposed(
+            data_parallel_seconds(job, parameters), backward if layout.overlap_data_parallel else 0.0
+        ),
         passes=0.0 if job.frozen else parameters * optimizer_bytes(job) / job.gpu.bytes_per_second,
     )
     return StepParts(once, micro_batch, job.micro_batches, Quantities().plus(body, (layout.pp - 1) / layout.vpp))
 
 
 def exposed(messages: float, work: float) -> float:
-    """Of messages that run beside so many seconds of work: what does not fit, and a share that never hides."""
+    """Return the seconds of messages that `work` seconds do not hide: the excess, at least a share that never hides."""
     return max(NEVER_HIDDEN * messages, messages - work)
 
 
 def nominal_seconds(quantities: Quantities) -> float:
-    """Roughly how long work takes, to know what it hides; before calibration."""
+    """Return roughly the seconds of work, to know what it hides; before calibration."""
     return sum(quantities.times(NOMINAL).values)
 
 
 def optimizer_bytes(job: Job) -> float:
-    """Per parameter and step: Adam on this rank's share, the gradient buffer cleared, FP8 copies of the weights."""
+    """Return the bytes per parameter and step: Adam on this rank's share, the gradient buffer cleared, FP8 copies of
+    the weights."""
     shards = job.layout.optimizer_shards
     return OPTIMIZER_BYTES / shards + job.gradient_bytes + (4 if job.precision == "fp8" else 0)
 
 
 NOMINAL = Quantities(matrices_bf16=1.4, matrices_fp8=1.6, attention=2.0, attention_flash2=2.7, passes=1.3)
-# A factor of 1.5 for matrix products means 65 % of the data sheet's peak; 0.5 for messages that half of them shows.
-# What tools/scripts/calibrate_planner.py finds, kept here so that planning needs no fit.
+# A factor of 1.5 for matrix products means 65 % of the data sheet's peak; 0.5 for messages that half of them adds to
+# the step. Found by tools/scripts/calibrate_planner.py, kept here so that planning needs no fit.
 FITTED = Quantities(
     matrices_bf16=1.528,
     matrices_fp8=1.738,

@@ -1,4 +1,4 @@
-"""A configuration's training stages as jobs of the planner, and what a step of them takes."""
+"""A configuration's training stages as jobs of the planner, and the seconds of their steps."""
 
 from dataclasses import dataclass, replace
 
@@ -24,13 +24,13 @@ class Lengths:
 
     @property
     def sequence(self) -> int:
-        """Prompt and response."""
+        """Tokens of prompt and response."""
         return self.prompt + self.response
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of an optimiser step by what they are spent on, and how fast that is."""
+    """Seconds of an optimiser step by their cause, and the step's tokens and MFU."""
 
     seconds: dict[str, float]
     tokens: float
@@ -38,17 +38,17 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        """Seconds."""
+        """Seconds of the step."""
         return sum(self.seconds.values())
 
     @property
     def dominant(self) -> str:
-        """What takes longest."""
+        """The cause that takes longest."""
         return max(self.seconds, key=lambda name: self.seconds[name])
 
 
 def layout_of(config: Config) -> ParallelLayout:
-    """The configured one."""
+    """Return the configured layout."""
     parallel = config.parallel
     return ParallelLayout(
         parallel.tensor_model_parallel_size,
@@ -65,13 +65,12 @@ def layout_of(config: Config) -> ParallelLayout:
 def training_job(
     config: Config, section: OptimizationConfig, layout: ParallelLayout, gpu: GpuModel, lengths: Lengths
 ) -> Job:
-    """One optimiser step, at assumed lengths: packed rows, or rows padded to the batch's longest sequence."""
-    trainer = config.trainer
-    sequences = 2 if isinstance(section, DpoConfig) else 1
+    """Return one optimiser step at assumed lengths: packed rows, or rows padded to the batch's longest sequence."""
+    packed, sequences = section.packed_sequence_size, 2 if isinstance(section, DpoConfig) else 1
     mean = min(lengths.sequence, config.model.seq_length)
-    if section.packed_sequence_size is not None:
-        length, micro_batch, filled = section.packed_sequence_size, 1, 1.0
-        rows = section.global_batch_size * sequences * mean / length
+    if packed is not None:
+        length, micro_batch, filled = packed, 1, 1.0
+        rows = step_tokens(config, section, lengths) / length
     else:
         length = min(int(mean * LONGEST_OVER_MEAN), config.model.seq_length)
         micro_batch, filled = section.micro_batch_size * sequences, mean / length
@@ -84,10 +83,10 @@ def training_job(
         micro_batch,
         whole_micro_batches(rows, micro_batch, layout),
         length,
-        trainer.recompute_granularity or "none",
+        config.trainer.recompute_granularity or "none",
         OURS,
-        current_scaling=trainer.fp8_recipe != "delayed",
-        attended_length=mean if section.packed_sequence_size is not None else None,
+        current_scaling=config.trainer.fp8_recipe != "delayed",
+        attended_length=None if packed is None else mean,
         head_rows=lengths.response / lengths.sequence * filled,
         fused_layers=config.model.layer_backend != "torch" and config.trainer.device != "cpu",
         fused_head=True,
@@ -95,26 +94,26 @@ def training_job(
 
 
 def whole_micro_batches(rows: float, micro_batch: int, layout: ParallelLayout) -> int:
-    """Rows of a step when every replica has as many micro batches; what is left over is empty and takes as long."""
+    """Return the rows of a step in which all replicas have as many micro batches: empty rows take as long."""
     each = max(1, -int(-rows // (micro_batch * layout.dp)))
     return each * micro_batch * layout.dp
 
 
 def memory_job(config: Config, job: Job) -> Job:
-    """The same with rows as long as they may get, all of them learnt."""
+    """Return the job with rows as long as they may get, all of them trained on."""
     longest = job if job.attended_length is not None else replace(job, seq_length=config.model.seq_length)
     return replace(longest, head_rows=1.0)
 
 
 def precision_of(config: Config) -> Precision:
-    """Of the matrix products."""
+    """Return the precision of the matrix products."""
     if config.trainer.fp8 is not None:
         return "fp8"
     return "bf16" if config.trainer.bf16 else "fp32"
 
 
 def measure(job: Job, tokens: float, factors: Quantities = FITTED) -> StepTime:
-    """Seconds of a step of which `tokens` are no padding."""
+    """Plan the seconds of a step of which `tokens` are no padding."""
     parts = step_parts(job)
     busy = parts.once.plus(parts.micro_batch, parts.micro_batches).times(factors)
     by_name = dict(zip(NAMES, busy.values, strict=True))
@@ -140,13 +139,13 @@ TERMS = {
 
 
 def step_tokens(config: Config, section: OptimizationConfig, lengths: Lengths) -> float:
-    """Of a global batch, padding left out."""
+    """Return the tokens of a global batch, padding left out."""
     sequences = 2 if isinstance(section, DpoConfig) else 1
     return section.global_batch_size * sequences * min(lengths.sequence, config.model.seq_length)
 
 
 def steps_of(section: OptimizationConfig, items: int) -> int:
-    """Optimiser steps of a stage that trains on so many items."""
+    """Return the optimiser steps of a stage that trains on so many items."""
     if section.train_iters is not None:
         return section.train_iters
     return (section.epochs or 1) * max(1, items // section.global_batch_size)

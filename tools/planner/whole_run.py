@@ -24,7 +24,7 @@ FORWARD_SHARE = 1 / 2  # of a step with frozen weights, which is forward and one
 
 @dataclass(frozen=True)
 class StageTime:
-    """One stage. `gpus` are at work; the allocation pays for all."""
+    """The time of one stage; `gpus` are at work, and the allocation pays for all."""
 
     name: str
     estimate: Estimate
@@ -35,13 +35,13 @@ class StageTime:
 
     @property
     def hours(self) -> float:
-        """Of wall clock."""
+        """Hours of wall clock."""
         return self.seconds / 3600
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """What a run is planned for."""
+    """The GPUs that a run is planned for, and their layout."""
 
     gpu: GpuModel
     layout: ParallelLayout
@@ -49,17 +49,17 @@ class Cluster:
 
     @property
     def gpus(self) -> int:
-        """That the allocation holds from start to end."""
+        """GPUs that the allocation holds from start to end."""
         return max(self.layout.gpus, self.sampler_gpus)
 
 
 def run_times(config: Config, cluster: Cluster, lengths: Lengths) -> list[StageTime]:
-    """All stages in order; training has a second line, for writing the Hugging Face folder."""
+    """Plan all stages in order; training has a second line, for writing the Hugging Face folder."""
     return [time for stage in plan(config) for time in stage_times(stage, config, cluster, lengths)]
 
 
 def stage_times(stage: Stage, config: Config, cluster: Cluster, lengths: Lengths) -> list[StageTime]:
-    """One stage."""
+    """Plan the lines of one stage."""
     match stage.kind.estimate:
         case Estimate.NO_GPU:
             return [StageTime(stage.name, Estimate.NO_GPU, "no GPU", 0, CPU_STAGE_SECONDS)]
@@ -76,18 +76,20 @@ def stage_times(stage: Stage, config: Config, cluster: Cluster, lengths: Lengths
 
 
 def training_times(stage: Stage, config: Config, cluster: Cluster, lengths: Lengths) -> list[StageTime]:
-    """A model: its optimiser steps, and its folder."""
-    what, section, items = taught(stage.kind.estimate, config)
+    """Plan the training of a model: its optimiser steps, and its folder, written and read back."""
+    what, section, items = training_of(stage.kind.estimate, config)
     gpus, weights = cluster.layout.gpus, 2 * config.model.sizes.parameters / DISK_BYTES_PER_SECOND
     job = training_job(config, section, cluster.layout, cluster.gpu, lengths)
     step = measure(job, step_tokens(config, section, lengths)).total
     seconds = steps_of(section, items) * step + START_SECONDS + weights
-    written_and_read_back = StageTime(stage.name, Estimate.CONVERSION, "conversion", gpus, 2 * weights)
-    return [StageTime(stage.name, stage.kind.estimate, what, gpus, seconds), written_and_read_back]
+    return [
+        StageTime(stage.name, stage.kind.estimate, what, gpus, seconds),
+        StageTime(stage.name, Estimate.CONVERSION, "conversion", gpus, 2 * weights),
+    ]
 
 
-def taught(estimate: Estimate, config: Config) -> tuple[str, OptimizationConfig, int]:
-    """In words, by which section, and on how many items a model is trained."""
+def training_of(estimate: Estimate, config: Config) -> tuple[str, OptimizationConfig, int]:
+    """Return a training's name in words, its section, and the number of its items."""
     data = config.seed_data
     seed_items = data.num_ift + (data.num_eft if config.eft.enabled else 0)
     match estimate:
@@ -108,12 +110,12 @@ def taught(estimate: Estimate, config: Config) -> tuple[str, OptimizationConfig,
 
 
 def num_pairs(config: Config) -> int:
-    """Assumed of a round."""
+    """Return the assumed pairs of a round."""
     return int(config.prompts.per_round * PAIR_SHARE)
 
 
 def reference_time(name: str, config: Config, cluster: Cluster, lengths: Lengths) -> StageTime:
-    """One forward pass over the pairs."""
+    """Plan one forward pass over the pairs."""
     job = training_job(config, config.dpo, cluster.layout, cluster.gpu, lengths)
     step = measure(replace(job, recompute="none", frozen=True), step_tokens(config, config.dpo, lengths)).total
     batches = num_pairs(config) / config.dpo.global_batch_size
@@ -122,7 +124,7 @@ def reference_time(name: str, config: Config, cluster: Cluster, lengths: Lengths
 
 
 def conversion_time(name: str, config: Config, cluster: Cluster) -> StageTime:
-    """What the sampler loads: read, written and proven; an engine is built on top."""
+    """Plan the sampler's weights: read, written and verified; an engine is built on top."""
     each = replica_of(config, cluster)
     moved = (2 * 2 * config.model.sizes.parameters + 2 * each.weight_bytes) / DISK_BYTES_PER_SECOND
     if not config.sampler.traits.loads_engine:
@@ -132,7 +134,7 @@ def conversion_time(name: str, config: Config, cluster: Cluster) -> StageTime:
 
 
 def sampling_time(stage: Stage, config: Config, cluster: Cluster, lengths: Lengths) -> StageTime:
-    """What samples in one replica (prompts, evaluations) leaves the other GPUs idle."""
+    """Plan a stage that samples; in one replica (prompts, evaluations) it leaves the other GPUs idle."""
     requests = requests_of(stage.kind.estimate, config, lengths)
     if not requests:
         return StageTime(stage.name, stage.kind.estimate, "no model", 0, CPU_STAGE_SECONDS)
@@ -149,7 +151,7 @@ def sampling_time(stage: Stage, config: Config, cluster: Cluster, lengths: Lengt
 
 
 def replica_of(config: Config, cluster: Cluster) -> Replica:
-    """One of the sampler's."""
+    """Return one of the sampler's replicas. UserError for FP8 on a GPU without it."""
     sampler = config.sampler
     if sampler.quantization == "fp8":
         cluster.gpu.require_fp8()

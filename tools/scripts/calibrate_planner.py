@@ -1,7 +1,7 @@
-"""python tools/scripts/calibrate_planner.py: fits the planner's factors to published points, and says how wrong it is.
+"""python tools/scripts/calibrate_planner.py: fits the planner's factors to published points, and tells its errors.
 
 Least squares of log(predicted / measured), each family of points with the weight of one, large errors counted linearly,
-pulled to the prior factors. Leaving each family out in turn gives the error to believe.
+factors pulled to the prior. Leaving out each family in turn gives the error to believe.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,9 @@ from scipy.optimize import least_squares
 
 from srlm_mega.config.model_sizes import GIB
 from srlm_mega.gpus import find_gpu
+from srlm_mega.tools.bench_record import markdown
 from srlm_mega.tools.planner.generation import Replica
+from srlm_mega.tools.planner.job import Job
 from srlm_mega.tools.planner.memory import fullest_stage
 from srlm_mega.tools.planner.plan_command import dumps
 from srlm_mega.tools.planner.points import CALIBRATION_FILE, Point, read_points
@@ -29,36 +31,22 @@ Array = NDArray[np.float64]
 UNITS = {"launches": "seconds per layer and micro batch", "hops": "seconds per message"}
 # What kernels and links were expected to do before any point was seen, and how sure that is (a standard deviation of
 # its logarithm).
-PRIOR = Quantities(
-    matrices_bf16=1.39,  # 0.72 of the peak: large cuBLAS products under the power limit
-    matrices_fp8=1.61,  # 0.62
-    matrix_bytes=0.4,  # mostly beside the arithmetic
-    attention=2.0,  # 0.5 of the bf16 peak, both passes
-    attention_flash2=2.8,  # 0.36: made for the A100
-    passes=1.3,  # 0.77 of the memory's bandwidth
-    tensor_parallel=0.5,  # half of it beside products
-    tensor_parallel_serial=1.2,  # 0.83 of NVLink
-    context_parallel=1.0,
-    pipeline=0.5,
-    data_parallel=1.2,  # of what does not fit beside the backward pass
-    launches=1e-4,  # seconds per layer and micro batch
-    hops=5e-6,  # seconds per message
-)
-SURENESS = Quantities(
-    matrices_bf16=0.1,
-    matrices_fp8=0.1,
-    matrix_bytes=0.5,
-    attention=0.15,
-    attention_flash2=0.15,
-    passes=0.2,
-    tensor_parallel=0.4,
-    tensor_parallel_serial=0.2,
-    context_parallel=0.5,
-    pipeline=0.5,
-    data_parallel=0.5,
-    launches=0.5,
-    hops=0.7,
-)
+EXPECTED = {
+    "matrices_bf16": (1.39, 0.1),  # 0.72 of the peak: large cuBLAS products under the power limit
+    "matrices_fp8": (1.61, 0.1),  # 0.62
+    "matrix_bytes": (0.4, 0.5),  # mostly hidden by the arithmetic
+    "attention": (2.0, 0.15),  # 0.5 of the bf16 peak, both passes
+    "attention_flash2": (2.8, 0.15),  # 0.36: made for the A100
+    "passes": (1.3, 0.2),  # 0.77 of the memory's bandwidth
+    "tensor_parallel": (0.5, 0.4),  # half of it hidden by products
+    "tensor_parallel_serial": (1.2, 0.2),  # 0.83 of NVLink
+    "context_parallel": (1.0, 0.5),
+    "pipeline": (0.5, 0.5),
+    "data_parallel": (1.2, 0.5),  # of what the backward pass does not hide
+    "launches": (1e-4, 0.5),  # seconds per layer and micro batch
+    "hops": (5e-6, 0.7),  # seconds per message
+}
+PRIOR, SURENESS = (Quantities(*(EXPECTED[name][column] for name in NAMES)) for column in (0, 1))
 
 
 @dataclass(frozen=True)
@@ -72,7 +60,7 @@ class Target:
 
     @property
     def predicted(self) -> float:
-        """The same by this model, with as many requests as the cache holds."""
+        """The figure that the planner gives, with more requests than the cache holds."""
         requests = 4096.0
         replica = Replica(PUBLISHED["llama3-70b"], find_gpu(self.gpu), 2, fp8=True, fp8_cache=True)
         seconds = replica.seconds(requests, self.prompt, self.prompt, 1, self.output)
@@ -99,21 +87,18 @@ class PointError:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a fit came to."""
+    """The result of a fit."""
 
     factors: Quantities
     errors: tuple[PointError, ...]
 
     def of(self, gpu: str, left_out: bool = True) -> list[float]:
-        """Absolute errors of the points on a GPU whose name begins so."""
-        return [
-            abs(error.left_out if left_out else error.fitted)
-            for error in self.errors
-            if error.point.job.gpu.name.startswith(gpu)
-        ]
+        """Return the absolute errors of the points on a GPU whose name begins so."""
+        errors = (error for error in self.errors if error.point.job.gpu.name.startswith(gpu))
+        return [abs(error.left_out if left_out else error.fitted) for error in errors]
 
     def summary(self) -> str:
-        """The figures to report."""
+        """Return the figures to report."""
         lines = []
         for words, left_out in (("family left out", True), ("fitted", False)):
             errors = self.of("h100", left_out)
@@ -121,51 +106,36 @@ class Calibration:
         return "\n".join(lines)
 
 
-def main(json: Annotated[bool, typer.Option("--json", help="For programs.")] = False) -> None:
+def main(json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False) -> None:
     """Fit to published points: factors, every point's error, and the error of points whose family was left out."""
     found = calibrate([point for point in read_points(CALIBRATION_FILE) if isinstance(point, Point)])
     print(dumps(calibration_json(found)) if json else calibration_text(found))
 
 
 def calibrate(points: Sequence[Point]) -> Calibration:
-    """Fit, and fit again without each family."""
+    """Fit the factors to all measured points, and once more without each family."""
     measured = [point for point in points if point.tokens_per_second is not None]
-    design, target = _design(measured), _target(measured)
+    design = np.array([per_token(point.job) for point in measured])
+    target = 1 / np.array([point.tokens_per_second for point in measured], dtype=float)  # GPU seconds per token
     names = np.array([point.family for point in measured])
     weights = np.array([1 / np.sqrt((names == name).sum()) for name in names])
     factors = _fit(design, target, weights)
-    without = np.zeros(len(measured))
+    left_out = np.zeros(len(measured))
     for family in dict.fromkeys(point.family for point in measured):
-        others = names != family
-        without[~others] = _errors(
-            design[~others], target[~others], _fit(design[others], target[others], weights[others])
-        )
-    fitted = _errors(design, target, factors)
-    return Calibration(
-        Quantities(*(float(factor) for factor in factors)),
-        tuple(
-            PointError(point, float(1 / seconds), float(of_all), float(of_others))
-            for point, seconds, of_all, of_others in zip(measured, target, fitted, without, strict=True)
-        ),
-    )
+        own, others = names == family, names != family
+        left_out[own] = target[own] / (design[own] @ _fit(design[others], target[others], weights[others])) - 1
+    figures = np.stack([1 / target, target / (design @ factors) - 1, left_out], axis=1).tolist()
+    errors = (PointError(point, *row) for point, row in zip(measured, figures, strict=True))
+    return Calibration(Quantities(*factors.tolist()), tuple(errors))
 
 
-def _design(points: Sequence[Point]) -> Array:
-    """[points, factors]: quantities of a step per token and GPU."""
-    rows = [np.array(step_quantities(point.job).values) * _gpu_steps_per_token(point) for point in points]
-    return np.array(rows)
-
-
-def _gpu_steps_per_token(point: Point) -> float:
-    return point.job.layout.gpus / point.job.tokens_per_step
-
-
-def _target(points: Sequence[Point]) -> Array:
-    """[points]: measured GPU seconds per token."""
-    return np.array([1 / point.tokens_per_second for point in points if point.tokens_per_second is not None])
+def per_token(job: Job) -> Array:
+    """Return the quantities [factors] of a step, per token and GPU."""
+    return np.array(step_quantities(job).values) * (job.layout.gpus / job.tokens_per_step)
 
 
 def _fit(design: Array, target: Array, weights: Array) -> Array:
+    """Return the factors [factors] that explain `target` [points] by `design` [points, factors]."""
     prior, sureness = np.array(PRIOR.values), np.array(SURENESS.values)
 
     def residuals(logarithms: Array) -> Array:
@@ -177,53 +147,30 @@ def _fit(design: Array, target: Array, weights: Array) -> Array:
     return found
 
 
-def _errors(design: Array, target: Array, factors: Array) -> Array:
-    errors: Array = target / (design @ factors) - 1
-    return errors
-
-
 def calibration_text(calibration: Calibration) -> str:
-    """Factors, errors and the sampler's published figures, as Markdown."""
+    """Return factors, errors, memory and the sampler's published figures, as Markdown."""
     factors = [["factor", "fitted", "unit"]]
     for name, value in zip(NAMES, calibration.factors.values, strict=True):
         factors.append([name, f"{value:.3g}", UNITS.get(name, "of data-sheet seconds")])
     errors = [["point", "measured tokens/s/GPU", "fitted", "family left out", "assumed"]]
+    memory = [["point", "published GiB", "planned GiB", "error"]]
     for error in calibration.errors:
-        errors.append(
-            [error.point.id, f"{error.measured:,.0f}", f"{error.fitted:+.1%}", f"{error.left_out:+.1%}",
-             "; ".join(error.point.assumed)]
-        )  # fmt: skip
-    sampling = [["70B FP8, TP 2", "prompt / output", "published tokens/s/GPU", "planned", "error"]]
-    for target in TARGETS:
-        sampling.append(
-            [target.gpu, f"{target.prompt} / {target.output}", f"{target.tokens_per_second:,.0f}",
-             f"{target.predicted:,.0f}", f"{target.predicted / target.tokens_per_second - 1:+.1%}"]
-        )  # fmt: skip
-    memory = memory_rows(calibration)
-    return "\n\n".join([calibration.summary(), *(markdown(rows) for rows in (factors, errors, memory, sampling))])
-
-
-def memory_rows(calibration: Calibration) -> list[list[str]]:
-    """Points with a published memory."""
-    rows = [["point", "published GiB", "planned GiB", "error"]]
-    for error in calibration.errors:
-        point = error.point
+        point, figures = error.point, [f"{error.measured:,.0f}", f"{error.fitted:+.1%}", f"{error.left_out:+.1%}"]
+        errors.append([point.id, *figures, "; ".join(point.assumed)])
         if point.memory_gib is not None:
             planned = fullest_stage(point.job).total / GIB
-            rows.append(
-                [point.id, f"{point.memory_gib:.1f}", f"{planned:.1f}", f"{planned / point.memory_gib - 1:+.1%}"]
-            )
-    return rows
-
-
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+            off = planned / point.memory_gib - 1
+            memory.append([point.id, f"{point.memory_gib:.1f}", f"{planned:.1f}", f"{off:+.1%}"])
+    sampling = [["70B FP8, TP 2", "prompt / output", "published tokens/s/GPU", "planned", "error"]]
+    for target in TARGETS:
+        speeds = target.tokens_per_second, target.predicted
+        shown = [f"{speed:,.0f}" for speed in speeds]
+        sampling.append([target.gpu, f"{target.prompt} / {target.output}", *shown, f"{speeds[1] / speeds[0] - 1:+.1%}"])
+    return "\n\n".join([calibration.summary(), *map(markdown, (factors, errors, memory, sampling))])
 
 
 def calibration_json(calibration: Calibration) -> dict[str, Any]:
-    """The same for programs."""
+    """Return factors, summary and every point's error, for programs."""
     return {
         "factors": dict(zip(NAMES, calibration.factors.values, strict=True)),
         "summary": calibration.summary().splitlines(),
