@@ -6,34 +6,8 @@ from typing import Literal
 from srlm_mega.config import Config
 from srlm_mega.config.knobs import keys_of
 from srlm_mega.errors import UserError
-from srlm_mega.run.stage_kinds import (
-    ANCHOR_JUDGEMENTS,
-    ANCHORS,
-    BASE,
-    CANDIDATES,
-    DPO,
-    EFT,
-    EVALUATION,
-    HEALTH,
-    JUDGEMENTS,
-    META_JUDGEMENTS,
-    OUTSIDE_ROUNDS,
-    PAIRS,
-    POSITIVES,
-    PRETRAINED_BASE,
-    PREVIOUS_JUDGEMENTS,
-    PROMPT_WRITER,
-    PROMPTS,
-    REFERENCE,
-    SAMPLER_WEIGHTS,
-    SEED,
-    SFT,
-    SFT_BASELINE,
-    SFT_ON_POSITIVES,
-    StageKind,
-    model_name,
-    model_number,
-)
+from srlm_mega.run import stage_kinds as kinds
+from srlm_mega.run.stage_kinds import OUTSIDE_ROUNDS, StageKind, model_name, model_number
 
 TRAINER = ("run.seed", "model", "parallel", "trainer", "launch")
 JUDGING = keys_of("judge", part=None)
@@ -79,7 +53,7 @@ def plan(config: Config) -> list[Stage]:
     tokenizer = ("model.tokenizer", "model.path", "model.vocab_size", "model.seq_length")
     outside = ("run.seed", "seed_data", "prompts.path", "judge.template", *tokenizer)
     stages = [
-        Stage(SEED, 0, (), outside),
+        Stage(kinds.SEED, 0, (), outside),
         base_model(config),
         *(sampler_weights(config, "M0") if samples_base(config) else ()),
         *first_model(config),
@@ -95,18 +69,18 @@ def plan(config: Config) -> list[Stage]:
 def self_rewarding_round(config: Config, t: int) -> list[Stage]:
     """M(t) answers new prompts and judges its own answers; training on the best and the worst of them makes M(t+1)."""
     current, trained = model_name(t), model_name(t + 1)
-    prompts, candidates, judgements = PROMPTS.of(t), CANDIDATES.of(t), JUDGEMENTS.of(t)
-    earlier_prompts = tuple(PROMPTS.of(earlier) for earlier in range(1, t))
+    prompts, candidates, judgements = kinds.PROMPTS.of(t), kinds.CANDIDATES.of(t), kinds.JUDGEMENTS.of(t)
+    earlier_prompts = tuple(kinds.PROMPTS.of(earlier) for earlier in range(1, t))
     judge = () if config.judge.backend == "random" else loaded(config, current)
     extra = (*anchor_stages(config, t), *previous_judge(config, t))
     judged = (candidates, judgements, *(stage.name for stage in extra))
     prompts_config = (*SAMPLER, "prompts", "candidates.max_new_tokens")
     return [
-        Stage(PROMPTS, t, ("seed", *prompt_source(config, t), *earlier_prompts), prompts_config),
-        Stage(CANDIDATES, t, (prompts, *loaded(config, current)), (*SAMPLER, "candidates")),
-        Stage(JUDGEMENTS, t, (candidates, "seed", *judge), (*SAMPLER, *JUDGING, "judge.backend")),
+        Stage(kinds.PROMPTS, t, ("seed", *prompt_source(config, t), *earlier_prompts), prompts_config),
+        Stage(kinds.CANDIDATES, t, (prompts, *loaded(config, current)), (*SAMPLER, "candidates")),
+        Stage(kinds.JUDGEMENTS, t, (candidates, "seed", *judge), (*SAMPLER, *JUDGING, "judge.backend")),
         *extra,
-        Stage(PAIRS, t, judged, ("run.seed", "pairs", "judge.min_valid", "round.method")),
+        Stage(kinds.PAIRS, t, judged, ("run.seed", "pairs", "judge.min_valid", "round.method")),
         health(t),
         *training(config, t),
         *sampler_weights(config, trained, before=current),
@@ -126,21 +100,21 @@ def training(config: Config, t: int) -> tuple[Stage, ...]:
 def base_model(config: Config) -> Stage:
     """M0: a given folder, random weights, or (toy world) pre-trained from random weights."""
     if config.pretrain is None:
-        return Stage(BASE, 0, ("seed",), ("run.seed", "model"))
-    return Stage(PRETRAINED_BASE, 0, ("seed",), (*TRAINER, "pretrain"))
+        return Stage(kinds.BASE, 0, ("seed",), ("run.seed", "model"))
+    return Stage(kinds.PRETRAINED_BASE, 0, ("seed",), (*TRAINER, "pretrain"))
 
 
 def first_model(config: Config) -> list[Stage]:
     """M1: M0 trained on IFT and EFT. Where EFT is built, M0 trained on IFT alone judges ranked replies before."""
     training_config = (*TRAINER, "sft", "eft.enabled", *(EARLY_STOPPING if stops_early(config, "sft") else ()))
-    first = Stage(SFT, 0, ("M0", *seed_sets(config)), training_config)
+    first = Stage(kinds.SFT, 0, ("M0", *seed_sets(config)), training_config)
     if not config.builds_eft:
         return [first]
     building = (*SAMPLER, "eft", "seed_data.num_eft", "judge.template", "judge.max_new_tokens")
     return [
-        Stage(SFT_BASELINE, 0, ("M0", "seed"), (*TRAINER, "sft")),
+        Stage(kinds.SFT_BASELINE, 0, ("M0", "seed"), (*TRAINER, "sft")),
         *sampler_weights(config, "sft_baseline"),
-        Stage(EFT, 0, (*loaded(config, "sft_baseline"), "seed"), building),
+        Stage(kinds.EFT, 0, (*loaded(config, "sft_baseline"), "seed"), building),
         first,
     ]
 
@@ -165,7 +139,7 @@ def prompt_writer(config: Config) -> tuple[Stage, ...]:
     """Another model that writes the prompts of all rounds, where there is one."""
     if config.prompts.generator == "file" or config.prompts.writer in ("base", "current"):
         return ()
-    return (Stage(PROMPT_WRITER, 0, (), ("prompts.writer",)), *sampler_weights(config, "prompt_writer"))
+    return (Stage(kinds.PROMPT_WRITER, 0, (), ("prompts.writer",)), *sampler_weights(config, "prompt_writer"))
 
 
 def sampler_weights(config: Config, of: str, before: str | None = None) -> tuple[Stage, ...]:
@@ -173,13 +147,14 @@ def sampler_weights(config: Config, of: str, before: str | None = None) -> tuple
     used as long as they fit."""
     if not config.sampler.converts:
         return ()
-    ranges = (SAMPLER_WEIGHTS.of(before),) if before is not None and config.sampler.quantization is not None else ()
-    return (Stage(SAMPLER_WEIGHTS, of, (of, "seed", *ranges), ("run.seed", "model", "sampler")),)
+    quantized = config.sampler.quantization is not None
+    ranges = (kinds.SAMPLER_WEIGHTS.of(before),) if before is not None and quantized else ()
+    return (Stage(kinds.SAMPLER_WEIGHTS, of, (of, "seed", *ranges), ("run.seed", "model", "sampler")),)
 
 
 def loaded(config: Config, name: str) -> tuple[str, ...]:
     """The inputs of a stage that samples a model."""
-    return (name, SAMPLER_WEIGHTS.of(name)) if config.sampler.converts else (name,)
+    return (name, kinds.SAMPLER_WEIGHTS.of(name)) if config.sampler.converts else (name,)
 
 
 def prompt_source(config: Config, t: int) -> tuple[str, ...]:
@@ -200,8 +175,8 @@ def anchor_stages(config: Config, t: int) -> tuple[Stage, ...]:
         return ()
     sampled, judge = (*SAMPLER, "candidates", "pairs.rejected_from"), loaded(config, model_name(t))
     return (
-        Stage(ANCHORS, t, (PROMPTS.of(t), *loaded(config, anchor)), sampled),
-        Stage(ANCHOR_JUDGEMENTS, t, (ANCHORS.of(t), "seed", *judge), (*SAMPLER, *JUDGING)),
+        Stage(kinds.ANCHORS, t, (kinds.PROMPTS.of(t), *loaded(config, anchor)), sampled),
+        Stage(kinds.ANCHOR_JUDGEMENTS, t, (kinds.ANCHORS.of(t), "seed", *judge), (*SAMPLER, *JUDGING)),
     )
 
 
@@ -209,47 +184,37 @@ def previous_judge(config: Config, t: int) -> tuple[Stage, ...]:
     """Where pairs are weighed by consistency: M(t-1) judges the round's candidates too. Round 1 has no M(t-1)."""
     if not config.pairs.consistency or t == 1:
         return ()
-    inputs = (CANDIDATES.of(t), "seed", *loaded(config, model_name(t - 1)))
-    return (Stage(PREVIOUS_JUDGEMENTS, t, inputs, (*SAMPLER, *JUDGING)),)
+    inputs = (kinds.CANDIDATES.of(t), "seed", *loaded(config, model_name(t - 1)))
+    return (Stage(kinds.PREVIOUS_JUDGEMENTS, t, inputs, (*SAMPLER, *JUDGING)),)
 
 
 def health(t: int) -> Stage:
     """Figures of what the round made, before it is trained on; later models are compared with the one before."""
     models = (model_name(t),) if t == 1 else (model_name(t), model_name(t - 1))
-    return Stage(HEALTH, t, (PAIRS.of(t), *(EVALUATION.of(name) for name in models)), ("health",))
+    return Stage(kinds.HEALTH, t, (kinds.PAIRS.of(t), *(kinds.EVALUATION.of(name) for name in models)), ("health",))
 
 
 def train_on_pairs(config: Config, t: int) -> tuple[Stage, ...]:
     """M(t+1) by DPO on the round's pairs: of responses, and where asked for of judgements."""
-    current, pairs = model_name(t), PAIRS.of(t)
-    judged = (CANDIDATES.of(t), JUDGEMENTS.of(t), pairs, "seed", *loaded(config, current))
+    current, pairs = model_name(t), kinds.PAIRS.of(t)
+    judged = (kinds.CANDIDATES.of(t), kinds.JUDGEMENTS.of(t), pairs, "seed", *loaded(config, current))
     meta_config = (*SAMPLER, *JUDGING, "judge.min_valid", "meta_judge")
-    meta = (Stage(META_JUDGEMENTS, t, judged, meta_config),) if config.meta_judge.enabled else ()
-    all_pairs = (pairs, *(stage.name for stage in meta))
+    meta = (Stage(kinds.META_JUDGEMENTS, t, judged, meta_config),) if config.meta_judge.enabled else ()
+    reference = Stage(kinds.REFERENCE, t, (current, pairs, *(stage.name for stage in meta)), (*TRAINER, *BATCHES))
     stops = stops_early(config, "dpo")
     seed = {*((eft_source(config),) if config.dpo.eft_replay > 0 else ()), *(("seed",) if stops else ())}
-    return (
-        *meta,
-        Stage(REFERENCE, t, (current, *all_pairs), (*TRAINER, *BATCHES)),
-        Stage(
-            DPO,
-            model_name(t + 1),
-            (current, *all_pairs, REFERENCE.of(t), *sorted(seed)),
-            (*TRAINER, "dpo", *(EARLY_STOPPING if stops else ())),
-        ),
-    )
+    inputs = (*reference.inputs, reference.name, *sorted(seed))
+    training_config = (*TRAINER, "dpo", *(EARLY_STOPPING if stops else ()))
+    return (*meta, reference, Stage(kinds.DPO, model_name(t + 1), inputs, training_config))
 
 
 def train_on_positives(config: Config, t: int) -> tuple[Stage, ...]:
     """M(t+1) by SFT of M0 on the seed and the round's responses with a perfect score: the ablation without pairs."""
-    inputs, training_config = (
-        ("M0", *seed_sets(config), POSITIVES.of(t)),
-        (*TRAINER, "sft", "eft.enabled", "round.method"),
-    )
-    return (
-        Stage(POSITIVES, t, (CANDIDATES.of(t), JUDGEMENTS.of(t)), ("run.seed", "judge.min_valid", "round")),
-        Stage(SFT_ON_POSITIVES, model_name(t + 1), inputs, training_config),
-    )
+    judged = (kinds.CANDIDATES.of(t), kinds.JUDGEMENTS.of(t))
+    positives = Stage(kinds.POSITIVES, t, judged, ("run.seed", "judge.min_valid", "round"))
+    inputs = ("M0", *seed_sets(config), positives.name)
+    training_config = (*TRAINER, "sft", "eft.enabled", "round.method")
+    return (positives, Stage(kinds.SFT_ON_POSITIVES, model_name(t + 1), inputs, training_config))
 
 
 def stops_early(config: Config, kind: Literal["sft", "dpo"]) -> bool:
@@ -260,13 +225,9 @@ def stops_early(config: Config, kind: Literal["sft", "dpo"]) -> bool:
 def evaluation(config: Config, name: str) -> Stage:
     """What a model writes and how it judges, on held-out data; later ones are compared with M1, on demand by M1."""
     by_m1 = config.evaluation.pairwise and config.evaluation.pairwise_judge is None
-    against = () if name == "M1" else (*(loaded(config, "M1") if by_m1 else ()), EVALUATION.of("M1"))
-    return Stage(
-        EVALUATION,
-        name,
-        (*loaded(config, name), "seed", *against),
-        (*SAMPLER, "evaluation", "seed_data.source", "candidates.max_new_tokens", *JUDGING, "judge.min_valid"),
-    )
+    against = () if name == "M1" else (*(loaded(config, "M1") if by_m1 else ()), kinds.EVALUATION.of("M1"))
+    read = (*SAMPLER, "evaluation", "seed_data.source", "candidates.max_new_tokens", *JUDGING, "judge.min_valid")
+    return Stage(kinds.EVALUATION, name, (*loaded(config, name), "seed", *against), read)
 
 
 def find_stage(config: Config, name: str) -> Stage:

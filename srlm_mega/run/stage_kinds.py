@@ -3,7 +3,7 @@
 A new stage is a row here, its function, and its place in plan.py. Names of outputs are put together nowhere else.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum, auto
 
 
@@ -88,26 +88,22 @@ def round_folder(number: int) -> str:
     return f"round_{number}"
 
 
+def training(place: str, function: str, part: Part, estimate: Estimate) -> StageKind:
+    """Return the row of a stage that trains: on all ranks, and resumed from its checkpoints."""
+    return StageKind(place, function, part, estimate, parallel=True, trains=True, resumable=True)
+
+
 # fmt: off
 # Before the first round.
 SEED = StageKind("seed", "srlm_mega.stages.seed:make_seed", Part.SEED, Estimate.NO_GPU)
 BASE = StageKind("M0", "srlm_mega.stages.base:make_base", Part.TRAINING, Estimate.NO_GPU)
-PRETRAINED_BASE = StageKind(
-    "M0", "srlm_mega.stages.train:pretrain", Part.TRAINING, Estimate.PRETRAINING,
-    parallel=True, trains=True, resumable=True,
-)
-SFT_BASELINE = StageKind(
-    "sft_baseline", "srlm_mega.stages.train:baseline", Part.OTHER, Estimate.SFT_ON_IFT,
-    parallel=True, trains=True, resumable=True,
-)
+PRETRAINED_BASE = training("M0", "srlm_mega.stages.train:pretrain", Part.TRAINING, Estimate.PRETRAINING)
+SFT_BASELINE = training("sft_baseline", "srlm_mega.stages.train:baseline", Part.OTHER, Estimate.SFT_ON_IFT)
 EFT = StageKind(
     "eft", "srlm_mega.stages.eft:build_eft", Part.OTHER, Estimate.EFT,
     samples=True, requests="srlm_mega.stages.eft:eft_task", resumable=True,
 )
-SFT = StageKind(
-    "M1", "srlm_mega.stages.train:supervised", Part.TRAINING, Estimate.SFT,
-    parallel=True, trains=True, resumable=True,
-)
+SFT = training("M1", "srlm_mega.stages.train:supervised", Part.TRAINING, Estimate.SFT)
 PROMPT_WRITER = StageKind("prompt_writer", "srlm_mega.stages.base:take_writer", Part.OTHER, Estimate.NO_GPU)
 
 # Of a model.
@@ -133,19 +129,9 @@ JUDGEMENTS = StageKind(
     "{round}/judgements", "srlm_mega.stages.sample_and_judge:judge_candidates", Part.JUDGEMENTS, Estimate.JUDGEMENTS,
     samples=True, requests="srlm_mega.stages.sample_and_judge:judgements_task", resumable=True,
 )
-ANCHORS = StageKind(
-    "{round}/anchors", "srlm_mega.stages.sample_and_judge:sample_candidates", Part.OTHER, Estimate.CANDIDATES,
-    samples=True, requests="srlm_mega.stages.sample_and_judge:candidates_task", resumable=True,
-)
-ANCHOR_JUDGEMENTS = StageKind(
-    "{round}/anchor_judgements", "srlm_mega.stages.sample_and_judge:judge_candidates", Part.OTHER, Estimate.JUDGEMENTS,
-    samples=True, requests="srlm_mega.stages.sample_and_judge:judgements_task", resumable=True,
-)
-PREVIOUS_JUDGEMENTS = StageKind(
-    "{round}/previous_judgements", "srlm_mega.stages.sample_and_judge:judge_candidates",
-    Part.OTHER, Estimate.JUDGEMENTS,
-    samples=True, requests="srlm_mega.stages.sample_and_judge:judgements_task", resumable=True,
-)
+ANCHORS = replace(CANDIDATES, place="{round}/anchors", part=Part.OTHER)
+ANCHOR_JUDGEMENTS = replace(JUDGEMENTS, place="{round}/anchor_judgements", part=Part.OTHER)
+PREVIOUS_JUDGEMENTS = replace(JUDGEMENTS, place="{round}/previous_judgements", part=Part.OTHER)
 PAIRS = StageKind("{round}/pairs", "srlm_mega.stages.pairing:select_pairs", Part.PAIRS, Estimate.NO_GPU)
 HEALTH = StageKind("{round}/health", "srlm_mega.stages.health:check_health", Part.OTHER, Estimate.NO_GPU)
 META_JUDGEMENTS = StageKind(
@@ -158,12 +144,8 @@ REFERENCE = StageKind(
 POSITIVES = StageKind("{round}/positives", "srlm_mega.stages.pairing:select_positives", Part.OTHER, Estimate.NO_GPU)
 
 # What a round makes of M(t): M(t+1).
-DPO = StageKind(
-    "{model}", "srlm_mega.stages.train:preference", Part.TRAINING, Estimate.DPO,
-    parallel=True, trains=True, resumable=True,
-)
-SFT_ON_POSITIVES = StageKind(
-    "{model}", "srlm_mega.stages.train:supervised_with_positives", Part.TRAINING, Estimate.SFT_ON_POSITIVES,
-    parallel=True, trains=True, resumable=True,
+DPO = training("{model}", "srlm_mega.stages.train:preference", Part.TRAINING, Estimate.DPO)
+SFT_ON_POSITIVES = training(
+    "{model}", "srlm_mega.stages.train:supervised_with_positives", Part.TRAINING, Estimate.SFT_ON_POSITIVES
 )
 # fmt: on
