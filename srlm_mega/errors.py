@@ -1,21 +1,10 @@
 """The ways a run ends early, and their exit codes."""
 
-import errno
+from errno import EACCES, EDQUOT, EEXIST, EISDIR, ENAMETOOLONG, ENOENT, ENOSPC, ENOTDIR, EPERM, EROFS
 
 CRASHED, USER_ERROR, CANNOT_CONTINUE, STOP_REQUESTED, PAUSED = 1, 2, 3, 4, 5
-NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
-NOT_USABLE = frozenset(
-    {
-        errno.ENOENT,
-        errno.EACCES,
-        errno.EPERM,
-        errno.EROFS,
-        errno.ENOTDIR,
-        errno.EISDIR,
-        errno.EEXIST,
-        errno.ENAMETOOLONG,
-    }
-)
+NO_SPACE = frozenset({ENOSPC, EDQUOT})
+NOT_USABLE = frozenset({ENOENT, EACCES, EPERM, EROFS, ENOTDIR, EISDIR, EEXIST, ENAMETOOLONG})
 
 
 class UserError(ValueError):
@@ -23,35 +12,37 @@ class UserError(ValueError):
 
 
 class CannotContinue(Exception):
-    """The run cannot go on, and nothing is wrong with the software: says why and how to go on. Exit code 3."""
+    """The run cannot continue, and nothing is wrong with the software: says why and how to resume. Exit code 3."""
 
 
 class StopRequested(Exception):
-    """Somebody asked the run to stop: says where it stands. The same command goes on. Exit code 4."""
+    """Somebody asked the run to stop: says where it stands. The same command resumes it. Exit code 4."""
 
 
 class TrainingPaused(Exception):
-    """Training waits until its newest checkpoint is compared; the controller has that done, and starts it again."""
+    """Training waits until its newest checkpoint is compared; the controller compares it and starts training again."""
 
 
 class StageCrashed(Exception):
-    """A stage's process ended in a way it did not explain: shows the end of its log. Exit code 1."""
+    """A stage's process ended without an explanation: shows the end of its log. Exit code 1."""
+
+
+# Ends that a stage explains, by the exit codes of their processes.
+ENDS = {USER_ERROR: UserError, CANNOT_CONTINUE: CannotContinue, STOP_REQUESTED: StopRequested, PAUSED: TrainingPaused}
 
 
 def exit_code(error: Exception) -> int:
-    """The code a command ends with."""
-    if isinstance(error, UserError) or (isinstance(error, OSError) and error.errno in NOT_USABLE):
-        return USER_ERROR
-    if isinstance(error, CannotContinue) or (isinstance(error, OSError) and error.errno in NO_SPACE):
-        return CANNOT_CONTINUE
-    if isinstance(error, TrainingPaused):
-        return PAUSED
-    return STOP_REQUESTED if isinstance(error, StopRequested) else CRASHED
+    """Return the exit code of a command that ends with this error."""
+    if isinstance(error, OSError):
+        if error.errno in NO_SPACE:
+            return CANNOT_CONTINUE
+        return USER_ERROR if error.errno in NOT_USABLE else CRASHED
+    return next((code for code, kind in ENDS.items() if isinstance(error, kind)), CRASHED)
 
 
 def reason(error: Exception) -> str:
-    """An error in words; of the system's, with the file and what to do."""
+    """Return an error's message; for an operating system's error the file, what is wrong, and what to do."""
     if not isinstance(error, OSError):
         return str(error)
-    remedy = "free some space, the same command goes on" if error.errno in NO_SPACE else "give another path"
+    remedy = "free some space; the same command resumes the run" if error.errno in NO_SPACE else "give another path"
     return f"{error.filename or 'a file'}: {error.strerror}: {remedy}"

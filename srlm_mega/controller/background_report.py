@@ -14,8 +14,8 @@ INTERVAL_SECONDS = 60.0
 
 
 class BackgroundReport:
-    """Makes RUN/report.html again, at the lowest priority, never two at once and not more often than every
-    `interval_seconds`; what it prints is in RUN/logs/report.log."""
+    """A process that writes RUN/report.html again, at the lowest priority, never two at once and not more often than
+    every `interval_seconds`. Its output is in RUN/logs/report.log."""
 
     def __init__(self, run: RunDir, interval_seconds: float = INTERVAL_SECONDS) -> None:
         self._run, self._interval = run, interval_seconds
@@ -23,7 +23,7 @@ class BackgroundReport:
         self._process: subprocess.Popen[bytes] | None = None
 
     def refresh(self) -> None:
-        """Begin a new page, if it is time."""
+        """Start to write the page again, if it is time."""
         busy = self._process is not None and self._process.poll() is None
         if busy or time.monotonic() < self._next:
             return
@@ -41,7 +41,7 @@ class BackgroundReport:
             )
 
     def close(self) -> None:
-        """End the one that is being made: whoever ends a run writes the last report, or is in a hurry."""
+        """End the process that writes a page: the run's end writes the last report, or is in a hurry."""
         if self._process is not None:
             self._process.terminate()
             self._process.wait()

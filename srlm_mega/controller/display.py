@@ -1,27 +1,14 @@
-"""What a person sees while a run goes on: a bar for the stage at work, a line for each finished one."""
+"""The terminal during a run: a bar for the stage at work, a line for each finished one."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from srlm_mega.run.progress import ProgressState
 
 STAGE_WIDTH = 22
-
-
-class StageLine:
-    """The bar of the stage at work."""
-
-    def __init__(self, bars: Progress, task: TaskID) -> None:
-        self._bars, self._task = bars, task
-
-    def update(self, state: ProgressState) -> None:
-        """Show the newest state."""
-        if state.total:
-            note = f"{state.done:,} of {state.total:,} {state.unit}  {state.note}"
-            self._bars.update(self._task, completed=state.done, total=state.total, note=note)
 
 
 class Display:
@@ -31,8 +18,8 @@ class Display:
         self._console = console
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[StageLine]:
-        """The bar of one stage, gone when the block ends."""
+    def stage(self, name: str) -> Iterator[Callable[[ProgressState], None]]:
+        """Show the bar of one stage until the block ends; the block calls what it is given with each new state."""
         columns = (
             SpinnerColumn(),
             TextColumn(f"{{task.description:<{STAGE_WIDTH}}}"),
@@ -41,13 +28,20 @@ class Display:
             TimeElapsedColumn(),
         )
         with Progress(*columns, console=self._console, transient=True, disable=not self._console.is_terminal) as bars:
-            yield StageLine(bars, bars.add_task(name, total=None, note="starting"))
+            task = bars.add_task(name, total=None, note="starting")
+
+            def show(state: ProgressState) -> None:
+                if state.total:
+                    note = f"{state.done:,} of {state.total:,} {state.unit}  {state.note}"
+                    bars.update(task, completed=state.done, total=state.total, note=note)
+
+            yield show
 
     def finished(self, name: str, rows: int, seconds: float) -> None:
-        """One line that stays."""
+        """Print the line of a finished stage."""
         count = f"{rows:>7,} rows" if rows else " " * 12
         self._console.print(f"[green]✓[/] {name:<{STAGE_WIDTH}} {count} {seconds:8.1f} s", highlight=False)
 
-    def say(self, text: str) -> None:
-        """Plain words; nothing in them is markup."""
+    def print_line(self, text: str) -> None:
+        """Print a text as it is; nothing in it is markup."""
         self._console.print(text, markup=False, highlight=False)

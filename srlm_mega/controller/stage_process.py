@@ -1,4 +1,4 @@
-"""A process of the controller's: started, watched, and made to say why it ended."""
+"""The processes of stages: how they start, what they print, and why they ended."""
 
 import os
 import signal
@@ -8,67 +8,90 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal, NoReturn
 
 from srlm_mega.config import Config
-from srlm_mega.errors import (
-    CANNOT_CONTINUE,
-    PAUSED,
-    STOP_REQUESTED,
-    USER_ERROR,
-    CannotContinue,
-    StageCrashed,
-    StopRequested,
-    TrainingPaused,
-    UserError,
-)
+from srlm_mega.errors import ENDS, StageCrashed
 from srlm_mega.launch.child_process import die_with, environment
-from srlm_mega.launch.ranks import Start
+from srlm_mega.launch.ranks import Start, start_one, start_ranks
+from srlm_mega.launch.sampler_environment import check_sampler_environment, sampler_process
+from srlm_mega.run.plan import Stage
 from srlm_mega.run.progress import read_progress
 from srlm_mega.run.run_dir import RunDir
 from srlm_mega.sampling.replicas import terminate
 
 LOG_TAIL_LINES = 15
-PATIENCE_SECONDS = 60.0
+EXIT_TIMEOUT_SECONDS = 60.0
 TORCHRUN_REPORT = "torch/distributed/elastic/multiprocessing/api.py"
+
+
+def launch_mode(stage: Stage, config: Config) -> Literal["as ranks", "here", "in the sampler's environment"]:
+    """Return how a stage's process starts. One whose replicas share its shards starts them itself, from here."""
+    if stage.kind.parallel:
+        return "as ranks"
+    replicated = stage.kind.in_shards and config.sampler_replicas > 1
+    if stage.kind.samples and config.sampler.elsewhere and not replicated:
+        return "in the sampler's environment"
+    return "here"
+
+
+def check_sampler(missing: list[Stage], config: Config) -> None:
+    """Raise UserError before hours of training, and not after them, if the sampler's environment cannot be entered."""
+    if config.sampler.elsewhere and any(stage.kind.samples for stage in missing):
+        check_sampler_environment(config)
+
+
+def stage_command(group: list[Stage], config: Config, run: RunDir) -> Start:
+    """Return the command of stages that share their processes; `srlm` and `torchrun` are those next to this Python."""
+    names = [stage.name for stage in group]
+    arguments = ["stage", str(run.root), *names]
+    match launch_mode(group[0], config):
+        case "as ranks":
+            return start_ranks(config, run, names[0], arguments, run.config_file)
+        case "in the sampler's environment":
+            return Start(sampler_process(config, arguments))
+        case "here":
+            replicated = config.sampler_replicas > 1 and any(stage.kind.in_shards for stage in group)
+            return start_one(config, run, names[0], arguments, starts_steps=replicated)
+
+
+def comparison_commands(stage: Stage, config: Config, run: RunDir) -> list[Start]:
+    """Return the commands that compare a paused training's checkpoints: responses and verdict in one process where
+    both can be had. An endpoint is asked from here, as compute nodes often reach nothing outside."""
+    assert config.early_stopping is not None, f"{stage.name} paused without early stopping"
+    arguments = ["compare-checkpoints", str(run.root), stage.name]
+
+    def here(*parts: str) -> Start:
+        return start_one(config, run, f"{stage.name}/early_stopping", [*arguments, *parts], starts_steps=False)
+
+    if not config.sampler.elsewhere:
+        return [here("responses", "verdict")]
+    there = sampler_process(config, arguments)
+    if config.early_stopping.judge.endpoint is None:
+        return [Start([*there, "responses", "verdict"])]
+    return [Start([*there, "responses"]), here("verdict")]
 
 
 @dataclass(frozen=True)
 class StageProcess:
-    """A process and what it prints: to a log with earlier attempts in it; on the nodes of a step, to a file each."""
+    """A process and its output: `log_file`, where earlier attempts' output takes the first `earlier_bytes`, and for a
+    step on several nodes a file per node in `node_logs`."""
 
-    process: subprocess.Popen[bytes]
+    popen: subprocess.Popen[bytes]
     log_file: Path
     earlier_bytes: int
-    nodes: Path | None
+    node_logs: Path | None
 
     @property
-    def pid(self) -> int:
-        """Its number."""
-        return self.process.pid
+    def log_path(self) -> Path:
+        """The file or folder in which a person finds the output."""
+        return self.node_logs or self.log_file
 
-    def poll(self) -> int | None:
-        """Its exit code, None while it works."""
-        return self.process.poll()
-
-    def wait(self) -> int:
-        """Its exit code, when it has ended."""
-        return self.process.wait()
-
-    def wait_for_end(self) -> None:
-        """For a process whose work is done. One that then hangs is ended with the block it was started in."""
-        with suppress(subprocess.TimeoutExpired):
-            self.process.wait(PATIENCE_SECONDS)
-
-    @property
-    def log_place(self) -> Path:
-        """Where a person looks."""
-        return self.nodes or self.log_file
-
-    def last_words(self) -> str:
-        """The last lines, of every node."""
+    def log_tail(self) -> str:
+        """Return the last lines that each node printed."""
         texts = {self.log_file: self.log_file.read_bytes()[self.earlier_bytes :].decode(errors="replace")}
-        if self.nodes is not None:
-            texts |= {path: path.read_text(errors="replace") for path in sorted(self.nodes.glob("*.log"))}
+        if self.node_logs is not None:
+            texts |= {path: path.read_text(errors="replace") for path in sorted(self.node_logs.glob("*.log"))}
         return "\n".join(
             "\n".join([f"The end of {path}:", *last_lines(text)])
             for path, text in texts.items()
@@ -77,7 +100,7 @@ class StageProcess:
 
 
 def last_lines(text: str) -> list[str]:
-    """The end of what ranks printed. torchrun's own report, which follows, is longer and says less."""
+    """Return the last 15 lines that ranks printed. torchrun's own report, which follows, is longer and says less."""
     lines = text.splitlines()
     reports = [number for number, line in enumerate(lines) if TORCHRUN_REPORT in line]
     return lines[: reports[0] if reports else None][-LOG_TAIL_LINES:]
@@ -85,7 +108,7 @@ def last_lines(text: str) -> list[str]:
 
 @contextmanager
 def started(start: Start, name: str, config: Config, run: RunDir) -> Iterator[StageProcess]:
-    """A process whose words go to the log of `name`; ended when the block ends.
+    """Start a process that logs to the log of `name`. When the block is done, the process has a minute to end.
 
     It is a session of its own, so that what is sent to this one, such as Ctrl-C, reaches it as the stop file only:
     torchrun would give its ranks no time for a checkpoint.
@@ -107,24 +130,20 @@ def started(start: Start, name: str, config: Config, run: RunDir) -> Iterator[St
         )
         try:
             yield StageProcess(process, log_file, earlier_bytes, start.logs)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(EXIT_TIMEOUT_SECONDS)
         finally:
             if process.poll() is None:
                 terminate([process])
 
 
-def explain_failure(name: str, process: StageProcess, run: RunDir) -> None:
-    """Raise what a stage or a comparison said about its end, or show the end of what it printed."""
-    code = process.wait()
-    said = read_progress(run.progress_file(name))
-    if said.exit_code == PAUSED:
-        raise TrainingPaused(said.message)
-    if said.exit_code == CANNOT_CONTINUE:
-        raise CannotContinue(f"{name}: {said.message}")
-    if said.exit_code == USER_ERROR:
-        raise UserError(f"{name}: {said.message}")
-    if said.exit_code == STOP_REQUESTED:
-        raise StopRequested(f"{name}: {said.message}")
-    if said.message:
-        raise StageCrashed(f"{name}: {said.message}. The stacks of all ranks are in {process.log_place}")
+def raise_failure(name: str, process: StageProcess, run: RunDir) -> NoReturn:
+    """Raise the error by which a stage or a comparison explained its end, else StageCrashed with the end of its log."""
+    code = process.popen.wait()
+    state = read_progress(run.progress_file(name))
+    if state.exit_code in ENDS:
+        raise ENDS[state.exit_code](f"{name}: {state.message}")
+    if state.message:
+        raise StageCrashed(f"{name}: {state.message}. The stacks of all ranks are in {process.log_path}")
     how = f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
-    raise StageCrashed(f"{name} ended with {how}. {process.last_words()}")
+    raise StageCrashed(f"{name} ended with {how}. {process.log_tail()}")

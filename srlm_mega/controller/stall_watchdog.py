@@ -1,7 +1,7 @@
-"""A stage that shows no progress for too long says where it hangs, and is ended.
+"""A watchdog over stages: one that shows no progress for too long is ended, with the place where it hangs.
 
-Training has a watchdog among its ranks, which speaks first and knows more (training/heartbeat.py). This one is the
-controller's: for stages in one process, samplers and their replicas, and for ranks that never came to be.
+Ranks have a watchdog of their own, which speaks first and knows more (training/heartbeat.py). This one is the
+controller's: for stages in one process, samplers and their replicas, and for ranks that never started.
 """
 
 import os
@@ -18,32 +18,33 @@ from srlm_mega.run.plan import Stage
 from srlm_mega.run.progress import ProgressState
 from srlm_mega.sampling.shards import held_shards
 
-TIME_TO_SHOW = 3.0
+SECONDS_TO_SHOW_STACKS = 3.0
 
 
 def stall_seconds(stage: Stage, config: Config) -> float:
-    """Seconds without progress after which a stage is given up. Ranks get twice their longest phase: their own
+    """Return the seconds without progress after which a stage is ended. Ranks get twice their longest phase: their own
     watchdog comes first."""
     trainer = config.trainer
-    phases = (
+    longest_phase = max(
         trainer.start_timeout_minutes,
         trainer.step_timeout_minutes,
         trainer.checkpoint_timeout_minutes,
         trainer.export_timeout_minutes,
     )
-    return 60 * (2 * max(phases) if stage.kind.parallel else config.runtime.progress_timeout_minutes)
+    return 60 * (2 * longest_phase if stage.kind.parallel else config.runtime.progress_timeout_minutes)
 
 
 class StallWatchdog:
-    """How long what is called `name` has shown the same state. `output`: the folder it works in."""
+    """The time for which the stage `name`, working in the folder `output`, has shown the same progress: at most
+    `seconds`."""
 
     def __init__(self, name: str, output: Path, log_file: Path, seconds: float) -> None:
         self._name, self._output, self._log_file, self._seconds = name, output, log_file, seconds
         self._state, self._since = ProgressState(), time.monotonic()
 
     def check(self, state: ProgressState, pid: int) -> None:
-        """StageCrashed when the state of the stage (of process `pid`) is too old; the stacks of its processes are in
-        the log then."""
+        """Take note of the newest progress. StageCrashed when it is too old, after process `pid` and those below it
+        were asked to write their stacks to the log."""
         if state != self._state:
             self._state, self._since = state, time.monotonic()
         if time.monotonic() - self._since <= self._seconds:
@@ -54,25 +55,26 @@ class StallWatchdog:
         raise StageCrashed(
             f"{self._name}: no progress for {self._seconds / 60:g} min{where}"
             + (f". Waited for: {holders}" if holders else "")
-            + f". The stacks of {asked} processes are in {self._log_file}; a longer time: "
+            + f". The stacks of {asked} processes are in {self._log_file}. To allow a longer time: "
             "runtime.progress_timeout_minutes, where ranks train trainer.*_timeout_minutes"
         )
 
 
 def ask_for_stacks(pid: int) -> int:
-    """Ask a process and all below it, as far as they listen; how many did."""
+    """Ask a process and all below it for their stacks; return how many handle the signal and were asked."""
     asked = 0
     for process in (psutil.Process(pid), *psutil.Process(pid).children(recursive=True)):
         with suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
-            if listens(process.pid):
+            if handles_signal(process.pid):
                 os.kill(process.pid, SHOW_STACKS)
                 asked += 1
-    time.sleep(TIME_TO_SHOW)
+    time.sleep(SECONDS_TO_SHOW_STACKS)
     return asked
 
 
-def listens(pid: int) -> bool:
-    """Whether the signal would not end the process: it is caught or, as by srun, held back to be passed on."""
+def handles_signal(pid: int) -> bool:
+    """Tell whether a process survives the signal that asks for stacks: it catches it or, as srun does, blocks it to
+    pass it on."""
     status = Path(f"/proc/{pid}/status").read_text()
     masks = dict(line.split(":", 1) for line in status.splitlines() if line.startswith(("SigCgt:", "SigBlk:")))
     return any(int(mask, 16) >> (SHOW_STACKS - 1) & 1 for mask in masks.values())

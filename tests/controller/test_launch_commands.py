@@ -14,8 +14,7 @@ from srlm_mega.config import Config
 from srlm_mega.config.file import load_config
 from srlm_mega.config.launch import LaunchConfig
 from srlm_mega.controller.loop import run_loop
-from srlm_mega.controller.stage_commands import command
-from srlm_mega.controller.stage_process import StageProcess
+from srlm_mega.controller.stage_process import StageProcess, stage_command
 from srlm_mega.errors import CannotContinue, UserError
 from srlm_mega.launch import ranks
 from srlm_mega.launch.child_process import environment
@@ -190,7 +189,7 @@ def two_nodes(*overrides: str) -> Config:
 def test_several_nodes_without_slurm_are_explained(tmp_path: Path) -> None:
     """Line by line what to start where; what needs one process only is made before."""
     with pytest.raises(CannotContinue) as stopped:
-        command([find_stage(two_nodes(), "M1")], two_nodes(), RunDir(tmp_path))
+        stage_command([find_stage(two_nodes(), "M1")], two_nodes(), RunDir(tmp_path))
     lines = str(stopped.value).splitlines()
     assert lines[0].startswith("M1 takes launch.nodes=2") and "srlm launch slurm" in lines[0]
     for rank in (0, 1):
@@ -203,18 +202,18 @@ def test_training_is_a_step_of_the_allocation(tmp_path: Path, monkeypatch: pytes
     here = Allocation(job=7, attempt=2, hosts=("localhost", "n2", "n3"))
     monkeypatch.setattr("srlm_mega.launch.ranks.current_allocation", lambda variables: here)
     config, run = two_nodes("launch.launcher=slurm"), RunDir(tmp_path / "run")
-    start = command([find_stage(config, "round_1/reference")], config, run)
+    start = stage_command([find_stage(config, "round_1/reference")], config, run)
     assert start.logs == run.root / "slurm/7/attempt_2/round_1-reference"
     assert {"--nodelist=localhost,n2", "--master-addr=localhost", "--master-port=10007"} <= set(start.argv)
-    assert command([find_stage(config, "seed")], config, run).argv[1:3] == ["stage", str(run.root)]
+    assert stage_command([find_stage(config, "seed")], config, run).argv[1:3] == ["stage", str(run.root)]
     boxed = two_nodes("launch.launcher=slurm", "launch.slurm.container=image")
-    start = command([find_stage(boxed, "seed")], boxed, run)
+    start = stage_command([find_stage(boxed, "seed")], boxed, run)
     assert start.argv[0] == "srun" and start.argv[-4:] == ["srlm", "stage", str(run.root), "seed"]
     with pytest.raises(UserError, match="a:b: a container cannot be given"):
-        command([find_stage(boxed, "M1")], boxed, RunDir(tmp_path / "a:b"))
+        stage_command([find_stage(boxed, "M1")], boxed, RunDir(tmp_path / "a:b"))
     with pytest.raises(UserError, match=r"launch\.nodes=4, but job 7 has 3: localhost, n2, n3"):
         four = load_config(TOY, ["launch.launcher=slurm", "launch.nodes=4"])
-        command([find_stage(four, "M1")], four, run)
+        stage_command([find_stage(four, "M1")], four, run)
 
 
 def test_srlm_run_refuses_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,7 +243,7 @@ def test_the_end_of_what_was_printed(tmp_path: Path) -> None:
     (nodes / "n1.log").write_text("step 1\n")
     (nodes / "n2.log").write_text(f"RuntimeError: no ib7\n{report}")
     with subprocess.Popen(["true"]) as process:
-        end = StageProcess(process, log, len("earlier attempt\n"), nodes).last_words()
+        end = StageProcess(process, log, len("earlier attempt\n"), nodes).log_tail()
     assert end.splitlines() == [
         f"The end of {log}:", "srun: error: n2: task 1: Killed",
         f"The end of {nodes / 'n1.log'}:", "step 1",

@@ -15,7 +15,7 @@ from srlm_mega.config.file import load_config
 from srlm_mega.controller import loop
 from srlm_mega.controller.background_report import BackgroundReport
 from srlm_mega.controller.display import Display
-from srlm_mega.controller.stall_watchdog import StallWatchdog, listens, stall_seconds
+from srlm_mega.controller.stall_watchdog import StallWatchdog, handles_signal, stall_seconds
 from srlm_mega.errors import StageCrashed
 from srlm_mega.launch.ranks import Start
 from srlm_mega.run.plan import find_stage
@@ -47,7 +47,7 @@ def test_a_stage_and_its_replica_show_their_stacks_and_are_ended(
 ) -> None:
     run, ready = RunDir(tmp_path), tmp_path / "ready"
     argv = [sys.executable, "-c", STUCK, str(ready), STUCK]
-    monkeypatch.setattr(loop, "command", lambda group, config, run: Start(argv))
+    monkeypatch.setattr(loop, "stage_command", lambda group, config, run: Start(argv))
     lease = run.partial(CANDIDATES.name) / "candidates.jsonl.shards" / "shard_00003.lease"
     lease.parent.mkdir(parents=True)
     lease.write_text("1")
@@ -88,7 +88,7 @@ def test_only_who_listens_is_asked() -> None:
     try:
         assert hears.stdout is not None and hears.stderr is not None
         hears.stdout.readline()
-        assert listens(hears.pid) and not listens(deaf.pid)
+        assert handles_signal(hears.pid) and not handles_signal(deaf.pid)
         os.kill(hears.pid, signal.SIGUSR2)
         assert "Current thread" in hears.stderr.readline()
         time.sleep(0.1)

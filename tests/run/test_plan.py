@@ -11,8 +11,8 @@ from srlm_mega.config.compatibility import changed
 from srlm_mega.config.file import all_keys, load_config
 from srlm_mega.config.rounds import PairsConfig
 from srlm_mega.config.sampler_backends import traits_of
-from srlm_mega.controller.loop import together
-from srlm_mega.controller.stage_commands import command
+from srlm_mega.controller.loop import stage_groups
+from srlm_mega.controller.stage_process import stage_command
 from srlm_mega.errors import UserError
 from srlm_mega.launch.child_process import environment
 from srlm_mega.launch.sampler_environment import check_sampler_environment, devices_of, sampler_process
@@ -169,7 +169,7 @@ def test_an_unknown_stage_is_named_with_the_ones_there_are() -> None:
 
 def test_neighbours_share_their_processes() -> None:
     stages = plan(CONFIG)
-    groups = [[stage.name for stage in group] for group in together(stages, stages, CONFIG)]
+    groups = [[stage.name for stage in group] for group in stage_groups(stages, stages, CONFIG)]
     assert groups[:3] == [
         ["seed"],
         ["M0", "M1"],
@@ -184,15 +184,15 @@ def test_neighbours_share_their_processes() -> None:
     ]
     assert groups[3] == ["round_1/reference", "M2"]
     without = [stage for stage in stages if stage.name != "round_1/candidates"]
-    names = [[stage.name for stage in group] for group in together(stages, without, CONFIG)]
+    names = [[stage.name for stage in group] for group in stage_groups(stages, without, CONFIG)]
     assert ["M1/evaluation", "round_1/prompts"] in names, "a finished stage in between ends a group"
 
 
 def test_command_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/opt/bin/python")
     stages, run = {stage.name: stage for stage in plan(CONFIG)}, RunDir(Path("runs/a b"))
-    assert command([stages["seed"]], CONFIG, run).argv == ["/opt/bin/srlm", "stage", "runs/a b", "seed"]
-    assert command([stages["M0"], stages["M1"]], CONFIG, run).argv == [
+    assert stage_command([stages["seed"]], CONFIG, run).argv == ["/opt/bin/srlm", "stage", "runs/a b", "seed"]
+    assert stage_command([stages["M0"], stages["M1"]], CONFIG, run).argv == [
         "/opt/bin/torchrun", "--standalone", "--nproc-per-node=2", "--no-python",
         "/opt/bin/srlm", "stage", "runs/a b", "M0", "M1",
     ]  # fmt: skip
@@ -257,7 +257,7 @@ def test_which_stages_start_in_the_samplers_environment() -> None:
 
     def groups(*overrides: str) -> list[list[str]]:
         config = load_config(TOY, ["sampler.backend=trtllm_torch", *overrides])
-        return [[stage.name for stage in group] for group in together(plan(config), plan(config), config)]
+        return [[stage.name for stage in group] for group in stage_groups(plan(config), plan(config), config)]
 
     alone = groups("sampler.container=image")
     assert ["M1/evaluation", "round_1/prompts", "round_1/candidates", "round_1/judgements"] in alone

@@ -10,7 +10,7 @@ import pytest
 
 import srlm_mega
 from srlm_mega.config.file import load_config, to_yaml
-from srlm_mega.controller.stage_commands import starts
+from srlm_mega.controller.stage_process import launch_mode
 from srlm_mega.controller.stall_watchdog import stall_seconds
 from srlm_mega.errors import UserError
 from srlm_mega.gpus import find_gpu
@@ -153,7 +153,7 @@ def test_a_new_kind_of_stage_runs_and_is_planned_and_shown(tmp_path: Path) -> No
     assert (run.root / "round_2/echo/echo.txt").read_text() == "round 2 hello"
     manifest = run.manifest("round_2/echo")
     assert manifest is not None and manifest.rows == 1
-    assert starts(stage, CONFIG) == "here" and stall_seconds(stage, CONFIG) > 0
+    assert launch_mode(stage, CONFIG) == "here" and stall_seconds(stage, CONFIG) > 0
     cluster = Cluster(find_gpu("h100"), layout_of(CONFIG), 1)
     assert [time.what for time in stage_times(stage, CONFIG, cluster, Lengths())] == ["no GPU"]
     assert row_of(stage) == "round 2" and devices_of(stage, manifest, CONFIG) == 0

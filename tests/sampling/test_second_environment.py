@@ -14,7 +14,7 @@ from places import ROOT
 from sampling_run import CANDIDATES, JUDGEMENTS, begin_run
 
 from srlm_mega.config.file import load_config
-from srlm_mega.controller.loop import command
+from srlm_mega.controller.stage_process import stage_command
 from srlm_mega.records import Candidate, Judgement, read_jsonl
 from srlm_mega.run.plan import find_stage
 from srlm_mega.run.run_dir import RunDir
@@ -110,7 +110,7 @@ def test_stages_sample_there(environment: Path, tmp_path: Path) -> None:
 def sample(made: RunDir, stage: str) -> None:
     """A stage by the command line that the controller would use."""
     config = load_config(made.config_file)
-    argv = command([find_stage(config, stage)], config, made).argv
+    argv = stage_command([find_stage(config, stage)], config, made).argv
     assert argv[0].startswith(str(config.sampler.python.parent)) == (config.sampler_replicas == 1)  # type: ignore[union-attr]
     path = os.pathsep.join([str(STAND_IN), *([str(ROOT)] if config.sampler_replicas > 1 else [])])
     run([*argv], PYTHONPATH=path)

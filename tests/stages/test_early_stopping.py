@@ -14,7 +14,7 @@ from sampling_run import with_files, write_model
 from srlm_mega.config import Config
 from srlm_mega.config.comparison import EarlyStoppingConfig
 from srlm_mega.config.file import check_endpoints, load_config, to_yaml
-from srlm_mega.controller.stage_commands import comparison_commands
+from srlm_mega.controller.stage_process import comparison_commands
 from srlm_mega.data.toy_world.word_tokenizer import toy_tokenizer
 from srlm_mega.errors import CANNOT_CONTINUE, USER_ERROR, UserError
 from srlm_mega.evaluation.checkpoint_choice import EarlyStoppingFiles, Exported, Verdict, comparison_steps, decide
