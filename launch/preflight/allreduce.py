@@ -14,7 +14,7 @@ from pathlib import Path
 import orjson
 
 from srlm_mega.config import Config
-from srlm_mega.config.preflight import PreflightConfig
+from srlm_mega.config.launch import PreflightConfig
 from srlm_mega.launch.child_process import die_with, environment
 from srlm_mega.launch.preflight.findings import Finding
 from srlm_mega.launch.preflight.this_node import ThisNode

@@ -34,20 +34,20 @@ from srlm_mega.config.training import (
 
 
 class RunConfig(Section, decides="output"):
-    """What the run is."""
+    """The run's folder, seed and number of rounds."""
 
-    dir: Annotated[Path, Decides("nothing")] = Field(description="The run folder.")
-    seed: int = Field(0, ge=0, description="Every other seed is derived from this one.")
-    rounds: Annotated[int, Decides("nothing")] = Field(2, ge=0, description="Self-rewarding rounds: 2 make M2 and M3.")
+    dir: Annotated[Path, Decides("nothing")] = Field(description="Folder of the run; created if missing.")
+    seed: int = Field(0, ge=0, description="Seed of the run; every other seed is derived from it.")
+    rounds: Annotated[int, Decides("nothing")] = Field(2, ge=0, description="Self-rewarding rounds; 2 make M2 and M3.")
 
 
 class Config(Section, decides="output"):
-    """One run."""
+    """The whole configuration of one run."""
 
     run: RunConfig
     model: ModelConfig
     seed_data: SeedDataConfig
-    pretrain: OptimizationConfig | None = Field(None, description="Toy world: makes M0 from random weights.")
+    pretrain: OptimizationConfig | None = Field(None, description="Pre-training of M0 (toy world); null: none.")
     sft: OptimizationConfig
     dpo: DpoConfig
     parallel: ParallelConfig = ParallelConfig()
@@ -63,7 +63,7 @@ class Config(Section, decides="output"):
     meta_judge: MetaJudgeConfig = MetaJudgeConfig()
     health: HealthConfig = HealthConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
-    early_stopping: EarlyStoppingConfig | None = Field(None, description="None: training runs to its last step.")
+    early_stopping: EarlyStoppingConfig | None = Field(None, description="Early stopping; null: all steps are taken.")
     sampler: SamplerConfig = SamplerConfig()
     runtime: RuntimeConfig = RuntimeConfig()
 
@@ -75,18 +75,18 @@ class Config(Section, decides="output"):
         return self
 
     def longest_prompt(self, max_new_tokens: int) -> int:
-        """Tokens of the longest prompt that leaves room for a whole answer."""
+        """Return the largest number of prompt tokens that leaves room for a whole answer."""
         return self.model.seq_length - max_new_tokens
 
     @property
     def builds_eft(self) -> bool:
-        """Whether an SFT baseline is trained to write EFT."""
+        """True where an SFT baseline is trained to write EFT."""
         wanted = self.seed_data.source != "toy_world" if self.eft.build is None else self.eft.build
         return self.eft.enabled and wanted
 
     @property
     def pairwise_judges(self) -> dict[str, PairwiseJudgeConfig]:
-        """The external judges that this run asks, by section."""
+        """The external judges of this run, by section."""
         judges = {
             "evaluation.pairwise_judge": self.evaluation.pairwise_judge if self.evaluation.pairwise else None,
             "early_stopping.judge": None if self.early_stopping is None else self.early_stopping.judge,
@@ -95,15 +95,15 @@ class Config(Section, decides="output"):
 
     @property
     def world_size(self) -> int:
-        """Processes of a training stage."""
+        """Number of processes (ranks) of a training stage."""
         return self.launch.nodes * self.launch.processes_per_node
 
     @property
     def data_parallel_size(self) -> int:
-        """Replicas of the model in a training stage."""
+        """Number of replicas of the model in a training stage."""
         return self.world_size // self.parallel.model_parallel_size
 
     @property
     def sampler_replicas(self) -> int:
-        """Processes that each hold the sampled model once."""
+        """Number of replicas that sample: each holds the model once."""
         return self.sampler.num_devices // self.sampler.devices_per_replica

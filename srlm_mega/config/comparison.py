@@ -1,4 +1,4 @@
-"""Who compares two responses, and early stopping by such comparisons."""
+"""The judge that compares two responses, and early stopping by such comparisons."""
 
 import re
 from collections.abc import Mapping
@@ -16,23 +16,23 @@ VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 class PairwiseJudgeConfig(Section, decides="output"):
     """A model that compares two responses: local, through the sampler, or behind an OpenAI-compatible endpoint."""
 
-    model: str = Field(description="A Hugging Face folder; with `endpoint`, the model's name there.")
+    model: str = Field(description="Hugging Face folder of the judge; with `endpoint`, the model's name there.")
     endpoint: Annotated[str | None, Decides("reach")] = Field(
-        None, description="Base URL of the endpoint, for example http://host:8000/v1."
+        None, description="Base URL of the endpoint, for example http://host:8000/v1; null: a local judge."
     )
     api_key_variable: Annotated[str | None, Decides("reach")] = Field(
-        None, description="Name of the environment variable that holds the endpoint's key; none: no key is sent."
+        None, description="Name of the environment variable that holds the endpoint's key; null: no key is sent."
     )
-    max_new_tokens: int = Field(512, ge=1, description="Tokens of a judgement.")
+    max_new_tokens: int = Field(512, ge=1, description="Longest judgement, in tokens.")
     timeout_seconds: Annotated[float, Decides("reach")] = Field(
-        120.0, gt=0, description="Endpoint: longest wait for one answer."
+        120.0, gt=0, description="Longest wait for one answer of the endpoint, in seconds."
     )
     attempts: Annotated[int, Decides("reach")] = Field(
-        5, ge=1, description="Endpoint: tries of a request, with growing waits between them."
+        5, ge=1, description="Tries of each request to the endpoint, with growing waits between them."
     )
-    concurrent_requests: Annotated[int, Decides("reach")] = Field(8, ge=1, description="Endpoint: requests at once.")
+    concurrent_requests: Annotated[int, Decides("reach")] = Field(8, ge=1, description="Requests in flight at once.")
     max_failed_share: Annotated[float, Decides("reach")] = Field(
-        0.05, ge=0, lt=1, description="Comparisons that may fail for good, as a share; more stop the run."
+        0.05, ge=0, lt=1, description="Largest share of comparisons that may fail for good; more stop the run."
     )
 
     # The messages name no value: who mistakes the fields may have put a key there.
@@ -58,7 +58,7 @@ class PairwiseJudgeConfig(Section, decides="output"):
         return name
 
     def key(self, environment: Mapping[str, str]) -> str | None:
-        """The endpoint's key; None where none is sent. UserError when its variable is not set."""
+        """Return the endpoint's key, None where none is sent. UserError when its variable is not set."""
         if self.endpoint is None or self.api_key_variable is None:
             return None
         key = environment.get(self.api_key_variable, "").strip()
@@ -71,17 +71,19 @@ class PairwiseJudgeConfig(Section, decides="output"):
 
 
 class EarlyStoppingConfig(Section, decides="output"):
-    """Every so many steps, the newest checkpoint's greedy responses against those of the best one so far."""
+    """Comparisons of the newest checkpoint's greedy responses with those of the best one so far, during training."""
 
     judge: PairwiseJudgeConfig
-    stages: tuple[Literal["sft", "dpo"], ...] = Field(("dpo",), description="Which training: M1's sft, rounds' dpo.")
-    eval_interval: int = Field(200, ge=1, description="Optimiser steps between comparisons; the last step has one too.")
+    stages: tuple[Literal["sft", "dpo"], ...] = Field(
+        ("dpo",), description="Trainings that stop early: sft (of M1), dpo (of each round)."
+    )
+    eval_interval: int = Field(200, ge=1, description="Optimizer steps between comparisons; the last step has one too.")
     stop_below: float = Field(
-        0.5, gt=0, lt=1, description="A checkpoint whose score (ties count half) is below this is not kept."
+        0.5, gt=0, lt=1, description="Win rate (ties count half) below which a checkpoint is not kept."
     )
     patience: int = Field(
-        1, ge=1, description="Comparisons in a row that may be lost; the last of them stops training."
+        1, ge=1, description="Comparisons in a row that may be lost; training stops at the last of them."
     )
     min_valid_share: Annotated[float, Decides("limit")] = Field(
-        0.5, gt=0, le=1, description="Prompts that need a verdict in both orders, as a share; fewer stop the run."
+        0.5, gt=0, le=1, description="Smallest share of prompts with a verdict in both orders; fewer stop the run."
     )

@@ -1,4 +1,4 @@
-"""What older versions wrote and today's reads: options that were added, renamed or removed since."""
+"""Files of older versions, read by this one: options that were added, renamed or removed since."""
 
 import sys
 from collections.abc import Container, Mapping
@@ -17,8 +17,8 @@ REMOVED: dict[str, Any] = {}
 
 
 def changed(old: Mapping[str, Any], new: Mapping[str, Any], ignored: Container[str] = ()) -> dict[str, tuple[Any, Any]]:
-    """Keys whose values differ, with both values. A key that one side does not know has its default there. Keys in
-    `ignored`, and those that decide no output any more, may differ."""
+    """Return the keys whose values differ, with both values. A key that one side does not know has its default there.
+    Keys in `ignored`, and those that decide no output any more, may differ."""
     old = {RENAMED.get(key, key): value for key, value in old.items()}
     free = deciding("limit", "reach", "nothing")
     keys = [key for key in sorted(old.keys() | new.keys()) if key not in ignored and key not in free]
@@ -27,12 +27,12 @@ def changed(old: Mapping[str, Any], new: Mapping[str, Any], ignored: Container[s
 
 
 def listed(changes: Mapping[str, tuple[Any, Any]]) -> str:
-    """Changed keys with both values, each on a line of its own."""
+    """Return changed keys with both values, each on a line of its own."""
     return "".join(f"\n  - {key}: was {old!r}, now {new!r}" for key, (old, new) in changes.items())
 
 
 def recorded(key: str, values: Mapping[str, Any]) -> Any:
-    """A key's value among these, else its default; None inside a section that is absent there."""
+    """Return a key's value among these, else its default; None inside a section that is absent there."""
     if key in values or key in REMOVED:
         return values.get(key, REMOVED.get(key))
     if key not in knobs():
@@ -43,28 +43,28 @@ def recorded(key: str, values: Mapping[str, Any]) -> Any:
     return knobs()[key].default
 
 
-def in_todays_words(raw: dict[str, Any], source: str) -> None:
-    """Give the values of a configuration file their present names, in place, and say so once; removed keys that have
-    their last default go. What is left under an old name is an error, which `former` words."""
+def rename_old_keys(raw: dict[str, Any], source: str) -> None:
+    """Rename the keys of a configuration file to their present names, in place, and print so once; drop removed keys
+    that have their last default. A key left under an old name is an error, for which `former` has the words."""
     given = flat(raw)
     found = {old: new for old, new in RENAMED.items() if old in given and new not in given}
     for old, new in found.items():
         put(raw, new, take(raw, old))
     if found:
-        tell(f"{source}: " + ", ".join(f"{old} is now {new}" for old, new in found.items()))
+        print_once(f"{source}: " + ", ".join(f"{old} is now {new}" for old, new in found.items()))
     for key, default in REMOVED.items():
         if key in given and given[key] == default:
             take(raw, key)
 
 
 def former(key: str, value: Any) -> list[str]:
-    """What is wrong with an unknown key, or with what is in an unknown section, where older versions knew it."""
+    """Return messages about an unknown key, or an unknown section's keys, that older versions knew."""
     given = flat({key: value})
     renamed = [
         f"{old} is now {RENAMED[old]}, which is given too: remove one of them" for old in given if old in RENAMED
     ]
     removed = [
-        f"{old} was removed, and what it did is always as with {REMOVED[old]!r}: got {given[old]!r}"
+        f"{old} was removed, and srlm now behaves as with {REMOVED[old]!r}: remove the key; got {given[old]!r}"
         for old in given
         if old in REMOVED
     ]
@@ -72,8 +72,8 @@ def former(key: str, value: Any) -> list[str]:
 
 
 def put(values: dict[str, Any], key: str, value: Any) -> None:
-    """Set a value by its dotted key, making sections that are missing; where no section can be, nothing happens:
-    validation reports what is there."""
+    """Set a value by its dotted key, in sections that are made where missing. Where something else is in a section's
+    place, nothing happens: validation reports it."""
     *sections, name = key.split(".")
     target: Any = values
     for section in sections:
@@ -85,7 +85,7 @@ def put(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 def take(values: dict[str, Any], key: str) -> Any:
-    """Remove a value by its dotted key, and sections that are empty then; returns it."""
+    """Remove and return a value by its dotted key, and remove sections that are empty then."""
     section, _, rest = key.partition(".")
     if not rest:
         return values.pop(section)
@@ -96,6 +96,6 @@ def take(values: dict[str, Any], key: str) -> Any:
 
 
 @cache
-def tell(line: str) -> None:
+def print_once(line: str) -> None:
     """Print a line to stderr, once per process."""
     print(line, file=sys.stderr)

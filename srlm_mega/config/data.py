@@ -1,4 +1,4 @@
-"""Seed data, and what a round makes: prompts, candidates, judgements; what is measured."""
+"""Seed data; prompts, candidates and judgements of a round; evaluation."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,115 +10,115 @@ from srlm_mega.config.section import Decides, Section
 
 
 class SeedDataConfig(Section, decides="output"):
-    """Where IFT, EFT and the held-out sets come from."""
+    """Source of IFT, EFT and the held-out sets."""
 
     source: Literal["toy_world", "oasst", "jsonl"] = Field(
-        description="The toy world (with ground truth), OpenAssistant's conversation trees, or files of one's own."
+        description="The toy world (with ground truth), OpenAssistant's trees (oasst), or your own files (jsonl)."
     )
-    path: Path | None = Field(None, description="OpenAssistant *.trees.jsonl(.gz); jsonl: supervised examples.")
-    ranked_path: Path | None = Field(None, description="jsonl: preferences, for EFT and EFT-eval.")
-    num_documents: int = Field(0, ge=0, description="Toy world: pre-training documents.")
-    num_ift: int = Field(3200, ge=1, description="IFT examples, upper limit; paper: 3200.")
-    num_eft: int = Field(1630, ge=0, description="EFT examples, each a judged reply; built ones: upper limit.")
-    num_eft_sources: int = Field(0, ge=0, description="Ranked reply sets to build EFT from: upper limit.")
-    num_eft_eval: int = Field(541, ge=2, description="Held-out ranked replies, counted one by one.")
-    num_validation: int = Field(253, ge=1, description="Held-out prompts for early stopping.")
-    num_test: int = Field(0, ge=0, description="Held-out prompts that models are compared on; 0: those of validation.")
+    path: Path | None = Field(None, description="OpenAssistant's *.trees.jsonl(.gz), or supervised examples (jsonl).")
+    ranked_path: Path | None = Field(None, description="File of preferences for EFT and EFT-eval (source=jsonl).")
+    num_documents: int = Field(0, ge=0, description="Pre-training documents of the toy world.")
+    num_ift: int = Field(3200, ge=1, description="Largest number of IFT examples; paper: 3200.")
+    num_eft: int = Field(1630, ge=0, description="Largest number of EFT examples, each a judged reply; paper: 1630.")
+    num_eft_sources: int = Field(0, ge=0, description="Largest number of prompts whose ranked replies give EFT.")
+    num_eft_eval: int = Field(
+        541, ge=2, description="Held-out ranked replies (EFT-eval), counted one by one; paper: 541."
+    )
+    num_validation: int = Field(253, ge=1, description="Number of held-out prompts for early stopping; paper: 253.")
+    num_test: int = Field(0, ge=0, description="Held-out prompts that models are compared on; 0: the validation set.")
     later_turns: bool = Field(
-        True, description="OpenAssistant: EFT also from later turns, the conversation flattened into the question."
+        True, description="Take EFT from later turns of OpenAssistant's trees too, flattened into one question."
     )
     near_duplicate_rouge_l: float = Field(
-        0.7, gt=0, le=1, description="A prompt with a ROUGE-L F1 above this with a drawn one is passed over."
+        0.7, gt=0, le=1, description="ROUGE-L F1 with a prompt already drawn above which a prompt is left out."
     )
 
 
 class EftConfig(Section, decides="output"):
-    """Evaluation fine-tuning: M1 learns to judge as well as to answer."""
+    """Evaluation fine-tuning: M1 is trained to judge as well as to answer."""
 
-    enabled: bool = Field(True, description="false: the ablation M1' = SFT on IFT alone.")
+    enabled: bool = Field(True, description="Train M1 on EFT too; false: the ablation, SFT on IFT alone.")
     build: bool | None = Field(
         None,
-        description="Whether an SFT baseline writes EFT by judging ranked replies, or it comes with the seed data; "
+        description="Build EFT: an SFT baseline judges ranked replies; false: EFT comes with the seed data; "
         "null: built unless the seed data has it (toy world).",
     )
-    attempts: int = Field(8, ge=1, description="Judgements of each reply: tries to agree with the ranking.")
+    attempts: int = Field(8, ge=1, description="Judgements per ranked reply: tries to agree with the ranking.")
     mode: Literal["no_inversion", "strict"] = Field(
         "no_inversion",
         description="no_inversion: no worse reply scores higher, the best above the worst; strict: the whole order.",
     )
-    temperature: float = Field(0.7, gt=0, description="Sampling temperature of the baseline's judgements.")
-    top_p: float = Field(0.9, gt=0, le=1, description="Nucleus of the baseline's judgements, as probability mass.")
+    temperature: float = Field(0.7, gt=0, description="Sampling temperature of the SFT baseline's judgements.")
+    top_p: float = Field(0.9, gt=0, le=1, description="Nucleus of the SFT baseline's judgements, as probability mass.")
     min_examples: Annotated[int, Decides("limit")] = Field(
-        1, ge=0, description="Fewer than this stop the run (exit code 3)."
+        1, ge=0, description="Smallest number of EFT examples; fewer stop the run (exit code 3)."
     )
 
 
 class PromptsConfig(Section, decides="output"):
-    """New prompts of a round: Self-Instruct few-shot, then filters."""
+    """New prompts of a round: few-shot lists (Self-Instruct), then filters."""
 
     generator: Literal["self_instruct", "file"] = Field(
         "self_instruct",
-        description="self_instruct: a model writes prompts from few-shot lists; file: they are read from path.",
+        description="Source of new prompts: self_instruct (a model continues few-shot lists) or file (read from path).",
     )
     writer: Path | Literal["base", "current"] = Field(
-        "base", description="Which model writes: M0, M(t), or the Hugging Face folder of another one."
+        "base", description="Model that writes: base (M0), current (M(t)), or the Hugging Face folder of another one."
     )
-    path: Path | None = Field(None, description="generator=file: JSONL with `instruction` or `text` per line.")
-    per_round: int = Field(5000, ge=1, description="Prompts that a round needs, after filters.")
-    shots_ift: int = Field(
-        6, ge=0, description="IFT prompts among the few-shot examples of a list; paper and Self-Instruct: 6."
-    )
-    shots_generated: int = Field(
-        2, ge=0, description="Generated prompts among the few-shot examples; paper and Self-Instruct: 2."
-    )
+    path: Path | None = Field(None, description="JSONL of prompts, with `instruction` or `text` (generator=file).")
+    per_round: int = Field(5000, ge=1, description="Number of prompts that a round needs, after filters.")
+    shots_ift: int = Field(6, ge=0, description="IFT prompts among the few-shot examples; paper: 6.")
+    shots_generated: int = Field(2, ge=0, description="Generated prompts among the few-shot examples; paper: 2.")
     temperature: float = Field(0.6, gt=0, description="Sampling temperature of the writer; paper: 0.6.")
     top_p: float = Field(0.9, gt=0, le=1, description="Nucleus of the writer, as probability mass; paper: 0.9.")
-    max_new_tokens: int = Field(1024, ge=1, description="Longest list, in tokens.")
+    max_new_tokens: int = Field(1024, ge=1, description="Longest list that the writer may write, in tokens.")
     stop: tuple[str, ...] = Field(
-        (), description="What ends the writer's list besides the end token, for a writer that goes on and on."
+        (), description="Texts that end a list besides the end token, for a writer that does not stop by itself."
     )
-    min_words: int = Field(4, ge=1, description="Shorter prompts are passed over, in words.")
-    max_words: int = Field(150, ge=1, description="Longer prompts are passed over, in words.")
-    rouge_l_max: float = Field(0.7, gt=0, le=1, description="1 keeps all but exact duplicates.")
-    max_requests: int = Field(20000, ge=1, description="Stop, with a message, when this many lists did not do.")
+    min_words: int = Field(4, ge=1, description="Shortest prompt that is kept, in words.")
+    max_words: int = Field(150, ge=1, description="Longest prompt that is kept, in words.")
+    rouge_l_max: float = Field(
+        0.7, gt=0, le=1, description="Largest ROUGE-L F1 with a kept prompt; 1: drop exact copies."
+    )
+    max_requests: int = Field(20000, ge=1, description="Largest number of lists; too few prompts by then stop the run.")
 
 
 class CandidatesConfig(Section, decides="output"):
-    """N responses per prompt."""
+    """Candidates: several sampled responses per prompt."""
 
-    n: int = Field(4, ge=2, description="Responses per prompt; paper: 4.")
+    n: int = Field(4, ge=2, description="Number of responses per prompt; paper: 4.")
     temperature: float = Field(0.7, gt=0, description="Sampling temperature; paper: 0.7.")
     top_p: float = Field(0.9, gt=0, le=1, description="Nucleus, as probability mass; paper: 0.9.")
-    max_new_tokens: int = Field(2048, ge=1, description="Longest response, in tokens; longer ones count as truncated.")
+    max_new_tokens: int = Field(2048, ge=1, description="Longest response, in tokens; one cut off there is truncated.")
 
 
 class JudgeConfig(Section, decides="output"):
-    """LLM-as-a-judge: k judgements per response, averaged."""
+    """LLM-as-a-judge: the mean score of several judgements per response."""
 
     backend: Annotated[Literal["model", "random"], Decides("output", part="backend")] = Field(
-        "model", description="random: the control without a judge."
+        "model", description="Judge of the candidates: model (M(t) itself), or random, the control without a judge."
     )
     template: Path | Literal["additive", "multiple_choice", "toy"] = Field(
         "additive",
-        description="The judge's prompt: additive (the paper's, 0 to 5 points), multiple_choice, toy, or a file.",
+        description="Prompt of the judge: additive (the paper's, 0 to 5 points), multiple_choice, toy, or a file.",
     )
-    n: int = Field(3, ge=1, description="Judgements per response; their mean is its reward; paper: 3.")
+    n: int = Field(3, ge=1, description="Number of judgements per response, whose mean score is the reward; paper: 3.")
     temperature: float = Field(0.7, gt=0, description="Sampling temperature; paper: 0.7.")
     top_p: float = Field(0.9, gt=0, le=1, description="Nucleus, as probability mass; paper: 0.9.")
     max_new_tokens: int = Field(512, ge=1, description="Longest judgement, in tokens.")
     min_valid: Annotated[int, Decides("output", part="rewards")] = Field(
-        1, ge=1, description="Fewer parsed scores than this: the response has no reward."
+        1, ge=1, description="Smallest number of readable scores; with fewer the response has no reward."
     )
 
 
 class EvaluationConfig(Section, decides="output"):
-    """What is measured after each model."""
+    """Measurements of each model."""
 
     temperature: float = Field(0.7, gt=0, description="Sampling temperature of the sampled responses.")
     top_p: float = Field(0.9, gt=0, le=1, description="Nucleus of the sampled responses, as probability mass.")
-    judge_replicates: int = Field(1, ge=1, description="Replicates of the k-sample mean on EFT-eval.")
+    judge_replicates: int = Field(1, ge=1, description="Replicates of the mean of several judgements, on EFT-eval.")
     judge_means: tuple[PositiveInt, ...] = Field(
-        (1, 3), description="Judgements per mean that the judge is measured by."
+        (1, 3), description="Numbers of judgements per mean for which the judge is measured."
     )
-    pairwise: bool = Field(False, description="Each later model's responses against M1's by a judge, in both orders.")
-    pairwise_judge: PairwiseJudgeConfig | None = Field(None, description="That judge; none: M1.")
+    pairwise: bool = Field(False, description="Compare later models with M1 by a judge, in both orders.")
+    pairwise_judge: PairwiseJudgeConfig | None = Field(None, description="Judge of those comparisons; null: M1.")

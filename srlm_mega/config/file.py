@@ -1,4 +1,4 @@
-"""From a YAML file and `section.key=value` overrides to a Config, with every mistake named in one screen."""
+"""A Config from a YAML file and `section.key=value` overrides, with every mistake named at once."""
 
 import difflib
 import os
@@ -13,7 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from srlm_mega.config import Config
-from srlm_mega.config.compatibility import RENAMED, former, in_todays_words, put, tell
+from srlm_mega.config.compatibility import RENAMED, former, print_once, put, rename_old_keys
 from srlm_mega.config.knobs import flat, knobs
 from srlm_mega.errors import UserError
 
@@ -22,12 +22,12 @@ PRESETS = Path(__file__).parent.parent / "launch" / "configs"
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """The resolved configuration; UserError lists everything that is wrong with it."""
+    """Return the resolved configuration; UserError lists everything that is wrong with it."""
     return parse_config(apply_overrides(read_yaml(path), overrides), str(path))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The sections of a configuration file, or of a preset by its name."""
+    """Return the sections of a configuration file, or of a preset by its name."""
     path = find_file(path)
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -35,13 +35,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not YAML: {error}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path} must hold sections such as `run:` and `model:`, got {type(raw).__name__}")
-    in_todays_words(raw, str(path))
+    rename_old_keys(raw, str(path))
     return raw
 
 
 def find_file(path: Path) -> Path:
-    """The configuration file at this path or, if there is none, the shipped preset of this name. UserError lists the
-    presets when it is neither."""
+    """Return the configuration file at this path or, if there is none, the shipped preset of this name. UserError
+    lists the presets when it is neither."""
     if path.is_file():
         return path
     presets = {preset.stem: preset for preset in sorted(PRESETS.glob("*.yaml"))}
@@ -51,8 +51,8 @@ def find_file(path: Path) -> Path:
 
 
 def apply_overrides(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """`section.key=value`, values read as YAML. Megatron's spelling works too: `--tensor-model-parallel-size=2`
-    stands for the one section that has such a key."""
+    """Return the sections with `section.key=value` overrides, whose values are YAML. Megatron's spelling works too:
+    `--tensor-model-parallel-size=2` stands for the one section that has such a key."""
     merged: dict[str, Any] = deepcopy(dict(raw))
     for override in overrides:
         key, equals, text = override.lstrip("-").partition("=")
@@ -67,7 +67,7 @@ def apply_overrides(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[st
 
 
 def scalar(text: str, override: str) -> Any:
-    """An override's value, read as YAML. YAML 1.1 takes `1e-6` for text; it is a number here."""
+    """Return an override's value, read as YAML. YAML 1.1 takes `1e-6` for text; it is a number here."""
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
@@ -78,12 +78,12 @@ def scalar(text: str, override: str) -> Any:
 
 
 def full_key(key: str, override: str) -> str:
-    """The dotted key that a dotted or a bare one stands for."""
+    """Return the dotted key that a dotted or a bare one stands for."""
     if key in RENAMED:
-        tell(f"override {override!r}: {key} is now {RENAMED[key]}")
+        print_once(f"override {override!r}: {key} is now {RENAMED[key]}")
     if "." in key:
         return RENAMED.get(key, key)
-    owners = [dotted for dotted in all_keys() if dotted.rpartition(".")[2] == key]
+    owners = [dotted for dotted in knobs() if dotted.rpartition(".")[2] == key]
     if len(owners) == 1:
         return owners[0]
     if owners:
@@ -92,7 +92,7 @@ def full_key(key: str, override: str) -> str:
 
 
 def parse_config(raw: Mapping[str, Any], source: str) -> Config:
-    """Validate; UserError with one line per mistake."""
+    """Validate a configuration's sections; UserError has a line per mistake."""
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
@@ -101,7 +101,7 @@ def parse_config(raw: Mapping[str, Any], source: str) -> Config:
 
 
 def describe(item: Mapping[str, Any]) -> str:
-    """One pydantic error as: where, what, what it got, what to do."""
+    """Return one pydantic error in words: where, what, what it got, what to do."""
     where = ".".join(str(part) for part in item["loc"])
     match item["type"]:
         case "extra_forbidden":
@@ -116,8 +116,8 @@ def describe(item: Mapping[str, Any]) -> str:
 
 
 def nearest(key: str) -> str:
-    """The valid keys that look most like a wrong one."""
-    keys = all_keys()
+    """Return a hint: the valid keys that look most like a wrong one."""
+    keys = list(knobs())
     section, dot, name = key.partition(".")
     close = difflib.get_close_matches(key, keys, n=3, cutoff=0.6)
     by_name = difflib.get_close_matches(name if dot else section, [k.partition(".")[2] for k in keys], n=3, cutoff=0.6)
@@ -130,18 +130,13 @@ def nearest(key: str) -> str:
     return "Sections: " + ", ".join(Config.model_fields)
 
 
-def all_keys() -> list[str]:
-    """Every `section.key` there is; a section in a section adds its own keys."""
-    return list(knobs())
-
-
 def leaves(config: Config) -> dict[str, Any]:
-    """The resolved values by dotted key, in the order of the sections; an absent section is one leaf, null."""
+    """Return the resolved values by dotted key, in the order of the sections; an absent section is one leaf, null."""
     return flat(config.model_dump(mode="json"))
 
 
 def origins(path: Path, overrides: Sequence[str]) -> dict[str, str]:
-    """Where each resolved value came from: `override`, the file's name, or `default`."""
+    """Return the source of each resolved value: `override`, the file's name, or `default`."""
     path = find_file(path)
     raw = read_yaml(path)
     merged = apply_overrides(raw, overrides)
@@ -158,7 +153,7 @@ def origins(path: Path, overrides: Sequence[str]) -> dict[str, str]:
 
 
 def check_outside_files(config: Config) -> None:
-    """UserError that lists every file the configuration names and that is not there, before anything is written."""
+    """Raise UserError with a list of all files that the configuration names and that are missing."""
     template = config.judge.template
     named = {
         "model.path": config.model.path,
@@ -183,7 +178,7 @@ def check_outside_files(config: Config) -> None:
 
 
 def check_endpoints(config: Config) -> None:
-    """UserError when a judge's endpoint could not be asked from here: its key or the client is not there."""
+    """Raise UserError when a judge's endpoint cannot be asked from here: its key or the HTTP client is missing."""
     for section, judge in config.pairwise_judges.items():
         judge.key(os.environ)
         if judge.endpoint is not None and find_spec("httpx") is None:
@@ -191,5 +186,5 @@ def check_endpoints(config: Config) -> None:
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved configuration as a file that `load_config` reads back to an equal Config."""
+    """Return the resolved configuration as YAML that `load_config` reads back to an equal Config."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

@@ -13,7 +13,7 @@ from srlm_mega.config.section import Decides, Decision, Section, section_in
 
 @dataclass(frozen=True)
 class Knob:
-    """One value of a configuration. `default` is as JSON has it, None where the value must be given.
+    """One value of a configuration. `default` is in JSON's form, None where the value must be given.
     `optional_sections` are the sections around it that may be absent, outermost first."""
 
     key: str
@@ -25,14 +25,14 @@ class Knob:
 
 @cache
 def knobs() -> Mapping[str, Knob]:
-    """Every knob by its dotted key, in the order of the sections."""
+    """Return every knob by its dotted key, in the order of the sections."""
     return {knob.key: knob for knob in knobs_of(Config, {}, "", ())}
 
 
 def knobs_of(
     section: type[Section], given: Mapping[str, Any], prefix: str, optional: tuple[str, ...]
 ) -> Iterator[Knob]:
-    """The knobs of a section and of those inside it. `given` has the defaults that the section around it sets."""
+    """Yield the knobs of a section and of those inside it. `given` has the defaults that the section around it sets."""
     for name, field in section.model_fields.items():
         key, default = f"{prefix}{name}", given.get(name, field.default)
         inner = section_in(field)
@@ -45,17 +45,17 @@ def knobs_of(
 
 
 def deciding(*decisions: Decision) -> frozenset[str]:
-    """The knobs that decide one of these."""
+    """Return the keys of the knobs that decide one of these."""
     return frozenset(key for key, knob in knobs().items() if knob.decides.what in decisions)
 
 
 def keys_of(section: str, part: str | None) -> tuple[str, ...]:
-    """The knobs of a section that are of this part of it, or (None) of no part."""
+    """Return the keys of a section's knobs that belong to this part of it, or (None) to no part."""
     return tuple(key for key, knob in knobs().items() if key.startswith(f"{section}.") and knob.decides.part == part)
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, by dotted key."""
+    """Return nested mappings as one, by dotted key."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         found.update(flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})

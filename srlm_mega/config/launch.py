@@ -1,45 +1,64 @@
-"""How a run's processes are started: torchrun on this node, or steps of a Slurm allocation."""
+"""Processes of a run: torchrun on this node, or steps of a Slurm allocation; the preflight before a job."""
 
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
-from srlm_mega.config.preflight import PreflightConfig
 from srlm_mega.config.section import Section
 
 
 class SlurmConfig(Section, decides="layout"):
-    """What `srlm launch slurm` writes into a job, and how the job's steps start."""
+    """Contents of the job that `srlm launch slurm` writes, and the start of its steps."""
 
     partition: str | None = Field(None, description="Partition of the job; null: the cluster's default.")
     account: str | None = Field(None, description="Account that the job is charged to; null: the cluster's default.")
-    time: str | None = Field(None, description='Wall-clock limit, for example "24:00:00" (quoted); none: the default.')
-    sbatch_options: tuple[str, ...] = Field((), description="Further lines, for example --qos=high.")
-    gpu_option: Literal["gpus-per-node", "gres"] = Field("gpus-per-node", description="How GPUs are asked for here.")
+    time: str | None = Field(None, description='Wall-clock limit, for example "24:00:00" (quoted); null: the default.')
+    sbatch_options: tuple[str, ...] = Field((), description="Further options of sbatch, for example --qos=high.")
+    gpu_option: Literal["gpus-per-node", "gres"] = Field("gpus-per-node", description="Option that asks for GPUs.")
     signal_seconds: int = Field(
-        300, ge=1, le=65535, description="Warning before the time limit: time for a checkpoint."
+        300, ge=1, le=65535, description="Seconds of warning before the time limit: time for a checkpoint."
     )
-    max_restarts: int = Field(20, ge=0, description="A job that was requeued so often ends.")
-    python: Path | None = Field(None, description="Python on the nodes, with srlm beside it; none: this one.")
-    modules: tuple[str, ...] = Field((), description="Environment modules the job loads.")
+    max_restarts: int = Field(20, ge=0, description="Largest number of times that a job is requeued.")
+    python: Path | None = Field(None, description="Python on the nodes, with srlm next to it; null: this one.")
+    modules: tuple[str, ...] = Field((), description="Environment modules that the job loads.")
     environment: dict[str, str] = Field(
-        {}, description="Further variables, for example NCCL_IB_HCA; no secrets: the run keeps it."
+        {}, description="Further variables of the environment, such as NCCL_IB_HCA; no secrets: the run keeps them."
     )
-    network_interface: str | None = Field(None, description="For NCCL's and gloo's sockets, for example ib0.")
-    container: str | None = Field(None, description="Image (pyxis) for what needs torch; srlm run stays outside.")
-    mounts: tuple[Path, ...] = Field((), description="Folders the container sees besides the working directory.")
+    network_interface: str | None = Field(None, description="Interface of NCCL's and gloo's sockets, for example ib0.")
+    container: str | None = Field(None, description="Image (pyxis) for stages; srlm run itself stays outside.")
+    mounts: tuple[Path, ...] = Field((), description="Folders that the container sees besides the working directory.")
+
+
+class PreflightConfig(Section, decides="layout"):
+    """Limits of the check of all nodes before a job; the waits together should stay under a minute."""
+
+    check_seconds: float = Field(10.0, gt=0, description="Longest time of one check on one node, in seconds.")
+    report_seconds: float = Field(15.0, gt=0, description="Longest wait of node 0 for all reports, in seconds.")
+    allreduce_seconds: float = Field(
+        35.0, gt=0, description="Longest time of the all-reduces, from the start of ranks, in seconds."
+    )
+    allreduce_mib: int = Field(16, ge=1, description="Size of each rank's part of an all-reduce, in MiB.")
+    floor_within_node: float = Field(
+        0.01, ge=0, description="Lowest bus bandwidth (as in nccl-tests) within a node, in GB/s."
+    )
+    floor_between_nodes: float = Field(
+        0.01,
+        ge=0,
+        description="Lowest bus bandwidth between nodes, in GB/s. Set both to half of what a sound cluster gave.",
+    )
+    max_clock_skew_seconds: float = Field(5.0, gt=0, description="Largest difference of nodes' clocks, in seconds.")
 
 
 class LaunchConfig(Section, decides="layout"):
-    """How training stages start."""
+    """Nodes, processes and launcher of training stages."""
 
-    nodes: int = Field(1, ge=1, description="Nodes of a training stage.")
+    nodes: int = Field(1, ge=1, description="Number of nodes of a training stage.")
     processes_per_node: int = Field(1, ge=1, description="Ranks per node of a training stage: one per GPU.")
-    threads_per_process: int = Field(1, ge=1, description="OMP_NUM_THREADS of a stage's processes.")
+    threads_per_process: int = Field(1, ge=1, description="CPU threads (OMP_NUM_THREADS) of each process of a stage.")
     launcher: Literal["torchrun", "slurm"] = Field(
-        "torchrun", description="torchrun: on this node; slurm: as steps of the allocation that srlm run is in."
+        "torchrun", description="Start on this node (torchrun), or as steps of srlm run's Slurm allocation (slurm)."
     )
-    rendezvous: Literal["static", "c10d"] = Field("static", description="How ranks on several nodes meet.")
+    rendezvous: Literal["static", "c10d"] = Field("static", description="Rendezvous of ranks on several nodes.")
     slurm: SlurmConfig = SlurmConfig()
     preflight: PreflightConfig = PreflightConfig()

@@ -1,5 +1,5 @@
-"""What a model's shape amounts to: parameters, floating point operations (FLOP) and bytes. For the trainer's memory
-budget and MFU, the planner, and the disk that a run needs.
+"""Sizes that follow from a model's shape: parameters, floating point operations (FLOP) and bytes; for the trainer's
+memory budget and MFU, the planner, and the disk that a run needs.
 
 Model FLOP are forward and backward, for a dense decoder 6 * [L * (2 h^2 (1 + kv/heads) + 3 h ffn) + h V + a L h s] per
 token: a = 2 counts full attention (megatron-core up to 0.11, NeMo's tables up to 25.07), a = 1 causal attention
@@ -17,7 +17,8 @@ CAUSAL = 1.0  # a
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """A dense decoder in Megatron's words. `gated`: SwiGLU with three matrices; otherwise two (GPT, Nemotron)."""
+    """Shape of a dense decoder, in Megatron's names. `gated`: SwiGLU with three matrices; otherwise two (GPT,
+    Nemotron)."""
 
     num_layers: int
     hidden: int
@@ -31,22 +32,22 @@ class ModelSizes:
 
     @property
     def query_size(self) -> int:
-        """Columns of the queries."""
+        """Number of columns of the queries, of all heads."""
         return self.heads * (self.head_size or self.hidden // self.heads)
 
     @property
     def kv_size(self) -> int:
-        """Columns of the keys, and of the values."""
+        """Number of columns of the keys, and of the values."""
         return self.query_size * self.groups // self.heads
 
     @property
     def mlp_inputs(self) -> int:
-        """Columns of the MLP's first matrix."""
+        """Number of columns of the MLP's first matrix."""
         return (2 if self.gated else 1) * self.ffn
 
     @property
     def layer_matrices(self) -> tuple[tuple[int, int, bool], ...]:
-        """(inputs, outputs, whether TP splits the outputs) of a layer's matrices."""
+        """The matrices of a layer, each as (inputs, outputs, True where TP splits the outputs)."""
         return (
             (self.hidden, self.query_size + 2 * self.kv_size, True),
             (self.query_size, self.hidden, False),
@@ -56,18 +57,18 @@ class ModelSizes:
 
     @property
     def layer_parameters(self) -> int:
-        """Parameters of one layer's matrices; norms come on top."""
+        """Number of parameters of one layer's matrices; norms come on top."""
         return sum(inputs * outputs for inputs, outputs, _ in self.layer_matrices)
 
     @property
     def parameters(self) -> int:
-        """Parameters of the whole model."""
+        """Number of parameters of the whole model."""
         return int(self.parameters_on_rank(self.num_layers, tp_size=1, first=True, last=True))
 
     def parameters_on_rank(self, layers: float, tp_size: int, first: bool, last: bool) -> float:
-        """Parameters of `layers` layers on one tensor-parallel rank, with the embedding (`first` pipeline stage), the
-        last norm and the output (`last`). Matrices are split, norms held whole, the vocabulary padded to a multiple of
-        `tp_size`."""
+        """Return the number of parameters of `layers` layers on one tensor-parallel rank, with the embedding (`first`
+        pipeline stage), the last norm and the output (`last`). Matrices are split, norms held whole, the vocabulary
+        padded to a multiple of `tp_size`."""
         layer = self.layer_parameters / tp_size + 2 * self.hidden
         vocabulary = -(-self.vocab // tp_size) * self.hidden
         output = last and not (first and self.tied)
@@ -75,30 +76,30 @@ class ModelSizes:
 
 
 def weight_bytes(bf16: bool) -> int:
-    """Bytes of each parameter's weight, bf16 or fp32."""
+    """Return the bytes of each parameter's weight, in bf16 or fp32."""
     return 2 if bf16 else 4
 
 
 def optimizer_bytes(bf16: bool) -> int:
-    """Bytes of each parameter's optimizer state: two fp32 moments of Adam, and an fp32 copy of bf16 weights."""
+    """Return the bytes of each parameter's optimizer state: two fp32 moments of Adam, an fp32 copy of bf16 weights."""
     return 8 + (4 if bf16 else 0)
 
 
 def linear_flops_per_token(sizes: ModelSizes) -> int:
-    """FLOP of all matrices for one token: 6 per weight (2 forward, 4 backward)."""
+    """Return the FLOP of all matrices for one token: 6 per weight (2 forward, 4 backward)."""
     return 6 * (sizes.num_layers * sizes.layer_parameters + sizes.hidden * sizes.vocab)
 
 
 def attention_flops(sizes: ModelSizes, lengths: Sequence[float], convention: float = CAUSAL) -> float:
-    """FLOP of attention's two products, over sequences of these lengths that do not see each other."""
+    """Return the FLOP of attention's two products over sequences of these lengths, in tokens."""
     return 6 * convention * sizes.num_layers * sizes.query_size * sum(length * length for length in lengths)
 
 
 def train_flops(sizes: ModelSizes, lengths: Sequence[int]) -> float:
-    """FLOP of a batch of sequences with these input lengths, causal attention."""
+    """Return the FLOP of a batch of sequences with these input lengths, in tokens, with causal attention."""
     return linear_flops_per_token(sizes) * sum(lengths) + attention_flops(sizes, lengths)
 
 
 def flops_per_token(sizes: ModelSizes, seq_length: float, convention: float = CAUSAL) -> float:
-    """FLOP per token of whole sequences of `seq_length` tokens."""
+    """Return the FLOP per token of whole sequences of `seq_length` tokens."""
     return linear_flops_per_token(sizes) + attention_flops(sizes, [seq_length], convention) / seq_length

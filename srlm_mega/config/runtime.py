@@ -1,89 +1,119 @@
-"""How and where models are sampled, and how stages are watched."""
+"""The sampler: its backends, and how and where models are sampled; the watch over stages."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, assert_never
 
 from pydantic import Field
 
-from srlm_mega.config.sampler_backends import BackendTraits, SamplerBackend, traits_of
 from srlm_mega.config.section import Decides, Section
+
+SamplerBackend = Literal["huggingface", "trtllm_torch", "trtllm_engine"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackendTraits:
+    """Abilities of a sampler backend, and needs of its processes."""
+
+    needs_gpu: bool  # it does not compute on CPUs
+    needs_mpi: bool  # its processes start as MPI ranks
+    splits_model: bool  # one replica may hold the model on several GPUs (TP, PP)
+    quantizes: bool  # it can load FP8 weights
+    loads_engine: bool  # a built TensorRT engine in place of a Hugging Face folder
+
+
+def traits_of(backend: SamplerBackend) -> BackendTraits:
+    """Return the traits of a backend: the one place that knows them. AssertionError names an unknown backend."""
+    match backend:
+        case "huggingface":
+            return BackendTraits(
+                needs_gpu=False, needs_mpi=False, splits_model=False, quantizes=False, loads_engine=False
+            )
+        case "trtllm_torch":
+            return BackendTraits(needs_gpu=True, needs_mpi=True, splits_model=True, quantizes=True, loads_engine=False)
+        case "trtllm_engine":
+            return BackendTraits(needs_gpu=True, needs_mpi=True, splits_model=True, quantizes=True, loads_engine=True)
+        case _:
+            assert_never(backend)
 
 
 class SamplerConfig(Section, decides="output"):
-    """How a model is sampled, and where. Where it is sampled, and on how much, changes no completion."""
+    """Backend, decoding and processes of the sampler. Where it runs, and on how many GPUs, changes no completion."""
 
     backend: SamplerBackend = Field(
-        "huggingface", description="trtllm_torch: a Hugging Face folder, bf16 or FP8; trtllm_engine: a built engine."
+        "huggingface", description="transformers, or TensorRT-LLM on a folder (trtllm_torch) or engine (trtllm_engine)."
     )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="backend=huggingface: where it computes.")
-    batch_size: int = Field(64, ge=1, description="Sequences per forward pass.")
-    shard_size: int = Field(256, ge=1, description="Requests per shard: what a killed stage repeats at most.")
-    tp_size: int = Field(1, ge=1, description="GPUs that share a layer; TensorRT-LLM only.")
-    pp_size: int = Field(1, ge=1, description="Stages of layers, a GPU each; TensorRT-LLM only.")
-    max_num_tokens: int = Field(8192, ge=1, description="trtllm_torch: tokens per forward pass.")
-    kv_cache_dtype: Literal["auto", "fp8"] = Field("auto", description="trtllm_torch: how the cache is stored.")
-    kv_cache_fraction: float = Field(0.9, gt=0, lt=1, description="TensorRT-LLM: share of free GPU memory for it.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Device of backend=huggingface.")
+    batch_size: int = Field(64, ge=1, description="Number of sequences per forward pass.")
+    shard_size: int = Field(256, ge=1, description="Requests per shard: the most that a killed stage repeats.")
+    tp_size: int = Field(1, ge=1, description="GPUs that share each layer (TensorRT-LLM only).")
+    pp_size: int = Field(1, ge=1, description="Pipeline stages, a GPU each (TensorRT-LLM only).")
+    max_num_tokens: int = Field(8192, ge=1, description="Largest number of tokens per forward pass (trtllm_torch).")
+    kv_cache_dtype: Literal["auto", "fp8"] = Field("auto", description="Number format of the KV cache (trtllm_torch).")
+    kv_cache_fraction: float = Field(
+        0.9, gt=0, lt=1, description="Share of free GPU memory for the KV cache (TensorRT-LLM)."
+    )
     quantization: Literal["fp8"] | None = Field(
-        None, description="TensorRT-LLM: linear layers in FP8; every model is converted, and verified."
+        None, description="FP8 linear layers (TensorRT-LLM): every model is converted, and verified."
     )
-    calibration_size: int = Field(256, ge=1, description="FP8: IFT examples whose activations set its ranges.")
-    calibration_probe: int = Field(16, ge=1, description="FP8: of those, how many try the ranges of the model before.")
+    calibration_size: int = Field(256, ge=1, description="IFT examples whose activations set FP8's ranges.")
+    calibration_probe: int = Field(16, ge=1, description="Calibration examples that try the last model's FP8 ranges.")
     calibration_margin: float = Field(
-        1.1, ge=1, description="FP8: activations up to this many times a range keep it for the next model."
+        1.1, ge=1, description="Factor up to which activations may exceed an FP8 range that is kept for the next model."
     )
     attempts: int = Field(3, ge=1, description="Tries of a batch, and then of each of its requests alone.")
     max_failed_share: Annotated[float, Decides("limit")] = Field(
-        0.01, ge=0, lt=1, description="Requests of a stage that may fail for good, as a share; more stop the run."
+        0.01, ge=0, lt=1, description="Largest share of a stage's requests that may fail for good; more stop the run."
     )
     python: Annotated[Path | None, Decides("nothing")] = Field(
-        None, description="Python of the sampler's environment; none: the trainer's."
+        None, description="Python of the sampler's environment; null: the trainer's."
     )
     container: Annotated[str | None, Decides("nothing")] = Field(
-        None, description="Container image to sample in: docker, with Slurm pyxis."
+        None, description="Container image to sample in, by docker or, with Slurm, pyxis; null: none."
     )
     mounts: Annotated[tuple[Path, ...], Decides("nothing")] = Field(
-        (), description="Folders the container sees besides the working directory."
+        (), description="Folders that the container sees besides the working directory."
     )
     num_devices: Annotated[int, Decides("nothing")] = Field(
-        1, ge=1, description="GPUs (processes, on a CPU) for sampling; replicas share them."
+        1, ge=1, description="Number of GPUs (on a CPU, processes) for sampling, divided among replicas."
     )
     devices_per_node: Annotated[int, Decides("nothing")] = Field(
-        8, ge=1, description="GPUs of a node; a larger replica takes several nodes."
+        8, ge=1, description="GPUs of each node; a larger replica takes several nodes."
     )
     slurm: Annotated[bool, Decides("nothing")] = Field(
-        False, description="Start replicas by srun in this allocation, TensorRT-LLM's with pmix."
+        False, description="Start replicas by srun in this Slurm allocation, TensorRT-LLM's with pmix."
     )
     take_over_seconds: Annotated[float, Decides("nothing")] = Field(
-        1800.0, gt=0, description="A shard that takes a replica longer than this is given to another one too."
+        1800.0, gt=0, description="Seconds after which a replica's unfinished shard is given to another one too."
     )
 
     @property
     def traits(self) -> BackendTraits:
-        """What the configured backend can do, and what its processes need."""
+        """Abilities of the configured backend, and needs of its processes."""
         return traits_of(self.backend)
 
     @property
     def converts(self) -> bool:
-        """Whether it loads something else than the trainer's Hugging Face folders."""
+        """True where the sampler loads something else than the trainer's Hugging Face folders."""
         return self.traits.loads_engine or self.quantization is not None
 
     @property
     def devices_per_replica(self) -> int:
-        """GPUs that hold the model once."""
+        """Number of GPUs that hold the model once."""
         return self.tp_size * self.pp_size
 
     @property
     def elsewhere(self) -> bool:
-        """Whether the sampler's processes start in another way than the trainer's."""
+        """True where the sampler's processes start in another way than the trainer's."""
         return self.python is not None or self.container is not None or self.slurm
 
 
 class RuntimeConfig(Section, decides="nothing"):
-    """How `srlm run` watches stages. Changing this makes no stage another one."""
+    """Limits by which `srlm run` watches stages; changing them changes no output."""
 
     progress_timeout_minutes: float = Field(
         120.0,
         gt=0,
-        description="A stage that does not train and shows no progress for so long is ended, its stacks "
-        "in the log. Longer than the longest shard, prompt generation's batch and evaluation's part.",
+        description="Minutes without progress after which a stage that does not train is ended, with its stacks in the "
+        "log; must exceed the longest shard, batch of prompt lists and part of an evaluation.",
     )

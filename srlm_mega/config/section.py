@@ -1,4 +1,4 @@
-"""What all sections of a configuration have in common, and how a knob says what it decides."""
+"""The base of all sections of a configuration, and the mark by which a knob says what it decides."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Unpack, get_args
@@ -6,19 +6,19 @@ from typing import Any, ClassVar, Literal, Unpack, get_args
 from pydantic import BaseModel, ConfigDict
 from pydantic.fields import FieldInfo
 
-# output: what a stage makes; a finished stage and a half-done one must still have the same value.
-# layout: where and how training runs, which changes its result by rounding only. Recorded and not compared there;
-#   a stage that samples has it compared.
-# limit: what may stop a run and changes nothing that it makes. Recorded, never compared.
-# reach: how an external judge is reached; what it says, it says in any of these ways. Recorded, never compared.
+# output: the bytes of a stage's output; a finished stage and a half-done one must still have the same value.
+# layout: where and how training runs, which changes its result by rounding only. Recorded and, in training, not
+#   compared; in a stage that samples, compared.
+# limit: when a run stops, which changes nothing that it makes. Recorded, never compared.
+# reach: the way to an external judge, whose judgements do not depend on it. Recorded, never compared.
 # nothing: no output depends on it. Neither recorded nor compared.
 Decision = Literal["output", "layout", "limit", "reach", "nothing"]
 
 
 @dataclass(frozen=True)
 class Decides:
-    """What a knob decides where that is not what its section says: `Annotated[int, Decides("limit")]`. `part` names
-    the knobs of a section that some stages read alone."""
+    """The mark of a knob that decides something else than its section says: `Annotated[int, Decides("limit")]`. `part`
+    names the knobs of a section that some stages read alone."""
 
     what: Decision
     part: str | None = None
@@ -48,11 +48,11 @@ class Section(BaseModel):
 
     @classmethod
     def decision(cls, field: FieldInfo) -> Decides:
-        """What one of this section's knobs decides."""
+        """Return what one of this section's knobs decides."""
         return next((mark for mark in field.metadata if isinstance(mark, Decides)), cls.own)
 
 
 def section_in(field: FieldInfo) -> type[Section] | None:
-    """The section that a field holds, or may hold; None for a knob."""
+    """Return the section that a field holds, or may hold; None for a knob."""
     kinds = (field.annotation, *get_args(field.annotation))
     return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)

@@ -1,4 +1,4 @@
-"""The model, how it is trained, and on which layout."""
+"""The model, its training, and the parallel layout."""
 
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -12,36 +12,35 @@ from srlm_mega.config.section import Decides, Section
 class ModelConfig(Section, decides="output"):
     """The base model M0 and its shape (Llama: RMSNorm, SwiGLU, RoPE, GQA, no biases)."""
 
-    path: Path | None = Field(None, description="Hugging Face folder of M0; none: random weights of this shape.")
+    path: Path | None = Field(None, description="Hugging Face folder of M0; null: random weights of this shape.")
     allow_unverified: bool = Field(
-        False, description="Take a converted `path` that `srlm convert verify` has not proven."
+        False, description="Accept a converted `path` that `srlm convert verify` has not verified."
     )
     tokenizer: Path | None = Field(
-        None,
-        description="SentencePiece .model, tokenizer.json or folder; none: the one in `path`, or the toy's.",
+        None, description="SentencePiece .model, tokenizer.json or folder; null: the one in `path`, or the toy's."
     )
-    num_layers: int = Field(ge=1, description="Transformer layers; Llama 2 70B: 80.")
+    num_layers: int = Field(ge=1, description="Number of transformer layers; Llama 2 70B: 80.")
     hidden_size: int = Field(ge=1, description="Width of the residual stream; Llama 2 70B: 8192.")
     ffn_hidden_size: int = Field(ge=1, description="Width inside the feed-forward block (SwiGLU); Llama 2 70B: 28672.")
-    num_attention_heads: int = Field(ge=1, description="Query heads; Llama 2 70B: 64.")
-    num_query_groups: int = Field(ge=1, description="Key/value heads (GQA).")
+    num_attention_heads: int = Field(ge=1, description="Number of query heads; Llama 2 70B: 64.")
+    num_query_groups: int = Field(ge=1, description="Number of key/value heads (GQA); Llama 2 70B: 8.")
     vocab_size: int = Field(
-        ge=1, description="Rows of the embedding and of the output layer, in tokens; Llama 2: 32000."
+        ge=1, description="Tokens of the vocabulary: rows of embedding and output layer; Llama 2: 32000."
     )
     max_position_embeddings: int = Field(
-        4096, ge=1, description="Positions that the base model was trained for; Llama 2: 4096."
+        4096, ge=1, description="Number of positions that the base model was trained for; Llama 2: 4096."
     )
-    norm_epsilon: float = Field(1e-5, gt=0, description="Added to the mean square in RMSNorm.")
+    norm_epsilon: float = Field(1e-5, gt=0, description="Epsilon added to the mean square in RMSNorm.")
     rotary_base: float = Field(10000.0, gt=0, description="Base of RoPE's wavelengths (theta); Llama 2: 10000.")
     init_method_std: float = Field(0.02, gt=0, description="Standard deviation of random weights.")
     seq_length: int = Field(4096, ge=8, description="Longest sequence, prompt and response, in tokens.")
     layer_backend: Literal["auto", "transformer_engine", "torch"] = Field(
-        "auto", description="Who computes the layers in training; auto: Transformer Engine on CUDA where installed."
+        "auto", description="Implementation of the layers in training; auto: Transformer Engine on CUDA if installed."
     )
 
     @property
     def sizes(self) -> ModelSizes:
-        """What the number of weights, FLOP and bytes follow from."""
+        """The sizes from which the number of weights, FLOP and bytes follow."""
         return ModelSizes(
             self.num_layers,
             self.hidden_size,
@@ -56,7 +55,7 @@ class OptimizationConfig(Section, decides="output"):
     """Steps, batches, learning rate, Adam and dropout of one training stage. Set exactly one of `train_iters` and
     `epochs`."""
 
-    train_iters: int | None = Field(None, ge=1, description="Optimiser steps.")
+    train_iters: int | None = Field(None, ge=1, description="Number of optimizer steps.")
     epochs: int | None = Field(None, ge=1, description="Passes over the data; a last partial batch is dropped.")
     micro_batch_size: Annotated[int, Decides("layout", part="batches")] = Field(
         1, ge=1, description="Sequences (SFT) or pairs (DPO) per forward pass and rank."
@@ -65,29 +64,29 @@ class OptimizationConfig(Section, decides="output"):
         None,
         ge=1,
         description="Positions of a packed forward pass, filled with whole sequences or pairs in place of "
-        "micro_batch_size; none: one padded row per sequence.",
+        "micro_batch_size; null: one padded row per sequence.",
     )
     global_batch_size: Annotated[int, Decides("output", part="batches")] = Field(
-        16, ge=1, description="Sequences (SFT) or pairs (DPO) per optimiser step."
+        16, ge=1, description="Sequences (SFT) or pairs (DPO) per optimizer step."
     )
     lr: float = Field(gt=0, description="Learning rate after warm-up; paper: 5.5e-6 for SFT, 1e-6 for DPO.")
     min_lr: float = Field(ge=0, description="Learning rate of the last step.")
     lr_decay_style: Literal["constant", "linear", "cosine"] = Field(
-        "cosine", description="How the learning rate falls from lr to min_lr."
+        "cosine", description="Curve by which the learning rate falls from lr to min_lr."
     )
     lr_warmup_fraction: float = Field(
-        0.0, ge=0, lt=1, description="Share of the steps in which the learning rate rises to lr."
+        0.0, ge=0, lt=1, description="Share of the steps in which the learning rate rises to lr (warm-up)."
     )
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay (AdamW) of all weights but norms.")
     clip_grad: float = Field(1.0, gt=0, description="Largest gradient norm; a very large number never clips.")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="Decay of Adam's mean of gradients.")
     adam_beta2: float = Field(0.95, ge=0, lt=1, description="Decay of Adam's mean of squared gradients.")
-    adam_eps: float = Field(1e-8, gt=0, description="Added to the root of Adam's mean of squared gradients.")
+    adam_eps: float = Field(1e-8, gt=0, description="Epsilon added to the root of Adam's mean of squared gradients.")
     attention_dropout: float = Field(
         0.1,
         ge=0,
         lt=1,
-        description="Dropout of attention weights; paper: 0.1. With both 0 DPO's first loss is checked: ln 2.",
+        description="Dropout of attention weights; paper: 0.1. With both dropouts 0, DPO's first loss must be ln 2.",
     )
     hidden_dropout: float = Field(
         0.1, ge=0, lt=1, description="Dropout on what each block adds to the residual stream; paper: 0.1."
@@ -107,15 +106,15 @@ class DpoConfig(OptimizationConfig, decides="output"):
 
     loss_type: Literal["sigmoid", "robust", "hinge", "ipo"] = Field(
         "sigmoid",
-        description="TRL's names: sigmoid is DPO (the paper's), with label_smoothing cDPO; robust, hinge and IPO.",
+        description="Loss by TRL's names: sigmoid (the paper's DPO; with label_smoothing cDPO), robust, hinge or ipo.",
     )
-    beta: float = Field(0.1, gt=0, description="Weight of the log-ratios to the reference in the margin; paper: 0.1.")
+    beta: float = Field(0.1, gt=0, description="Factor of the log-ratios to the reference in the margin; paper: 0.1.")
     label_smoothing: float = Field(
-        0.0, ge=0, lt=0.5, description="Share of pairs taken to be the wrong way round: cDPO (sigmoid), robust DPO."
+        0.0, ge=0, lt=0.5, description="Assumed share of pairs with swapped labels: cDPO (sigmoid), robust DPO."
     )
-    rpo_alpha: float = Field(0.0, ge=0, description="Weight of the NLL of the chosen response, per token.")
+    rpo_alpha: float = Field(0.0, ge=0, description="Weight of the chosen response's NLL per token, added to the loss.")
     eft_replay: float = Field(
-        0.0, ge=0, lt=1, description="Share of the optimizer steps that train on EFT examples by SFT, among DPO's."
+        0.0, ge=0, lt=1, description="Share of the optimizer steps that train on EFT examples by SFT."
     )
 
     @model_validator(mode="after")
@@ -128,31 +127,31 @@ class DpoConfig(OptimizationConfig, decides="output"):
 
 
 class ParallelConfig(Section, decides="layout"):
-    """Megatron's axes. World size = tensor * pipeline * context * data."""
+    """Parallel layout, in Megatron's names: world size = tensor * pipeline * context * data."""
 
-    tensor_model_parallel_size: int = Field(1, ge=1, description="Ranks that share each layer (TP).")
-    pipeline_model_parallel_size: int = Field(1, ge=1, description="Stages of layers, each on ranks of its own (PP).")
+    tensor_model_parallel_size: int = Field(1, ge=1, description="Number of ranks that share each layer (TP).")
+    pipeline_model_parallel_size: int = Field(1, ge=1, description="Pipeline stages, each on ranks of its own (PP).")
     data_parallel_size: int | None = Field(
-        None, ge=1, description="Replicas of the model (DP); null: what the world size leaves."
+        None, ge=1, description="Number of replicas of the model (DP); null: what the world size leaves."
     )
-    virtual_pipeline_model_parallel_size: int | None = Field(None, ge=2, description="Model chunks per stage.")
-    context_parallel_size: int = Field(1, ge=1, description="Parts of each sequence, on as many ranks.")
+    virtual_pipeline_model_parallel_size: int | None = Field(None, ge=2, description="Model chunks per pipeline stage.")
+    context_parallel_size: int = Field(1, ge=1, description="Ranks that each hold a part of each sequence (CP).")
     sequence_parallel: bool = Field(
         False, description="Split activations between TP's matrix products along the sequence; needs TP above 1."
     )
     use_distributed_optimizer: bool = Field(
-        False, description="Split the optimiser's state over data-parallel ranks (ZeRO-1)."
+        False, description="Split the optimizer's state over data-parallel ranks (ZeRO-1)."
     )
     overlap_grad_reduce: bool = Field(False, description="Sum gradients over ranks while the backward pass runs.")
     overlap_param_gather: bool = Field(False, description="Gather updated weights while the next forward pass runs.")
 
     @property
     def model_parallel_size(self) -> int:
-        """Processes that one replica of the model takes."""
+        """Number of processes that hold one replica of the model."""
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
 
     def product(self, data_parallel_size: int) -> str:
-        """The axes multiplied, in words; context parallelism only where it is used."""
+        """Return the product of the axes in words, such as `TP 2 * PP 2 * DP 4 = 16`; CP only where it is used."""
         sizes = {
             "TP": self.tensor_model_parallel_size,
             "PP": self.pipeline_model_parallel_size,
@@ -167,58 +166,58 @@ class TrainerConfig(Section, decides="output"):
     """Device, precision, checkpoints and time limits of all training stages."""
 
     device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="Where training computes; auto: CUDA where there is one."
+        "auto", description="Device of training; auto: CUDA if there is one."
     )
-    bf16: bool = Field(False, description="bf16 compute with fp32 main gradients and master weights.")
-    fp8: Literal["hybrid", "e4m3"] | None = Field(None, description="FP8 matrix products (Transformer Engine).")
+    bf16: bool = Field(False, description="bf16 compute with fp32 main gradients and master weights; false: fp32.")
+    fp8: Literal["hybrid", "e4m3"] | None = Field(None, description="Format of FP8 products (Transformer Engine).")
     fp8_recipe: Literal["delayed", "tensorwise", "blockwise"] = Field(
-        "tensorwise", description="How FP8 is scaled; delayed: by past passes, the first of them unscaled."
+        "tensorwise", description="Scaling of FP8; delayed: by past passes, with the first one unscaled."
     )
     fp8_amax_history_len: int = Field(1024, ge=1, description="Passes whose largest value sets a delayed scale.")
     first_last_layers_bf16: bool = Field(False, description="Keep the first and last layers out of FP8.")
     num_layers_at_start_in_bf16: int = Field(
-        1, ge=0, description="With first_last_layers_bf16: first layers that stay in bf16."
+        1, ge=0, description="First layers that stay in bf16, with first_last_layers_bf16."
     )
     num_layers_at_end_in_bf16: int = Field(
-        1, ge=0, description="With first_last_layers_bf16: last layers that stay in bf16."
+        1, ge=0, description="Last layers that stay in bf16, with first_last_layers_bf16."
     )
     fp8_shadow_interval: int | None = Field(
-        None, ge=1, description="Every so many DPO steps, compare one micro batch's margins in FP8 with bf16."
+        None, ge=1, description="DPO steps between comparisons of a batch's margins in FP8 and in bf16; null: never."
     )
     fp8_shadow_threshold: float = Field(
-        0.5, gt=0, description="Largest difference allowed in beta * margin (the reward margin); above it, stop."
+        0.5, gt=0, description="Largest difference in beta * margin (the reward margin); above it the run stops."
     )
     recompute_granularity: Annotated[Literal["full", "selective"] | None, Decides("layout")] = Field(
         None,
-        description="Activations that the backward pass computes again: selective: attention's; "
-        "full: a whole layer's; null: none.",
+        description="Activations that the backward pass recomputes: attention's (selective), a whole layer's (full); "
+        "null: none.",
     )
     save_interval: Annotated[int | None, Decides("layout")] = Field(
-        100, ge=1, description="Optimiser steps between checkpoints; null: only when training is asked to stop."
+        100, ge=1, description="Optimizer steps between checkpoints; null: only when training is asked to stop."
     )
     keep_checkpoints: Annotated[int, Decides("layout")] = Field(
-        2, ge=1, description="The newest this many are kept until the stage is finished."
+        2, ge=1, description="Number of newest checkpoints that are kept until the stage is finished."
     )
     async_save: Annotated[bool, Decides("layout")] = Field(
-        False, description="Training goes on while a checkpoint's files are written."
+        False, description="Continue training while a checkpoint's files are written."
     )
     start_timeout_minutes: Annotated[float, Decides("layout")] = Field(
-        30.0, gt=0, description="Longest time to load data and weights."
+        30.0, gt=0, description="Longest time to load data and weights, in minutes."
     )
     step_timeout_minutes: Annotated[float, Decides("layout")] = Field(
-        10.0, gt=0, description="Longest time of an optimiser step's parts."
+        10.0, gt=0, description="Longest time of each part of an optimizer step, in minutes."
     )
     checkpoint_timeout_minutes: Annotated[float, Decides("layout")] = Field(
-        30.0, gt=0, description="Longest time to write or read a checkpoint."
+        30.0, gt=0, description="Longest time to write or read a checkpoint, in minutes."
     )
     export_timeout_minutes: Annotated[float, Decides("layout")] = Field(
-        60.0, gt=0, description="Longest time to write the Hugging Face folder."
+        60.0, gt=0, description="Longest time to write the Hugging Face folder, in minutes."
     )
 
 
 class TrackingConfig(Section, decides="nothing"):
-    """Where training metrics go besides metrics.jsonl. Changing this makes no stage another one."""
+    """Trackers of training metrics besides metrics.jsonl; changing them changes no output."""
 
-    tensorboard: bool = Field(True, description="Event files in the stage's folder, under tensorboard/.")
+    tensorboard: bool = Field(True, description="Write event files to tensorboard/ in the stage's folder.")
     wandb_project: str | None = Field(None, description="Weights & Biases project (`pip install wandb`).")
     mlflow_tracking_uri: str | None = Field(None, description="MLflow server or store (`pip install mlflow`).")

@@ -19,8 +19,8 @@ from rich.console import Console
 from srlm_mega.checkpoints_conversion.llama import LlamaShape, huggingface_shapes
 from srlm_mega.cli.doctor import model_folders
 from srlm_mega.config.file import load_config
+from srlm_mega.config.launch import PreflightConfig
 from srlm_mega.config.model_sizes import ModelSizes
-from srlm_mega.config.preflight import PreflightConfig
 from srlm_mega.errors import UserError
 from srlm_mega.launch.preflight import coordinator
 from srlm_mega.launch.preflight.allreduce import (

@@ -139,4 +139,4 @@ def test_a_configuration_file_with_removed_and_renamed_options(
     with pytest.raises(UserError, match="2 problem") as error:
         configured(run)
     assert "judging.samples.k is now judge.n, which is given too: remove one of them" in str(error.value)
-    assert "dpo.gone was removed, and what it did is always as with 3: got 4" in str(error.value)
+    assert "dpo.gone was removed, and srlm now behaves as with 3: remove the key; got 4" in str(error.value)

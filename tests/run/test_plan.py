@@ -8,9 +8,10 @@ from places import TOY
 
 from srlm_mega.config import Config
 from srlm_mega.config.compatibility import changed
-from srlm_mega.config.file import all_keys, load_config
+from srlm_mega.config.file import load_config
+from srlm_mega.config.knobs import knobs
 from srlm_mega.config.rounds import PairsConfig
-from srlm_mega.config.sampler_backends import traits_of
+from srlm_mega.config.runtime import traits_of
 from srlm_mega.controller.loop import stage_groups
 from srlm_mega.controller.stage_process import stage_command
 from srlm_mega.errors import UserError
@@ -147,7 +148,7 @@ def test_an_option_that_adds_or_takes_away_an_input_is_refused(tmp_path: Path) -
 
 
 def test_every_layout_key_exists() -> None:
-    known = {*all_keys(), *Config.model_fields}
+    known = {*knobs(), *Config.model_fields}
     assert [key for key in LAYOUT if key not in known] == []
 
 
