@@ -1,20 +1,20 @@
-"""Files that are written, renamed and removed so that a kill leaves nothing that looks whole."""
+"""Writing and removing files so that a kill leaves nothing that looks whole."""
 
 import os
 import shutil
 from pathlib import Path
 
 
-def remove_folder(path: Path, doomed: Path) -> None:
-    """Take a folder away under another name, so that a kill in between leaves nothing that looks whole."""
-    shutil.rmtree(doomed, ignore_errors=True)  # of a removal that was killed
-    os.rename(path, doomed)
-    shutil.rmtree(doomed)
+def remove_folder(path: Path, renamed: Path) -> None:
+    """Rename a folder and remove it, so that a kill in between leaves nothing that looks whole."""
+    shutil.rmtree(renamed, ignore_errors=True)  # left by a removal that was killed
+    os.rename(path, renamed)
+    shutil.rmtree(renamed)
 
 
 def write_atomic(path: Path, content: bytes) -> None:
     """Write a small file so that readers see the old or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")  # other nodes have the same ids
+    temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")  # process ids repeat on other nodes
     with temporary.open("wb") as file:
         file.write(content)
         file.flush()

@@ -1,4 +1,4 @@
-"""What decides an output's bytes: its stage's configuration and inputs. A finished output must still have the same."""
+"""Identity of an output: the configuration and inputs that decide its bytes. A finished output must still have it."""
 
 from collections.abc import Container
 from itertools import accumulate
@@ -13,40 +13,35 @@ from srlm_mega.run.manifest import Identity
 from srlm_mega.run.plan import SAMPLER, Stage
 from srlm_mega.run.run_dir import RunDir
 
-# What is recorded and never compared, so that a stopped run can resume with another value.
+# Recorded and never compared, so that a stopped run can resume with another value.
 RECORDED = deciding("limit", "reach")
-# What training stages record and do not compare: it changes their result by rounding, and which numbers dropout draws.
+# Recorded and not compared in training: it changes the result by rounding, and the numbers that dropout draws.
 LAYOUT = deciding("layout") | RECORDED
 NOTHING = deciding("nothing")
 
 
 def config_of(stage: Stage, config: Config) -> dict[str, Any]:
-    """The values, by dotted key, that decide a stage's bytes."""
+    """Return the values, by dotted key, that decide a stage's bytes."""
     layout = layout_of(stage, config)
     return {key: value for key, value in read_by(stage, config).items() if key not in layout}
 
 
 def layout_of(stage: Stage, config: Config) -> dict[str, Any]:
-    """The values that say where and how a stage runs."""
+    """Return the values, by dotted key, that say where and how a stage runs."""
     parts = LAYOUT if stage.kind.parallel else RECORDED
     return {key: value for key, value in read_by(stage, config).items() if within(key, parts)}
 
 
 def read_by(stage: Stage, config: Config) -> dict[str, Any]:
-    """The values, by dotted key, that a stage records."""
-    return {
-        key: value for key, value in leaves(config).items() if within(key, stage.config) and not within(key, NOTHING)
-    }
+    """Return the values, by dotted key, that a stage records."""
+    values = leaves(config).items()
+    return {key: value for key, value in values if within(key, stage.config) and not within(key, NOTHING)}
 
 
 def responding(config: Config) -> dict[str, Any]:
-    """The values, by dotted key, that decide what a model answers outside the plan: comparisons, exports."""
-    parts = (*SAMPLER, "candidates.max_new_tokens")
-    return {
-        key: value
-        for key, value in leaves(config).items()
-        if within(key, parts) and not within(key, RECORDED | NOTHING)
-    }
+    """Return the values, by dotted key, that decide what a model answers in comparisons and exports."""
+    parts, ignored = (*SAMPLER, "candidates.max_new_tokens"), RECORDED | NOTHING
+    return {key: value for key, value in leaves(config).items() if within(key, parts) and not within(key, ignored)}
 
 
 def within(key: str, parts: Container[str]) -> bool:
@@ -55,13 +50,13 @@ def within(key: str, parts: Container[str]) -> bool:
 
 
 def identity_of(stage: Stage, config: Config, run: RunDir) -> Identity:
-    """What the stage's output will be made from; its inputs must be finished."""
+    """Return the identity of a stage's output; its inputs must be finished."""
     inputs = {name: run.digest(name) for name in stage.inputs}
     return Identity(stage.name, config_of(stage, config), inputs, layout_of(stage, config))
 
 
 def check_unchanged(stage: Stage, config: Config, run: RunDir) -> None:
-    """A finished output must be what this configuration and these inputs would make."""
+    """Raise UserError unless a finished output is what this configuration and these inputs would make."""
     manifest = run.manifest(stage.name)
     assert manifest is not None, f"check of an unfinished stage {stage.name}"
     remedy = f"Use another run folder (run.dir=...), or make it again: the same command with --redo {stage.name}"

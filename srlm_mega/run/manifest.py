@@ -1,4 +1,4 @@
-"""What makes an output the one it is: its manifest, its identity, and the hashes of its files."""
+"""Manifest and identity of an output, and the hashes of its files."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,9 +11,10 @@ import xxhash
 MANIFEST = "manifest.json"
 IDENTITY = "identity.json"
 TRACKING_ID = "tracking_id"
-# Logs tell about time, so they differ between two runs of the same thing: named in a manifest, never hashed.
+# Logs hold times, so they differ between two runs of the same thing: named in a manifest, never hashed.
 LOG_NAMES = frozenset({"metrics.jsonl", "tensorboard", TRACKING_ID})  # files, and folders with all that they hold
-# `srlm run` re-hashes files up to this size at every start; larger ones by size only, and whole before a stage reads.
+# `srlm run` re-hashes files up to this size at every start and checks the size of larger ones, which are hashed before
+# a stage reads them.
 QUICK_HASH_BYTES = 256 * 2**20
 HASH_CHUNK_BYTES = 8 * 2**20
 
@@ -28,7 +29,7 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Identity:
-    """What makes an output the one it is. `layout` says where and how it is made: it is recorded, not compared."""
+    """Configuration and inputs that decide an output. `layout` is where and how it is made: recorded, not compared."""
 
     stage: str
     config: Mapping[str, Any]
@@ -37,14 +38,14 @@ class Identity:
 
     @property
     def compared(self) -> bytes:
-        """The content of a partial output's identity.json: what it must have been begun with to be resumed."""
+        """Content of a partial output's identity.json: it is resumed only if it was begun with the same."""
         return orjson.dumps([self.stage, self.config, self.inputs], option=orjson.OPT_SORT_KEYS)
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The last file of an output. `rows` counts the records of its main file (0 where there are none); `layout` is
-    the one it was finished in."""
+    """The last file of an output. `rows` counts the records of its main file (0 where there are none), `seconds` are
+    those of the attempt that finished it, and `layout` is that attempt's."""
 
     stage: str
     digest: str
@@ -60,7 +61,7 @@ class Manifest:
 
 
 def begun_with(path: Path) -> Identity | None:
-    """Read an identity.json; None where there is none that can be read."""
+    """Read an identity.json; return None where there is none that can be read."""
     try:
         stage, config, inputs = orjson.loads(path.read_bytes())
     except (FileNotFoundError, ValueError):
@@ -69,14 +70,14 @@ def begun_with(path: Path) -> Identity | None:
 
 
 def log_name(name: str) -> str | None:
-    """The log that this file of an output is, or is in; None when it is none."""
+    """Return the log that this file of an output is, or is in; None when it is none."""
     parts = name.split("/")
     return next(("/".join(parts[: place + 1]) for place, part in enumerate(parts) if part in LOG_NAMES), None)
 
 
 def damage(path: Path, entry: FileEntry, list_name: str, list_says: str, quick: bool = False) -> str | None:
-    """How a file differs from its entry in a list of files, None when it does not; `quick` skips the hash of files
-    above 256 MiB. The list is `list_name` where it names a missing file, `list_says` where it tells what was due."""
+    """Return how a file differs from its entry in a list of files, None when it does not; `quick` skips the hash of
+    files above 256 MiB. Messages call the list `list_name` for a missing file and `list_says` for another content."""
     if not path.is_file():
         return f"{path} is missing, but {list_name} lists it"
     size = path.stat().st_size
@@ -91,7 +92,7 @@ def damage(path: Path, entry: FileEntry, list_name: str, list_says: str, quick: 
 
 
 def file_hash(path: Path) -> str:
-    """xxh3-128 of a file's content, in hexadecimal."""
+    """Return the xxh3-128 of a file's content, in hexadecimal."""
     state = xxhash.xxh3_128()
     with path.open("rb") as file:
         while chunk := file.read(HASH_CHUNK_BYTES):
@@ -100,5 +101,5 @@ def file_hash(path: Path) -> str:
 
 
 def digest_of(files: Mapping[str, FileEntry]) -> str:
-    """One hash for a set of named files."""
+    """Return one hash for a set of named files."""
     return xxhash.xxh3_128_hexdigest("".join(f"{name}\0{files[name].xxh3_128}\n" for name in sorted(files)).encode())

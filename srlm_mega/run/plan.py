@@ -1,4 +1,4 @@
-"""The stages of a run in order, and what each depends on: a stage's config and inputs decide its bytes."""
+"""The stages of a run in order, each with the configuration and inputs that decide its bytes."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -20,8 +20,8 @@ EARLY_STOPPING = (*SAMPLER, "early_stopping", "candidates.max_new_tokens")
 class Stage:
     """One stage: processes that read its inputs and write one output; `kind` says how.
 
-    `subject`: its round's number (0: before the first one), or its model's name. `config` lists the sections and keys
-    that decide its bytes.
+    `subject` is its round's number (0: before the first one), or its model's name. `config` lists the sections and
+    keys that decide its bytes.
     """
 
     kind: StageKind
@@ -31,25 +31,25 @@ class Stage:
 
     @property
     def name(self) -> str:
-        """Its output's place in the run folder."""
+        """Name of the stage, and path of its output in the run folder."""
         return self.kind.of(self.subject)
 
     @property
     def model(self) -> str:
-        """The model that it makes, measures or converts."""
+        """Name of the model that it makes, measures or converts."""
         assert isinstance(self.subject, str), f"{self.name} belongs to a round, not to a model"
         return self.subject
 
     @property
     def round(self) -> int:
-        """The number of its round, 0 before the first one. M(t+1), and what is made from it, belong to round t."""
+        """Number of its round, 0 before the first one. M(t+1), and what is made from it, belong to round t."""
         if isinstance(self.subject, int):
             return self.subject
         return 0 if self.subject in OUTSIDE_ROUNDS else model_number(self.subject) - 1
 
 
 def plan(config: Config) -> list[Stage]:
-    """M0, then M1 by supervised training, then a model per self-rewarding round."""
+    """Plan M0, then M1 by supervised training, then a model per self-rewarding round."""
     tokenizer = ("model.tokenizer", "model.path", "model.vocab_size", "model.seq_length")
     outside = ("run.seed", "seed_data", "prompts.path", "judge.template", *tokenizer)
     stages = [
@@ -89,7 +89,7 @@ def self_rewarding_round(config: Config, t: int) -> list[Stage]:
 
 
 def training(config: Config, t: int) -> tuple[Stage, ...]:
-    """What makes M(t+1)."""
+    """Plan the training that makes M(t+1)."""
     match config.round.method:
         case "dpo":
             return train_on_pairs(config, t)
@@ -98,14 +98,14 @@ def training(config: Config, t: int) -> tuple[Stage, ...]:
 
 
 def base_model(config: Config) -> Stage:
-    """M0: a given folder, random weights, or (toy world) pre-trained from random weights."""
+    """Plan M0: a given folder, random weights, or (toy world) pre-trained from random weights."""
     if config.pretrain is None:
         return Stage(kinds.BASE, 0, ("seed",), ("run.seed", "model"))
     return Stage(kinds.PRETRAINED_BASE, 0, ("seed",), (*TRAINER, "pretrain"))
 
 
 def first_model(config: Config) -> list[Stage]:
-    """M1: M0 trained on IFT and EFT. Where EFT is built, M0 trained on IFT alone judges ranked replies before."""
+    """Plan M1: M0 trained on IFT and EFT. Where EFT is built, M0 trained on IFT alone judges ranked replies first."""
     training_config = (*TRAINER, "sft", "eft.enabled", *(EARLY_STOPPING if stops_early(config, "sft") else ()))
     first = Stage(kinds.SFT, 0, ("M0", *seed_sets(config)), training_config)
     if not config.builds_eft:
@@ -120,31 +120,31 @@ def first_model(config: Config) -> list[Stage]:
 
 
 def eft_source(config: Config) -> str:
-    """Whose output has the EFT examples."""
+    """Return the stage whose output has the EFT examples."""
     return "eft" if config.builds_eft else "seed"
 
 
 def seed_sets(config: Config) -> tuple[str, ...]:
-    """Whose outputs have IFT and EFT."""
+    """Return the stages whose outputs have IFT and EFT."""
     return ("seed", "eft") if config.builds_eft else ("seed",)
 
 
 def samples_base(config: Config) -> bool:
-    """Whether M0 writes prompts, or answers them for the rejected side of pairs."""
+    """Tell whether M0 writes prompts, or answers them for the rejected side of pairs."""
     writes = config.prompts.generator == "self_instruct" and config.prompts.writer == "base"
     return writes or config.pairs.rejected_from == "M0"
 
 
 def prompt_writer(config: Config) -> tuple[Stage, ...]:
-    """Another model that writes the prompts of all rounds, where there is one."""
+    """Plan the outside model that writes the prompts of all rounds, where there is one."""
     if config.prompts.generator == "file" or config.prompts.writer in ("base", "current"):
         return ()
     return (Stage(kinds.PROMPT_WRITER, 0, (), ("prompts.writer",)), *sampler_weights(config, "prompt_writer"))
 
 
 def sampler_weights(config: Config, of: str, before: str | None = None) -> tuple[Stage, ...]:
-    """What the sampler loads of a model, where that is not the Hugging Face folder. FP8 ranges of the model before are
-    used as long as they fit."""
+    """Plan the weights that the sampler loads, where they are not the Hugging Face folder. FP8 ranges of the model
+    `before` are used as long as they fit."""
     if not config.sampler.converts:
         return ()
     quantized = config.sampler.quantization is not None
@@ -153,12 +153,13 @@ def sampler_weights(config: Config, of: str, before: str | None = None) -> tuple
 
 
 def loaded(config: Config, name: str) -> tuple[str, ...]:
-    """The inputs of a stage that samples a model."""
+    """Return the inputs of a stage that samples a model."""
     return (name, kinds.SAMPLER_WEIGHTS.of(name)) if config.sampler.converts else (name,)
 
 
 def prompt_source(config: Config, t: int) -> tuple[str, ...]:
-    """Whose prompts round t has; of an outside writer's, M0's tokenizer says which leave room for an answer."""
+    """Return the inputs that give round t its prompts. M0's tokenizer says which of a file's or an outside writer's
+    leave room for an answer."""
     match config.prompts.writer:
         case "current":
             return loaded(config, model_name(t))
@@ -169,7 +170,7 @@ def prompt_source(config: Config, t: int) -> tuple[str, ...]:
 
 
 def anchor_stages(config: Config, t: int) -> tuple[Stage, ...]:
-    """Where rejected responses are an anchor's: it answers the round's prompts, and M(t) judges its answers too."""
+    """Plan an anchor that gives the rejected responses: it answers the round's prompts, and M(t) judges its answers."""
     anchor = config.pairs.rejected_from
     if anchor == "round":
         return ()
@@ -181,7 +182,7 @@ def anchor_stages(config: Config, t: int) -> tuple[Stage, ...]:
 
 
 def previous_judge(config: Config, t: int) -> tuple[Stage, ...]:
-    """Where pairs are weighed by consistency: M(t-1) judges the round's candidates too. Round 1 has no M(t-1)."""
+    """Plan M(t-1)'s judgements of the round's candidates, where pairs are weighed by consistency; none in round 1."""
     if not config.pairs.consistency or t == 1:
         return ()
     inputs = (kinds.CANDIDATES.of(t), "seed", *loaded(config, model_name(t - 1)))
@@ -189,13 +190,13 @@ def previous_judge(config: Config, t: int) -> tuple[Stage, ...]:
 
 
 def health(t: int) -> Stage:
-    """Figures of what the round made, before it is trained on; later models are compared with the one before."""
+    """Plan the health check of what a round made, before it is trained on; models are compared with the one before."""
     models = (model_name(t),) if t == 1 else (model_name(t), model_name(t - 1))
     return Stage(kinds.HEALTH, t, (kinds.PAIRS.of(t), *(kinds.EVALUATION.of(name) for name in models)), ("health",))
 
 
 def train_on_pairs(config: Config, t: int) -> tuple[Stage, ...]:
-    """M(t+1) by DPO on the round's pairs: of responses, and where asked for of judgements."""
+    """Plan M(t+1) by DPO on the round's pairs: of responses and, with the meta-judge, of judgements."""
     current, pairs = model_name(t), kinds.PAIRS.of(t)
     judged = (kinds.CANDIDATES.of(t), kinds.JUDGEMENTS.of(t), pairs, "seed", *loaded(config, current))
     meta_config = (*SAMPLER, *JUDGING, "judge.min_valid", "meta_judge")
@@ -209,7 +210,7 @@ def train_on_pairs(config: Config, t: int) -> tuple[Stage, ...]:
 
 
 def train_on_positives(config: Config, t: int) -> tuple[Stage, ...]:
-    """M(t+1) by SFT of M0 on the seed and the round's responses with a perfect score: the ablation without pairs."""
+    """Plan M(t+1) by SFT of M0 on the seed and the round's perfect responses: the ablation without pairs."""
     judged = (kinds.CANDIDATES.of(t), kinds.JUDGEMENTS.of(t))
     positives = Stage(kinds.POSITIVES, t, judged, ("run.seed", "judge.min_valid", "round"))
     inputs = ("M0", *seed_sets(config), positives.name)
@@ -218,12 +219,12 @@ def train_on_positives(config: Config, t: int) -> tuple[Stage, ...]:
 
 
 def stops_early(config: Config, kind: Literal["sft", "dpo"]) -> bool:
-    """Whether this kind of training compares its checkpoints."""
+    """Tell whether this kind of training compares its checkpoints."""
     return config.early_stopping is not None and kind in config.early_stopping.stages
 
 
 def evaluation(config: Config, name: str) -> Stage:
-    """What a model writes and how it judges, on held-out data; later ones are compared with M1, on demand by M1."""
+    """Plan the evaluation of a model on held-out data; later ones are compared with M1, on demand by M1."""
     by_m1 = config.evaluation.pairwise and config.evaluation.pairwise_judge is None
     against = () if name == "M1" else (*(loaded(config, "M1") if by_m1 else ()), kinds.EVALUATION.of("M1"))
     read = (*SAMPLER, "evaluation", "seed_data.source", "candidates.max_new_tokens", *JUDGING, "judge.min_valid")
@@ -231,7 +232,7 @@ def evaluation(config: Config, name: str) -> Stage:
 
 
 def find_stage(config: Config, name: str) -> Stage:
-    """The stage of that name; UserError lists the ones there are."""
+    """Return the stage of that name; UserError lists the ones there are."""
     stages = plan(config)
     for stage in stages:
         if stage.name == name:
@@ -240,9 +241,9 @@ def find_stage(config: Config, name: str) -> Stage:
 
 
 def downstream(stages: list[Stage], name: str) -> list[str]:
-    """The stage and all that is made from it."""
-    doomed = [name]
+    """Return the names of a stage and of all that is made from it."""
+    found = [name]
     for stage in stages:
-        if stage.name not in doomed and not set(stage.inputs).isdisjoint(doomed):
-            doomed.append(stage.name)
-    return doomed
+        if stage.name not in found and not set(stage.inputs).isdisjoint(found):
+            found.append(stage.name)
+    return found

@@ -1,10 +1,10 @@
-"""The controller's own file, RUN/logs/controller.json: that `srlm run` works here, or how it ended; for who watches."""
+"""The controller's own file, RUN/logs/controller.json, for `srlm status`: `srlm run` works here, or how it ended."""
 
 import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import orjson
@@ -24,17 +24,17 @@ class Controller:
 
     @property
     def works(self) -> bool:
-        """Whether it goes on. One that was killed on another machine cannot be told from one that works."""
+        """True while it works. One that was killed on another machine cannot be told from one that works."""
         return not self.ended and (self.host != socket.gethostname() or Path(f"/proc/{self.pid}").exists())
 
 
 @contextmanager
 def announced(run: RunDir) -> Iterator[None]:
-    """The block is the controller's work."""
+    """Tell watchers that the controller works during the block, and how the block ended."""
     path = controller_file(run)
     path.parent.mkdir(parents=True, exist_ok=True)
     working = Controller(os.getpid(), socket.gethostname())
-    write_atomic(path, orjson.dumps(asdict(working)))
+    write_atomic(path, orjson.dumps(working))
     ended = "finished"
     try:
         yield
@@ -42,15 +42,15 @@ def announced(run: RunDir) -> Iterator[None]:
         ended = (reason(error) if isinstance(error, Exception) else "") or type(error).__name__
         raise
     finally:
-        write_atomic(path, orjson.dumps(asdict(replace(working, ended=ended))))
+        write_atomic(path, orjson.dumps(replace(working, ended=ended)))
 
 
 def read_controller(run: RunDir) -> Controller | None:
-    """The newest controller, None where none has worked yet."""
+    """Return the newest controller, None where none has worked yet."""
     path = controller_file(run)
     return Controller(**orjson.loads(path.read_bytes())) if path.is_file() else None
 
 
 def controller_file(run: RunDir) -> Path:
-    """Beside the stages' progress files."""
+    """Return the path of the controller's file, next to the stages' progress files."""
     return run.root / "logs" / "controller.json"

@@ -1,7 +1,7 @@
-"""A stage's progress file: how far it is, or why it failed. Written by the stage, polled by whoever watches."""
+"""A stage's progress file: how far it is, or why it failed. The stage writes it, and watchers poll it."""
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import orjson
@@ -13,7 +13,7 @@ WRITE_INTERVAL_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class ProgressState:
-    """`exit_code` and `message` are set when the stage failed in a way it can explain."""
+    """Progress of a stage: `done` of `total` units. `exit_code` and `message` explain a failure."""
 
     done: int = 0
     total: int = 0
@@ -24,7 +24,7 @@ class ProgressState:
 
 
 class Progress:
-    """Writes the state at most five times a second."""
+    """Writer of a progress file, at most five times a second."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -32,22 +32,22 @@ class Progress:
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def update(self, done: int, total: int, unit: str, note: str = "") -> None:
-        """`done` of `total` units; `note` is a few words such as the current loss."""
+        """Write that `done` of `total` units are done; `note` is a few words such as the current loss."""
         now = time.monotonic()
         if now >= self._next_write or done == total:
             self._next_write = now + WRITE_INTERVAL_SECONDS
             self._write(ProgressState(done, total, unit, note))
 
     def failed(self, exit_code: int, message: str) -> None:
-        """The stage ends with this code and this explanation."""
+        """Write that the stage ends with this exit code and explanation."""
         self._write(ProgressState(exit_code=exit_code, message=message))
 
     def _write(self, state: ProgressState) -> None:
-        write_atomic(self._path, orjson.dumps(asdict(state)))
+        write_atomic(self._path, orjson.dumps(state))
 
 
 def read_progress(path: Path) -> ProgressState:
-    """The newest state; an empty one when the stage has not said anything yet."""
+    """Return the newest state; an empty one when the stage has not written any yet."""
     if not path.is_file():
         return ProgressState()
     return ProgressState(**orjson.loads(path.read_bytes()))

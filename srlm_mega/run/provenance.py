@@ -1,4 +1,4 @@
-"""With what a run was made: versions, commit, command, machine."""
+"""Provenance of a run: versions, commit, command, machine."""
 
 import importlib.metadata
 import platform
@@ -13,7 +13,7 @@ PACKAGES = ("srlm-mega", "torch", "megatron-core", "transformers", "tokenizers",
 
 
 def provenance() -> bytes:
-    """One JSON object."""
+    """Return versions, commit, command, date and machine as a JSON object."""
     facts = {
         "command": sys.argv,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -26,7 +26,7 @@ def provenance() -> bytes:
 
 
 def package_version(name: str) -> str | None:
-    """The installed version of a distribution, None when it is absent."""
+    """Return the installed version of a distribution, None when it is absent."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -34,7 +34,7 @@ def package_version(name: str) -> str | None:
 
 
 def commit() -> str | None:
-    """The checkout's commit, with `+changes` when files differ from it; None outside a checkout."""
+    """Return the checkout's commit, with `+changes` when files differ from it; None outside a checkout."""
     here = Path(__file__).resolve().parent
     argv = ["git", "-C", str(here), "describe", "--always", "--abbrev=40", "--dirty=+changes"]
     try:

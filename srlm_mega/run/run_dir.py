@@ -10,7 +10,6 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 
 import orjson
@@ -37,7 +36,7 @@ TRAINING_STATE = "megatron"  # a training's checkpoints: several times the model
 
 
 class RunDir:
-    """A run's folder: paths, what is finished, and the way an output gets its final name."""
+    """A run's folder: its paths, its finished outputs, and how an output gets its final name."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -59,41 +58,41 @@ class RunDir:
 
     @property
     def report_file(self) -> Path:
-        """The page a person reads."""
+        """The report, as a page."""
         return self.root / "report.html"
 
     @property
     def stop_file(self) -> Path:
-        """Asks whatever works here to stop, with a checkpoint where it trains; the next `srlm run` removes it."""
+        """File that asks the run to stop, with a checkpoint where it trains; the next `srlm run` removes it."""
         return self.root / "stop"
 
     @property
     def jobs(self) -> Path:
-        """Slurm's scripts, and a folder per job with what its steps printed."""
+        """Folder of Slurm's scripts, and of a folder per job with what its steps printed."""
         return self.root / JOBS
 
     def log_file(self, stage: str) -> Path:
-        """What processes printed whose first stage is this one, all attempts."""
+        """Return the log of the processes whose first stage is this one, of all attempts."""
         return self.root / "logs" / f"{stage.replace('/', '-')}.log"
 
     def progress_file(self, stage: str) -> Path:
-        """How far a stage is, or why it failed: written by the stage, read by whoever watches."""
+        """Return a stage's progress file: how far it is, or why it failed."""
         return self.root / "logs" / f"{stage.replace('/', '-')}.progress.json"
 
     def output(self, stage: str) -> Path:
-        """The finished output of a stage."""
+        """Return the folder of a stage's finished output."""
         return self.root / stage
 
     def partial(self, stage: str) -> Path:
-        """Where a stage builds its output."""
+        """Return the folder in which a stage builds its output."""
         return self.root / f"{stage}.partial"
 
     def weights(self, model: str) -> Path:
-        """Hugging Face folder of M0, M1, ..."""
+        """Return the Hugging Face folder of M0, M1, ..."""
         return self.output(model) / "huggingface"
 
     def manifest(self, stage: str) -> Manifest | None:
-        """The manifest of a finished stage, None when the stage is not finished."""
+        """Read the manifest of a finished stage; return None when the stage is not finished."""
         path = self.output(stage) / MANIFEST
         if not path.is_file():
             return None
@@ -106,14 +105,14 @@ class RunDir:
             raise UserError(f"{path} is not a manifest ({error}). {remedy(stage)}") from None
 
     def digest(self, stage: str) -> str:
-        """The hash that stands for a finished output in lineage."""
+        """Return the hash that stands for a finished output in lineage. UserError when it is not finished."""
         manifest = self.manifest(stage)
         if manifest is None:
             raise UserError(f"{self.output(stage)} is not finished: `srlm run` makes it")
         return manifest.digest
 
     def verify(self, stage: str, quick: bool) -> None:
-        """Compare an output with its manifest; `quick` skips the hash of files above 256 MiB."""
+        """Raise UserError if an output differs from its manifest; `quick` skips the hash of files above 256 MiB."""
         manifest = self.manifest(stage)
         assert manifest is not None, f"verify of an unfinished stage {stage}"
         if digest_of(manifest.files) != manifest.digest:
@@ -124,8 +123,8 @@ class RunDir:
                 raise UserError(f"{found}. {remedy(stage)}")
 
     def begin(self, identity: Identity, resumable: bool) -> Path:
-        """The partial folder of a stage: new and empty, or, where the stage can resume, a killed attempt's of the same
-        identity. UserError for a training that was begun from other inputs or with other values."""
+        """Return the partial folder of a stage: new and empty or, where the stage can resume, that of a killed attempt
+        of the same identity. UserError for a training that was begun from other inputs or with other values."""
         if self.output(identity.stage).exists():
             raise UserError(
                 f"{self.output(identity.stage)} is there without a {MANIFEST}, so it is not known to be whole: "
@@ -136,7 +135,7 @@ class RunDir:
         changes = {} if begun is None else changed(begun.config, identity.config, identity.layout)
         same = begun is not None and not changes and (begun.stage, begun.inputs) == (identity.stage, identity.inputs)
         if partial.exists() and not (resumable and same):
-            if (partial / TRAINING_STATE).exists():  # hours of training are not thrown away in passing
+            if (partial / TRAINING_STATE).exists():  # hours of training are not thrown away unasked
                 raise UserError(
                     f"{partial} holds a training that was begun with another configuration or from other inputs: give "
                     f"the earlier values back, or start it anew: the same command with --redo {identity.stage}"
@@ -151,7 +150,7 @@ class RunDir:
     def commit(self, identity: Identity, rows: int, seconds: float, version: str, counts: Mapping[str, float]) -> None:
         """Give the partial folder its manifest and then its final name."""
         partial = self.partial(identity.stage)
-        (partial / MANIFEST).unlink(missing_ok=True)  # of an attempt that was killed in its commit
+        (partial / MANIFEST).unlink(missing_ok=True)  # left by an attempt that was killed in its commit
         names = sorted(str(path.relative_to(partial)) for path in files_below(partial))
         names = [name for name in names if not name.startswith(f"{TRAINING_STATE}/")]
         logs = {name: log_name(name) for name in names}
@@ -177,19 +176,19 @@ class RunDir:
             for name in found:
                 fsync(Path(folder) / name)
             fsync(Path(folder))
-        write_atomic(partial / MANIFEST, orjson.dumps(asdict(manifest), option=orjson.OPT_INDENT_2))
+        write_atomic(partial / MANIFEST, orjson.dumps(manifest, option=orjson.OPT_INDENT_2))
         fsync(partial)
         os.rename(partial, self.output(identity.stage))
         fsync(self.output(identity.stage).parent)
         self.remove_leftovers(identity.stage)
 
     def remove_leftovers(self, stage: str) -> None:
-        """Take what a killed stage goes on with out of a finished output: without it a kill would cost a training."""
+        """Remove from a finished output the files by which a killed attempt would have been resumed."""
         (self.output(stage) / IDENTITY).unlink(missing_ok=True)
         shutil.rmtree(self.output(stage) / TRAINING_STATE, ignore_errors=True)
 
     def remove(self, stage: str) -> bool:
-        """Take an output and everything nested in it away (for --redo); whether there was one."""
+        """Remove an output and everything nested in it (for --redo); return True if there was one."""
         existed = self.output(stage).exists()
         for path in (self.output(stage), self.partial(stage)):
             if path.exists():
@@ -198,7 +197,7 @@ class RunDir:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """One controller per run folder. The lock goes with the process, however it ends."""
+        """Lock the run folder for one controller, until its process ends. UserError if another one holds the lock."""
         others = [path for path in self.root.iterdir() if path.name not in (LOCK, JOBS)] if self.root.is_dir() else []
         if others and not self.config_file.is_file():
             raise UserError(f"{self.root} is not empty and not a run folder: give another one (run.dir=...)")
@@ -214,13 +213,13 @@ class RunDir:
 
 
 def remedy(stage: str) -> str:
-    """What to do about a damaged output."""
+    """Return advice about a damaged output."""
     return f"Restore it, or make it again: the same `srlm run` command with --redo {stage}"
 
 
 @contextmanager
 def stopwatch() -> Iterator[list[float]]:
-    """Wall-clock seconds of the block, as the only element once the block has ended."""
+    """Yield a list that holds the block's wall-clock seconds once the block has ended."""
     seconds: list[float] = []
     start = time.monotonic()
     yield seconds
@@ -228,7 +227,7 @@ def stopwatch() -> Iterator[list[float]]:
 
 
 def files_below(folder: Path) -> list[Path]:
-    """All files of an output, through links to folders too; not the two that say what it is, nor temporary ones."""
+    """Return all files of an output, through links to folders too, without manifest, identity and temporary files."""
     return [
         Path(root) / name
         for root, _, names in os.walk(folder, followlinks=True)

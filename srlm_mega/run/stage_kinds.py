@@ -1,4 +1,4 @@
-"""Every kind of stage in one table: where its output lies, the function that makes it, and how that function runs.
+"""Every kind of stage in one table: the place of its output, the function that makes it, and how that function runs.
 
 A new stage is a row here, its function, and its place in plan.py. Names of outputs are put together nowhere else.
 """
@@ -8,7 +8,7 @@ from enum import StrEnum, auto
 
 
 class Part(StrEnum):
-    """Parts of the loop as the report sums up their time, in the order of its bars (colours: report/plots.py)."""
+    """Parts of the loop by which the report sums up time, in the order of its bars (colours: report/plots.py)."""
 
     SEED = "seed"
     PROMPTS = "prompts"
@@ -45,12 +45,13 @@ OUTSIDE_ROUNDS = ("M0", "sft_baseline", "prompt_writer")  # models that no round
 
 @dataclass(frozen=True)
 class StageKind:
-    """One row. `place`: the output's folder in the run, of a {round} or of a {model}. `function`: the import path of
-    the function that makes it, loaded only in the process that runs it.
+    """One row: a kind of stage.
 
-    `parallel`: it runs on all ranks of a torchrun job; `trains`: it does so step by step, and leaves a checkpoint when
-    it is asked to stop. `samples`: it needs the sampler; `requests`: the import path of the function that lists the
-    requests, where replicas can share them. `resumable`: it resumes what a killed attempt left; others begin anew.
+    `place`: the output's folder in the run, of a {round} or of a {model}. `function`: the import path of the function
+    that makes it, loaded only in the process that runs it. `parallel`: it runs on all ranks of a torchrun job.
+    `trains`: it does so step by step, and leaves a checkpoint when it is asked to stop. `samples`: it needs the
+    sampler. `requests`: the import path of the function that lists the requests, where replicas can share them.
+    `resumable`: it resumes what a killed attempt left; others begin anew.
     """
 
     place: str
@@ -65,26 +66,26 @@ class StageKind:
 
     @property
     def in_shards(self) -> bool:
-        """Its requests are cut into shards, which replicas can share."""
+        """True where its requests are divided into shards, which replicas can share."""
         return self.requests is not None
 
     def of(self, subject: int | str) -> str:
-        """The name of its output: of a round (its number; 0 is before the first one), or of a model (its name)."""
+        """Return the name of its output, given a round (a number; 0 is before the first one) or a model (a name)."""
         return self.place.format(**{"round": round_folder(subject)} if isinstance(subject, int) else {"model": subject})
 
 
 def model_name(number: int) -> str:
-    """The name of M0, M1, ...: round t makes M(t+1)."""
+    """Return the name of M0, M1, ...: round t makes M(t+1)."""
     return f"M{number}"
 
 
 def model_number(name: str) -> int:
-    """3 for M3. ValueError for a model that is none of M0, M1, ..."""
+    """Return a model's number, 3 for M3. ValueError for a model that is none of M0, M1, ..."""
     return int(name.removeprefix("M"))
 
 
 def round_folder(number: int) -> str:
-    """The folder of a round's outputs."""
+    """Return the folder of a round's outputs."""
     return f"round_{number}"
 
 
@@ -106,7 +107,7 @@ EFT = StageKind(
 SFT = training("M1", "srlm_mega.stages.train:supervised", Part.TRAINING, Estimate.SFT)
 PROMPT_WRITER = StageKind("prompt_writer", "srlm_mega.stages.base:take_writer", Part.OTHER, Estimate.NO_GPU)
 
-# Of a model.
+# One per model.
 SAMPLER_WEIGHTS = StageKind(
     "{model}/sampler_weights", "srlm_mega.stages.sampler_weights:make_sampler_weights", Part.OTHER, Estimate.CONVERSION,
     samples=True,
@@ -116,7 +117,7 @@ EVALUATION = StageKind(
     samples=True, resumable=True,
 )
 
-# Of a round.
+# One per round.
 PROMPTS = StageKind(
     "{round}/prompts", "srlm_mega.stages.prompts:write_prompts", Part.PROMPTS, Estimate.PROMPTS,
     samples=True, resumable=True,
@@ -143,7 +144,7 @@ REFERENCE = StageKind(
 )
 POSITIVES = StageKind("{round}/positives", "srlm_mega.stages.pairing:select_positives", Part.OTHER, Estimate.NO_GPU)
 
-# What a round makes of M(t): M(t+1).
+# Trainings that make M(t+1) from M(t).
 DPO = training("{model}", "srlm_mega.stages.train:preference", Part.TRAINING, Estimate.DPO)
 SFT_ON_POSITIVES = training(
     "{model}", "srlm_mega.stages.train:supervised_with_positives", Part.TRAINING, Estimate.SFT_ON_POSITIVES

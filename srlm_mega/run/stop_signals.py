@@ -1,4 +1,4 @@
-"""Being asked to stop: by a signal, or by a file named `stop` in the run folder."""
+"""Requests to stop: a signal, or a file named `stop` in the run folder."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-PREEMPTION = (signal.SIGTERM, signal.SIGUSR1)  # what schedulers send before they take a machine away
+PREEMPTION = (signal.SIGTERM, signal.SIGUSR1)  # sent by schedulers before they take a machine away
 
 
 @contextmanager
@@ -33,8 +33,8 @@ def on_signals(numbers: tuple[signal.Signals, ...], react: Callable[[], None]) -
 
 @dataclass
 class StopRequest:
-    """Whether one rank was asked to stop: by a scheduler's signal, or by a file that a person or `srlm run` makes. The
-    ranks agree by asking one another."""
+    """A request to stop, as one rank sees it: a scheduler's signal, or a file that a person or `srlm run` makes. Ranks
+    agree on it among themselves."""
 
     file: Path | None
     signalled: bool = False
@@ -42,7 +42,7 @@ class StopRequest:
     @classmethod
     @contextmanager
     def watch(cls, file: Path | None) -> Iterator["StopRequest"]:
-        """Listen to signals inside the block."""
+        """Yield a request that signals set during the block."""
         request = cls(file)
 
         def note() -> None:
@@ -53,5 +53,5 @@ class StopRequest:
 
     @property
     def made(self) -> bool:
-        """Whether this process was asked by now."""
+        """True once this process was asked to stop."""
         return self.signalled or (self.file is not None and self.file.exists())

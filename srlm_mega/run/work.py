@@ -1,4 +1,4 @@
-"""What a stage's function is given, and what it returns."""
+"""Argument and result of a stage's function."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from srlm_mega.run.run_dir import RunDir
 
 @dataclass(frozen=True)
 class Work:
-    """What a stage's function gets: where to read, where to write (`out`), and how to say how far it is."""
+    """Argument of a stage's function: where to read, where to write (`out`), and where to report progress."""
 
     run: RunDir
     config: Config
@@ -21,19 +21,19 @@ class Work:
     progress: Progress
 
     def read(self, stage: str, file: str) -> Path:
-        """A file of a finished input."""
+        """Return the path of a file of a finished input. AssertionError for a stage that is not among the inputs."""
         assert stage in self.stage.inputs, f"{self.stage.name} reads {stage}, which is not among its inputs"
         return self.run.output(stage) / file
 
     @property
     def round(self) -> int:
-        """The number of the stage's round."""
+        """Number of the stage's round."""
         return self.stage.round
 
 
 @dataclass(frozen=True)
 class Done:
-    """What a stage's function returns: records written, and counts worth keeping in the manifest."""
+    """Result of a stage's function: the number of records written, and counts for the manifest."""
 
     rows: int = 0
     counts: Mapping[str, float] = field(default_factory=dict)
