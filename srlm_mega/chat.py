@@ -20,9 +20,9 @@ OPEN_USER, CLOSE_USER = "[INST]", "[/INST]"
 
 @dataclass(frozen=True)
 class StopStrings:
-    """Texts at which a completion ends, found in its tokens: the end is the first token with which one is complete.
+    """Texts that end a completion, found in its tokens: it ends at the first token with which one is complete.
 
-    Only the tokens that a stop string can reach back over are looked at, so a step costs the same wherever it is.
+    Only as many last tokens are decoded as a stop string can span, so a step costs the same at any length.
     """
 
     tokenizer: Tokenizer
@@ -33,7 +33,7 @@ class StopStrings:
             raise ValueError(f"stop strings {self.strings}: give at least one, none of them empty")
 
     def is_end(self, token_ids: Sequence[int]) -> bool:
-        """Whether the text of the last tokens holds a stop string."""
+        """Tell whether the text of the last tokens holds a stop string."""
         window = max(len(string.encode()) for string in self.strings) + 1  # a token is at least a byte; one before
         # Tokens may be bytes of a character (4 at most), and decode only together: one start is not within any.
         starts = (list(token_ids[-window - cut :]) for cut in range(MAX_CHARACTER_BYTES))
@@ -41,18 +41,18 @@ class StopStrings:
         return any(string in text for text in texts for string in self.strings)
 
     def cut(self, token_ids: Sequence[int]) -> tuple[int, ...] | None:
-        """The tokens up to the first end; None without one."""
+        """Return the tokens up to the first end; None without one."""
         ends = (end for end in range(1, len(token_ids) + 1) if self.is_end(token_ids[:end]))
         end = next(ends, None)
         return None if end is None else tuple(token_ids[:end])
 
     def before(self, text: str) -> str:
-        """A completion's text up to its first stop string: they are not part of what was said."""
+        """Return a completion's text up to its first stop string, which is not part of the answer."""
         return text[: min((text.find(string) for string in self.strings if string in text), default=len(text))]
 
 
 class Chat:
-    """Turns text into token ids and back, for one tokenizer."""
+    """Conversion of text into token ids and back, for one tokenizer."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -68,7 +68,7 @@ class Chat:
 
     @classmethod
     def from_folder(cls, folder: Path) -> "Chat":
-        """The tokenizer of a Hugging Face folder (`tokenizer.json`)."""
+        """Read the tokenizer of a Hugging Face folder (`tokenizer.json`). UserError when there is none."""
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise UserError(f"no tokenizer.json in {folder}: save the model's tokenizer there in its fast form")
@@ -80,15 +80,15 @@ class Chat:
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
     def prompt(self, user: str) -> tuple[int, ...]:
-        """A user turn, ready for the assistant to continue."""
+        """Return the ids of a user turn, ready for the assistant to continue."""
         return (self.bos_id, *self._open, *self.encode(user), *self._close)
 
     def completion(self, assistant: str) -> tuple[int, ...]:
-        """An assistant turn with its end token: what follows `prompt`."""
+        """Return the ids of an assistant turn with its end token, which follow those of `prompt`."""
         return (*self.encode(assistant), self.eos_id)
 
     def document(self, text: str, end: bool = True) -> tuple[int, ...]:
-        """Running text without turns. Turn markers written in it are markers: only for text we wrote ourselves."""
+        """Return the ids of running text. Turn markers in it become markers, so it must be text that we wrote."""
         ids: list[int] = [self.bos_id]
         for part in text.replace(OPEN_USER, f"\0{OPEN_USER}\0").replace(CLOSE_USER, f"\0{CLOSE_USER}\0").split("\0"):
             if part == OPEN_USER:
@@ -100,18 +100,18 @@ class Chat:
         return (*ids, self.eos_id) if end else tuple(ids)
 
     def stop(self, strings: Sequence[str]) -> StopStrings | None:
-        """What ends a completion besides the end token."""
+        """Return the stop strings that end a completion besides the end token; None without any."""
         return StopStrings(self._tokenizer, tuple(strings)) if strings else None
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """Plain text; no special id comes out of it, whatever it contains."""
+        """Return the ids of plain text, without any special id, whatever the text contains."""
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         if self._special_ids.isdisjoint(ids):
             return tuple(ids)
         return tuple(plain for token_id in ids for plain in self._spelled_out(token_id))
 
     def decode(self, token_ids: tuple[int, ...] | list[int]) -> str:
-        """Text of sampled ids; special tokens leave no trace in it."""
+        """Return the text of sampled ids, without special tokens."""
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True)).strip()
 
     def _spelled_out(self, token_id: int) -> tuple[int, ...]:
@@ -135,7 +135,7 @@ class Chat:
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, model_max_length: int) -> None:
-    """`tokenizer.json`, and the `tokenizer_config.json` that transformers reads beside it."""
+    """Write `tokenizer.json`, and the `tokenizer_config.json` that transformers reads with it."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {

@@ -1,4 +1,4 @@
-"""GPUs and how they are joined: NVIDIA's data-sheet figures, for MFU and for the planner."""
+"""GPUs and the links between them: NVIDIA's data-sheet figures, for MFU and for the planner."""
 
 import re
 from dataclasses import dataclass
@@ -16,6 +16,18 @@ class PeakTflops:
 
     bf16: float
     fp8: float | None  # None: no FP8 units
+
+    def of(self, precision: Precision) -> float | None:
+        """Return the peak in TFLOP/s; None for fp32, and for fp8 without FP8 units."""
+        match precision:
+            case "fp32":
+                return None
+            case "bf16":
+                return self.bf16
+            case "fp8":
+                return self.fp8
+            case _:
+                assert_never(precision)
 
 
 A100, B200, GB200 = PeakTflops(312.0, None), PeakTflops(2250.0, 4500.0), PeakTflops(2500.0, 5000.0)
@@ -40,19 +52,9 @@ PEAKS_BY_DRIVER_NAME: dict[str, PeakTflops] = {
 
 
 def peak_tflops(device_name: str | None, precision: Precision) -> float | None:
-    """Dense peak of one device in TFLOP/s, None where it is not known (CPUs, other GPUs, fp32)."""
+    """Return the dense peak of one device in TFLOP/s; None where it is not known (CPUs, other GPUs, fp32)."""
     peak = PEAKS_BY_DRIVER_NAME.get(device_name or "")
-    if peak is None:
-        return None
-    match precision:
-        case "fp32":
-            return None
-        case "bf16":
-            return peak.bf16
-        case "fp8":
-            return peak.fp8
-        case _:
-            assert_never(precision)
+    return None if peak is None else peak.of(precision)
 
 
 @dataclass(frozen=True)
@@ -74,43 +76,35 @@ class GpuModel:
 
     @property
     def memory_bytes(self) -> float:
-        """Of the device."""
+        """Memory of the device, in bytes."""
         return self.memory_gib * GIB
 
     def require_fp8(self) -> None:
-        """UserError without FP8 units."""
+        """Raise UserError for a GPU without FP8 units."""
         if self.peak.fp8 is None:
             raise UserError(f"{self.name} has no FP8 units: plan with bf16, or for another GPU")
 
     def teraflops(self, precision: Precision) -> float:
-        """Peak of matrix products in TFLOP/s; fp32 is TF32. Without FP8 units, fp8 has the peak of bf16."""
-        match precision:
-            case "fp32":
-                return self.peak.bf16 / 2
-            case "bf16":
-                return self.peak.bf16
-            case "fp8":
-                return self.peak.fp8 or self.peak.bf16
-            case _:
-                assert_never(precision)
+        """Return the peak of matrix products in TFLOP/s; fp32 is TF32. Without FP8 units, fp8 has the peak of bf16."""
+        return self.peak.bf16 / 2 if precision == "fp32" else self.peak.of(precision) or self.peak.bf16
 
     def flops_per_second(self, precision: Precision) -> float:
-        """Peak of matrix products in FLOP/s."""
+        """Return the peak of matrix products in FLOP/s."""
         return self.teraflops(precision) * 1e12
 
     @property
     def bytes_per_second(self) -> float:
-        """Of its memory."""
+        """Bandwidth of the device's memory, in bytes/s."""
         return self.memory_tbps * 1e12
 
     def has_about(self, gigabytes: int) -> bool:
-        """Whether it is sold with so many; the driver offers a little less."""
+        """Tell whether it is sold with so many GB of memory; the driver offers a little less."""
         return 0.9 * gigabytes < self.memory_gib < 1.02 * gigabytes
 
     def group_bandwidth(self, size: int, stride: int) -> float:
-        """Bytes/s per rank of a ring collective over `size` ranks that stand `stride` apart.
+        """Return the bytes/s per rank of a ring collective over `size` ranks that are `stride` apart.
 
-        Ranks of one node share their node's network cards: `members` of them put `members` cards to use.
+        Ranks of one node share their node's network cards: `members` of them use `members` cards.
         """
         members = max(1, min(size, self.gpus_per_nvlink // stride))
         if size <= members:
@@ -118,7 +112,7 @@ class GpuModel:
         return min(self.nvlink_gbps, self.network_gbps * members) * 1e9
 
     def neighbour_bandwidth(self, size: int, stride: int) -> float:
-        """Bytes/s of messages between neighbours of a group: the slowest hop decides."""
+        """Return the bytes/s of messages between neighbours of a group: the slowest hop decides."""
         return (self.nvlink_gbps if size * stride <= self.gpus_per_nvlink else self.network_gbps) * 1e9
 
 
@@ -135,11 +129,12 @@ GPUS = (  # network: 200 Gb/s (A100) or 400 Gb/s per GPU, as in DGX servers
     GpuModel("gb200", GB200, 8.0, 184.0, 900, 50, gpus_per_nvlink=64),
     GpuModel("gb300", GB200, 8.0, 277.0, 900, 100, gpus_per_nvlink=64),
 )
-OTHER_FORMS = frozenset(("pcie", "nvl"))  # of the same name: slower, not planned
+OTHER_FORMS = frozenset(("pcie", "nvl"))  # of the same name, but slower: not planned
 
 
 def find_gpu(name: str) -> GpuModel:
-    """By our name or a published one such as H100-SXM-80GB. UserError for others, also of another memory or form."""
+    """Return a GPU by our name or a published one, such as H100-SXM-80GB. UserError for others, and for another memory
+    size or form."""
     words = name.lower().replace("_", "-").replace(" ", "-").removeprefix("nvidia-").removeprefix("dgx-")
     parts = words.split("-")
     for form in ("500w", "pcie"):
@@ -149,4 +144,4 @@ def find_gpu(name: str) -> GpuModel:
     for gpu in GPUS:
         if gpu.name in (words, parts[0]) and not OTHER_FORMS & set(parts) and all(map(gpu.has_about, sizes)):
             return gpu
-    raise UserError(f"unknown GPU {name!r}; known are {', '.join(gpu.name for gpu in GPUS)}")
+    raise UserError(f"unknown GPU {name!r}: give one of {', '.join(gpu.name for gpu in GPUS)}")

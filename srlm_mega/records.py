@@ -1,4 +1,4 @@
-"""The nouns of the loop: frozen records, one JSON line each.
+"""Records of the loop: frozen dataclasses, one JSON line each.
 
 Every file that crosses a stage's border is a `.jsonl` of one of these classes. Unknown and missing fields are
 errors where the line is read, with the file and the line number.
@@ -18,14 +18,14 @@ from srlm_mega.errors import UserError
 FinishReason = Literal["stop", "length"]
 STRICT = ConfigDict(extra="forbid")
 T = TypeVar("T")
-BUFFER = 1024**2  # bytes: lines are a few thousand long, and a system call for each would cost more than copying it
+BUFFER = 1024**2  # bytes: lines have a few thousand, and a system call for each would cost more than copying it
 
 
 @with_config(STRICT)
 @dataclass(frozen=True, slots=True)
 class SftExample:
     """One supervised example. `ift` and `eft` are a user turn and the assistant's; in a `document` (pre-training
-    text of the toy world) `prompt` is empty and every token of `completion` is learnt."""
+    text of the toy world) `prompt` is empty and every token of `completion` is trained on."""
 
     id: str
     kind: Literal["ift", "eft", "document"]
@@ -46,7 +46,7 @@ class RankedReply:
 @with_config(STRICT)
 @dataclass(frozen=True, slots=True)
 class RankedReplies:
-    """A prompt and its ranked replies: what the judge is measured on (EFT-eval)."""
+    """A prompt and its ranked replies, on which the judge is measured (EFT-eval)."""
 
     id: str
     prompt: str
@@ -66,7 +66,7 @@ class Prompt:
 @with_config(STRICT)
 @dataclass(frozen=True, slots=True)
 class Decoding:
-    """How a completion was sampled."""
+    """Sampling parameters of a completion."""
 
     temperature: float
     top_p: float
@@ -77,7 +77,7 @@ class Decoding:
 @with_config(STRICT)
 @dataclass(frozen=True, slots=True)
 class PromptDraft:
-    """What the prompt writer was shown and what it wrote: several prompts come out of one draft, or none."""
+    """The prompt writer's request and what it wrote, from which several prompts are read, or none."""
 
     id: str
     request: str
@@ -113,7 +113,7 @@ class Candidate:
 @with_config(STRICT)
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """One sampled judgement of one candidate. `score` is None when no score could be parsed: never a number. A random
+    """One sampled judgement of one candidate. `score` is None, never NaN, when no score could be parsed. A random
     judge samples nothing: no token ids, no decoding."""
 
     id: str
@@ -128,10 +128,10 @@ class Judgement:
     decoding: Decoding | None = None
 
 
-@with_config(ConfigDict(extra="ignore", cache_strings=False))  # hardly a string comes twice
+@with_config(ConfigDict(extra="ignore", cache_strings=False))  # hardly any string occurs twice
 @dataclass(frozen=True, slots=True)
 class JudgementScore:
-    """What a reward needs of a Judgement's line. A round has millions of them: texts and tokens are not kept."""
+    """The fields of a Judgement that rewards need. A round has millions of them: texts and tokens are not kept."""
 
     id: str
     candidate_id: str
@@ -142,7 +142,7 @@ class JudgementScore:
 @dataclass(frozen=True, slots=True)
 class PairwiseJudgement:
     """One comparison of a response with another one, in one order. `verdict` is None when none could be parsed.
-    `model_hash` says who judged: a model of the run by its hash, any other by its folder or its name at an endpoint,
+    `model_hash` names the judge: a model of the run by its hash, any other by its folder or its name at an endpoint,
     which gives no token ids."""
 
     prompt_id: str
@@ -178,7 +178,7 @@ class MetaJudgement:
 @with_config(STRICT)
 @dataclass(frozen=True, slots=True)
 class FailedRequest:
-    """A request that failed in `attempts` tries of it alone; `id` is the prompt's or the candidate's."""
+    """A request that failed, in `attempts` tries of it alone; `id` is the prompt's or the candidate's."""
 
     id: str
     error: str
@@ -188,7 +188,7 @@ class FailedRequest:
 @with_config(STRICT)
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation, in the field's form."""
+    """One turn of a conversation, in the usual form of chats."""
 
     role: Literal["system", "user", "assistant"]
     content: str
@@ -197,9 +197,9 @@ class Message:
 @with_config(STRICT)
 @dataclass(frozen=True, slots=True)
 class PreferencePair:
-    """Best against worst candidate of one prompt (or, of the meta-judge, two judgements of one response). `prompt`,
-    `chosen`, `rejected` are TRL's conversational form; the token ids are what DPO trains on. `consistency` is how sure
-    the order is, 0 to 1: the pair's loss is that share of its own and the rest of the swapped pair's."""
+    """Best and worst candidate of one prompt (or, from the meta-judge, two judgements of one response). `prompt`,
+    `chosen`, `rejected` are in TRL's conversational form; DPO trains on the token ids. `consistency` is the confidence
+    in the order, c in [0, 1]: the loss is c times the pair's own and 1 - c times the swapped pair's."""
 
     id: str
     prompt: tuple[Message, ...]
@@ -231,7 +231,7 @@ def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
 
 
 def parse_line(kind: type[T], line: str | bytes) -> T:
-    """One JSON line as a record; ValueError says what is wrong in one line."""
+    """Return one JSON line as a record of this class; ValueError says in one line what is wrong."""
     try:
         record: T = _adapter(kind).validate_json(line)  # type: ignore[arg-type]  # mypy takes no class for hashable
     except ValidationError as error:
@@ -240,14 +240,14 @@ def parse_line(kind: type[T], line: str | bytes) -> T:
 
 
 def complaint(kind: type[Any], error: ValidationError) -> str:
-    """The first thing that is wrong, in one line."""
+    """Return the first thing that is wrong, in one line."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     return f"{kind.__name__}: {where + ': ' if where else ''}{first['msg']}"
 
 
 def read_jsonl(path: Path, kind: type[T]) -> Iterator[T]:
-    """The records of a file that srlm wrote. A bad line is an error that names file and line."""
+    """Yield the records of a file that srlm wrote. UserError names the file and the number of a bad line."""
     validate = _adapter(kind).validator.validate_json  # type: ignore[arg-type]  # as in parse_line; without its layers
     with path.open("rb", BUFFER) as file:
         for number, line in enumerate(file, start=1):
@@ -259,7 +259,7 @@ def read_jsonl(path: Path, kind: type[T]) -> Iterator[T]:
 
 
 def write_jsonl(path: Path, records: Iterable[Any]) -> int:
-    """Write records one JSON line each (keys in the order of their class); returns how many."""
+    """Write records, one JSON line each (keys in the order of their class); return how many."""
     count = 0
     with path.open("wb", BUFFER) as file:
         for record in records:

@@ -199,7 +199,7 @@ def test_names_of_gpus_and_models() -> None:
     assert find_gpu("H100-SXM-80GB").name == "h100" and find_gpu("NVIDIA A100-SXM4-80GB").name == "a100"
     assert find_gpu("H100-96GB-HBM2e-500W").name == "h100-500w" and find_gpu("GB200-NVL72").name == "gb200"
     assert all(find_gpu(gpu.name) is gpu for gpu in GPUS)
-    with pytest.raises(UserError, match="unknown GPU 'tpu-v5'; known are a100"):
+    with pytest.raises(UserError, match="unknown GPU 'tpu-v5': give one of a100"):
         find_gpu("tpu-v5")
     assert find_gpu("H100 80GB").name == find_gpu("NVIDIA H100 80GB HBM3").name == "h100"
     assert find_gpu("H100-PCIe").name == find_gpu("NVIDIA H100 PCIe 80GB").name == "h100-pcie"
