@@ -1,4 +1,4 @@
-"""`srlm bench`: how fast it is here."""
+"""`srlm bench`: benchmarks on this machine."""
 
 import os
 import subprocess
@@ -8,23 +8,25 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from srlm_mega.cli.arguments import OVERRIDES, ConfigFile, Overrides, RunFolder, existing_run
+from srlm_mega.cli.arguments import OVERRIDES, ConfigFile, Overrides, RunFolder
 from srlm_mega.errors import UserError
 
 if TYPE_CHECKING:
     from srlm_mega.config import Config
 
-bench_app = typer.Typer(help="How fast it is here.", no_args_is_help=True, rich_markup_mode=None)
+JsonFile = Annotated[Path | None, typer.Option(help="Write everything, with raw samples, to this file.")]
+bench_app = typer.Typer(help="Measure speed on this machine.", no_args_is_help=True, rich_markup_mode=None)
 
 
 @bench_app.command("kernels")
 def bench_kernels(
-    json: Annotated[Path | None, typer.Option(help="Write everything, with raw samples, to this file.")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Samples per provider.")] = 30,
-    shape: Annotated[list[str] | None, typer.Option(help="Only this shape; may be repeated.")] = None,
-    sweep: Annotated[bool, typer.Option("--sweep", help="Also over tokens and vocabulary, for the plot.")] = False,
+    json: JsonFile = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Samples per implementation.")] = 30,
+    shape: Annotated[list[str] | None, typer.Option(help="Shape to measure, by name; may be repeated.")] = None,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Also vary tokens and vocabulary, for the plot.")] = False,
 ) -> None:
-    """Time and memory of the DPO head: ours, eager PyTorch, torch.compile, Liger. Tiny shapes without a GPU."""
+    """Measure time and memory of the DPO head. Compares our kernels, eager PyTorch, torch.compile and Liger; without a
+    GPU on tiny shapes."""
     from srlm_mega.tools.bench_kernels import run_benchmark
 
     run_benchmark(json, rounds, shape or [], sweep)
@@ -32,12 +34,12 @@ def bench_kernels(
 
 @bench_app.command("compare")
 def bench_compare(
-    first: Annotated[Path, typer.Argument(metavar="A.json", help="What `srlm bench ... --json` wrote: before.")],
-    second: Annotated[Path, typer.Argument(metavar="B.json", help="The same, after.")],
-    other_device: Annotated[bool, typer.Option("--other-device", help="Although they ran on other devices.")] = False,
-    other_command: Annotated[bool, typer.Option("--other-command", help="Although the commands differ.")] = False,
+    first: Annotated[Path, typer.Argument(metavar="A.json", help="Result of `srlm bench ... --json`, before.")],
+    second: Annotated[Path, typer.Argument(metavar="B.json", help="Result after the change.")],
+    other_device: Annotated[bool, typer.Option("--other-device", help="Allow results of other devices.")] = False,
+    other_command: Annotated[bool, typer.Option("--other-command", help="Allow results of other commands.")] = False,
 ) -> None:
-    """B against A, row by row: ratios of medians with their spread, and what else differs."""
+    """Compare two benchmark results row by row. Prints ratios of medians with their spread, and other differences."""
     from srlm_mega.tools.bench_compare import compare
 
     print(compare(first, second, other_device, other_command))
@@ -45,16 +47,16 @@ def bench_compare(
 
 @bench_app.command("conversion")
 def bench_conversion(
-    folder: Annotated[Path, typer.Argument(help="On the disk to measure; needs three times the model.")] = Path("."),
-    model: Annotated[str, typer.Option(help="tiny or llama2_7b.")] = "tiny",
-    layers: Annotated[int | None, typer.Option(min=1, help="Fewer layers than the model has.")] = None,
+    folder: Annotated[Path, typer.Argument(help="Folder to measure in; needs room for three models.")] = Path("."),
+    model: Annotated[str, typer.Option(help="Size of the checkpoint: tiny or llama2_7b.")] = "tiny",
+    layers: Annotated[int | None, typer.Option(min=1, help="Number of layers, if not all.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Processes of each conversion.")] = 1,
-    plain: Annotated[bool, typer.Option("--plain", help="transformers and plain torch too: needs the memory.")] = False,
-    repetitions: Annotated[int, typer.Option(min=1, help="Times that all take turns.")] = 1,
-    warm: Annotated[bool, typer.Option("--warm", help="With the source in the page cache; otherwise without.")] = False,
-    json: Annotated[Path | None, typer.Option(help="Write everything to this file.")] = None,
+    plain: Annotated[bool, typer.Option("--plain", help="Measure transformers and torch too, in memory.")] = False,
+    repetitions: Annotated[int, typer.Option(min=1, help="Number of times that all take turns.")] = 1,
+    warm: Annotated[bool, typer.Option("--warm", help="Keep the source in the page cache.")] = False,
+    json: JsonFile = None,
 ) -> None:
-    """Conversions of a synthetic checkpoint beside `cp` of the same bytes: seconds, GB/s, memory."""
+    """Compare conversions of a checkpoint with `cp`. Prints seconds, GB/s and memory for a synthetic checkpoint."""
     from srlm_mega.tools.bench_conversion import ConversionRequest, run_benchmark
 
     print(run_benchmark(folder, model, layers, ConversionRequest(jobs, plain, not warm, repetitions), json))
@@ -64,22 +66,20 @@ def bench_conversion(
 def bench_training(
     config_file: ConfigFile,
     overrides: Overrides = None,
-    steps: Annotated[int, typer.Option(min=1, help="Measured steps.")] = 20,
-    warmup: Annotated[int, typer.Option(min=1, help="Steps before them.")] = 3,
-    sft: Annotated[bool, typer.Option("--sft", help="Supervised steps; otherwise DPO.")] = False,
-    baseline: Annotated[bool, typer.Option("--baseline", help="Plain Hugging Face beside it, step by step.")] = False,
+    steps: Annotated[int, typer.Option(min=1, help="Number of measured steps.")] = 20,
+    warmup: Annotated[int, typer.Option(min=1, help="Number of steps before them.")] = 3,
+    sft: Annotated[bool, typer.Option("--sft", help="Measure SFT steps instead of DPO steps.")] = False,
+    baseline: Annotated[bool, typer.Option("--baseline", help="Measure plain Hugging Face too, in turn.")] = False,
     baseline_size: Annotated[
-        int | None, typer.Option(min=1, help="Pairs in its forward pass; otherwise it has as many passes as we have.")
+        int | None, typer.Option(min=1, help="Pairs per forward pass of the baseline; default: as many passes as ours.")
     ] = None,
     sweep: Annotated[
-        str | None, typer.Option(metavar="KEY=V1,V2,...", help="Measure for each value; needs --json.")
+        str | None, typer.Option(metavar="KEY=V1,V2,...", help="Measure once for each value of a key; needs --json.")
     ] = None,
-    json: Annotated[Path | None, typer.Option(help="Write everything, with raw samples, to this file.")] = None,
-    started: Annotated[
-        bool, typer.Option("--started", help="This process is one of the ranks already (torchrun, srun).")
-    ] = False,
+    json: JsonFile = None,
+    started: Annotated[bool, typer.Option("--started", help="Be one of the ranks that torchrun started.")] = False,
 ) -> None:
-    """Time training steps on random pairs, with the configuration's model and layout."""
+    """Measure training steps of a configuration. They train on random pairs, with its model and layout."""
     from srlm_mega.config.file import load_config
 
     if sweep is not None:
@@ -97,20 +97,19 @@ def bench_training(
 def bench_sampling(
     run: RunFolder,
     overrides: Overrides = None,
-    prompts: Annotated[int, typer.Option(min=1, help="Prompts of round 1, with their candidates.")] = 100,
-    repetitions: Annotated[int, typer.Option(min=1, help="Times that all methods take turns.")] = 3,
-    batch_size: Annotated[list[int] | None, typer.Option(help="Further batch sizes to measure.")] = None,
-    json: Annotated[Path | None, typer.Option(help="Write everything, with raw samples, to this file.")] = None,
+    prompts: Annotated[int, typer.Option(min=1, help="Number of prompts of round 1.")] = 100,
+    repetitions: Annotated[int, typer.Option(min=1, help="Number of times that all take turns.")] = 3,
+    batch_size: Annotated[list[int] | None, typer.Option(help="Further batch size; may be repeated.")] = None,
+    json: JsonFile = None,
 ) -> None:
-    """Time the sampler on what a run's round 1 asks for, against transformers' generate."""
-    existing_run(run)
+    """Measure the sampler on the prompts of a run. Compares it with transformers' generate on round 1."""
     from srlm_mega.tools.bench_sampling import measure
 
     measure(run, overrides or [], prompts, repetitions, batch_size or [], json)
 
 
 def sweep_training(text: str, json: Path | None) -> None:
-    """This command once for every value."""
+    """Run this command once for every value. UserError without a file for the results."""
     from srlm_mega.tools.bench_record import table, without_options
     from srlm_mega.tools.bench_sweep import parse_sweep, run_sweep
 
@@ -121,7 +120,7 @@ def sweep_training(text: str, json: Path | None) -> None:
 
 
 def start_again(config: "Config", config_file: Path) -> int:
-    """This command in processes of its own, with `--started`, as many as the layout has; returns its exit code."""
+    """Run this command with `--started` in as many processes as the layout has; return their exit code."""
     from srlm_mega.config.file import find_file
     from srlm_mega.launch.child_process import environment
     from srlm_mega.launch.ranks import Start, start_ranks
@@ -132,10 +131,9 @@ def start_again(config: "Config", config_file: Path) -> int:
     if config.world_size > 1:
         start = start_ranks(config, RunDir(config.run.dir), "bench", arguments, find_file(config_file))
     settings = environment(os.environ, config.launch.threads_per_process, cpu=config.trainer.device == "cpu")
-    if start.logs is None:
-        return subprocess.run(start.argv, check=False, env=settings).returncode
-    start.logs.mkdir(parents=True, exist_ok=True)
+    if start.logs is not None:
+        start.logs.mkdir(parents=True, exist_ok=True)
     code = subprocess.run(start.argv, check=False, env=settings).returncode
-    for path in sorted(start.logs.glob("*.log")):
+    for path in sorted(start.logs.glob("*.log")) if start.logs is not None else ():
         print(f"{path}:\n{path.read_text(errors='replace')}")
     return code

@@ -1,15 +1,17 @@
-"""`srlm config`: a configuration's resolved values, and all keys there are."""
+"""`srlm config`: the resolved values of a configuration, and all its keys."""
 
 import typer
 
 from srlm_mega.cli.arguments import OVERRIDES, ConfigFile, Overrides
 
-config_app = typer.Typer(help="Look at a configuration.", no_args_is_help=True, rich_markup_mode=None)
+config_app = typer.Typer(
+    help="Show a configuration's values, or all keys.", no_args_is_help=True, rich_markup_mode=None
+)
 
 
 @config_app.command("show", context_settings=OVERRIDES)
 def config_show(config_file: ConfigFile, overrides: Overrides = None) -> None:
-    """The resolved values, and where each came from."""
+    """Show the resolved values, and where each came from."""
     from srlm_mega.config.file import leaves, load_config, origins
 
     values = leaves(load_config(config_file, overrides or []))
@@ -21,7 +23,7 @@ def config_show(config_file: ConfigFile, overrides: Overrides = None) -> None:
 
 @config_app.command("schema")
 def config_schema() -> None:
-    """JSON Schema of the configuration file."""
+    """Print the JSON Schema of configuration files."""
     import orjson
 
     from srlm_mega.config import Config

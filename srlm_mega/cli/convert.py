@@ -4,9 +4,8 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -15,42 +14,32 @@ from srlm_mega.errors import CannotContinue, UserError
 if TYPE_CHECKING:
     from srlm_mega.checkpoints_conversion.fp8 import Amax
 
+KindName = Literal["huggingface", "megatron", "trtllm"]
+DtypeName = Literal["float32", "float16", "bfloat16"]
 UNITS = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4}
 
 
-class To(StrEnum):
-    """Kinds of checkpoints."""
-
-    HUGGINGFACE = "huggingface"
-    MEGATRON = "megatron"
-    TRTLLM = "trtllm"
-
-
-class Dtype(StrEnum):
-    """Number formats."""
-
-    FLOAT32 = "float32"
-    FLOAT16 = "float16"
-    BFLOAT16 = "bfloat16"
-
-
-engine_app = typer.Typer(help="TensorRT engines.", no_args_is_help=True, rich_markup_mode=None)
+engine_app = typer.Typer(help="Build TensorRT engines.", no_args_is_help=True, rich_markup_mode=None)
 
 
 def convert(
-    words: Annotated[list[str], typer.Argument(help="Two checkpoints.", metavar="SRC DST | verify A B")],
-    to: Annotated[To | None, typer.Option(help="The kind of DST; that of SRC is recognised.")] = None,
-    tp: Annotated[int, typer.Option(help="Tensor ranks of DST.")] = 1,
-    pp: Annotated[int, typer.Option(help="Pipeline ranks of DST.")] = 1,
-    dtype: Annotated[Dtype | None, typer.Option(help="Of DST; without it, that of SRC.")] = None,
-    fp8: Annotated[bool, typer.Option("--fp8", help="Linear layers in FP8.")] = False,
-    calibration: Annotated[Path | None, typer.Option(help="FP8: amax.json, or prompts (JSONL) to make it of.")] = None,
-    max_memory: Annotated[str, typer.Option(help="Of the blocks in memory, for example 512MiB.")] = "1GiB",
-    jobs: Annotated[int, typer.Option(help="Processes.", min=1)] = 1,
-    logits: Annotated[bool, typer.Option("--logits", help="verify: compare logits of fixed prompts too.")] = False,
+    words: Annotated[
+        list[str], typer.Argument(help="Two checkpoints, to convert or to compare.", metavar="SRC DST | verify A B")
+    ],
+    to: Annotated[KindName | None, typer.Option(help="Kind of DST; that of SRC is recognised.")] = None,
+    tp: Annotated[int, typer.Option(help="Number of tensor-parallel ranks of DST.")] = 1,
+    pp: Annotated[int, typer.Option(help="Number of pipeline stages of DST.")] = 1,
+    dtype: Annotated[DtypeName | None, typer.Option(help="Number format of DST; default: that of SRC.")] = None,
+    fp8: Annotated[bool, typer.Option("--fp8", help="Convert linear layers to FP8; needs --calibration.")] = False,
+    calibration: Annotated[
+        Path | None, typer.Option(help="FP8 ranges (amax.json), or prompts (JSONL) for them.")
+    ] = None,
+    max_memory: Annotated[str, typer.Option(help="Largest blocks in memory, for example 512MiB.")] = "1GiB",
+    jobs: Annotated[int, typer.Option(help="Number of processes.", min=1)] = 1,
+    logits: Annotated[bool, typer.Option("--logits", help="With verify: compare logits too.")] = False,
 ) -> None:
-    """Convert a checkpoint between Hugging Face, Megatron (torch_dist) and TensorRT-LLM, or verify that two hold the
-    same model. Started again after a kill, a conversion goes on."""
+    """Convert a checkpoint, or verify that two hold the same model. Formats are Hugging Face, Megatron (torch_dist) and
+    TensorRT-LLM. Started again after a kill, a conversion resumes."""
     with user_errors():
         if words[0] == "verify" and len(words) == 3:
             verify(Path(words[1]), Path(words[2]), logits)
@@ -77,7 +66,7 @@ def convert(
 
 
 def activation_ranges(source: Path, calibration: Path) -> "Amax":
-    """From `amax.json`; from prompts by a calibration, which leaves `amax.json` beside them."""
+    """Read FP8 ranges from `amax.json`, or measure them on prompts, which leaves an `amax.json` next to these."""
     from srlm_mega.checkpoints_conversion.convert import open_checkpoint
     from srlm_mega.checkpoints_conversion.fp8 import Amax
 
@@ -91,7 +80,7 @@ def activation_ranges(source: Path, calibration: Path) -> "Amax":
 
 
 def verify(first: Path, second: Path, logits: bool) -> None:
-    """Print the proof that two checkpoints hold the same model, and leave it in a converted second as `proof.json`."""
+    """Print the proof that two checkpoints hold the same model; write a converted second one's to its `proof.json`."""
     from srlm_mega.checkpoints_conversion.bar import progress_bar
     from srlm_mega.checkpoints_conversion.convert import RECORD
     from srlm_mega.checkpoints_conversion.verify import prove
@@ -111,19 +100,19 @@ def verify(first: Path, second: Path, logits: bool) -> None:
 
 @engine_app.command("build")
 def engine_build(
-    checkpoint: Annotated[Path, typer.Argument(help="Of `srlm convert --to trtllm`.", metavar="CKPT")],
-    cache: Annotated[Path, typer.Argument(help="Folder of engines; each has a folder of its own.", metavar="DST")],
-    max_batch_size: Annotated[int, typer.Option(help="Requests at once.", min=1)] = 256,
-    max_num_tokens: Annotated[int, typer.Option(help="Tokens at once.", min=1)] = 8192,
-    max_input_len: Annotated[int, typer.Option(help="Of a prompt.", min=1)] = 3072,
-    max_seq_len: Annotated[int, typer.Option(help="Of a prompt and its answer.", min=1)] = 4096,
-    paged_context_fmha: Annotated[bool, typer.Option(help="Prompts share their prefixes' cache.")] = True,
-    fp8_context_fmha: Annotated[bool, typer.Option(help="Attention to the prompt in FP8.")] = False,
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint of `srlm convert --to trtllm`.", metavar="CKPT")],
+    cache: Annotated[Path, typer.Argument(help="Folder of engines, each in a folder of its own.", metavar="DST")],
+    max_batch_size: Annotated[int, typer.Option(help="Largest number of requests at once.", min=1)] = 256,
+    max_num_tokens: Annotated[int, typer.Option(help="Largest number of tokens at once.", min=1)] = 8192,
+    max_input_len: Annotated[int, typer.Option(help="Longest prompt, in tokens.", min=1)] = 3072,
+    max_seq_len: Annotated[int, typer.Option(help="Longest prompt and answer, in tokens.", min=1)] = 4096,
+    paged_context_fmha: Annotated[bool, typer.Option(help="Share the cache of prefixes among prompts.")] = True,
+    fp8_context_fmha: Annotated[bool, typer.Option(help="Compute attention to the prompt in FP8.")] = False,
     strip_plan: Annotated[bool, typer.Option("--strip-plan", help="Build without weights, then refit.")] = False,
-    workers: Annotated[int, typer.Option(help="Ranks built at once, a GPU each.", min=1)] = 1,
-    python: Annotated[str, typer.Option(help="The Python that has TensorRT-LLM.")] = "python3",
+    workers: Annotated[int, typer.Option(help="Number of ranks built at once, a GPU each.", min=1)] = 1,
+    python: Annotated[str, typer.Option(help="Python that has TensorRT-LLM.")] = "python3",
 ) -> None:
-    """Build the engine of a checkpoint, or find it in the cache. Prints its folder."""
+    """Build the engine of a checkpoint, or find it in the cache. Prints the engine's folder."""
     with user_errors():
         from srlm_mega.checkpoints_conversion.engine import Limits
         from srlm_mega.checkpoints_conversion.engine_build import build_engine, probe_runtime
@@ -142,16 +131,16 @@ def engine_build(
 
 
 def parse_bytes(text: str) -> int:
-    """`4GiB`, `512M` or a number of bytes. UserError for anything else."""
+    """Return the bytes of `4GiB`, `512M` or a plain number. UserError for anything else."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
     if not match or float(match[1]) <= 0:
-        raise UserError(f"--max-memory {text!r} is no size: give one such as 512MiB or 4GiB")
+        raise UserError(f"--max-memory {text!r} is not a size: give one such as 512MiB or 4GiB")
     return int(float(match[1]) * UNITS[match[2].upper()])
 
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """The conversion package knows nothing of our exit codes."""
+    """Give errors of the conversion package, which knows no exit codes, the classes that have them."""
     try:
         yield
     except ValueError as error:

@@ -1,8 +1,7 @@
-"""`srlm launch preflight` and `srlm doctor`: is this where it can run?"""
+"""`srlm launch preflight` and `srlm doctor`: checks of nodes and environments."""
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -27,15 +26,13 @@ COLOURS = {"ok": "green", "untested": "yellow", "bad": "red", "absent": "dim", "
 def doctor(
     purpose: Annotated[
         Literal["cpu", "training", "sampling"] | None,
-        typer.Option("--for", help="What it is for; by itself: training where a GPU is, else cpu."),
+        typer.Option("--for", help="Purpose; default: training with a GPU, else cpu."),
     ] = None,
-    slurm: Annotated[bool, typer.Option(help="Jobs are to run under Slurm.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="The rows as JSON.")] = False,
-    timeout: Annotated[
-        float, typer.Option(min=1, help="Seconds for each probe; imports from a network disk are slow.")
-    ] = 120,
+    slurm: Annotated[bool, typer.Option(help="Check that jobs can run under Slurm.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
+    timeout: Annotated[float, typer.Option(min=1, help="Longest time of each probe, in seconds.")] = 120,
 ) -> None:
-    """Is this environment one that works? Each part is tried in a process of its own; a remedy for what is not."""
+    """Check that this environment works. Tries each part in a process of its own, and names a remedy for what fails."""
     from srlm_mega.launch.doctor import diagnose, is_well, run_probes
     from srlm_mega.launch.probe import NAMES
     from srlm_mega.launch.versions import version_set
@@ -44,14 +41,14 @@ def doctor(
     versions = version_set(chosen)
     rows = diagnose(run_probes(NAMES, timeout), versions, slurm)
     if as_json:
-        print(orjson.dumps({"for": chosen, "rows": [asdict(row) for row in rows]}, option=orjson.OPT_INDENT_2).decode())
+        print(orjson.dumps({"for": chosen, "rows": rows}, option=orjson.OPT_INDENT_2).decode())
     else:
         show(rows, chosen, versions)
     raise typer.Exit(0 if is_well(rows) else USER_ERROR)
 
 
 def show(rows: "Sequence[DoctorRow]", purpose: str, versions: "VersionSet") -> None:
-    """The table, then what to do."""
+    """Print the table of probes, then what to do."""
     console = Console(width=None if os.isatty(1) else TABLE_WIDTH)
     table = Table("", "", "found", "wanted", box=None)
     for row in rows:
@@ -66,17 +63,15 @@ def show(rows: "Sequence[DoctorRow]", purpose: str, versions: "VersionSet") -> N
 def preflight(
     config_file: ConfigFile,
     overrides: Overrides = None,
-    out: Annotated[Path, typer.Option(help="Folder for the reports, on a file system that all nodes see.")] = Path(
-        "preflight"
-    ),
-    node_rank: Annotated[int | None, typer.Option(min=0, help="Which node this is; under Slurm it knows.")] = None,
-    nnodes: Annotated[int | None, typer.Option(min=1, help="How many there are; under Slurm it knows.")] = None,
-    master_addr: Annotated[str | None, typer.Option(help="Address of node 0.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for reports, which all nodes share.")] = Path("preflight"),
+    node_rank: Annotated[int | None, typer.Option(min=0, help="Number of this node; Slurm gives it.")] = None,
+    nnodes: Annotated[int | None, typer.Option(min=1, help="Number of nodes; Slurm gives it.")] = None,
+    master_addr: Annotated[str | None, typer.Option(help="Name or address of node 0.")] = None,
     master_port: Annotated[
-        int | None, typer.Option(min=1, max=65534, help="A free port there, and the one behind it.")
+        int | None, typer.Option(min=1, max=65534, help="Port of node 0; it and the next one must be free.")
     ] = None,
 ) -> None:
-    """Look at all nodes before a job: run it on each (srun --ntasks-per-node=1 srlm launch preflight ...)."""
+    """Check all nodes before a job. Run it on each: srun --ntasks-per-node=1 srlm launch preflight CONFIG."""
     from srlm_mega.config.file import load_config
     from srlm_mega.launch.preflight.coordinator import run_preflight
     from srlm_mega.launch.preflight.this_node import this_node
@@ -91,8 +86,8 @@ def preflight(
 
 
 def model_folders(config: "Config") -> int:
-    """Models that lie on the disk at once: those that the run makes, and what the sampler loads in their place (of an
-    engine its checkpoint too). Early stopping keeps two more, the newest and the best one before it."""
+    """Return the number of models on the disk: those that the run makes, and what the sampler loads in their place (for
+    an engine its checkpoint too). Early stopping keeps two more, the newest and the best one before it."""
     from srlm_mega.run.plan import plan
     from srlm_mega.run.stage_kinds import BASE, SAMPLER_WEIGHTS
 

@@ -1,37 +1,38 @@
-"""`srlm evaluate` and `srlm export`: of finished models, imported where they are needed."""
+"""`srlm evaluate` and `srlm export`: commands for finished models."""
 
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from srlm_mega.cli.arguments import RunFolder, existing_run
+from srlm_mega.cli.arguments import RunFolder
 
 if TYPE_CHECKING:
     from srlm_mega.config.comparison import PairwiseJudgeConfig
     from srlm_mega.evaluation.results import Comparison
 
-evaluate_app = typer.Typer(help="Measure finished models.", no_args_is_help=True, rich_markup_mode=None)
-export_app = typer.Typer(help="For other people's evaluations.", no_args_is_help=True, rich_markup_mode=None)
-Model = Annotated[Path, typer.Argument(help="A finished model of a run, for example runs/toy/M2.", metavar="RUN/M")]
-Out = Annotated[Path, typer.Option(help="The file to write.")]
+evaluate_app = typer.Typer(help="Compare and measure finished models.", no_args_is_help=True, rich_markup_mode=None)
+export_app = typer.Typer(
+    help="Write files for AlpacaEval, MT-Bench, lm-eval.", no_args_is_help=True, rich_markup_mode=None
+)
+Model = Annotated[Path, typer.Argument(help="Finished model of a run, for example runs/toy/M2.", metavar="RUN/M")]
+Name = Annotated[str | None, typer.Option(help="Model's name in the file; default: RUN-M.")]
+Out = Annotated[Path, typer.Option(help="File to write.")]
 
 
 @evaluate_app.command("head-to-head")
 def head_to_head(
     ours: Model,
-    theirs: Annotated[Path, typer.Argument(help="Another one, or any Hugging Face folder.", metavar="RUN/M|FOLDER")],
-    out: Annotated[Path, typer.Option(help="A folder for responses, judgements and result.json.")],
-    prompts: Annotated[Path | None, typer.Option(help="JSONL of prompts; none: our run's test or validation.")] = None,
-    judge: Annotated[str | None, typer.Option(help="Folder of the judge, or its name; none: our run's M1.")] = None,
-    endpoint: Annotated[str | None, typer.Option(help="Base URL where the judge answers.")] = None,
+    theirs: Annotated[Path, typer.Argument(help="Another model, or any Hugging Face folder.", metavar="RUN/M|FOLDER")],
+    out: Annotated[Path, typer.Option(help="Folder for responses, judgements, result.json.")],
+    prompts: Annotated[Path | None, typer.Option(help="JSONL of prompts; default: our run's held-out ones.")] = None,
+    judge: Annotated[str | None, typer.Option(help="Judge's folder or name; default: our run's M1.")] = None,
+    endpoint: Annotated[str | None, typer.Option(help="Base URL of the judge: http://host:8000/v1.")] = None,
     api_key_variable: Annotated[str | None, typer.Option(help="NAME of the variable with the endpoint's key.")] = None,
-    temperature: Annotated[float, typer.Option(help="Of both models; 0: greedy.", min=0)] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Of both models.", min=0, max=1)] = 1.0,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature of both models; 0: greedy.", min=0)] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus of both models, as probability mass.", min=0, max=1)] = 1.0,
 ) -> None:
-    """Two models' responses to the same prompts, compared by a judge in both orders; what it prefers only in one order
-    is a tie."""
+    """Compare two models by a judge, in both orders. A response that is preferred in only one order is a tie."""
     from srlm_mega.stages.head_to_head import HeadToHeadRequest
     from srlm_mega.stages.head_to_head import head_to_head as run
 
@@ -40,7 +41,7 @@ def head_to_head(
 
 
 def judge_settings(judge: str | None, endpoint: str | None, variable: str | None) -> "PairwiseJudgeConfig | None":
-    """The judge of the command line. UserError for a part of one."""
+    """Return the judge that the options name, None without one. UserError when they do not name a whole one."""
     from pydantic import ValidationError
 
     from srlm_mega.config.comparison import PairwiseJudgeConfig
@@ -58,7 +59,7 @@ def judge_settings(judge: str | None, endpoint: str | None, variable: str | None
 
 
 def described(comparison: "Comparison") -> str:
-    """A comparison in words."""
+    """Return a comparison's result as text."""
     head = f"{comparison.ours} against {comparison.theirs}, judged by {comparison.judge}"
     left_out = (
         f"{comparison.prompts} prompts; {comparison.too_long} too long for the judge, {comparison.failed} failed; "
@@ -86,21 +87,21 @@ def described(comparison: "Comparison") -> str:
 
 @evaluate_app.command("lengths")
 def lengths(run: RunFolder) -> None:
-    """Lengths of each model's responses, and of the chosen and rejected ones of each round."""
+    """Print lengths of responses, by model and by round. A round has those of chosen and rejected responses."""
     from srlm_mega.evaluation.run_tables import length_lines
 
-    print("\n".join(length_lines(existing_run(run))))
+    print("\n".join(length_lines(run)))
 
 
 @export_app.command("alpaca_eval")
 def alpaca_eval(
     model: Model,
-    prompts: Annotated[Path, typer.Option(help="AlpacaEval's set: alpaca_eval.json, or JSON lines.")],
+    prompts: Annotated[Path, typer.Option(help="AlpacaEval's prompts: alpaca_eval.json, or JSONL.")],
     out: Out,
-    generator: Annotated[str | None, typer.Option(help="The model's name in the file; none: of run and model.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="None: evaluation.temperature of the run.", min=0)] = None,
+    generator: Name = None,
+    temperature: Annotated[float | None, typer.Option(help="Sampling temperature; default: the run's.", min=0)] = None,
 ) -> None:
-    """AlpacaEval 2's model_outputs: instruction, output, generator, dataset."""
+    """Write a model's outputs for AlpacaEval 2. Each has instruction, output, generator and dataset."""
     from srlm_mega.evaluation.export_formats import read_alpaca_instructions
     from srlm_mega.stages.exports import export_alpaca_eval
     from srlm_mega.stages.head_to_head import RunModel
@@ -118,9 +119,9 @@ def mt_bench(
     model: Model,
     questions: Annotated[Path, typer.Option(help="FastChat's question.jsonl.")],
     out: Out,
-    model_id: Annotated[str | None, typer.Option(help="The model's name in the file; none: of run and model.")] = None,
+    model_id: Name = None,
 ) -> None:
-    """FastChat's model_answer file of MT-Bench: both turns of every question."""
+    """Write a model's answers for MT-Bench. The file is FastChat's model_answer, with both turns of every question."""
     from srlm_mega.evaluation.export_formats import read_mt_bench_questions
     from srlm_mega.stages.exports import export_mt_bench
     from srlm_mega.stages.head_to_head import RunModel
@@ -130,29 +131,24 @@ def mt_bench(
     print(f"{out}: answers to {len(asked)} questions")
 
 
-class LmEvalDtype(StrEnum):
-    """In which lm-eval computes."""
-
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-
-
 @export_app.command("lm_eval")
 def lm_eval(
     model: Model,
-    dtype: Annotated[LmEvalDtype | None, typer.Option(help="None: bfloat16 where the run trains in it.")] = None,
-    cpu: Annotated[bool, typer.Option("--cpu", help="For a machine without a GPU.")] = False,
-    output: Annotated[Path, typer.Option(help="Where lm-eval writes.")] = Path("lm_eval_results"),
+    dtype: Annotated[
+        Literal["float32", "bfloat16"] | None, typer.Option(help="Number format; default: the run's.")
+    ] = None,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Use the CPU instead of this node's GPUs.")] = False,
+    output: Annotated[Path, typer.Option(help="Folder for the results of lm-eval.")] = Path("lm_eval_results"),
 ) -> None:
-    """Print the command lines of lm-eval for the paper's nine benchmarks, one per number of shots."""
+    """Print lm-eval's commands for the paper's benchmarks. There is one per number of shots."""
     from srlm_mega.evaluation.export_formats import lm_eval_commands
     from srlm_mega.stages.head_to_head import RunModel
 
     found = RunModel.at(model)
-    chosen = dtype or (LmEvalDtype.BFLOAT16 if found.config.trainer.bf16 else LmEvalDtype.FLOAT32)
+    chosen = dtype or ("bfloat16" if found.config.trainer.bf16 else "float32")
     print("\n".join(lm_eval_commands(found.writer.folder.resolve(), chosen, cpu, output)))
 
 
 def name_of(model: Path) -> str:
-    """`toy-M2` for runs/toy/M2."""
+    """Return a model's name for other programs: `toy-M2` for runs/toy/M2."""
     return f"{model.resolve().parent.name}-{model.name}"

@@ -1,18 +1,21 @@
-"""`srlm launch`: jobs for clusters."""
+"""`srlm launch`: jobs on clusters."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, assert_never
 
 import typer
 
-from srlm_mega.cli.arguments import OVERRIDES, ConfigFile, Overrides, RunFolder
+from srlm_mega.cli.arguments import OVERRIDES, ConfigFile, Overrides
 from srlm_mega.errors import UserError
 
 if TYPE_CHECKING:
     from srlm_mega.config import Config
     from srlm_mega.launch.slurm import Template
 
-launch_app = typer.Typer(help="Start runs on clusters.", no_args_is_help=True, rich_markup_mode=None)
+launch_app = typer.Typer(
+    help="Check a cluster's nodes and start runs there.", no_args_is_help=True, rich_markup_mode=None
+)
 
 
 @launch_app.command("slurm", context_settings=OVERRIDES)
@@ -20,17 +23,20 @@ def launch_slurm(
     config_file: ConfigFile,
     overrides: Overrides = None,
     template: Annotated[
-        Literal["run", "train", "sample", "bench"], typer.Option(help="The whole run, or one kind of work.")
+        Literal["run", "train", "sample", "bench"], typer.Option(help="Work of the job: the whole run, or one part.")
     ] = "run",
-    stage: Annotated[list[str] | None, typer.Option(help="Of train and sample; may be repeated.")] = None,
-    nodes: Annotated[int | None, typer.Option(min=1, help="launch.nodes; with sample the sampler's.")] = None,
-    partition: Annotated[str | None, typer.Option(help="launch.slurm.partition")] = None,
-    account: Annotated[str | None, typer.Option(help="launch.slurm.account")] = None,
-    time: Annotated[str | None, typer.Option(help="launch.slurm.time, for example 24:00:00.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script, write nothing.")] = False,
+    stage: Annotated[list[str] | None, typer.Option(help="Stage of train or sample; may be repeated.")] = None,
+    nodes: Annotated[
+        int | None, typer.Option(min=1, help="Number of nodes: launch.nodes, with sample the sampler's.")
+    ] = None,
+    partition: Annotated[str | None, typer.Option(help="Partition of the job: launch.slurm.partition.")] = None,
+    account: Annotated[str | None, typer.Option(help="Account of the job: launch.slurm.account.")] = None,
+    time: Annotated[str | None, typer.Option(help="Time limit: launch.slurm.time, for example 24:00:00.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script and write nothing.")] = False,
     submitted: Annotated[bool, typer.Option("--submit", help="Hand the script to sbatch.")] = False,
 ) -> None:
-    """Write a job's script and configuration to RUN/slurm/; a preempted job goes on from its checkpoint."""
+    """Write a Slurm job for a run, and submit it if asked. Script and configuration are in RUN/slurm/; a preempted job
+    resumes from its checkpoint."""
     from srlm_mega.launch.slurm import SlurmJob, load_for_job, render, submit, write_job
 
     if dry_run and submitted:
@@ -49,7 +55,7 @@ def launch_slurm(
 
 
 def check_stages(config: "Config", template: "Template", stages: Sequence[str]) -> None:
-    """UserError unless the stages are such as the template runs."""
+    """Raise UserError unless the template can run these stages."""
     from srlm_mega.run.plan import find_stage, plan
 
     found = [find_stage(config, name) for name in stages]
@@ -72,8 +78,8 @@ def check_stages(config: "Config", template: "Template", stages: Sequence[str]) 
 
 
 @launch_app.command("progress")
-def launch_progress(run: RunFolder) -> None:
-    """What is done, in one line: a job compares it before and after an attempt."""
+def launch_progress(run: Annotated[Path, typer.Argument(help="Run folder, begun or not.", metavar="RUN")]) -> None:
+    """Print a run's progress in one line. A job compares it before and after an attempt."""
     from srlm_mega.report.status import progress_line
 
     print(progress_line(run))

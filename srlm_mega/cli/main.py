@@ -1,5 +1,5 @@
 """The `srlm` command. Every command is a few lines: the work is elsewhere, imported where it is needed, so that
-`srlm run` starts in a blink."""
+`srlm run` starts at once."""
 
 import sys
 
@@ -28,10 +28,10 @@ from srlm_mega.errors import (
     reason,
 )
 
-WORDS = {CRASHED: "crashed", USER_ERROR: "error", CANNOT_CONTINUE: "stopped", STOP_REQUESTED: "interrupted"}
+LABELS = {CRASHED: "crashed", USER_ERROR: "error", CANNOT_CONTINUE: "stopped", STOP_REQUESTED: "interrupted"}
 
 app = typer.Typer(
-    help="Train self-rewarding language models: one run is one folder, and what is on disk is what is done.",
+    help="Train self-rewarding language models. One run is one folder, and the same command resumes it.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -58,17 +58,12 @@ app.command(hidden=True)(compare_checkpoints)
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one message, never a traceback."""
+    """Run the command line. A user's mistake is one message, never a traceback."""
     try:
         app()
     except (UserError, CannotContinue, StopRequested, StageCrashed, OSError) as error:
         code = exit_code(error)
         if code == CRASHED and not isinstance(error, StageCrashed):
             raise
-        exit_with(code, f"{WORDS[code]}: {reason(error)}")
-
-
-def exit_with(code: int, message: str) -> None:
-    """Print to stderr and leave."""
-    print(message, file=sys.stderr)
-    sys.exit(code)
+        print(f"{LABELS[code]}: {reason(error)}", file=sys.stderr)
+        sys.exit(code)

@@ -8,17 +8,19 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from srlm_mega.cli.arguments import ConfigFile, Overrides, RunFolder, existing_run
+from srlm_mega.cli.arguments import ConfigFile, Overrides, RunFolder
 from srlm_mega.errors import CannotContinue
 
 
 def run(
     config_file: ConfigFile,
     overrides: Overrides = None,
-    redo: Annotated[list[str] | None, typer.Option(help="Make this stage again, and all that comes from it.")] = None,
-    only: Annotated[list[str] | None, typer.Option(help="Make no other stage than this; may be repeated.")] = None,
+    redo: Annotated[
+        list[str] | None, typer.Option(help="Stage to make again, with all that depends on it; may be repeated.")
+    ] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Stage to make, and no other; may be repeated.")] = None,
 ) -> None:
-    """Run the whole self-rewarding loop; started again, it goes on where it stopped."""
+    """Run the self-rewarding loop, or resume it. What is finished on disk is kept."""
     from srlm_mega.config.file import load_config
     from srlm_mega.controller.display import Display
     from srlm_mega.controller.loop import run_loop
@@ -41,18 +43,19 @@ def run(
 
 def stage(
     run: RunFolder,
-    names: Annotated[list[str], typer.Argument(help="For example round_1/candidates.", metavar="NAME...")],
+    names: Annotated[
+        list[str], typer.Argument(help="Stages to make, for example round_1/candidates.", metavar="NAME...")
+    ],
 ) -> None:
-    """Make outputs of a run, in this process. `srlm run` starts these, under torchrun where ranks are needed."""
+    """Make single stages of a run, in this process. `srlm run` starts it, under torchrun where ranks are needed."""
     from srlm_mega.run.run_dir import RunDir
     from srlm_mega.stages.run_stages import run_stages
 
-    existing_run(run)
     raise typer.Exit(run_stages(RunDir(run), names))
 
 
 def replica(run: RunFolder, name: str, number: int) -> None:
-    """One of several processes that sample a stage of a run; `srlm stage` starts them."""
+    """Sample shards of a stage, as one of several processes. `srlm stage` starts them."""
     from srlm_mega.run.run_dir import RunDir
     from srlm_mega.stages.sharded import work_as_replica
 
@@ -60,7 +63,7 @@ def replica(run: RunFolder, name: str, number: int) -> None:
 
 
 def compare_checkpoints(run: RunFolder, name: str, parts: list[str]) -> None:
-    """What a training stage that pauses for early stopping waits for; `srlm run` starts it."""
+    """Compare the newest checkpoint of a training that pauses for early stopping. `srlm run` starts it."""
     from srlm_mega.run.run_dir import RunDir
     from srlm_mega.stages.early_stopping import compare_checkpoints as compare_them
 
@@ -68,13 +71,13 @@ def compare_checkpoints(run: RunFolder, name: str, parts: list[str]) -> None:
 
 
 def write_report(run: Path) -> None:
-    """`srlm report` in a process of its own: plots need packages that the controller does without."""
+    """Run `srlm report` in a process of its own: plots need packages that the controller does without."""
     argv = [str(Path(sys.executable).parent / "srlm"), "report", str(run)]
     subprocess.run(argv, check=False, stdout=subprocess.DEVNULL)
 
 
 def print_summary(run: Path, console: Console) -> None:
-    """The final table, and where the rest is."""
+    """Print the final table, and where the rest is."""
     from srlm_mega.report.summary import build_summary
     from srlm_mega.report.terminal import summary_table
 

@@ -8,20 +8,22 @@ from rich.console import Console
 
 from srlm_mega.cli.arguments import RunFolder, existing_run
 
-show_app = typer.Typer(help="Look inside a run.", no_args_is_help=True, rich_markup_mode=None)
+show_app = typer.Typer(
+    help="Look inside a run, or at the paper's numbers.", no_args_is_help=True, rich_markup_mode=None
+)
 
 
 def status(
     run: RunFolder,
     watch: Annotated[bool, typer.Option("--watch", help="Follow the run until it ends.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="As JSON, once.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON, once.")] = False,
 ) -> None:
-    """Stages with rows and seconds, what is left, the newest losses, the rounds' health; reads files only."""
+    """Show the progress of a run. Lists stages with rows and seconds, the time left, the newest losses and the rounds'
+    health; reads files only."""
     from srlm_mega.report.status import read_status
     from srlm_mega.report.status_view import view
     from srlm_mega.report.status_view import watch as follow
 
-    existing_run(run)
     if json:
         import orjson
 
@@ -33,17 +35,18 @@ def status(
 
 
 def report(run: RunFolder) -> None:
-    """Write summary.json and report.html of a run, finished or not."""
+    """Write report.html and summary.json of a run, finished or not."""
     from srlm_mega.report.page import write_report as write_page
     from srlm_mega.report.summary import write_summary
 
-    existing_run(run)
     write_summary(run)
     print(write_page(run))
 
 
-def compare(runs: Annotated[list[Path], typer.Argument(help="Run folders, for example one per seed.")]) -> None:
-    """The final tables of several runs beside one another, as Markdown."""
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, for example one per seed.", metavar="RUN...")],
+) -> None:
+    """Compare the final tables of several runs, as Markdown."""
     from srlm_mega.tools.compare_runs import comparison
 
     print(comparison([existing_run(run) for run in runs]))
@@ -51,23 +54,25 @@ def compare(runs: Annotated[list[Path], typer.Argument(help="Run folders, for ex
 
 @show_app.command("pair")
 def show_pair(pair_id: Annotated[str, typer.Argument(metavar="ID")], run: RunFolder) -> None:
-    """A preference pair with all it came from: prompt, candidates, scores, judge texts, model hash, seeds."""
+    """Show a preference pair and all that it came from. Prompt, candidates, scores, judgements, model hash, seeds."""
     from srlm_mega.report.lineage import pair_text
 
-    print(pair_text(existing_run(run), pair_id))
+    print(pair_text(run, pair_id))
 
 
 @show_app.command("seed")
 def show_seed(run: RunFolder) -> None:
-    """What the seed data came to, step by step: lines read, left out and why, drawn; and the yield of EFT."""
+    """Show the seed data, step by step. Lines that were read, left out (and why) and drawn; and the yield of EFT."""
     from srlm_mega.report.lineage import seed_text
 
-    print(seed_text(existing_run(run)))
+    print(seed_text(run))
 
 
 @show_app.command("paper")
-def show_paper(run: Annotated[Path | None, typer.Argument(help="A run of Llama 2 70B to show beside.")] = None) -> None:
-    """The paper's numbers, and beside them those of a run of Llama 2 70B."""
+def show_paper(
+    run: Annotated[Path | None, typer.Argument(help="Run of Llama 2 70B to compare.", metavar="RUN")] = None,
+) -> None:
+    """Show the paper's numbers, next to those of a run of Llama 2 70B."""
     from srlm_mega.evaluation.paper import as_markdown
     from srlm_mega.evaluation.run_tables import run_as_markdown
 

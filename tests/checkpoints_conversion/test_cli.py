@@ -54,7 +54,7 @@ def test_sizes(text: str, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "0", "-1G", "4 GX", "lots"])
 def test_sizes_that_are_none(text: str) -> None:
-    with pytest.raises(UserError, match=r"--max-memory .* is no size"):
+    with pytest.raises(UserError, match=r"--max-memory .* is not a size"):
         parse_bytes(text)
 
 

@@ -77,9 +77,9 @@ def run(argv: list[object], **settings: str) -> str:
 
 def test_the_light_modules_are_importable_there_and_nothing_heavy_is(environment: Path) -> None:
     light = (
-        "cli.main, controller.loop, run.plan, chat, records, config, report.status, judging.rewards, stages.prompts, "
-        "stages.evaluate, sampling.sampler, sampling.shards, sampling.replicas, judging.template, launch.ranks, "
-        "launch.sampler_environment"
+        "cli.main, controller.loop, run.plan, chat, records, config, report.status, stages.sample_and_judge, "
+        "stages.prompts, stages.evaluate, sampling.sampler, sampling.shards, sampling.replicas, judging.template, "
+        "launch.ranks, launch.sampler_environment"
     )
     names = ", ".join(f"srlm_mega.{name.strip()}" for name in light.split(","))
     assert run([environment, "-c", f"import {names}; print(srlm_mega.cli.main.__file__)"]).startswith(
