@@ -36,7 +36,8 @@ from srlm_mega.training.checkpoint_files import (
     publish,
     remove_unfinished,
 )
-from srlm_mega.training.model import gather_weights, unwrap
+from srlm_mega.training.llama_model import unwrap
+from srlm_mega.training.model import gather_weights
 from srlm_mega.training.topology import Topology
 
 # Optimizer state is stored as whole parameters, so that it can be split in any other way. (Megatron's other form that

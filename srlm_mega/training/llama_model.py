@@ -2,10 +2,12 @@
 
 from typing import Any
 
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_pg_rank
-from torch import Tensor
+from torch import Tensor, nn
 
 from srlm_mega.kernels.ops import vp_linear_logprob
 
@@ -80,3 +82,11 @@ class LlamaModel(GPTModel):  # type: ignore[misc]
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         logps: Tensor = self.output_layer(hidden_states, weight=weight, labels=labels)
         return logps
+
+
+def unwrap(chunk: nn.Module) -> LlamaModel:
+    """The LlamaModel inside its data-parallel and bf16 wrappers."""
+    while isinstance(chunk, DistributedDataParallel | Float16Module):
+        chunk = chunk.module
+    assert isinstance(chunk, LlamaModel), f"expected a LlamaModel, found {type(chunk).__name__}"
+    return chunk

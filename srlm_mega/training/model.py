@@ -173,11 +173,3 @@ def gather_weights(model: Sequence[MegatronModule]) -> None:
     for chunk in model:
         if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
             chunk.start_param_sync(force_sync=True)
-
-
-def unwrap(chunk: torch.nn.Module) -> LlamaModel:
-    """The LlamaModel inside its data-parallel and bf16 wrappers."""
-    while isinstance(chunk, DistributedDataParallel | Float16Module):
-        chunk = chunk.module
-    assert isinstance(chunk, LlamaModel), f"expected a LlamaModel, found {type(chunk).__name__}"
-    return chunk

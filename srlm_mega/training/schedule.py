@@ -11,7 +11,7 @@ from torch import Tensor
 
 from srlm_mega.kernels.collectives import sum_over_ranks
 from srlm_mega.training.batch import Batch
-from srlm_mega.training.model import unwrap
+from srlm_mega.training.llama_model import unwrap
 from srlm_mega.training.topology import Topology
 
 Loss = tuple[Tensor, Tensor, Tensor]

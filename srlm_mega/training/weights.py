@@ -12,7 +12,8 @@ from srlm_mega.checkpoints_conversion.llama import LlamaShape
 from srlm_mega.checkpoints_conversion.megatron import Placement, held_tensors, load_shard, merge_tensor, placements
 from srlm_mega.errors import CannotContinue, UserError
 from srlm_mega.training.layer_torch import unfused_name
-from srlm_mega.training.model import gather_weights, own_placements, unwrap
+from srlm_mega.training.llama_model import unwrap
+from srlm_mega.training.model import gather_weights, own_placements
 from srlm_mega.training.topology import Topology
 
 

@@ -16,7 +16,8 @@ from small_run import SEED, Layout, config
 
 from srlm_mega.checkpoints_conversion.huggingface import open_weights, read_shape
 from srlm_mega.checkpoints_conversion.megatron import load_shard
-from srlm_mega.training.model import build_model, own_placements, transformer_config, unwrap
+from srlm_mega.training.llama_model import unwrap
+from srlm_mega.training.model import build_model, own_placements, transformer_config
 from srlm_mega.training.topology import Topology, process_group
 from srlm_mega.training.weights import load_weights
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from srlm_mega.kernels.weight_gradient import WeightGradient
+from srlm_mega.kernels.logprob import WeightGradient
 
 
 def parts(dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:

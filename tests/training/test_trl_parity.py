@@ -25,7 +25,8 @@ from srlm_mega.checkpoints_conversion.huggingface import read_shape
 from srlm_mega.config import Config
 from srlm_mega.training import trainer as trainer_module
 from srlm_mega.training.batch import PairSequences, TokenSequence
-from srlm_mega.training.model import own_placements, unwrap
+from srlm_mega.training.llama_model import unwrap
+from srlm_mega.training.model import own_placements
 from srlm_mega.training.optimizer import update
 from srlm_mega.training.reference_logprobs import compute_reference
 from srlm_mega.training.split import batch_order
