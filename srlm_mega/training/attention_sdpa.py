@@ -33,6 +33,7 @@ class SdpaAttention(MegatronModule):  # type: ignore[misc]
         super().__init__(config=config)
         assert attn_mask_type == AttnMaskType.causal, f"only causal attention, got {attn_mask_type}"
         self.softmax_scale = softmax_scale
+        self.pg_collection = pg_collection
 
     def forward(
         self,

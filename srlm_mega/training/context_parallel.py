@@ -8,11 +8,7 @@ and the mask keeps PyTorch from its fastest kernels. Transformer Engine passes t
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
 from srlm_mega.kernels.collectives import gather_sequence
@@ -29,31 +25,17 @@ def cp_positions(length: int, cp_rank: int, cp_size: int) -> Tensor:
 class ContextAttention(SdpaAttention):
     """Query, key and value are this rank's positions, [s / cp, b, ...]; so is what comes out."""
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        layer_number: int,
-        attn_mask_type: AttnMaskType,
-        attention_type: str,
-        cp_comm_type: str | None,
-        softmax_scale: float | None,
-        pg_collection: ProcessGroupCollection,
-    ) -> None:
-        super().__init__(
-            config, layer_number, attn_mask_type, attention_type, cp_comm_type, softmax_scale, pg_collection
-        )
-        self.cp_group: ProcessGroup = pg_collection.cp
-
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams | None, dropout: float
     ) -> Tensor:
         assert packed is None, "the configuration refuses packing under context parallelism"
-        size = self.cp_group.size()
+        group = self.pg_collection.cp
+        size = group.size()
         length = len(query) * size
         held = torch.cat([cp_positions(length, rank, size) for rank in range(size)]).to(query.device)
-        own = cp_positions(length, self.cp_group.rank(), size).to(query.device)
+        own = cp_positions(length, group.rank(), size).to(query.device)
         q = query.permute(1, 2, 0, 3)
-        k, v = (gather_sequence(tensor, self.cp_group).permute(1, 2, 0, 3) for tensor in (key, value))
+        k, v = (gather_sequence(tensor, group).permute(1, 2, 0, 3) for tensor in (key, value))
         past = held[None, :] <= own[:, None]
         context = F.scaled_dot_product_attention(q, k, v, past, dropout, scale=self.softmax_scale, enable_gqa=True)
         return context.permute(2, 0, 1, 3)

@@ -50,30 +50,34 @@ def unfused_name(name: str) -> str:
 
 
 def torch_block(num_layers: int, core_attention: type[SdpaAttention]) -> TransformerBlockSubmodules:
-    """The block of one model chunk: `num_layers` Llama layers and the final norm."""
-    layer = ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
-            self_attention=ModuleSpec(
-                module=SelfAttention,
-                params={"attn_mask_type": AttnMaskType.causal},
-                submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
-                    core_attention=core_attention,
-                    linear_proj=RowParallelLinear,
-                    q_layernorm=IdentityOp,
-                    k_layernorm=IdentityOp,
-                ),
-            ),
-            self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(
-                module=MLP,
-                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
-            ),
-            mlp_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map=FUSED_NORMS,  # a distributed checkpoint is the same for both
-        ),
+    """Return the block of one model chunk in plain PyTorch: `num_layers` Llama layers and the final norm."""
+    return llama_block(num_layers, ColumnParallelLinear, RowParallelLinear, core_attention, RMSNorm, RMSNorm)
+
+
+def llama_block(
+    num_layers: int,
+    column: type[nn.Module],
+    row: type[nn.Module],
+    core_attention: type[nn.Module],
+    layer_norm: type[nn.Module],
+    final_norm: type[nn.Module],
+) -> TransformerBlockSubmodules:
+    """Return the block of one model chunk of these parts; `layer_norm` is IdentityOp where `column` has the norm."""
+    attention = SelfAttentionSubmodules(
+        linear_qkv=column,
+        core_attention=core_attention,
+        linear_proj=row,
+        q_layernorm=IdentityOp,
+        k_layernorm=IdentityOp,
     )
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
+    submodules = TransformerLayerSubmodules(
+        input_layernorm=layer_norm,
+        self_attention=ModuleSpec(SelfAttention, {"attn_mask_type": AttnMaskType.causal}, attention),
+        self_attn_bda=get_bias_dropout_add,
+        pre_mlp_layernorm=layer_norm,
+        mlp=ModuleSpec(MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
+        mlp_bda=get_bias_dropout_add,
+        sharded_state_dict_keys_map=FUSED_NORMS,  # a distributed checkpoint is the same for both kinds of layer
+    )
+    layer = ModuleSpec(TransformerLayer, submodules=submodules)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=final_norm)

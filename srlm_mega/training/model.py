@@ -24,31 +24,29 @@ from srlm_mega.training.topology import Topology
 LLAMA3_ROPE = RopeScaling(8.0, 1.0, 4.0, 8192)
 
 
+def all_placements(shape: LlamaShape, topology: Topology) -> list[Placement]:
+    """Return what the ranks of one replica hold, by virtual stage, pipeline stage and tensor rank. UserError, with the
+    arithmetic, when the model cannot be split this way."""
+    vpp_size = topology.parallel.virtual_pipeline_model_parallel_size or 1
+    try:
+        return placements(shape, topology.tp_size, topology.pp_size, vpp_size)
+    except ValueError as error:
+        raise UserError(f"{error}: choose another parallel layout for this model") from None
+
+
 def own_placements(shape: LlamaShape, topology: Topology) -> list[Placement]:
-    """What this rank's model chunks hold. UserError, with the arithmetic, when the model cannot be split this way."""
-    return [part for part in _stage_placements(shape, topology, topology.pp_rank) if part.tp_rank == topology.tp_rank]
+    """Return what this rank's model chunks hold, by virtual stage. Raises as `all_placements` does."""
+    first, step = topology.pp_rank * topology.tp_size + topology.tp_rank, topology.pp_size * topology.tp_size
+    return all_placements(shape, topology)[first::step]
 
 
 def check_memory(shape: LlamaShape, config: Config, topology: Topology) -> None:
-    """UserError, with the arithmetic, when the largest pipeline stage's training state does not fit a process."""
-    stages = [_stage_placements(shape, topology, stage) for stage in range(topology.pp_size)]
-    sizes = [sum(num_parameters(shape, part) for part in stage if part.tp_rank == 0) for stage in stages]
+    """Raise UserError, with the arithmetic, when the largest pipeline stage's training state does not fit a process."""
+    sizes = [num_parameters(shape, part) for part in all_placements(shape, topology) if part.tp_rank == 0]
+    largest = max(sum(sizes[stage :: topology.pp_size]) for stage in range(topology.pp_size))
     sharded = topology.parallel.use_distributed_optimizer
-    budget = MemoryBudget(max(sizes), config.trainer.bf16, topology.dp_size * topology.cp_size if sharded else 1)
+    budget = MemoryBudget(largest, config.trainer.bf16, topology.dp_size * topology.cp_size if sharded else 1)
     budget.check(topology.memory_bytes, str(topology.device))
-
-
-def _stage_placements(shape: LlamaShape, topology: Topology, stage: int) -> list[Placement]:
-    """The chunks of one pipeline stage, of all tensor ranks."""
-    vpp_size = topology.parallel.virtual_pipeline_model_parallel_size or 1
-    try:
-        parts = placements(shape, topology.tp_size, topology.pp_size, vpp_size)
-    except ValueError as error:
-        raise UserError(f"{error}: choose another parallel layout for this model") from None
-    number = topology.pp_size * topology.tp_size
-    virtual_stages = [parts[start : start + number] for start in range(0, len(parts), number)]
-    first = stage * topology.tp_size
-    return [part for virtual in virtual_stages for part in virtual[first : first + topology.tp_size]]
 
 
 @dataclass

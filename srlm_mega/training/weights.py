@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from srlm_mega.checkpoints_conversion.huggingface import FolderWriter, open_weights
 from srlm_mega.checkpoints_conversion.llama import LlamaShape
-from srlm_mega.checkpoints_conversion.megatron import Placement, held_tensors, load_shard, merge_tensor, placements
+from srlm_mega.checkpoints_conversion.megatron import held_tensors, load_shard, merge_tensor
 from srlm_mega.errors import CannotContinue, UserError
 from srlm_mega.training.layer_torch import unfused_name
 from srlm_mega.training.llama_model import unwrap
-from srlm_mega.training.model import gather_weights, own_placements
+from srlm_mega.training.model import all_placements, gather_weights, own_placements
 from srlm_mega.training.topology import Topology
 
 
@@ -55,7 +55,7 @@ def save_weights(
     (dtype,) = {tensor.dtype for _, state in own.values() for tensor in state.values()}
     writer = FolderWriter(folder, shape, dtype, tokenizer_from=start) if topology.is_main else None
     written_embedding = torch.empty(0)
-    for chunk in chunks(shape, topology):
+    for chunk in (place for place in all_placements(shape, topology) if place.tp_rank == 0):
         for held in held_tensors(shape, chunk):
             mine = own.get(chunk.layers)
             # A copy: pickled, a view takes the whole of its buffer along.
@@ -99,13 +99,6 @@ def _in_order(shards: Sequence[tuple[int, Tensor] | None], name: str, tp_size: i
     by_rank = dict(shard for shard in shards if shard is not None)
     assert sorted(by_rank) == list(range(tp_size)), f"{name} came from ranks {sorted(by_rank)}"
     return [by_rank[rank] for rank in range(tp_size)]
-
-
-def chunks(shape: LlamaShape, topology: Topology) -> list[Placement]:
-    """All chunks of the model, each as its first tensor rank holds it."""
-    vpp_size = topology.parallel.virtual_pipeline_model_parallel_size or 1
-    every = placements(shape, topology.tp_size, topology.pp_size, vpp_size)
-    return [place for place in every if place.tp_rank == 0]
 
 
 def _state(chunk: MegatronModule) -> dict[str, Tensor]:
