@@ -29,6 +29,7 @@ class ContextAttention(SdpaAttention):
         self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams | None, dropout: float
     ) -> Tensor:
         assert packed is None, "the configuration refuses packing under context parallelism"
+        assert self.pg_collection is not None, "Megatron builds attention with its groups"
         group = self.pg_collection.cp
         size = group.size()
         length = len(query) * size

@@ -14,7 +14,7 @@ from srlm_mega.errors import UserError
 from srlm_mega.kernels import checks
 from srlm_mega.kernels.ops import DpoSettings, dpo_loss
 from srlm_mega.records import ReferenceLogprobs
-from srlm_mega.training.batch import Batch, PairSequences, TokenSequence
+from srlm_mega.training.batch import Batch, PairSequences
 from srlm_mega.training.schedule import Loss, Step
 from srlm_mega.training.split import split
 from srlm_mega.training.topology import Topology
@@ -50,7 +50,7 @@ class DpoMicroBatch:
 class DpoObjective:
     """What the trainer needs to know about DPO. `reference` belongs to `pairs` one by one."""
 
-    pairs: Sequence[PairSequences]
+    items: Sequence[PairSequences]
     reference: Sequence[ReferenceLogprobs]
     section: DpoConfig
     topology: Topology
@@ -59,20 +59,11 @@ class DpoObjective:
     num_sums: ClassVar[int] = 8
 
     def __post_init__(self) -> None:
-        check_reference_ids(self.pairs, self.reference)
-
-    @property
-    def num_items(self) -> int:
-        """Training pairs."""
-        return len(self.pairs)
-
-    def ids(self, indices: Sequence[int]) -> list[str]:
-        """Which pairs these are."""
-        return [self.pairs[index].id for index in indices]
+        check_reference_ids(self.items, self.reference)
 
     def prepare(self, indices: Sequence[int]) -> Step:
         """This rank's share of a global batch."""
-        pairs = [self.pairs[index] for index in indices]
+        pairs = [self.items[index] for index in indices]
         cut = split(pairs, self.section, self.topology)
         settings = DpoSettings(
             beta=self.section.beta,
@@ -81,29 +72,26 @@ class DpoObjective:
             rpo_alpha=self.section.rpo_alpha,
             chosen_tokens_per_pair=sum(pair.chosen.num_targets for pair in pairs) / len(pairs),
         )
-        device = self.topology.device
-        return Step(
-            micro_batches=[
-                DpoMicroBatch(
-                    batch=cut.batch(flat([pairs[place] for place in part]), device, self.vocab_size),
-                    ref_logps=self._reference([indices[place] for place in part]).to(device),
-                    settings=settings,
-                    consistency=self._consistency([pairs[place] for place in part]),
-                )
-                for part in cut.micro_batches
-            ],
-            lengths=[len(sequence.tokens) for pair in pairs for sequence in pair.sequences],
-            num_positions=cut.num_positions,
-        )
+        micro_batches = [
+            DpoMicroBatch(
+                batch=batch,
+                ref_logps=self._reference([indices[place] for place in part]),
+                settings=settings,
+                consistency=self._consistency([pairs[place] for place in part]),
+            )
+            for part, batch in zip(cut.micro_batches, cut.batches(self.vocab_size), strict=True)
+        ]
+        return Step(micro_batches, cut.lengths, cut.num_positions)
 
     def _reference(self, indices: Sequence[int]) -> Tensor:
         records = [self.reference[index] for index in indices]
-        return torch.tensor([logp for record in records for logp in (record.chosen, record.rejected)])
+        logps = [logp for record in records for logp in (record.chosen, record.rejected)]
+        return torch.tensor(logps, device=self.topology.device)
 
     @cached_property
     def is_weighed(self) -> bool:
         """Whether any pair of the data, and not only of a batch, has a consistency below 1."""
-        return any(pair.consistency < 1 for pair in self.pairs)
+        return any(pair.consistency < 1 for pair in self.items)
 
     def _consistency(self, pairs: Sequence[PairSequences]) -> Tensor | None:
         if not self.is_weighed:
@@ -162,11 +150,6 @@ def loss_without_margin(section: DpoConfig) -> float:
             return math.log(2)
         case _:
             assert_never(section.loss_type)
-
-
-def flat(pairs: Sequence[PairSequences]) -> list[TokenSequence]:
-    """Chosen and rejected of each pair, behind one another."""
-    return [sequence for pair in pairs for sequence in pair.sequences]
 
 
 def check_reference_ids(pairs: Sequence[PairSequences], reference: Sequence[ReferenceLogprobs]) -> None:

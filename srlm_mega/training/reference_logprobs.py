@@ -10,7 +10,6 @@ from srlm_mega.config import Config
 from srlm_mega.kernels.reference import segment_sums
 from srlm_mega.records import ReferenceLogprobs
 from srlm_mega.training.batch import PairSequences
-from srlm_mega.training.dpo import flat
 from srlm_mega.training.fp8_recipe import precision_before_training
 from srlm_mega.training.metrics import Report
 from srlm_mega.training.model import build_model, transformer_config
@@ -40,13 +39,10 @@ def compute_reference(
         topology.beat("step", f"reference, pairs from {first}")
         items = pairs[first : first + section.global_batch_size]
         cut = split(items, section, topology)
-        parts = cut.micro_batches
-        batches = [
-            cut.batch(flat([items[place] for place in part]), topology.device, shape.vocab_size) for part in parts
-        ]
+        batches = cut.batches(shape.vocab_size)
         with precision_before_training(model, config.trainer):
             outputs = forward(model, batches)
-        for part, batch, token_logps in zip(parts, batches, outputs, strict=topology.is_reporter):
+        for part, batch, token_logps in zip(cut.micro_batches, batches, outputs, strict=topology.is_reporter):
             if topology.is_reporter:
                 logps[[first + place for place in part]] = (
                     segment_sums(token_logps.double(), batch.cu_seqlens).view(-1, 2).cpu()

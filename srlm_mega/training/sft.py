@@ -31,33 +31,17 @@ class SftMicroBatch:
 class SftObjective:
     """What the trainer needs to know about supervised training."""
 
-    sequences: Sequence[TokenSequence]
+    items: Sequence[TokenSequence]
     section: OptimizationConfig
     topology: Topology
     vocab_size: int
     num_sums: ClassVar[int] = 2
 
-    @property
-    def num_items(self) -> int:
-        """Training sequences."""
-        return len(self.sequences)
-
-    def ids(self, indices: Sequence[int]) -> list[str]:
-        """Which sequences these are."""
-        return [self.sequences[index].id for index in indices]
-
     def prepare(self, indices: Sequence[int]) -> Step:
         """This rank's share of a global batch."""
-        items = [self.sequences[index] for index in indices]
-        cut = split(items, self.section, self.topology)
-        return Step(
-            micro_batches=[
-                SftMicroBatch(cut.batch([items[place] for place in part], self.topology.device, self.vocab_size))
-                for part in cut.micro_batches
-            ],
-            lengths=[len(item.tokens) for item in items],
-            num_positions=cut.num_positions,
-        )
+        cut = split([self.items[index] for index in indices], self.section, self.topology)
+        micro_batches = [SftMicroBatch(batch) for batch in cut.batches(self.vocab_size)]
+        return Step(micro_batches, cut.lengths, cut.num_positions)
 
     def metrics(self, sums: Tensor) -> dict[str, float]:
         """TRL's metrics, from the reported sums over the world [2]."""

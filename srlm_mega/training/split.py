@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import numpy
-import torch
 
 from srlm_mega.config.training import OptimizationConfig
 from srlm_mega.errors import UserError
@@ -39,24 +38,33 @@ ItemT = TypeVar("ItemT", bound=Item)
 class Split:
     """A global batch, cut. All micro batches of all ranks have the shape [num_rows, length]."""
 
+    items: Sequence[Item]  # the global batch
     micro_batches: list[list[int]]  # this rank's: places in the global batch; some may be empty
     num_rows: int
     length: int
     packed: bool
     num_positions: int  # of all ranks, padding included
-    cp_rank: int
-    cp_size: int
+    topology: Topology
 
-    def batch(self, sequences: Sequence[TokenSequence], device: torch.device, vocab_size: int) -> Batch:
-        """The sequences of one micro batch in the common shape, on `device`. ValueError for a token to be learnt that
-        is not one of the model's `vocab_size`."""
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence of the global batch."""
+        return [len(sequence.tokens) for sequence in flat(self.items)]
+
+    def batches(self, vocab_size: int) -> list[Batch]:
+        """Return this rank's micro batches in the common shape, on its device. ValueError for a target that is not a
+        token of the model's vocabulary."""
+        return [self._batch(flat([self.items[place] for place in part]), vocab_size) for part in self.micro_batches]
+
+    def _batch(self, sequences: Sequence[TokenSequence], vocab_size: int) -> Batch:
+        topology = self.topology
         if self.packed:
             batch = packed_batch(sequences, self.length)
         else:
             batch = padded_batch(sequences, self.num_rows, self.length)
-        if self.cp_size > 1:
-            batch = context_part(batch, self.cp_rank, self.cp_size)
-        return batch.to(device, vocab_size)
+        if topology.cp_size > 1:
+            batch = context_part(batch, topology.cp_rank, topology.cp_size)
+        return batch.to(topology.device, vocab_size)
 
 
 def split(items: Sequence[Item], section: OptimizationConfig, topology: Topology) -> Split:
@@ -68,21 +76,26 @@ def split(items: Sequence[Item], section: OptimizationConfig, topology: Topology
     if capacity is None:
         parts = even_parts(len(items), section.micro_batch_size, topology.dp_size * stages)
         num_rows = section.micro_batch_size * len(items[0].sequences)
-        length = max(sequence.num_inputs for item in items for sequence in item.sequences)
+        length = max(sequence.num_inputs for sequence in flat(items))
     else:
         weights = [num_inputs(item) for item in items]
         parts = packs(weights, capacity, topology.dp_size * stages)
         num_rows, length = 1, max(sum(weights[place] for place in part) for part in parts)
     length = -(-length // multiple) * multiple
     return Split(
+        items=items,
         micro_batches=parts[topology.dp_rank :: topology.dp_size],
         num_rows=num_rows,
         length=length,
         packed=capacity is not None,
         num_positions=len(parts) * num_rows * length,
-        cp_rank=topology.cp_rank,
-        cp_size=topology.cp_size,
+        topology=topology,
     )
+
+
+def flat(items: Sequence[Item]) -> list[TokenSequence]:
+    """Return the sequences of all items; of a pair, the chosen one comes first."""
+    return [sequence for item in items for sequence in item.sequences]
 
 
 def num_inputs(item: Item) -> int:

@@ -38,7 +38,7 @@ from srlm_mega.training.optimizer import build_optimizer, build_scheduler, updat
 from srlm_mega.training.replay import REPLAY_LOSS, Turn, Turns, num_replayed
 from srlm_mega.training.schedule import Step, forward_backward
 from srlm_mega.training.sft import SftObjective
-from srlm_mega.training.split import num_steps, within
+from srlm_mega.training.split import Item, num_steps, within
 from srlm_mega.training.throughput import Meter, precision_of
 from srlm_mega.training.topology import Topology
 from srlm_mega.training.weights import load_weights, save_weights, verify_export
@@ -52,11 +52,8 @@ class Objective(Protocol):
     num_sums: ClassVar[int]
 
     @property
-    def num_items(self) -> int:
+    def items(self) -> Sequence[Item]:
         """Sequences or pairs."""
-
-    def ids(self, indices: Sequence[int]) -> list[str]:
-        """Names of these items, for the log."""
 
     def prepare(self, indices: Sequence[int]) -> Step:
         """This rank's share of the global batch with these items."""
@@ -119,7 +116,7 @@ def train_sft(job: TrainingJob, section: OptimizationConfig, sequences: Sequence
     """
     kept = within(sequences, job.config.model.seq_length)
     objective = SftObjective(kept, section, job.topology, read_shape(job.start).vocab_size)
-    turns = Turns[Objective](objective, objective.num_items, num_steps(section, objective.num_items))
+    turns = Turns[Objective](objective, len(kept), num_steps(section, len(kept)))
     return _train(job, section, turns, excluded=len(sequences) - len(kept))
 
 
@@ -138,8 +135,8 @@ def train_dpo(
     vocab_size, tolerance = read_shape(job.start).vocab_size, first_step_tolerance(job.config.trainer)
     kept = within(pairs, seq_length)
     objective = DpoObjective(kept, reference, section, topology, vocab_size, tolerance)
-    steps = num_steps(section, objective.num_items)
-    turns = Turns[Objective](objective, objective.num_items, steps)
+    steps = num_steps(section, len(kept))
+    turns = Turns[Objective](objective, len(kept), steps)
     if section.eft_replay > 0:
         examples = within(replay, seq_length)
         if not examples:
@@ -279,7 +276,7 @@ class Trainer:
             batches = [micro_batch.batch for micro_batch in step.micro_batches]
             metrics |= self.shadow.check(number, self.model, batches, self.topology)
         if log is not None:
-            log.write(number, metrics, skipped=() if taken else objective.ids(indices))
+            log.write(number, metrics, skipped=() if taken else [objective.items[index].id for index in indices])
         return position
 
     def step(self, objective: Objective, step: Step, number: int) -> dict[str, float]:
