@@ -19,22 +19,16 @@ def require(condition: bool, name: str, got: object, expected: str) -> None:
         raise ValueError(f"{name}: got {got}, expected {expected}")
 
 
-def check_dtype(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-    """ValueError unless the tensor has one of the dtypes."""
+def check_tensor(
+    name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], *sizes: int | None, device: torch.device | None = None
+) -> None:
+    """Raise ValueError unless the tensor has one of the dtypes, these sizes, and the device. None stands for any."""
     require(tensor.dtype in dtypes, name, tensor.dtype, " or ".join(map(str, dtypes)))
-
-
-def check_same_device(tensors: dict[str, Tensor], device: torch.device) -> None:
-    """ValueError unless all tensors are on the device."""
-    for name, tensor in tensors.items():
-        require(tensor.device == device, name, f"a tensor on {tensor.device}", f"one on {device}, as the others")
-
-
-def check_shape(name: str, tensor: Tensor, *sizes: int | None) -> None:
-    """ValueError unless the shape fits; None stands for any size."""
     fits = tensor.ndim == len(sizes) and all(want in (None, got) for want, got in zip(sizes, tensor.shape, strict=True))
     wanted = ", ".join("any" if size is None else str(size) for size in sizes)
     require(fits, name, f"shape {list(tensor.shape)}", f"[{wanted}]")
+    there = device in (None, tensor.device)
+    require(there, name, f"a tensor on {tensor.device}", f"one on {device}, as the others")
 
 
 def check_targets(target: Tensor, vocab_size: int) -> None:

@@ -24,8 +24,7 @@ def dpo_loss(
     consistency: Tensor | None = None,
 ) -> DpoLoss:
     """See `ops.dpo_loss`; P > 0 and logp is fp32. One launch, after clearing four bytes."""
-    loss, sums, seq_logp, per_pair = _DpoLoss.apply(logp, cu_seqlens, pairs, ref_logp, settings, consistency)
-    return DpoLoss(loss, sums, seq_logp, per_pair)
+    return DpoLoss(*_DpoLoss.apply(logp, cu_seqlens, pairs, ref_logp, settings, consistency))
 
 
 class _DpoLoss(torch.autograd.Function):

@@ -45,18 +45,18 @@ def vp_linear_logprob(
     All ranks of the group must call with the same N. Raises ValueError on arguments that do not fit each other.
     On CUDA a target that no rank owns gives -inf: values are not read there (see `kernels/checks.py`).
     """
-    _check_head(hidden, weight, target, vocab_start, tp_group)
-    checks.require(chunk_rows > 0, "chunk_rows", chunk_rows, "a positive number")
-    checks.require(save in ("exp", "recompute"), "save", save, "exp or recompute")
+    checks.check_tensor("hidden", hidden, checks.FLOATS, None, None)
+    checks.check_tensor("weight", weight, (hidden.dtype,), None, hidden.shape[1], device=hidden.device)
+    checks.require(weight.is_contiguous(), "weight", f"strides {weight.stride()}", "a contiguous tensor")
     num_positions = hidden.shape[0] * (num_ranks(tp_group) if sequence_parallel else 1)
-    if rows is None:
-        checks.check_shape("target", target, num_positions)
-    else:
-        checks.check_dtype("rows", rows, checks.INTEGERS)
-        checks.check_shape("rows", rows, target.shape[0])
-        checks.check_same_device({"rows": rows}, hidden.device)
+    num_targets = num_positions if rows is None else None
+    _check_target(target, num_targets, hidden.device, weight.shape[0], vocab_start, tp_group)
+    if rows is not None:
+        checks.check_tensor("rows", rows, checks.INTEGERS, target.shape[0], device=hidden.device)
         if not rows.is_cuda:
             checks.check_rows(rows, num_positions)
+    checks.require(chunk_rows > 0, "chunk_rows", chunk_rows, "a positive number")
+    checks.require(save in ("exp", "recompute"), "save", save, "exp or recompute")
     if runs_triton(hidden) and len(target) > 0:
         from srlm_mega.kernels import logprob
 
@@ -79,11 +79,9 @@ def vp_logprob_(logits: Tensor, target: Tensor, *, vocab_start: int, tp_group: P
     On CUDA the backward pass writes the gradient into the buffer of `logits`, hence the name: nobody else may need it.
     Raises ValueError on arguments that do not fit each other.
     """
-    checks.check_shape("logits", logits, None, None)
-    checks.check_dtype("logits", logits, checks.FLOATS)
+    checks.check_tensor("logits", logits, checks.FLOATS, None, None)
     checks.require(logits.is_contiguous(), "logits", f"strides {logits.stride()}", "a contiguous tensor")
-    _check_vocabulary(logits.shape[1], logits, target, vocab_start, tp_group)
-    checks.check_shape("target", target, logits.shape[0])
+    _check_target(target, logits.shape[0], logits.device, logits.shape[1], vocab_start, tp_group)
     if runs_triton(logits) and len(target) > 0:
         from srlm_mega.kernels import logprob
 
@@ -135,24 +133,16 @@ def runs_triton(tensor: Tensor) -> bool:
     return bool(tensor.is_cuda and tensor.dtype != torch.float64)
 
 
-def _check_head(
-    hidden: Tensor, weight: Tensor, target: Tensor, vocab_start: int, tp_group: ProcessGroup | None
+def _check_target(
+    target: Tensor,
+    num_targets: int | None,
+    device: torch.device,
+    columns: int,
+    vocab_start: int,
+    tp_group: ProcessGroup | None,
 ) -> None:
-    checks.check_shape("hidden", hidden, None, None)
-    checks.check_dtype("hidden", hidden, checks.FLOATS)
-    checks.check_shape("weight", weight, None, hidden.shape[1])
-    checks.check_dtype("weight", weight, (hidden.dtype,))
-    checks.require(weight.is_contiguous(), "weight", f"strides {weight.stride()}", "a contiguous tensor")
-    checks.check_same_device({"weight": weight}, hidden.device)
-    checks.check_shape("target", target, None)
-    _check_vocabulary(weight.shape[0], hidden, target, vocab_start, tp_group)
-
-
-def _check_vocabulary(
-    columns: int, logits: Tensor, target: Tensor, vocab_start: int, tp_group: ProcessGroup | None
-) -> None:
-    checks.check_dtype("target", target, (torch.int64,))
-    checks.check_same_device({"target": target}, logits.device)
+    """Raise ValueError unless the targets and this rank's columns of the vocabulary fit each other and the group."""
+    checks.check_tensor("target", target, (torch.int64,), num_targets, device=device)
     ranks, rank = (1, 0) if tp_group is None else (tp_group.size(), tp_group.rank())
     checks.require(columns > 0, "vocabulary", columns, "at least one token on this rank")
     last = rank == ranks - 1
@@ -165,24 +155,18 @@ def _check_vocabulary(
 
 
 def _check_dpo(logp: Tensor, cu_seqlens: Tensor, pairs: Tensor, ref_logp: Tensor) -> None:
-    checks.check_shape("logp", logp, None)
-    checks.check_dtype("logp", logp, (torch.float32, torch.float64))
-    checks.check_shape("ref_logp", ref_logp, None)
-    checks.check_dtype("ref_logp", ref_logp, (torch.float32, torch.float64))
-    checks.check_shape("cu_seqlens", cu_seqlens, ref_logp.shape[0] + 1)
-    checks.check_dtype("cu_seqlens", cu_seqlens, checks.INTEGERS)
-    checks.check_shape("pairs", pairs, None, 2)
-    checks.check_dtype("pairs", pairs, checks.INTEGERS)
-    checks.check_same_device({"cu_seqlens": cu_seqlens, "pairs": pairs, "ref_logp": ref_logp}, logp.device)
+    device, floats = logp.device, (torch.float32, torch.float64)
+    checks.check_tensor("logp", logp, floats, None)
+    checks.check_tensor("ref_logp", ref_logp, floats, None, device=device)
+    checks.check_tensor("cu_seqlens", cu_seqlens, checks.INTEGERS, ref_logp.shape[0] + 1, device=device)
+    checks.check_tensor("pairs", pairs, checks.INTEGERS, None, 2, device=device)
     if not logp.is_cuda:
         checks.check_segments(cu_seqlens, logp.shape[0])
         checks.check_pairs(pairs, ref_logp.shape[0])
 
 
 def _check_consistency(consistency: Tensor, pairs: Tensor, settings: DpoSettings) -> None:
-    checks.check_shape("consistency", consistency, len(pairs))
-    checks.check_dtype("consistency", consistency, (torch.float32,))
-    checks.check_same_device({"consistency": consistency}, pairs.device)
+    checks.check_tensor("consistency", consistency, (torch.float32,), len(pairs), device=pairs.device)
     checks.require(settings.loss_type == "sigmoid", "loss_type", settings.loss_type, "sigmoid with consistency")
     smoothing = settings.label_smoothing
     checks.require(smoothing == 0, "label_smoothing", smoothing, "0 with consistency")

@@ -17,16 +17,6 @@ class FlashAttention(SdpaAttention):
             q, k, v = (tensor.transpose(0, 1) for tensor in (query, key, value))
             padded: Tensor = flash_attn_func(q, k, v, dropout, self.softmax_scale, causal=True)
             return padded.transpose(0, 1)
-        context: Tensor = flash_attn_varlen_func(
-            query,
-            key,
-            value,
-            packed.cu_seqlens_q,
-            packed.cu_seqlens_kv,
-            packed.max_seqlen_q,
-            packed.max_seqlen_kv,
-            dropout,
-            self.softmax_scale,
-            causal=True,
-        )
+        bounds = (packed.cu_seqlens_q, packed.cu_seqlens_kv, packed.max_seqlen_q, packed.max_seqlen_kv)
+        context: Tensor = flash_attn_varlen_func(query, key, value, *bounds, dropout, self.softmax_scale, causal=True)
         return context

@@ -1,7 +1,7 @@
 """Metrics to MLflow: a tracking server, or any other store that its URI can name."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric
@@ -28,27 +28,24 @@ class MlflowTracker:
         self._lost = False
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One step's numbers. A server that goes away does not stop training: nothing more is sent to it."""
-        if self._lost:
-            return
+        """Send one step's metrics."""
         now = int(time.time() * 1000)
-        try:
-            self._client.log_batch(self._run_id, [Metric(key, value, now, step) for key, value in metrics.items()])
-        except MlflowException as error:
-            self._lose(f"step {step}", error)
+        rows = [Metric(key, value, now, step) for key, value in metrics.items()]
+        self._send(f"step {step}", lambda: self._client.log_batch(self._run_id, rows))
 
     def close(self) -> None:
         """Mark the run as ended."""
+        self._send("the end of the run", lambda: self._client.set_terminated(self._run_id))
+
+    def _send(self, what: str, send: Callable[[], object]) -> None:
+        """Call `send`. A server that went away does not stop training: nothing more is sent to it."""
         if self._lost:
             return
         try:
-            self._client.set_terminated(self._run_id)
+            send()
         except MlflowException as error:
-            self._lose("the end of the run", error)
-
-    def _lose(self, what: str, error: MlflowException) -> None:
-        self._lost = True
-        print(f"MLflow did not take {what} ({error}); metrics.jsonl has everything", flush=True)
+            self._lost = True
+            print(f"MLflow did not take {what} ({error}); metrics.jsonl has everything", flush=True)
 
 
 def find_or_create(client: MlflowClient, name: str, run_id: str, config: Config) -> str:
@@ -58,11 +55,9 @@ def find_or_create(client: MlflowClient, name: str, run_id: str, config: Config)
         client.create_experiment(config.run.dir.name) if experiment is None else experiment.experiment_id
     )
     begun = client.search_runs([experiment_id], filter_string=f"tags.{ID_TAG} = '{run_id}'")
-    if begun:
-        found: str = begun[0].info.run_id
-        return found
-    run = client.create_run(experiment_id, run_name=name, tags={ID_TAG: run_id})
-    for key, value in leaves(config).items():
-        client.log_param(run.info.run_id, key, value)
-    created: str = run.info.run_id
-    return created
+    run = begun[0] if begun else client.create_run(experiment_id, run_name=name, tags={ID_TAG: run_id})
+    mlflow_id: str = run.info.run_id
+    if not begun:
+        for key, value in leaves(config).items():
+            client.log_param(mlflow_id, key, value)
+    return mlflow_id
