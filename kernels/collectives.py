@@ -1,4 +1,4 @@
-"""What tensor-parallel ranks tell each other in the head, with gradients. A group of None or of one rank is silent."""
+"""Collectives of tensor-parallel ranks in the head, with gradients. Groups of None or of one rank do nothing."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,27 +9,27 @@ from torch.distributed import ProcessGroup, Work
 
 
 def num_ranks(group: ProcessGroup | None) -> int:
-    """Ranks of a tensor-parallel group."""
+    """Return the size of a group; None is this process alone."""
     return 1 if group is None else group.size()
 
 
 def copy_to_ranks(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
-    """The tensor every rank already has; its gradient is the sum of all ranks' gradients."""
+    """Return the tensor, which every rank has; in the backward pass its gradients are summed over the ranks."""
     return tensor if num_ranks(group) == 1 else _CopyToRanks.apply(tensor, group)
 
 
 def gather_sequence(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
-    """Sequence parallelism: [T/tp, H] of each rank -> [T, H]; its gradient is summed over the ranks and split again."""
+    """Return [T, H] from each rank's [T/tp, H]; in the backward pass the gradient is summed and split again."""
     return tensor if num_ranks(group) == 1 else _GatherSequence.apply(tensor, group)
 
 
 def sum_over_ranks(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
-    """The sum over the ranks; each rank's gradient is that of the sum, which all ranks know."""
+    """Return the sum over the ranks; in the backward pass each rank takes the gradient of the sum, which all know."""
     return tensor if num_ranks(group) == 1 else _SumOverRanks.apply(tensor, group)
 
 
 def max_over_ranks(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
-    """The elementwise maximum over the ranks, without a gradient."""
+    """Return the elementwise maximum over the ranks, without a gradient."""
     tensor = tensor.detach().clone()
     if num_ranks(group) > 1:
         torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX, group=group)
@@ -38,20 +38,20 @@ def max_over_ranks(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
 
 @dataclass(frozen=True)
 class Pending:
-    """A collective that may still be under way."""
+    """A collective that may still be running."""
 
     tensor: Tensor
     work: Work | None
 
     def wait(self) -> Tensor:
-        """The result, for what the GPU does from now on."""
+        """Return the result; what the GPU is given from now on comes after it."""
         if self.work is not None:
             self.work.wait()
         return self.tensor
 
 
 def start_all_gather(tensor: Tensor, group: ProcessGroup | None) -> Pending:
-    """[n, ...] of each rank -> [tp * n, ...] in the order of the ranks."""
+    """Start to gather each rank's [n, ...] into [tp * n, ...], in the order of the ranks."""
     if num_ranks(group) == 1:
         return Pending(tensor, None)
     gathered = tensor.new_empty(num_ranks(group) * tensor.shape[0], *tensor.shape[1:])
@@ -59,14 +59,14 @@ def start_all_gather(tensor: Tensor, group: ProcessGroup | None) -> Pending:
 
 
 def start_all_reduce(tensor: Tensor, group: ProcessGroup | None) -> Pending:
-    """The sum over the ranks, in the place of `tensor`."""
+    """Start to sum `tensor` over the ranks, in place."""
     if num_ranks(group) == 1:
         return Pending(tensor, None)
     return Pending(tensor, torch.distributed.all_reduce(tensor, group=group, async_op=True))
 
 
 def start_reduce_scatter(tensor: Tensor, group: ProcessGroup | None) -> Pending:
-    """[tp * n, ...] of each rank -> this rank's [n, ...] of the sum."""
+    """Start to sum each rank's [tp * n, ...]; the result is this rank's [n, ...] of the sum."""
     if num_ranks(group) == 1:
         return Pending(tensor, None)
     own = tensor.new_empty(tensor.shape[0] // num_ranks(group), *tensor.shape[1:])

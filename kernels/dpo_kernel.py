@@ -1,6 +1,6 @@
 """Triton: the DPO loss, its metrics and its gradient in one launch, one program per sequence.
 
-Sums run in a fixed order, so that two launches give the same bits. Did not run on a GPU yet.
+Sums run in a fixed order, so that two launches give the same bits. It has not run on a GPU yet.
 """
 
 from typing import Any
@@ -23,7 +23,7 @@ def dpo_loss(
     settings: DpoSettings,
     consistency: Tensor | None = None,
 ) -> DpoLoss:
-    """See `ops.dpo_loss`; P > 0 and logp is fp32. One launch, after clearing four bytes."""
+    """Compute what `ops.dpo_loss` documents, for P > 0 and logp in fp32, by one launch after clearing four bytes."""
     return DpoLoss(*_DpoLoss.apply(logp, cu_seqlens, pairs, ref_logp, settings, consistency))
 
 
@@ -38,7 +38,7 @@ class _DpoLoss(torch.autograd.Function):
         settings: DpoSettings,
         consistency: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """loss [], sums [8], seq_logp [S], per_pair [P]; the launch makes the gradient [N] too."""
+        """Return loss [], sums [8], seq_logp [S], per_pair [P]; the same launch computes the gradient [N]."""
         grad = torch.empty_like(logp)
         seq_logp = torch.empty_like(ref_logp, dtype=torch.float32)
         per_pair = logp.new_empty(len(pairs))
@@ -55,7 +55,7 @@ class _DpoLoss(torch.autograd.Function):
             loss,
             sums,
             torch.zeros(1, dtype=torch.int32, device=logp.device),
-            ref_logp if consistency is None else consistency.contiguous(),  # not read where there is none
+            ref_logp if consistency is None else consistency.contiguous(),  # not read with PER_PAIR=False
             len(pairs),
             settings.beta,
             settings.label_smoothing,
@@ -78,7 +78,7 @@ class _DpoLoss(torch.autograd.Function):
 
 @triton.jit  # type: ignore[untyped-decorator]
 def segment_sum(logp: tl.tensor, start: tl.tensor, stop: tl.tensor, BLOCK: tl.constexpr) -> tl.tensor:
-    """Sum of logp[start:stop]."""
+    """Return the sum of logp[start:stop]."""
     offsets = tl.arange(0, BLOCK)
     totals = tl.zeros((BLOCK,), tl.float32)
     for first in range(start, stop, BLOCK):
@@ -88,7 +88,7 @@ def segment_sum(logp: tl.tensor, start: tl.tensor, stop: tl.tensor, BLOCK: tl.co
 
 @triton.jit  # type: ignore[untyped-decorator]
 def softplus(x: tl.tensor) -> tl.tensor:
-    """log(1 + exp(x)) = -log sigmoid(-x)."""
+    """Return log(1 + exp(x)) = -log sigmoid(-x)."""
     return tl.maximum(x, 0.0) + tl.log(1 + tl.exp(-tl.abs(x)))
 
 
@@ -102,7 +102,7 @@ def pair_loss(
     label_smoothing: tl.tensor,
     LOSS_TYPE: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """A pair's loss as in reference.py, and its derivatives by the two log ratios."""
+    """Return a pair's loss as reference.py defines it, and its derivatives by the two log ratios."""
     x = beta * (chosen_ratio - rejected_ratio)
     if LOSS_TYPE == "ipo":
         distance = chosen_ratio / chosen_length - rejected_ratio / rejected_length - 1 / (2 * beta)
@@ -135,7 +135,10 @@ def add_up_pairs(
     nll_weight: tl.tensor,
     PAIR_BLOCK: tl.constexpr,
 ) -> None:
-    """The sums over pairs, in fp64 and in a fixed order, and the loss. Read past the L1 cache: others wrote it."""
+    """Store the sums over pairs, in fp64 and in a fixed order, and the loss.
+
+    `.cg` reads past the L1 cache, which does not see what other programs wrote.
+    """
     places = tl.arange(0, PAIR_BLOCK)
     value_sum = 0.0
     chosen_sum = 0.0
@@ -173,7 +176,7 @@ def dpo_kernel(
     BLOCK: tl.constexpr,
     PAIR_BLOCK: tl.constexpr,
 ) -> None:
-    """Program s: the gradient of sequence s, and its pair's loss and metrics if s is the chosen one.
+    """Compute, as program s, the gradient of sequence s, and its pair's loss and metrics if s is the chosen one.
 
     Both programs of a pair sum both sequences, so that neither waits for the other. The program that arrives last adds
     up the pairs.
@@ -201,7 +204,7 @@ def dpo_kernel(
     chosen_length = tl.maximum(chosen_stop - chosen_start, 1).to(tl.float32)
     rejected_length = tl.maximum(rejected_stop - rejected_start, 1).to(tl.float32)
 
-    if PER_PAIR:
+    if PER_PAIR:  # 1 - consistency is the share of a pair that counts the wrong way round
         label_smoothing = 1 - tl.load(consistency + pair)
     value, by_chosen, by_rejected = pair_loss(
         chosen_ratio, rejected_ratio, chosen_length, rejected_length, beta, label_smoothing, LOSS_TYPE

@@ -1,9 +1,9 @@
-"""Log-probabilities of targets without [T, V] fp32 logits: GEMM library, row kernels and collectives put together.
+"""Log-probabilities of targets without [T, V] fp32 logits, from the GEMM library, the row kernels and collectives.
 
-Forward: some rows at a time, fp32 logits in a buffer that is used again, then one pass over it (`row_kernels.py`).
+Forward: fp32 logits of some rows at a time, in a buffer that is reused, then one kernel over it (`row_kernels.py`).
 Backward with save="exp": exp(z - max), kept in the inputs' dtype, becomes the gradient of the logits in place, then two
-GEMMs. With save="recompute" nothing [N, V] is kept, and the logits are multiplied once more, some rows at a time.
-Nothing of this ran on a GPU yet; Triton's interpreter runs it on a CPU.
+GEMMs. With save="recompute" nothing of size [N, V] is kept, and the logits are computed again, some rows at a time.
+Nothing of this has run on a GPU yet; Triton's interpreter runs it on a CPU.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from srlm_mega.kernels.row_kernels import Softmax, row_gradient, row_stats
 
 @dataclass(frozen=True)
 class Head:
-    """What is not a tensor in a call of `ops.vp_linear_logprob`, whose docstring says what each means."""
+    """The arguments of `ops.vp_linear_logprob` that are not tensors; its docstring says what each means."""
 
     vocab_start: int
     tp_group: ProcessGroup | None
@@ -30,13 +30,13 @@ class Head:
 
 
 def vp_linear_logprob(hidden: Tensor, weight: Tensor, target: Tensor, rows: Tensor | None, head: Head) -> Tensor:
-    """See `ops.vp_linear_logprob`; N > 0."""
+    """Compute what `ops.vp_linear_logprob` documents, for N > 0."""
     logp: Tensor = _LinearLogprob.apply(hidden, weight, target, rows, head, torch.is_grad_enabled())
     return logp
 
 
 def vp_logprob_(logits: Tensor, target: Tensor, vocab_start: int, tp_group: ProcessGroup | None) -> Tensor:
-    """See `ops.vp_logprob_`; T > 0."""
+    """Compute what `ops.vp_logprob_` documents, for T > 0."""
     logp: Tensor = _Logprob.apply(logits, target, vocab_start, tp_group)
     return logp
 
@@ -83,11 +83,11 @@ class _LinearLogprob(torch.autograd.Function):
             source = dz if from_exp else _logits(selected[part], weight, buffer)
             row_gradient(source, dz, target[part], grad[part], softmax.part(part), head.vocab_start, from_exp)
             torch.mm(dz, weight, out=grad_rows[part])
-            # Before the weight's GEMM, so that ranks talk while it runs. As with Megatron's linear layers the GPU keeps
-            # this order with CUDA_DEVICE_MAX_CONNECTIONS=1.
+            # Before the weight's GEMM, so that communication overlaps it. As with Megatron's linear layers the GPU
+            # keeps this order with CUDA_DEVICE_MAX_CONNECTIONS=1.
             if not head.sequence_parallel:
                 reductions.append(start_all_reduce(grad_rows[part], head.tp_group))
-            elif part.stop == len(target):
+            elif part.stop == len(target):  # a reduce-scatter splits all positions, so it waits for the last part
                 reductions.append(start_reduce_scatter(_scatter(grad_rows, rows, len(whole)), head.tp_group))
             grad_weight.add(dz, selected[part])
         reduced = [reduction.wait() for reduction in reductions]
@@ -96,17 +96,19 @@ class _LinearLogprob(torch.autograd.Function):
 
 
 class WeightGradient:
-    """dW [V/tp, H] = sum over parts of dz^T @ x, with dz [n, V/tp] and x [n, H] of the weight's dtype.
+    """The gradient of the vocabulary's matrix, in Megatron's fp32 buffer where the weight has one.
+
+    It is dW [V/tp, H] = sum over parts of dz^T @ x, with dz [n, V/tp] and x [n, H] of the weight's dtype.
 
     Megatron's data-parallel wrapper gives each parameter `main_grad`, its fp32 place in the gradient buffer, and
     `grad_added_to_main_grad`, which tells the wrapper's hook that there is nothing left to add. The hook still wants
-    a gradient of the right shape to be there; with `zero_out_wgrad` (tied embeddings, whose gradient has a second
-    source) it adds that gradient, which must then be zero. Without such a buffer the parts are added up in fp32.
+    a gradient of the right shape; with `zero_out_wgrad` (tied embeddings, whose gradient has a second source) it adds
+    that gradient, which must then be zero. Without such a buffer the parts are added up in fp32.
     """
 
     def __init__(self, weight: Tensor, num_parts: int) -> None:
         self.weight = weight
-        attributes = vars(weight)  # Megatron sets its own on the parameter; other parameters have none of them
+        attributes = vars(weight)  # Megatron adds attributes to its parameters; other parameters do not have them
         main_grad: Tensor | None = attributes.get("main_grad")
         self.in_main_grad = (
             main_grad is not None and main_grad.dtype == torch.float32 and "grad_added_to_main_grad" in attributes
@@ -118,7 +120,7 @@ class WeightGradient:
             self.total = torch.zeros_like(weight, dtype=torch.float32)
 
     def add(self, dz: Tensor, x: Tensor) -> None:
-        """Add one part."""
+        """Add dz^T @ x of one part: dz [n, V/tp], x [n, H]."""
         if self.total is None:
             self.total = dz.T @ x
         elif dz.is_cuda:
@@ -127,7 +129,7 @@ class WeightGradient:
             self.total.addmm_(dz.T.float(), x.float())
 
     def result(self) -> Tensor:
-        """What autograd is given for the weight."""
+        """Return the gradient for autograd: [V/tp, H], without content where Megatron's buffer has it."""
         assert self.total is not None, "at least one part was added"
         if not self.in_main_grad:
             return self.total.to(self.weight.dtype)
@@ -137,7 +139,7 @@ class WeightGradient:
 
 
 def _take_exps(ctx: Any) -> Tensor:
-    """What the forward pass kept, to be overwritten."""
+    """Take exp(z - max) [N, V/tp] of the forward pass, which the backward pass overwrites."""
     exps: Tensor | None = ctx.exps
     assert exps is not None, "a second backward pass: the first one overwrote what was kept"
     ctx.exps = None
@@ -167,7 +169,7 @@ class _Logprob(torch.autograd.Function):
 
 
 def _combine(stats: Tensor, target: Tensor) -> Softmax:
-    """The softmax of rows from each rank's max z, sum exp(z - max) and z at the target: [tp, n, 3] -> [n]."""
+    """Combine each rank's max z, sum exp(z - max) and z at the target, [tp, n, 3], into the softmax of n rows."""
     peaks, totals, at_target = stats.unbind(2)
     peak = peaks.amax(0)
     log_total = (totals * (peaks - peak).exp()).sum(0).log()
@@ -184,7 +186,7 @@ def _select(hidden: Tensor, rows: Tensor | None) -> Tensor:
 
 
 def _scatter(grad_rows: Tensor, rows: Tensor | None, num_positions: int) -> Tensor:
-    """The gradient of all positions from that of the selected rows, which are all different."""
+    """Return the gradient of all positions from that of the selected rows, which are all different."""
     if rows is None:
         return grad_rows
     return grad_rows.new_zeros(num_positions, grad_rows.shape[1]).index_copy_(0, rows.long(), grad_rows)
@@ -199,7 +201,7 @@ def _logits_buffer(weight: Tensor, target: Tensor, head: Head) -> Tensor:
 
 
 def _logits(selected: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
-    """fp32 logits [n, V/tp] of hidden states [n, H], in the buffer."""
+    """Write the fp32 logits [n, V/tp] of hidden states [n, H] into the buffer; return its n rows."""
     out = buffer[: len(selected)]
     if weight.dtype == torch.float32:
         return torch.mm(selected, weight.T, out=out)

@@ -1,6 +1,7 @@
-"""What training calls: log-probabilities without [T, V] logits, and the DPO loss. Plain PyTorch on a CPU, else Triton.
+"""The kernels' public functions: log-probabilities without [T, V] logits, and the DPO loss.
 
-`kernels/reference.py` is the definition of every number here. Nothing of this ran on a GPU yet.
+On a CPU they run in plain PyTorch (`kernels/reference.py`, the definition of every number here), on CUDA in Triton,
+which has not run on a GPU yet.
 """
 
 from typing import Literal
@@ -30,20 +31,30 @@ def vp_linear_logprob(
     save: Save = "exp",
     chunk_rows: int = 1024,
 ) -> Tensor:
-    """log p of the next tokens, straight from the last hidden states and the vocabulary's matrix: logp [N].
+    """Return log p of the next tokens, [N], straight from the last hidden states and the vocabulary's matrix.
 
-    hidden: [T, H]; with `sequence_parallel` [T/tp, H] of this rank.
+    All ranks of `tp_group` call it together, with the same `target` and `rows`. V may be split over them; fp32 logits
+    exist for `chunk_rows` rows at a time on CUDA.
+
+    hidden: [T, H], fp64, fp32, bf16 or fp16; with `sequence_parallel` [T/tp, H] of this rank.
     weight: [V/tp, H], contiguous, of hidden's dtype: tokens vocab_start and following. Ranks follow one another; the
     last may hold fewer (an odd vocabulary without its padding).
-    target: [N] token ids of the whole vocabulary; -100 gives log p 0 and no gradient.
-    rows: [N] different positions in T that are computed, or None for all T in their order. N may be 0.
-    Returns [N] fp32 (fp64 for fp64), the same on every rank of `tp_group`. Logits are fp32 for every input dtype.
+    target: [N] int64, token ids of the whole vocabulary; -100 gives log p 0 and no gradient.
+    rows: [N] int32 or int64, different positions in T that are computed, or None for all T in their order. N may be 0.
+    vocab_start: the token of this rank's first row of `weight`; 0 without a group.
+    tp_group: the tensor-parallel ranks that share the vocabulary; None when this process has all of it.
+    sequence_parallel: the positions, too, are split over `tp_group`.
+    save: on CUDA, "exp" keeps exp(z - max) [N, V/tp] in hidden's dtype for the backward pass, "recompute" keeps nothing
+    and multiplies once more. It does not change what is returned; on a CPU it has no effect.
+    chunk_rows: rows computed at a time on CUDA; on a CPU it has no effect.
 
-    The gradient of `hidden` is summed over the group (and split again with `sequence_parallel`).
-    On CUDA, `chunk_rows` rows at a time; `save`: "exp" keeps exp(z - max) in hidden's dtype for the backward pass
-    ([N, V/tp]), "recompute" keeps nothing and multiplies once more. Neither changes what is returned on a CPU.
-    All ranks of the group must call with the same N. Raises ValueError on arguments that do not fit each other.
-    On CUDA a target that no rank owns gives -inf: values are not read there (see `kernels/checks.py`).
+    Returns [N] fp32 (fp64 for fp64), in nats, the same on every rank. Logits are fp32 for every input dtype.
+    The gradient of `hidden` is summed over the group (and split again with `sequence_parallel`). On CUDA the gradient
+    of `weight` is added to Megatron's fp32 `weight.main_grad` where there is one.
+
+    Raises ValueError, which names the argument, on shapes, dtypes, devices and settings that do not fit each other, and
+    on a CPU on values too. On CUDA no value is read: a target that no rank owns gives -inf, so check targets and rows
+    with `kernels.checks` before they are sent there.
     """
     checks.check_tensor("hidden", hidden, checks.FLOATS, None, None)
     checks.check_tensor("weight", weight, (hidden.dtype,), None, hidden.shape[1], device=hidden.device)
@@ -74,10 +85,13 @@ def vp_linear_logprob(
 
 
 def vp_logprob_(logits: Tensor, target: Tensor, *, vocab_start: int, tp_group: ProcessGroup | None) -> Tensor:
-    """log p at target [T] of logits [T, V/tp] split over the group: logp [T] fp32 (fp64 for fp64).
+    """Return log p, [T] fp32 (fp64 for fp64), at target [T] int64 of logits [T, V/tp] split over the group.
+
+    logits: contiguous; this rank's columns are the tokens vocab_start and following. A target of -100 gives log p 0 and
+    no gradient. tp_group: the ranks that share the vocabulary, or None.
 
     On CUDA the backward pass writes the gradient into the buffer of `logits`, hence the name: nobody else may need it.
-    Raises ValueError on arguments that do not fit each other.
+    Raises ValueError, which names the argument, on arguments that do not fit each other.
     """
     checks.check_tensor("logits", logits, checks.FLOATS, None, None)
     checks.require(logits.is_contiguous(), "logits", f"strides {logits.stride()}", "a contiguous tensor")
@@ -97,26 +111,34 @@ def dpo_loss(
     settings: DpoSettings,
     consistency: Tensor | None = None,
 ) -> DpoLoss:
-    """The loss of P preference pairs from the log p of their response tokens, and the sums of TRL's metrics.
+    """Return the loss of P preference pairs from the log p of their response tokens, and the sums of TRL's metrics.
 
     logp: [N] fp32 or fp64, in nats: response tokens only (they are counted), of S sequences one after the other.
     cu_seqlens: [S + 1] int32 or int64, bounds of the sequences: 0, ..., N.
     pairs: [P, 2] int32 or int64, (chosen, rejected) sequence numbers, each sequence in at most one pair. P and S may
     be 0; a sequence in no pair has no gradient.
     ref_logp: [S] fp32 or fp64, summed log p of the sequences under the reference, in nats.
-    settings: beta, loss_type, label_smoothing, rpo_alpha, chosen_tokens_per_pair; see `DpoSettings`.
+    settings: DpoSettings(beta, loss_type="sigmoid", label_smoothing=0, rpo_alpha=0, chosen_tokens_per_pair=0).
     consistency: None, or [P] fp32, values in [0, 1], for sigmoid without label_smoothing: pair p's loss is
     consistency[p] * loss(margin) + (1 - consistency[p]) * loss(-margin), as in CREAM (arXiv 2410.12735).
 
-    Returns `DpoLoss`: loss [] (the only one with a gradient), sums [8] fp64, seq_logp [S], per_pair [P].
-    loss = sum over pairs of the loss of `loss_type` - rpo_alpha * (sum of chosen logp) / chosen_tokens_per_pair, to be
-    added up over micro batches and ranks and divided by the pairs of the global batch: then it is the mean over pairs
-    plus rpo_alpha times the mean -log p of a chosen token.
-    A pair's margin is the difference of its two log ratios logp - ref_logp, of sums over tokens; "ipo" takes means per
-    token, as TRL does.
+    A pair's margin is the difference of its two log ratios logp - ref_logp, of sums over tokens. With x = beta * margin
+    and e = label_smoothing its loss is, by `loss_type`:
+    sigmoid: -(1 - e) * log sigmoid(x) - e * log sigmoid(-x), with 0 <= e < 1: DPO, or conservative DPO.
+    robust: (-(1 - e) * log sigmoid(x) + e * log sigmoid(-x)) / (1 - 2e), with 0 <= e < 0.5: robust DPO.
+    hinge: max(0, 1 - x), with e = 0: SLiC.
+    ipo: (margin - 1 / (2 * beta))^2, with e = 0; this margin is that of means per token, as in TRL.
+
+    Returns `DpoLoss`:
+    loss [], the only one with a gradient: the sum of the pairs' losses - rpo_alpha * (sum of chosen logp) /
+    chosen_tokens_per_pair, which is the global batch's mean. Added up over micro batches and ranks and divided by the
+    pairs of the global batch, it is the mean over pairs plus rpo_alpha times the mean -log p of a chosen token.
+    sums [8] fp64, over these pairs: loss without the rpo_alpha term, chosen rewards, rejected rewards, pairs with a
+    margin above 0, chosen log p, rejected log p, chosen tokens, pairs. A reward is beta * (logp - ref_logp), summed.
+    seq_logp [S], summed log p; per_pair [P], losses without the rpo_alpha term.
 
     Raises ValueError, which names the argument, on shapes, dtypes, devices and settings that do not fit each other, and
-    on a CPU on values too (bounds, pairs, consistency). Nothing is read back to the host.
+    on a CPU on values too (bounds, pairs, consistency). On CUDA no value is read.
     """
     _check_dpo(logp, cu_seqlens, pairs, ref_logp)
     if consistency is not None:
@@ -129,7 +151,7 @@ def dpo_loss(
 
 
 def runs_triton(tensor: Tensor) -> bool:
-    """Whether the Triton kernels take this tensor: on CUDA, all but fp64. A CPU machine need not have Triton."""
+    """Tell whether Triton computes with this tensor: on CUDA all but fp64. A CPU machine need not have Triton."""
     return bool(tensor.is_cuda and tensor.dtype != torch.float64)
 
 

@@ -19,14 +19,14 @@ LossType = Literal["sigmoid", "robust", "hinge", "ipo"]
 
 @dataclass(frozen=True)
 class DpoSettings:
-    """The numbers of a DPO loss, the same for all pairs of a global batch. ValueError names what does not fit.
+    """Settings of a DPO loss, the same for all pairs of a global batch. ValueError names what does not fit.
 
     beta: factor of the log ratios, above 0.
-    loss_type: the loss of one pair; sigmoid is DPO's own.
-    label_smoothing: share of the pairs taken to be the wrong way round, from 0; with sigmoid (conservative DPO) below
+    loss_type: the loss of one pair; sigmoid is DPO's own. `ops.dpo_loss` has the formulas.
+    label_smoothing: share of the pairs assumed to be the wrong way round, from 0; with sigmoid (conservative DPO) below
     1, with robust below 0.5, with hinge and ipo 0.
     rpo_alpha: weight of the mean -log p of a chosen token, from 0.
-    chosen_tokens_per_pair: the mean over the global batch, above 0; read where rpo_alpha is above 0 only.
+    chosen_tokens_per_pair: the mean over the global batch, above 0; read only where rpo_alpha is above 0.
     """
 
     beta: float
@@ -49,23 +49,23 @@ class DpoSettings:
 
     @property
     def nll_weight(self) -> float:
-        """Factor of the chosen tokens' -log p in the loss summed over pairs."""
+        """Factor of the chosen tokens' summed -log p in the loss summed over pairs."""
         return self.rpo_alpha / self.chosen_tokens_per_pair if self.rpo_alpha > 0 else 0.0
 
 
 @dataclass(frozen=True)
 class DpoLoss:
-    """What `dpo_loss` gives. Only `loss` has a gradient.
+    """The result of `dpo_loss`. Only `loss` has a gradient.
 
-    sums [8], fp64, over the pairs of this call, to be added up over micro batches and ranks: loss (without the NLL
-    term), chosen rewards, rejected rewards, pairs with a margin above 0, chosen log p, rejected log p, chosen tokens,
-    pairs. A reward is beta * (log pi(y) - log ref(y)).
+    sums, over the pairs of this call, to be added up over micro batches and ranks: loss (without the NLL term), chosen
+    rewards, rejected rewards, pairs with a margin above 0, chosen log p, rejected log p, chosen tokens, pairs. A reward
+    is beta * (log pi(y) - log ref(y)).
     """
 
-    loss: Tensor
-    sums: Tensor
-    seq_logp: Tensor  # [S]
-    per_pair: Tensor  # [P]
+    loss: Tensor  # []
+    sums: Tensor  # [8] fp64
+    seq_logp: Tensor  # [S], summed log p of each sequence
+    per_pair: Tensor  # [P], each pair's loss without the NLL term
 
 
 def vp_linear_logprob(
@@ -78,7 +78,7 @@ def vp_linear_logprob(
     tp_group: ProcessGroup | None,
     sequence_parallel: bool,
 ) -> Tensor:
-    """log p of the targets from the last hidden states; see `ops.vp_linear_logprob`."""
+    """Return log p [N] of the targets from the last hidden states, as `ops.vp_linear_logprob` documents it."""
     hidden = (gather_sequence if sequence_parallel else copy_to_ranks)(hidden, tp_group)
     selected = hidden if rows is None else hidden[rows]
     logits = wide(selected) @ wide(weight).T
@@ -86,7 +86,7 @@ def vp_linear_logprob(
 
 
 def vp_logprob(logits: Tensor, target: Tensor, *, vocab_start: int, tp_group: ProcessGroup | None) -> Tensor:
-    """log softmax over all ranks' columns of logits [T, V/tp], at target [T]: (z_y - max) - log sum exp(z - max)."""
+    """Return log softmax over all ranks' columns of logits [T, V/tp] at target: (z_y - max) - log sum exp(z - max), [T]."""
     logits = wide(logits)
     peak = max_over_ranks(logits.amax(1), tp_group)
     total = sum_over_ranks((logits - peak[:, None]).exp().sum(1), tp_group)
@@ -98,7 +98,7 @@ def vp_logprob(logits: Tensor, target: Tensor, *, vocab_start: int, tp_group: Pr
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """fp32, or fp64 where it is fp64 already."""
+    """Return the tensor in fp32, or unchanged where it is fp64."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
@@ -110,7 +110,7 @@ def dpo_loss(
     settings: DpoSettings,
     consistency: Tensor | None = None,
 ) -> DpoLoss:
-    """The loss of pairs of packed sequences; see `ops.dpo_loss`."""
+    """Return the loss of pairs of packed sequences, as `ops.dpo_loss` documents it."""
     beta, loss_type = settings.beta, settings.loss_type
     lengths = cu_seqlens.diff()
     seq_logp = segment_sums(logp, cu_seqlens)
@@ -150,12 +150,12 @@ def dpo_loss(
 
 
 def segment_sums(logp: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Sums of logp [N] between the bounds [S+1]: [S]. Sums, never means."""
+    """Return the sums of logp [N] between the bounds [S+1]: [S]. Sums, never means."""
     return torch.segment_reduce(logp, "sum", offsets=cu_seqlens)
 
 
 def sigmoid_loss(margins: Tensor, beta: float, label_smoothing: float | Tensor) -> Tensor:
-    """DPO (Rafailov et al. 2023, arXiv 2305.18290, equation 7): -log sigmoid(beta * margin), [P] -> [P].
+    """Return DPO's loss (Rafailov et al. 2023, arXiv 2305.18290, equation 7): -log sigmoid(beta * margin), [P] -> [P].
 
     With label_smoothing e, the share of flipped labels, it is conservative DPO (Mitchell 2023, "A note on DPO with
     noisy preferences", equation 3): (1 - e) * loss(margin) + e * loss(-margin). One e for all, or one per pair [P].
@@ -165,19 +165,19 @@ def sigmoid_loss(margins: Tensor, beta: float, label_smoothing: float | Tensor) 
 
 
 def robust_loss(margins: Tensor, beta: float, label_smoothing: float) -> Tensor:
-    """Robust DPO (Chowdhury et al. 2024, arXiv 2403.00409), unbiased when the share e of the labels is flipped:
-    ((1 - e) * loss(margin) - e * loss(-margin)) / (1 - 2e), [P] -> [P]."""
+    """Return robust DPO's loss (Chowdhury et al. 2024, arXiv 2403.00409), unbiased when the share e of the labels is
+    flipped: ((1 - e) * loss(margin) - e * loss(-margin)) / (1 - 2e), [P] -> [P]."""
     kept, flipped = -F.logsigmoid(beta * margins), -F.logsigmoid(-beta * margins)
     return ((1 - label_smoothing) * kept - label_smoothing * flipped) / (1 - 2 * label_smoothing)
 
 
 def hinge_loss(margins: Tensor, beta: float) -> Tensor:
-    """SLiC's hinge on DPO's margin, as TRL has it: max(0, 1 - beta * margin), [P] -> [P]."""
+    """Return SLiC's hinge loss on DPO's margin, as TRL has it: max(0, 1 - beta * margin), [P] -> [P]."""
     return F.relu(1 - beta * margins)
 
 
 def ipo_loss(mean_margins: Tensor, beta: float) -> Tensor:
-    """IPO (Azar et al. 2023, arXiv 2310.12036, equation 17): (margin - 1 / (2 beta))^2, [P] -> [P].
+    """Return IPO's loss (Azar et al. 2023, arXiv 2310.12036, equation 17): (margin - 1 / (2 beta))^2, [P] -> [P].
 
     As in TRL 1.16 the margin is that of per-token means: log pi(y)/ref(y), divided by y's number of tokens.
     """

@@ -1,7 +1,7 @@
 """Triton, one program per row of the logits: softmax statistics, and the gradient.
 
 Launches are chosen from a table, not by autotuning: every configuration is compiled ahead of time by a test.
-None of them ran on a GPU yet.
+None of them has run on a GPU yet.
 """
 
 from dataclasses import dataclass
@@ -15,20 +15,20 @@ from srlm_mega.kernels.checks import IGNORE_INDEX
 
 @dataclass(frozen=True)
 class Softmax:
-    """Per row [n], over all ranks' columns: log p of the target, max z, log sum exp(z - max)."""
+    """Statistics of each row [n] over all ranks' columns: log p of the target, max z, log sum exp(z - max)."""
 
     logp: Tensor
     peak: Tensor
     log_total: Tensor
 
     def part(self, rows: slice) -> "Softmax":
-        """Some of the rows."""
+        """Return the statistics of some rows."""
         return Softmax(self.logp[rows], self.peak[rows], self.log_total[rows])
 
 
 @dataclass(frozen=True)
 class RowConfig:
-    """How a row is worked on: columns per iteration, and warps."""
+    """A launch configuration: columns per iteration, and warps."""
 
     block: int
     num_warps: int
@@ -41,7 +41,7 @@ SHIPPED_CONFIGS = (NARROW_ROW, WIDE_ROW)
 
 
 def row_config(columns: int) -> RowConfig:
-    """The configuration for rows of so many columns."""
+    """Return the configuration for rows of `columns` columns."""
     return NARROW_ROW if columns <= NARROW_COLUMNS else WIDE_ROW
 
 
@@ -56,7 +56,10 @@ def row_stats_kernel(
     STORE_EXP: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """stats[row] = max z, sum exp(z - max), z at the target (-inf where another rank owns it); exps = exp(z - max)."""
+    """Store stats[row] = max z, sum exp(z - max), z at the target (-inf where another rank owns it).
+
+    With STORE_EXP store exps[row] = exp(z - max) too.
+    """
     row = tl.program_id(0).to(tl.int64)
     offsets = tl.arange(0, BLOCK)
     logits += row * columns
@@ -95,7 +98,7 @@ def row_gradient_kernel(
     IGNORE_INDEX: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """out = grad * (1 at the target - softmax); `out` may be `source`, which holds z, or exp(z - ...) with FROM_EXP.
+    """Store out = grad * (1 at the target - softmax). `source` holds z, or exp(z - m) with FROM_EXP; `out` may be it.
 
     log softmax is (z - peak) - log_total, in this order: z and peak may be large.
     """
@@ -117,7 +120,7 @@ def row_gradient_kernel(
 
 
 def row_stats(logits: Tensor, target: Tensor, exps: Tensor | None, stats: Tensor, vocab_start: int) -> None:
-    """Of logits [n, V/tp]: fill stats [n, 3] fp32 and, where it is given, exps [n, V/tp]."""
+    """Fill stats [n, 3] fp32 and, where it is given, exps [n, V/tp] from logits [n, V/tp]; see `row_stats_kernel`."""
     num_rows, columns = logits.shape
     config = row_config(columns)
     row_stats_kernel[(num_rows,)](
