@@ -86,7 +86,7 @@ def vp_linear_logprob(
 
 
 def vp_logprob(logits: Tensor, target: Tensor, *, vocab_start: int, tp_group: ProcessGroup | None) -> Tensor:
-    """Return log softmax over all ranks' columns of logits [T, V/tp] at target: (z_y - max) - log sum exp(z - max), [T]."""
+    """Return log softmax of logits [T, V/tp] over all ranks at target, [T]: (z_y - max) - log sum exp(z - max)."""
     logits = wide(logits)
     peak = max_over_ranks(logits.amax(1), tp_group)
     total = sum_over_ranks((logits - peak[:, None]).exp().sum(1), tp_group)
