@@ -58,12 +58,12 @@ def start_replica(work: Work, number: int) -> "subprocess.Popen[bytes]":
 def work_as_replica(run: RunDir, stage_name: str, number: int) -> int:
     """Work on the shards of a stage that another process began, until all are finished. Returns the exit code; the
     message of a UserError or CannotContinue is left for that process."""
-    die_with(os.getppid())
-    show_stacks_when_asked()
     config = load_config(run.config_file)
     stage = find_stage(config, stage_name)
     if stage.kind.requests is None:
         raise UserError(f"{stage_name} is not sampled in shards, so replicas have nothing to share")
+    die_with(os.getppid())
+    show_stacks_when_asked()
     progress = Progress(run.progress_file(f"{stage_name}.replica_{number}"))
     work = Work(run, config, stage, run.partial(stage_name), progress)
     task: SamplingTask[object]
