@@ -56,6 +56,20 @@ def first_to_finish(run: RunDir, count: int = 1) -> int:
     return int(reports[0]["replica"])
 
 
+def started_replicas(stage: int) -> list[psutil.Process]:
+    """Replicas 0 and 1, as soon as both processes are there: seconds of imports before their first shard."""
+    deadline = time.monotonic() + 300
+    found: dict[str, psutil.Process] = {}
+    while found.keys() != {"0", "1"}:
+        assert time.monotonic() < deadline, f"replicas {sorted(found)} of 2 have started"
+        for child in psutil.Process(stage).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if "replica" in child.cmdline():
+                    found[child.cmdline()[-1]] = child
+        time.sleep(0.01)
+    return [found["0"], found["1"]]
+
+
 def metrics(run: RunDir) -> list[dict[str, float]]:
     return [orjson.loads(line) for line in (run.output(CANDIDATES) / "metrics.jsonl").read_bytes().splitlines()]
 
@@ -75,14 +89,17 @@ def test_kill_minus_nine_in_the_middle_changes_no_byte(tmp_path: Path, whole: by
 
 @pytest.mark.extra
 def test_the_shards_of_a_killed_replica_are_taken_over(tmp_path: Path, whole: bytes) -> None:
+    """The other one sleeps until then: on a busy machine either may do all shards before the other has started."""
     run = begin_run(tmp_path / "run", PROMPTS, *TWO)
     process = start_stage(run, CANDIDATES)
-    first = first_to_finish(run)
-    replicas = {child.cmdline()[-1]: child for child in psutil.Process(process.pid).children(recursive=True)}
-    replicas[str(first)].send_signal(signal.SIGKILL)
+    killed, other = started_replicas(process.pid)
+    other.send_signal(signal.SIGSTOP)
+    assert first_to_finish(run, 2) == 0  # of the second one perhaps only the report is there
+    killed.send_signal(signal.SIGKILL)
+    other.send_signal(signal.SIGCONT)
     assert process.wait(timeout=300) == 0, run.log_file(CANDIDATES).read_text()
     assert (run.output(CANDIDATES) / "candidates.jsonl").read_bytes() == whole
-    assert f"replica {first} ended with code -9" in run.log_file(CANDIDATES).read_text()
+    assert "replica 0 ended with code -9" in run.log_file(CANDIDATES).read_text()
     lines = metrics(run)
     assert {line["replica"] for line in lines[:-1]} == {0, 1} and lines[-1]["requests"] == 200
     assert sorted(path.name for path in run.output(CANDIDATES).iterdir()) == [
