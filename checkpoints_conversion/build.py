@@ -10,8 +10,8 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import xxhash
@@ -27,12 +27,7 @@ BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 Task = tuple[Stored, ...]
 Report = Callable[[int], None]  # bytes that were written since the last call
-
-
-class QuantizeFunction(Protocol):
-    """Makes FP8 of 16-bit numbers."""
-
-    def __call__(self, bits: Bits, dtype: DType, scale: float) -> Bits: ...
+QuantizeFunction = Callable[[Bits, DType, float], Bits]  # 16-bit numbers, their format, a scale -> FP8
 
 
 @dataclass(frozen=True)
@@ -93,22 +88,18 @@ class MatrixWriter:
 
     def fill(self, tasks: Sequence[tuple[int, Task]], report: Report) -> None:
         """Fill the matrices of these tasks, and note each finished one in the journal."""
-        journal = os.open(self.folder / JOURNAL, os.O_WRONLY | os.O_APPEND)
-        files: dict[str, int] = {}
+        files: dict[str, FileIO] = {}
         scratch = Scratch()
-        try:
-            with Reader(self.source) as reader:
-                for number, task in tasks:
-                    for stored, start, count in self._blocks(task):
-                        if stored.file not in files:
-                            files[stored.file] = os.open(self.folder / stored.file, os.O_WRONLY)
-                        block = self._block(reader, stored, start, count, scratch)
-                        _write_at(files[stored.file], block, stored.offset + start * stored.row_bytes)
-                        report(block.nbytes)
-                    os.write(journal, f"{number}\n".encode())
-        finally:
-            for descriptor in (journal, *files.values()):
-                os.close(descriptor)
+        with Reader(self.source) as reader, (self.folder / JOURNAL).open("ab", buffering=0) as journal:
+            for number, task in tasks:
+                for stored, start, count in self._blocks(task):
+                    if stored.file not in files:
+                        file = (self.folder / stored.file).open("r+b", buffering=0)
+                        files[stored.file] = reader.enter_context(file)
+                    block = self._block(reader, stored, start, count, scratch)
+                    _write_at(files[stored.file].fileno(), block, stored.offset + start * stored.row_bytes)
+                    report(block.nbytes)
+                journal.write(f"{number}\n".encode())
 
     def _blocks(self, task: Task) -> list[tuple[Stored, int, int]]:
         """(matrix, first row, rows) of a task: those of the same source rows beside one another."""
@@ -124,19 +115,14 @@ class MatrixWriter:
 
     def _block(self, reader: Reader, stored: Stored, start: int, count: int, scratch: Scratch) -> Bits:
         window = row_window(stored.matrix, start, count)
-        block: Bits | None = None
+        block = scratch.take(count, window.columns, self.source.dtype)
+        if not window.is_full:  # the rest is padding
+            block.fill(0)
         for patch in window.patches:
             rows = reader.rows(patch.source, patch.source_row, patch.rows)
-            if rows.shape == (count, window.columns):
+            if rows.shape == block.shape:
                 return self._convert(rows, stored)
-            if block is None:
-                block = scratch.take(count, window.columns, self.source.dtype)
-                if not window.is_full:
-                    block.fill(0)
-            part = rows[:, patch.source_column : patch.source_column + patch.columns]
-            block[patch.row : patch.row + patch.rows, patch.column : patch.column + patch.columns] = part
-        if block is None:  # nothing but padding
-            block = np.zeros((count, window.columns), self.source.dtype.storage)
+            block[patch.target] = rows[:, patch.source_column : patch.source_column + patch.columns]
         return self._convert(block, stored)
 
     def _convert(self, block: Bits, stored: Stored) -> Bits:

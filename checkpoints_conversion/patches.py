@@ -21,6 +21,27 @@ class Patch:
     rows: int
     columns: int
 
+    @property
+    def target(self) -> tuple[slice, slice]:
+        """The place of the rectangle in the stored matrix, as an index of an array."""
+        return slice(self.row, self.row + self.rows), slice(self.column, self.column + self.columns)
+
+    def window(self, row: int, rows: int, column: int, columns: int) -> "Patch | None":
+        """The part inside of `rows` x `columns` numbers at (row, column), which becomes (0, 0); None for no part."""
+        top, bottom = max(self.row, row), min(self.row + self.rows, row + rows)
+        left, right = max(self.column, column), min(self.column + self.columns, column + columns)
+        if top >= bottom or left >= right:
+            return None
+        return Patch(
+            source=self.source,
+            source_row=self.source_row + top - self.row,
+            source_column=self.source_column + left - self.column,
+            row=top - row,
+            column=left - column,
+            rows=bottom - top,
+            columns=right - left,
+        )
+
 
 @dataclass(frozen=True)
 class Matrix:
@@ -82,20 +103,5 @@ def stack(matrices: Sequence[Matrix]) -> Matrix:
 
 
 def _window(matrix: Matrix, row: int, rows: int, column: int, columns: int) -> Matrix:
-    patches = []
-    for patch in matrix.patches:
-        top, bottom = max(patch.row, row), min(patch.row + patch.rows, row + rows)
-        left, right = max(patch.column, column), min(patch.column + patch.columns, column + columns)
-        if top < bottom and left < right:
-            patches.append(
-                Patch(
-                    source=patch.source,
-                    source_row=patch.source_row + top - patch.row,
-                    source_column=patch.source_column + left - patch.column,
-                    row=top - row,
-                    column=left - column,
-                    rows=bottom - top,
-                    columns=right - left,
-                )
-            )
-    return Matrix(rows, columns, tuple(patches))
+    parts = (patch.window(row, rows, column, columns) for patch in matrix.patches)
+    return Matrix(rows, columns, tuple(part for part in parts if part is not None))

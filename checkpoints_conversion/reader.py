@@ -3,10 +3,10 @@
 import os
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -90,7 +90,8 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class TensorSource:
-    """Where a tensor lies: parts that cover it once, and replicas of some of them."""
+    """Where a tensor lies: parts that cover it once, and replicas of some of them. A patch is a part of the tensor here,
+    taken from a stored matrix: the inverse of the matrix's own patch."""
 
     name: str
     rows: int
@@ -122,11 +123,12 @@ def _tensor_sources(checkpoint: Checkpoint) -> dict[str, TensorSource]:
         seen: dict[tuple[int, ...], Stored] = {}
         for patch, stored in found[name]:
             rectangle = (patch.source_row, patch.source_column, patch.rows, patch.columns)
+            part = Patch(name, patch.row, patch.column, *rectangle)
             if rectangle in seen:
-                replicas.append((patch, stored, seen[rectangle]))
+                replicas.append((part, stored, seen[rectangle]))
             else:
                 seen[rectangle] = stored
-                cover.append((patch, stored))
+                cover.append((part, stored))
         held = sum(patch.rows * patch.columns for patch, _ in cover)
         if held != rows * columns:
             raise ValueError(
@@ -152,24 +154,16 @@ class Scratch:
         return self._memory[:nbytes].view(dtype.storage).reshape(rows, columns)
 
 
-class Reader:
+class Reader(ExitStack):
     """Reads rows of Hugging Face's tensors. Keeps the newest blocks: the ranks' parts of a row block follow another."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__()
         self._checkpoint = checkpoint
-        self._files: dict[str, int] = {}
+        self._files: dict[str, int] = {}  # closed when the stack is left
         self._blocks: OrderedDict[tuple[str, int, int], tuple[Scratch, Bits]] = OrderedDict()
         self._part = Scratch()
         self.largest: dict[str, int] = {}  # per tensor, `largest_magnitude` of the rows read so far
-
-    def __enter__(self) -> "Reader":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for descriptor in self._files.values():
-            os.close(descriptor)
 
     def rows(self, name: str, start: int, count: int) -> Bits:
         """[count, columns] of a tensor, not to be changed, and gone after four others.
@@ -198,30 +192,22 @@ class Reader:
             yield self.rows(name, start, min(step, source.rows - start))
 
     def _assemble(self, source: TensorSource, start: int, count: int, memory: Scratch) -> Bits:
-        block: Bits | None = None
+        assert start + count <= source.rows, f"rows {start} to {start + count} of {source.name} do not exist"
+        block = memory.take(count, source.columns, source.dtype)
         for patch, stored in source.cover:
-            top, bottom = max(patch.source_row, start), min(patch.source_row + patch.rows, start + count)
-            if top >= bottom:
+            part = patch.window(start, count, 0, source.columns)
+            if part is None:
                 continue
-            row = patch.row + top - patch.source_row
-            if bottom - top == count and stored.matrix.columns == patch.columns == source.columns:
-                return self._read(stored, row, count, memory)
-            if block is None:
-                block = memory.take(count, source.columns, source.dtype)
-            part = self._read(stored, row, bottom - top, self._part)[:, patch.column : patch.column + patch.columns]
-            block[top - start : bottom - start, patch.source_column : patch.source_column + patch.columns] = part
-        assert block is not None, f"rows {start} to {start + count} of {source.name} do not exist"
+            if (part.rows, part.columns) == block.shape and stored.matrix.columns == source.columns:
+                return self._read(stored, part.source_row, count, memory)  # at once to where it should be
+            block[part.target] = self._read_part(stored, part)
         return block
 
     def _check_replica(
         self, source: TensorSource, patch: Patch, stored: Stored, original: Stored, block: Bits, start: int
     ) -> None:
-        top, bottom = max(patch.source_row, start), min(patch.source_row + patch.rows, start + len(block))
-        if top >= bottom:
-            return
-        part = self._read(stored, patch.row + top - patch.source_row, bottom - top, self._part)
-        mine = block[top - start : bottom - start, patch.source_column : patch.source_column + patch.columns]
-        if not np.array_equal(part[:, patch.column : patch.column + patch.columns], mine):
+        part = patch.window(start, len(block), 0, source.columns)
+        if part is not None and not np.array_equal(self._read_part(stored, part), block[part.target]):
             raise ValueError(
                 f"{self._checkpoint.folder / stored.file}: {stored.name} differs from the copy of {source.name} "
                 f"in {original.file}, and should be a replica"
@@ -239,9 +225,14 @@ class Reader:
             )
         self.largest[source.name] = max(magnitude, self.largest.get(source.name, 0))
 
+    def _read_part(self, stored: Stored, part: Patch) -> Bits:
+        rows = self._read(stored, part.source_row, part.rows, self._part)
+        return rows[:, part.source_column : part.source_column + part.columns]
+
     def _read(self, stored: Stored, row: int, count: int, memory: Scratch) -> Bits:
         if stored.file not in self._files:
             self._files[stored.file] = os.open(self._checkpoint.folder / stored.file, os.O_RDONLY)
+            self.callback(os.close, self._files[stored.file])
         block = memory.take(count, stored.matrix.columns, stored.dtype)
         rest = block.view(np.uint8).reshape(-1).data
         position = stored.offset + row * stored.row_bytes
