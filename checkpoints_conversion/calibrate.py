@@ -3,8 +3,9 @@
 The whole model is held in memory, on a GPU if there is one. (It never ran on a GPU.)
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
+from itertools import islice
 from pathlib import Path
 
 import modelopt.torch.quantization as mtq
@@ -41,22 +42,15 @@ def read_prompts(path: Path, folder: Path) -> list[list[int]]:
     tokenizer of `folder` is asked. ValueError names the line that has none of them."""
     tokenizer = None
     prompts = []
-    for number, line in _lines(path):
-        record = orjson.loads(line)
-        if "tokens" in record:
-            prompts.append(list(record["tokens"]))
-            continue
-        text = record.get("text", record.get("prompt"))
-        if not isinstance(text, str):
-            raise ValueError(f"{path}:{number}: neither `tokens` nor `text` nor `prompt`: give one of them")
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(folder)
-        prompts.append(list(tokenizer(text)["input_ids"]))
-    return prompts
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if number > MAX_PROMPTS:
-                return
-            yield number, line
+        for number, line in enumerate(islice(file, MAX_PROMPTS), start=1):
+            record = orjson.loads(line)
+            if "tokens" in record:
+                prompts.append(list(record["tokens"]))
+                continue
+            text = record.get("text", record.get("prompt"))
+            if not isinstance(text, str):
+                raise ValueError(f"{path}:{number}: neither `tokens` nor `text` nor `prompt`: give one of them")
+            tokenizer = tokenizer or AutoTokenizer.from_pretrained(folder)
+            prompts.append(list(tokenizer(text)["input_ids"]))
+    return prompts

@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 import xxhash
 
-from srlm_mega.checkpoints_conversion.folder import CONFIG, read_json
+from srlm_mega.checkpoints_conversion.huggingface_files import CONFIG, read_json
 from srlm_mega.checkpoints_conversion.safetensors_file import read_header
 from srlm_mega.checkpoints_conversion.trtllm import rank_file, read_split
 

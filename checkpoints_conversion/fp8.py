@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from srlm_mega.checkpoints_conversion.bits import Bits, DType, cast, from_float32, to_float32
 from srlm_mega.checkpoints_conversion.build import MAX_BLOCK_BYTES, Report
-from srlm_mega.checkpoints_conversion.folder import read_json
+from srlm_mega.checkpoints_conversion.huggingface_files import read_json
 from srlm_mega.checkpoints_conversion.llama import LlamaShape
 from srlm_mega.checkpoints_conversion.reader import Checkpoint, Reader
 
@@ -128,18 +128,10 @@ def linear_names(shape: LlamaShape) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Scales:
-    """Per layer and group, of weights and of activations."""
+    """Scales of weights and of activations, by the linear layer's name in Hugging Face's words."""
 
-    weights: dict[tuple[int, str], float]
-    inputs: dict[tuple[int, str], float]
-
-    def weight(self, linear: str) -> float:
-        """Of a linear layer by Hugging Face's name."""
-        return self.weights[group_of(linear)]
-
-    def input(self, linear: str) -> float:
-        """Of a linear layer by Hugging Face's name."""
-        return self.inputs[group_of(linear)]
+    weights: Mapping[str, float]
+    inputs: Mapping[str, float]
 
 
 def group_of(linear: str) -> tuple[int, str]:
@@ -148,19 +140,14 @@ def group_of(linear: str) -> tuple[int, str]:
     return int(layer), next(group for group, members in GROUPS.items() if member in members)
 
 
-def shared_scales(weights: Mapping[str, float], amax: Amax) -> Scales:
-    """From the largest |w| and |input| of every linear layer."""
-    return Scales(group_scales(weights), group_scales(amax.inputs))
-
-
-def group_scales(largest: Mapping[str, float]) -> dict[tuple[int, str], float]:
-    """Per layer and group, its largest number / 448."""
+def shared_scales(largest: Mapping[str, float]) -> dict[str, float]:
+    """Return a scale for each linear layer: the largest number of its group / 448, so 1 for a group of zeros."""
     per_group: dict[tuple[int, str], float] = {}
     for linear, value in largest.items():
         group = group_of(linear)
         per_group[group] = max(value, per_group.get(group, 0.0))
-    # A matrix of zeros has any scale.
-    return {group: float(np.float32(value) / np.float32(LARGEST)) or 1.0 for group, value in per_group.items()}
+    scales = {group: float(np.float32(value) / np.float32(LARGEST)) or 1.0 for group, value in per_group.items()}
+    return {linear: scales[group_of(linear)] for linear in largest}
 
 
 def weight_amax(source: Checkpoint, dtype: DType, report: Report) -> dict[str, float]:
@@ -180,8 +167,3 @@ def largest_weights(source: Checkpoint, dtype: DType, reader: Reader, linears: I
 def _number(bits: int, source: DType, dtype: DType) -> float:
     one = cast(np.array([bits], source.storage), source, dtype)
     return float(to_float32(one, dtype)[0])
-
-
-def scalar(value: float) -> bytes:
-    """An fp32 number in a file."""
-    return np.float32(value).tobytes()

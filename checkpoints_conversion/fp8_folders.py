@@ -5,14 +5,18 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from srlm_mega.checkpoints_conversion import trtllm
 from srlm_mega.checkpoints_conversion.bits import DType
 from srlm_mega.checkpoints_conversion.build import Plan
-from srlm_mega.checkpoints_conversion.folder import CONFIG, MAX_SHARD_BYTES, pretty_json
-from srlm_mega.checkpoints_conversion.fp8 import Quantizer, Rounding, Scales, linear_names, scalar
+from srlm_mega.checkpoints_conversion.fp8 import Quantizer, Rounding, Scales, linear_names
 from srlm_mega.checkpoints_conversion.huggingface_files import (
+    CONFIG,
     KIND,
+    MAX_SHARD_BYTES,
     TensorEntry,
+    pretty_json,
     safetensors_files,
     safetensors_shards,
 )
@@ -35,9 +39,9 @@ def engine_plan(shape: LlamaShape, split: trtllm.RankSplit, dtype: DType, scales
             entries.append(TensorEntry(name, dtype, size, matrix))
             continue
         module = name.removesuffix(".weight")
-        entries.append(TensorEntry(name, DType.FLOAT8_E4M3, size, matrix, scales.weight(linear)))
-        entries.append(_scale(f"{module}.weights_scaling_factor", (1,), scales.weight(linear)))
-        entries.append(_scale(f"{module}.activation_scaling_factor", (1,), scales.input(linear)))
+        entries.append(TensorEntry(name, DType.FLOAT8_E4M3, size, matrix, scales.weights[linear]))
+        entries.append(_scale(f"{module}.weights_scaling_factor", (1,), scales.weights[linear]))
+        entries.append(_scale(f"{module}.activation_scaling_factor", (1,), scales.inputs[linear]))
         if module.endswith("attention.qkv"):
             attention = module.removesuffix(".qkv")
             entries.append(_scale(f"{attention}.kv_cache_scaling_factor", (1,), KV_SCALE))
@@ -63,9 +67,9 @@ def unified_plan(
         if linear not in quantized:
             entries.append(entry)
             continue
-        entries.append(replace(entry, dtype=DType.FLOAT8_E4M3, scale=scales.weight(linear)))
-        entries.append(_scale(f"{linear}.weight_scale", (), scales.weight(linear)))
-        entries.append(_scale(f"{linear}.input_scale", (), scales.input(linear)))
+        entries.append(replace(entry, dtype=DType.FLOAT8_E4M3, scale=scales.weights[linear]))
+        entries.append(_scale(f"{linear}.weight_scale", (), scales.weights[linear]))
+        entries.append(_scale(f"{linear}.input_scale", (), scales.inputs[linear]))
         for which in ("k", "v"):
             if linear.endswith(f".{which}_proj"):
                 entries.append(_scale(f"{linear}.{which}_scale", (), KV_SCALE))
@@ -85,4 +89,4 @@ def unified_plan(
 
 
 def _scale(name: str, shape: tuple[int, ...], value: float) -> TensorEntry:
-    return TensorEntry(name, DType.FLOAT32, shape, scalar(value))
+    return TensorEntry(name, DType.FLOAT32, shape, np.float32(value).tobytes())

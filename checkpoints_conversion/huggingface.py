@@ -10,23 +10,16 @@ from torch import Tensor
 
 from srlm_mega.checkpoints_conversion.bits import dtype_named
 from srlm_mega.checkpoints_conversion.build import allocate
-from srlm_mega.checkpoints_conversion.folder import (
+from srlm_mega.checkpoints_conversion.huggingface_files import (
     CONFIG,
-    INDEX,
     MAX_SHARD_BYTES,
     copy_tokenizer,
-    files_by_tensor,
+    plan,
     read_json,
     special_ids,
+    stored_tensors,
 )
-from srlm_mega.checkpoints_conversion.huggingface_files import plan
-from srlm_mega.checkpoints_conversion.llama import (
-    LlamaShape,
-    check_names,
-    check_size,
-    huggingface_shapes,
-    is_derived,
-)
+from srlm_mega.checkpoints_conversion.llama import LlamaShape, check_names, check_size, huggingface_shapes
 
 DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
@@ -48,16 +41,8 @@ class FolderWeights(Mapping[str, Tensor]):
     """Memory-mapped safetensors of one folder: `model.safetensors`, or the shards that its index names."""
 
     def __init__(self, folder: Path) -> None:
-        shape = read_shape(folder)
-        self._files = {name: file for name, file in files_by_tensor(folder).items() if not is_derived(name, shape)}
-        check_names(self._files, shape, str(folder))
-        sizes = huggingface_shapes(shape)
+        self._files = {item.name: folder / item.file for item in stored_tensors(folder, read_shape(folder))}
         self._open = {file: _open(file) for file in dict.fromkeys(self._files.values())}
-        held = {file: set(reader.keys()) for file, reader in self._open.items()}
-        for name, file in self._files.items():
-            if name not in held[file]:
-                raise ValueError(f"{file} has no tensor {name}, and {INDEX} says it has: download the folder again")
-            check_size(name, tuple(self._open[file].get_slice(name).get_shape()), sizes[name], str(file))
 
     def __getitem__(self, name: str) -> Tensor:
         file = self._files[name]

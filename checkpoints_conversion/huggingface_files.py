@@ -1,74 +1,136 @@
-"""Hugging Face folders as matrices in files, and files to be written (see reader.py, build.py)."""
+"""The files of Hugging Face folders, without torch: config.json, the tokenizer, and which file holds which matrix, for
+folders that are read (reader.py) and written (build.py)."""
 
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from srlm_mega.checkpoints_conversion.bits import DType
 from srlm_mega.checkpoints_conversion.build import OutputFile, Plan
-from srlm_mega.checkpoints_conversion.folder import (
-    CONFIG,
-    INDEX,
-    MAX_SHARD_BYTES,
-    WEIGHTS,
-    files_by_tensor,
-    pretty_json,
-    read_json,
-    special_ids,
-)
-from srlm_mega.checkpoints_conversion.llama import (
-    LlamaShape,
-    check_names,
-    check_size,
-    huggingface_shapes,
-    is_derived,
-)
+from srlm_mega.checkpoints_conversion.llama import LlamaShape, check_names, check_size, huggingface_shapes, is_derived
 from srlm_mega.checkpoints_conversion.patches import Matrix, whole
 from srlm_mega.checkpoints_conversion.reader import Checkpoint, Stored
 from srlm_mega.checkpoints_conversion.safetensors_file import FileTensor, lay_out, read_header, read_scale
 
 KIND = "huggingface"
-METADATA = {"format": "pt"}
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",  # names the end tokens that stop generation
+)
+LLAMA_IDS = {"bos_token_id": 1, "eos_token_id": 2}
+MAX_SHARD_BYTES = 5 * 1000**3
 SCALES = (".weight_scale", ".input_scale", ".k_scale", ".v_scale")
 
 
 @dataclass(frozen=True)
-class TensorEntry:
+class TensorEntry(FileTensor):
     """A tensor to be written: patchwork with its scale if it is FP8, or known bytes."""
 
-    name: str
-    dtype: DType
-    shape: tuple[int, ...]
     content: Matrix | bytes
     scale: float | None = None
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A file's object. ValueError when there is none."""
+    if not file.is_file():
+        raise ValueError(f"{file} does not exist: {file.parent} is not a Hugging Face model folder")
+    try:
+        content: dict[str, Any] = orjson.loads(file.read_bytes())
+    except orjson.JSONDecodeError as error:
+        raise ValueError(f"{file} is not JSON ({error}): download it again") from None
+    return content
+
+
+def files_by_tensor(folder: Path) -> dict[str, str]:
+    """Return the file of each tensor of a folder. ValueError when the index names a file that is not there."""
+    if (folder / INDEX).is_file():
+        files: dict[str, str] = read_json(folder / INDEX)["weight_map"]
+    elif (folder / WEIGHTS).is_file():
+        files = dict.fromkeys(read_header(folder / WEIGHTS), WEIGHTS)
+    else:
+        raise ValueError(
+            f"{folder} has neither {WEIGHTS} nor {INDEX}: download the model's safetensors "
+            "(pytorch_model.bin is not read)"
+        )
+    for name, file in files.items():
+        if not (folder / file).is_file():
+            raise ValueError(f"{folder / file} is missing, and {INDEX} says it holds {name}: download the folder again")
+    return files
+
+
+def special_ids(tokenizer_from: Path | None) -> dict[str, Any]:
+    """The ids of special tokens in the config of a folder; Llama's own where there is none."""
+    if tokenizer_from is None or not (tokenizer_from / CONFIG).is_file():
+        return LLAMA_IDS
+    source = read_json(tokenizer_from / CONFIG)
+    return {key: source[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in source}
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy the tokenizer's files, those that are there."""
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def pretty_json(content: Mapping[str, Any]) -> bytes:
+    """As people read it."""
+    return orjson.dumps(content, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
     """A folder with `config.json` and safetensors. ValueError names the file and tensor that are wrong."""
     config = read_json(folder / CONFIG)
     shape = LlamaShape.from_huggingface(config)
+    stored = stored_tensors(folder, shape, SCALES if "quantization_config" in config else ())
+    model = shape.to_huggingface() | special_ids(folder)
+    return Checkpoint(folder, KIND, shape, model, one_dtype(stored, folder), tuple(stored)).check()
+
+
+def stored_tensors(folder: Path, shape: LlamaShape, ignored: tuple[str, ...] = ()) -> list[Stored]:
+    """Return where each tensor of a folder is, in the order of the model; names that end in one of `ignored` are passed
+    over. ValueError names the file and tensor that are wrong."""
     files = {
         name: file
         for name, file in files_by_tensor(folder).items()
-        if not is_derived(name, shape) and not ("quantization_config" in config and name.endswith(SCALES))
+        if not is_derived(name, shape) and not name.endswith(ignored)
     }
     check_names(files, shape, str(folder))
-    headers = {file: read_header(file) for file in dict.fromkeys(files.values())}
-    stored = []
-    for name, size in huggingface_shapes(shape).items():
-        file = files[name]
-        if name not in headers[file]:
-            raise ValueError(f"{file} has no tensor {name}, and {INDEX} says it has: download the folder again")
-        tensor = headers[file][name]
-        check_size(name, tensor.shape, size, str(file))
-        scale = None
-        if tensor.dtype is DType.FLOAT8_E4M3:
-            scale = read_scale(file, headers[file], f"{name}_scale")
-        stored.append(Stored(name, file.name, tensor.offset, tensor.dtype, whole(name, size), scale))
-    return Checkpoint(
-        folder, KIND, shape, shape.to_huggingface() | special_ids(folder), one_dtype(stored, folder), tuple(stored)
-    ).check()
+    headers = {file: read_header(folder / file) for file in dict.fromkeys(files.values())}
+    return [
+        stored_tensor(folder, files[name], headers[files[name]], name, size, whole(name, size), f"{name}_scale")
+        for name, size in huggingface_shapes(shape).items()
+    ]
+
+
+def stored_tensor(
+    folder: Path,
+    file: str,
+    header: Mapping[str, FileTensor],
+    name: str,
+    size: tuple[int, ...],
+    matrix: Matrix,
+    scale_name: str,
+) -> Stored:
+    """Return where a tensor of a safetensors file is, with its scale if it is FP8. ValueError when it is missing or of
+    another size."""
+    path = folder / file
+    if name not in header:
+        raise ValueError(f"{path} has no tensor {name}, and should have by its config or index: download it again")
+    tensor = header[name]
+    check_size(name, tensor.shape, size, str(path))
+    scale = read_scale(path, header, scale_name) if tensor.dtype is DType.FLOAT8_E4M3 else None
+    return Stored(name, file, tensor.offset, tensor.dtype, matrix, scale)
 
 
 def one_dtype(stored: list[Stored], folder: Path) -> DType:
@@ -97,7 +159,7 @@ def safetensors_shards(
     if len(groups) == 1:
         return *safetensors_files({WEIGHTS: groups[0]}), {}
     weight_map = {entry.name: name for name, group in zip(names, groups, strict=True) for entry in group}
-    total = sum(FileTensor(entry.name, entry.dtype, entry.shape).nbytes for entry in entries)
+    total = sum(entry.nbytes for entry in entries)
     index = pretty_json({"metadata": {"total_size": total}, "weight_map": weight_map})
     return *safetensors_files(dict(zip(names, groups, strict=True))), {INDEX: index}
 
@@ -106,14 +168,13 @@ def safetensors_files(files: Mapping[str, list[TensorEntry]]) -> tuple[tuple[Out
     """Files with these tensors in this order."""
     outputs, stored = [], []
     for file, entries in files.items():
-        tensors = [FileTensor(entry.name, entry.dtype, entry.shape) for entry in entries]
-        header, placed, size = lay_out(tensors, METADATA)
+        header, placed, size = lay_out(entries)
         constants = [(0, header)]
-        for entry, tensor in zip(entries, placed, strict=True):
+        for entry in placed:
             if isinstance(entry.content, bytes):
-                constants.append((tensor.offset, entry.content))
+                constants.append((entry.offset, entry.content))
             else:
-                stored.append(Stored(entry.name, file, tensor.offset, entry.dtype, entry.content, entry.scale))
+                stored.append(Stored(entry.name, file, entry.offset, entry.dtype, entry.content, entry.scale))
         outputs.append(OutputFile(file, size, tuple(constants)))
     return tuple(outputs), tuple(stored)
 
@@ -123,10 +184,9 @@ def _shards(entries: list[TensorEntry], max_bytes: int) -> Iterator[list[TensorE
     shard: list[TensorEntry] = []
     filled = 0
     for entry in entries:
-        size = FileTensor(entry.name, entry.dtype, entry.shape).nbytes
-        if shard and filled + size > max_bytes:
+        if shard and filled + entry.nbytes > max_bytes:
             yield shard
             shard, filled = [], 0
         shard.append(entry)
-        filled += size
+        filled += entry.nbytes
     yield shard

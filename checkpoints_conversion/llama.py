@@ -219,20 +219,11 @@ def table(shape: LlamaShape) -> tuple[Row, ...]:
 
 def huggingface_shapes(shape: LlamaShape) -> dict[str, tuple[int, ...]]:
     """Every tensor of the Hugging Face layout, in the order of the model."""
-    rows = table(shape)
-    before = [row for row in rows if row.holder is Holder.FIRST_STAGE]
-    per_layer = [row for row in rows if row.holder is Holder.ITS_LAYER]
-    after = [row for row in rows if row.holder is Holder.LAST_STAGE]
-    sizes = {name: size for row in before for name, size in row.huggingface.items()}
-    for number in range(shape.num_layers):
-        sizes |= {name.format(layer=number): size for row in per_layer for name, size in row.huggingface.items()}
-    return sizes | {name: size for row in after for name, size in row.huggingface.items()}
-
-
-def layer_names(shape: LlamaShape, layer: int) -> list[str]:
-    """Hugging Face's tensors of one layer."""
-    rows = [row for row in table(shape) if row.holder is Holder.ITS_LAYER]
-    return [name.format(layer=layer) for row in rows for name in row.huggingface]
+    sizes: dict[str, tuple[int, ...]] = {}
+    for holder, layers in ((Holder.FIRST_STAGE, 1), (Holder.ITS_LAYER, shape.num_layers), (Holder.LAST_STAGE, 1)):
+        parts = [part for row in table(shape) if row.holder is holder for part in row.huggingface.items()]
+        sizes |= {name.format(layer=layer): size for layer in range(layers) for name, size in parts}
+    return sizes
 
 
 def is_derived(name: str, shape: LlamaShape) -> bool:
@@ -248,6 +239,15 @@ def check_names(names: Iterable[str], shape: LlamaShape, where: str) -> None:
         if differing:
             some = ", ".join(sorted(differing)[:3]) + (f" and {len(differing) - 3} more" if len(differing) > 3 else "")
             raise ValueError(f"{where} {what} {some}: it is not the Llama of its config ({shape.num_layers} layers)")
+
+
+def check_divides(number: int, what: str, by: int, parallel: str) -> None:
+    """ValueError, with the arithmetic, unless `by` ranks can have equal parts of so many."""
+    if number % by:
+        raise ValueError(
+            f"{number} {what} / {parallel} leaves {number % by} over "
+            f"({number} = {number // by} * {by} + {number % by}): choose another parallel layout"
+        )
 
 
 def check_size(name: str, found: tuple[int, ...], wanted: tuple[int, ...], where: str) -> None:

@@ -94,15 +94,11 @@ def swap_queries_and_keys(model: LlamaForCausalLM) -> None:
 
 def _empty_model(checkpoint: Checkpoint) -> LlamaForCausalLM:
     before = torch.get_default_dtype()
-    torch.set_default_dtype(_compute_dtype(checkpoint))
+    torch.set_default_dtype(torch.float32 if checkpoint.dtype is DType.FLOAT32 else torch.bfloat16)
     try:
         return LlamaForCausalLM(LlamaConfig(**checkpoint.config)).eval()
     finally:
         torch.set_default_dtype(before)
-
-
-def _compute_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    return torch.float32 if checkpoint.dtype is DType.FLOAT32 else torch.bfloat16
 
 
 def _check_memory(checkpoint: Checkpoint) -> None:

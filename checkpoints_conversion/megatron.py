@@ -27,6 +27,7 @@ from srlm_mega.checkpoints_conversion.llama import (
     Holder,
     Layout,
     LlamaShape,
+    check_divides,
     check_names,
     check_size,
     table,
@@ -79,17 +80,10 @@ def check_split(shape: LlamaShape, tp: int, pp: int, vpp: int = 1) -> None:
     if vpp > 1 and pp == 1:
         raise ValueError(f"{vpp} virtual stages per rank need more than PP 1: choose another parallel layout")
     stages = f"PP {pp} * VPP {vpp} = {pp * vpp}" if vpp > 1 else f"PP {pp}"
-    for number, what, divisor, by in (
-        (shape.num_layers, "layers", stages, pp * vpp),
-        (shape.num_attention_heads, "attention heads", f"TP {tp}", tp),
-        (shape.num_query_groups, "query groups", f"TP {tp}", tp),
-        (shape.ffn_hidden_size, "rows of ffn_hidden_size", f"TP {tp}", tp),
-    ):
-        if number % by:
-            raise ValueError(
-                f"{number} {what} / {divisor} leaves {number % by} over "
-                f"({number} = {number // by} * {by} + {number % by}): choose another parallel layout"
-            )
+    check_divides(shape.num_layers, "layers", pp * vpp, stages)
+    check_divides(shape.num_attention_heads, "attention heads", tp, f"TP {tp}")
+    check_divides(shape.num_query_groups, "query groups", tp, f"TP {tp}")
+    check_divides(shape.ffn_hidden_size, "rows of ffn_hidden_size", tp, f"TP {tp}")
     rows = padded_vocab_size(shape.vocab_size, tp) // tp
     if rows * (tp - 1) >= shape.vocab_size:
         raise ValueError(f"{shape.vocab_size} tokens in parts of {rows} leave nothing for the last rank of TP {tp}")

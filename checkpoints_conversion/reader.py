@@ -90,8 +90,8 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class TensorSource:
-    """Where a tensor lies: parts that cover it once, and replicas of some of them. A patch is a part of the tensor here,
-    taken from a stored matrix: the inverse of the matrix's own patch."""
+    """Where a tensor lies: parts that cover it once, and replicas of some of them. Patches here are inverse to those of
+    the stored matrices: rectangles of the tensor, taken from a stored matrix."""
 
     name: str
     rows: int

@@ -4,14 +4,17 @@ filled, and filled by several processes."""
 import math
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
+from typing import TypeVar
 
 import orjson
 
 from srlm_mega.checkpoints_conversion.bits import DType
 
 ALIGNMENT = 8
+METADATA = {"format": "pt"}  # transformers wants it
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
@@ -22,34 +25,29 @@ class FileTensor:
     name: str
     dtype: DType
     shape: tuple[int, ...]
-    offset: int = 0
+    offset: int = field(default=0, kw_only=True)
 
     @property
     def nbytes(self) -> int:
-        """Its size on disk."""
+        """Size on disk, in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def lay_out(tensors: Sequence[FileTensor], metadata: Mapping[str, str]) -> tuple[bytes, list[FileTensor], int]:
-    """The header of a file with these tensors in this order, the tensors with their offsets, and the file's size."""
-    position = 0
-    header: dict[str, object] = {"__metadata__": dict(metadata)}
-    for tensor in tensors:
-        end = position + tensor.nbytes
-        header[tensor.name] = {
-            "dtype": tensor.dtype.value,
-            "shape": list(tensor.shape),
-            "data_offsets": [position, end],
-        }
-        position = end
+T = TypeVar("T", bound=FileTensor)
+
+
+def lay_out(tensors: Sequence[T]) -> tuple[bytes, list[T], int]:
+    """Return the header of a file with these tensors in this order, the tensors with their offsets, the file's size."""
+    header: dict[str, object] = {"__metadata__": METADATA}
+    ends = list(accumulate(tensor.nbytes for tensor in tensors))
+    for tensor, end in zip(tensors, ends, strict=True):
+        span = [end - tensor.nbytes, end]
+        header[tensor.name] = {"dtype": tensor.dtype.value, "shape": tensor.shape, "data_offsets": span}
     text = orjson.dumps(header)
     text += b" " * (-len(text) % ALIGNMENT)
     start = 8 + len(text)
-    placed, position = [], start
-    for tensor in tensors:
-        placed.append(FileTensor(tensor.name, tensor.dtype, tensor.shape, position))
-        position += tensor.nbytes
-    return len(text).to_bytes(8, "little") + text, placed, position
+    placed = [replace(tensor, offset=start + end - tensor.nbytes) for tensor, end in zip(tensors, ends, strict=True)]
+    return len(text).to_bytes(8, "little") + text, placed, start + ends[-1]
 
 
 def read_header(path: Path) -> dict[str, FileTensor]:
@@ -69,10 +67,9 @@ def read_header(path: Path) -> dict[str, FileTensor]:
     for name, entry in header.items():
         if name == "__metadata__":
             continue
-        tensor = FileTensor(
-            name, _dtype(path, name, entry["dtype"]), tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]
-        )
-        if tensor.nbytes != entry["data_offsets"][1] - entry["data_offsets"][0]:
+        begin, end = entry["data_offsets"]
+        tensor = FileTensor(name, _dtype(path, name, entry["dtype"]), tuple(entry["shape"]), offset=8 + length + begin)
+        if tensor.nbytes != end - begin:
             raise ValueError(f"{path}: {name} has not the bytes of its shape: download or convert it again")
         if tensor.offset + tensor.nbytes > size:
             raise ValueError(

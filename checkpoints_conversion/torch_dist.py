@@ -29,8 +29,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from srlm_mega.checkpoints_conversion.bits import DType, dtype_named
 from srlm_mega.checkpoints_conversion.build import OutputFile, Plan
-from srlm_mega.checkpoints_conversion.folder import CONFIG, pretty_json, read_json, special_ids
-from srlm_mega.checkpoints_conversion.huggingface_files import one_dtype
+from srlm_mega.checkpoints_conversion.huggingface_files import CONFIG, one_dtype, pretty_json, read_json, special_ids
 from srlm_mega.checkpoints_conversion.llama import Layout, LlamaShape, Row, table
 from srlm_mega.checkpoints_conversion.megatron import placements
 from srlm_mega.checkpoints_conversion.patches import (

@@ -11,14 +11,27 @@ from typing import Any
 
 from srlm_mega.checkpoints_conversion.bits import DType
 from srlm_mega.checkpoints_conversion.build import Plan
-from srlm_mega.checkpoints_conversion.folder import CONFIG, LLAMA_IDS, pretty_json, read_json
-from srlm_mega.checkpoints_conversion.huggingface_files import TensorEntry, one_dtype, safetensors_files
-from srlm_mega.checkpoints_conversion.llama import LlamaShape, RopeScaling, check_size, huggingface_shapes, layer_names
+from srlm_mega.checkpoints_conversion.huggingface_files import (
+    CONFIG,
+    LLAMA_IDS,
+    TensorEntry,
+    one_dtype,
+    pretty_json,
+    read_json,
+    safetensors_files,
+    stored_tensor,
+)
+from srlm_mega.checkpoints_conversion.llama import LlamaShape, check_divides, huggingface_shapes
 from srlm_mega.checkpoints_conversion.patches import Matrix, column_part, row_part, row_window, stack, whole
-from srlm_mega.checkpoints_conversion.reader import Checkpoint, Stored
-from srlm_mega.checkpoints_conversion.safetensors_file import read_header, read_scale
+from srlm_mega.checkpoints_conversion.reader import Checkpoint
+from srlm_mega.checkpoints_conversion.safetensors_file import read_header
 
 KIND = "trtllm"
+# Keys that this config.json and Hugging Face's have in common.
+SAME_KEYS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "hidden_act", "max_position_embeddings",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -32,16 +45,9 @@ class RankSplit:
 def check_split(shape: LlamaShape, split: RankSplit) -> None:
     """ValueError, with the arithmetic, when the model cannot be split this way."""
     tp, groups = split.tp, shape.num_query_groups
-    for number, what, by, parallel in (
-        (shape.num_layers, "layers", split.pp, f"PP {split.pp}"),
-        (shape.num_attention_heads, "attention heads", tp, f"TP {tp}"),
-        (shape.ffn_hidden_size, "rows of ffn_hidden_size", tp, f"TP {tp}"),
-    ):
-        if number % by:
-            raise ValueError(
-                f"{number} {what} / {parallel} leaves {number % by} over "
-                f"({number} = {number // by} * {by} + {number % by}): choose another parallel layout"
-            )
+    check_divides(shape.num_layers, "layers", split.pp, f"PP {split.pp}")
+    check_divides(shape.num_attention_heads, "attention heads", tp, f"TP {tp}")
+    check_divides(shape.ffn_hidden_size, "rows of ffn_hidden_size", tp, f"TP {tp}")
     if groups % tp and tp % groups:
         raise ValueError(
             f"{groups} key/value heads can neither be divided over TP {tp} nor be repeated on as many ranks each: "
@@ -72,8 +78,9 @@ def rank_matrices(
             for local in range(per_stage):
                 prefix = f"model.layers.{pp_rank * per_stage + local}."
                 tensors = {
-                    name.removeprefix(prefix).removesuffix(".weight"): whole(name, sizes[name])
-                    for name in layer_names(shape, pp_rank * per_stage + local)
+                    name.removeprefix(prefix).removesuffix(".weight"): whole(name, size)
+                    for name, size in sizes.items()
+                    if name.startswith(prefix)
                 }
                 for name, matrix in _layer(shape, tensors, tp_rank, split.tp):
                     size = (matrix.columns,) if "layernorm" in name else (matrix.rows, matrix.columns)
@@ -119,24 +126,18 @@ def plan(shape: LlamaShape, split: RankSplit, dtype: DType) -> Plan:
 
 
 def config(shape: LlamaShape, split: RankSplit, dtype: DType) -> dict[str, Any]:
-    """TensorRT-LLM's `config.json`."""
+    """Return TensorRT-LLM's `config.json`."""
+    model = shape.to_huggingface()
     return {
         "architecture": "LlamaForCausalLM",
         "dtype": dtype.torch_name,
         "logits_dtype": "float32",
-        "vocab_size": shape.vocab_size,
-        "hidden_size": shape.hidden_size,
-        "intermediate_size": shape.ffn_hidden_size,
-        "num_hidden_layers": shape.num_layers,
-        "num_attention_heads": shape.num_attention_heads,
-        "num_key_value_heads": shape.num_query_groups,
+        **{key: model[key] for key in SAME_KEYS},
         "head_size": shape.kv_channels,
-        "hidden_act": "silu",
         "norm_epsilon": shape.norm_epsilon,
-        "position_embedding_type": "rope_gpt_neox",
-        "max_position_embeddings": shape.max_position_embeddings,
         "rotary_base": shape.rotary_base,
-        "rotary_scaling": shape.rope_scaling.to_huggingface() if shape.rope_scaling else None,
+        "rotary_scaling": model["rope_scaling"],
+        "position_embedding_type": "rope_gpt_neox",
         "use_parallel_embedding": split.tp > 1,
         "embedding_sharding_dim": 0,
         "share_embedding_table": False,
@@ -156,15 +157,9 @@ def open_checkpoint(folder: Path, tied: bool) -> Checkpoint:
     headers = {rank_file(rank): read_header(folder / rank_file(rank)) for rank in range(split.tp * split.pp)}
     known: dict[str, set[str]] = {file: set() for file in headers}
     for file, name, size, matrix in rank_matrices(shape, split, found["use_parallel_embedding"] or split.tp == 1):
-        if name not in headers[file]:
-            raise ValueError(f"{folder / file} has no tensor {name}: it is not a rank of the Llama of its config")
-        tensor = headers[file][name]
-        check_size(name, tensor.shape, size, str(folder / file))
+        scale_name = f"{name.removesuffix('.weight')}.weights_scaling_factor"
+        stored.append(stored_tensor(folder, file, headers[file], name, size, matrix, scale_name))
         known[file].add(name)
-        scale = None
-        if tensor.dtype is DType.FLOAT8_E4M3:
-            scale = read_scale(folder / file, headers[file], f"{name.removesuffix('.weight')}.weights_scaling_factor")
-        stored.append(Stored(name, file, tensor.offset, tensor.dtype, matrix, scale))
     for file, header in headers.items():
         unknown = sorted(name for name in header.keys() - known[file] if not _is_derived(name))
         if unknown:
@@ -188,17 +183,13 @@ def read_shape(found: Mapping[str, Any], folder: Path, tied: bool) -> LlamaShape
     """Of a checkpoint's config. ValueError when it is another model."""
     if found.get("architecture") != "LlamaForCausalLM" or found.get("position_embedding_type") != "rope_gpt_neox":
         raise ValueError(f"{folder / CONFIG} is that of a {found.get('architecture')}: only Llama is converted")
-    scaling = found.get("rotary_scaling")
-    return LlamaShape(
-        num_layers=found["num_hidden_layers"],
-        hidden_size=found["hidden_size"],
-        ffn_hidden_size=found["intermediate_size"],
-        num_attention_heads=found["num_attention_heads"],
-        num_query_groups=found["num_key_value_heads"],
-        vocab_size=found["vocab_size"],
-        max_position_embeddings=found["max_position_embeddings"],
-        norm_epsilon=found["norm_epsilon"],
-        rotary_base=float(found["rotary_base"]),
-        tie_word_embeddings=tied,
-        rope_scaling=RopeScaling.from_huggingface({"rope_scaling": scaling}) if scaling else None,
+    return LlamaShape.from_huggingface(
+        {
+            **{key: found[key] for key in SAME_KEYS},
+            "head_dim": found.get("head_size"),
+            "rms_norm_eps": found["norm_epsilon"],
+            "rope_theta": found["rotary_base"],
+            "rope_scaling": found.get("rotary_scaling"),
+            "tie_word_embeddings": tied,
+        }
     )

@@ -16,15 +16,14 @@ from srlm_mega.checkpoints_conversion.bar import no_bar
 from srlm_mega.checkpoints_conversion.bits import Bits, cast
 from srlm_mega.checkpoints_conversion.build import MAX_BLOCK_BYTES, Report
 from srlm_mega.checkpoints_conversion.convert import RECORD, Bar, open_checkpoint, read_record
-from srlm_mega.checkpoints_conversion.folder import pretty_json, read_json
 from srlm_mega.checkpoints_conversion.fp8 import (
     Quantizer,
     Rounding,
-    Scales,
-    group_scales,
     largest_weights,
     linear_names,
+    shared_scales,
 )
+from srlm_mega.checkpoints_conversion.huggingface_files import pretty_json, read_json
 from srlm_mega.checkpoints_conversion.llama import LlamaShape
 from srlm_mega.checkpoints_conversion.reader import Checkpoint, Reader
 
@@ -124,10 +123,9 @@ def check_shapes(first: Checkpoint, second: Checkpoint) -> None:
 def wrong_scales(first: Checkpoint, second: Checkpoint, reader: Reader) -> list[str]:
     """FP8 tensors whose scale is not that of their group's largest weight. `reader` has read all of `first`."""
     linears = list(linear_names(first.shape))
-    largest = largest_weights(first, second.dtype, reader, linears)
-    scales = Scales(group_scales(largest), {})
+    wanted = shared_scales(largest_weights(first, second.dtype, reader, linears))
     found = {name: second.sources[f"{name}.weight"].cover[0][1].scale for name in linears}
-    return [f"{name}.weight (scale)" for name in linears if found[name] != scales.weight(name)]
+    return [f"{name}.weight (scale)" for name in linears if found[name] != wanted[name]]
 
 
 def _as_stored(reader: Reader, first: Checkpoint, second: Checkpoint, name: str) -> Iterator[Bits]:

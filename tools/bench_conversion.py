@@ -21,9 +21,8 @@ import numpy as np
 
 from srlm_mega.checkpoints_conversion.bits import DType, from_float32
 from srlm_mega.checkpoints_conversion.build import sync
-from srlm_mega.checkpoints_conversion.folder import LLAMA_IDS
 from srlm_mega.checkpoints_conversion.fp8 import Amax, Quantizer, Rounding, linear_names
-from srlm_mega.checkpoints_conversion.huggingface_files import plan
+from srlm_mega.checkpoints_conversion.huggingface_files import LLAMA_IDS, plan
 from srlm_mega.checkpoints_conversion.llama import LlamaShape
 from srlm_mega.errors import UserError
 from srlm_mega.tools.bench_record import BenchRecord, BenchRow, make_record, make_row, markdown, write_record

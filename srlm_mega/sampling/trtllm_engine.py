@@ -10,7 +10,7 @@ from tensorrt_llm._tensorrt_engine import LLM
 from tensorrt_llm.llmapi import KvCacheConfig
 
 from srlm_mega.checkpoints_conversion.engine import Runtime, check_engine
-from srlm_mega.checkpoints_conversion.folder import read_json
+from srlm_mega.checkpoints_conversion.huggingface_files import read_json
 from srlm_mega.config.runtime import SamplerConfig
 from srlm_mega.errors import UserError
 from srlm_mega.sampling.sampler import ModelLimits
