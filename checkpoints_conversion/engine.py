@@ -1,10 +1,14 @@
-"""TensorRT engines: the commands that make them, a record beside each, and what may be used for what.
+"""TensorRT engines: a cache of them, made by NVIDIA's commands, with a record of what each may be used for.
 
 An engine serves only the versions, GPU, split and limits it was built for, and its weights; `engine.json` says which.
-(Nothing here has run with TensorRT-LLM yet: it needs a GPU. Flags are those of trtllm-build and trtllm-refit 1.2.)
+(Nothing here has run with TensorRT-LLM yet: it needs a GPU, and tests have stand-ins for the commands. Flags are those
+of trtllm-build and trtllm-refit 1.2.)
 """
 
-from collections.abc import Mapping
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from enum import Enum
 from pathlib import Path
@@ -13,12 +17,18 @@ from typing import Any
 import orjson
 import xxhash
 
+from srlm_mega.checkpoints_conversion.build import partial_folder, sync
 from srlm_mega.checkpoints_conversion.huggingface_files import CONFIG, read_json
 from srlm_mega.checkpoints_conversion.safetensors_file import read_header
 from srlm_mega.checkpoints_conversion.trtllm import rank_file, read_split
 
 RECORD = "engine.json"
 BLOCK_BYTES = 4 * 1024**2
+PROBE = (
+    "import json, tensorrt, tensorrt_llm, torch; "
+    "print(json.dumps({'tensorrt_llm': tensorrt_llm.__version__, 'tensorrt': tensorrt.__version__, "
+    "'gpu_sm': '.'.join(map(str, torch.cuda.get_device_capability()))}))"
+)
 
 
 @dataclass(frozen=True)
@@ -187,3 +197,49 @@ def check_engine(engine: Path, runtime: Runtime, weights_hash: str | None, check
         command = f"srlm engine build {checkpoint} {engine.parent}"
         raise ValueError(f"{engine} was built for something else: {', '.join(differing)}. Build it: {command}")
     return record
+
+
+def probe_runtime(python: str) -> Runtime:
+    """Versions and GPU, by the Python that has TensorRT-LLM. ValueError when it has not."""
+    done = subprocess.run([python, "-c", PROBE], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise ValueError(
+            f"{python} has no working TensorRT-LLM ({last}): run this in its environment or container, on the GPU "
+            "that will run the engine, or name that Python with --python"
+        )
+    return Runtime(**orjson.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def build_engine(
+    checkpoint: Path, cache: Path, limits: Limits, runtime: Runtime, workers: int
+) -> tuple[Path, BuildStep]:
+    """The folder of the engine in `cache`, and what it took. RuntimeError when a command fails."""
+    wanted = wanted_record(checkpoint, limits, runtime)
+    engine, plan = cache / wanted.key, cache / wanted.plan_key
+    step = next_step(wanted, cache)
+    match step:
+        case BuildStep.NOTHING:
+            pass
+        case BuildStep.BUILD:
+            _make(engine, wanted, build_argv(checkpoint, partial_folder(engine), limits, workers))
+        case BuildStep.BUILD_AND_REFIT:
+            _make(plan, wanted, build_argv(checkpoint, partial_folder(plan), limits, workers))
+            _make(engine, wanted, refit_argv(plan, checkpoint, partial_folder(engine)))
+        case BuildStep.REFIT:
+            _make(engine, wanted, refit_argv(plan, checkpoint, partial_folder(engine)))
+    return engine, step
+
+
+def _make(folder: Path, record: EngineRecord, argv: Sequence[str]) -> None:
+    partial = partial_folder(folder)
+    shutil.rmtree(partial, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    done = subprocess.run(argv, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"`{' '.join(argv)}` ended with code {done.returncode}: see its messages above")
+    write_record(partial, record)
+    for path in partial.iterdir():
+        sync(path)
+    os.replace(partial, folder)
+    sync(folder.parent)

@@ -58,6 +58,7 @@ NORMS = {
 }
 # Megatron's linear layers ask for a record of their own, which is empty without FP8.
 EXTRA_STATES = ("self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")
+DATA = b"archive/data/0"  # a tensor's numbers in the archive
 LAYERS, LAYER = "decoder.layers.", "decoder.layers.{layer}."
 
 
@@ -67,16 +68,24 @@ class GlobalTensor:
 
     key: str
     layers: bool
-    is_vector: bool
     matrices: tuple[Matrix, ...]
     layout: Layout
 
     @property
+    def is_vector(self) -> bool:
+        """True for norms, which have one dimension."""
+        return self.layout is Layout.REPLICATED
+
+    @property
     def size(self) -> tuple[int, ...]:
-        """Its global shape."""
+        """Global shape."""
         first = self.matrices[0]
-        inner = (first.columns,) if self.is_vector else (first.rows, first.columns)
-        return (len(self.matrices), *inner) if self.layers else inner
+        return self.index(len(self.matrices), first.rows, first.columns)
+
+    def index(self, layer: int, row: int, column: int) -> tuple[int, ...]:
+        """Return an offset or a size in as many dimensions as the tensor has."""
+        inner = (column,) if self.is_vector else (row, column)
+        return (layer, *inner) if self.layers else inner
 
 
 def global_tensors(shape: LlamaShape) -> list[GlobalTensor]:
@@ -90,8 +99,7 @@ def global_tensors(shape: LlamaShape) -> list[GlobalTensor]:
         key = LAYERS + NORMS.get(inner, inner) if layers else row.megatron
         numbers = range(shape.num_layers) if layers else range(1)
         matrices = tuple(_global_matrix(row, shape, layer) for layer in numbers)
-        is_vector = row.layout is Layout.REPLICATED
-        tensors.append(GlobalTensor(key, layers, is_vector, matrices, row.layout))
+        tensors.append(GlobalTensor(key, layers, matrices, row.layout))
     return tensors
 
 
@@ -114,28 +122,24 @@ class Chunk:
 
 
 def _rank_chunks(tensor: GlobalTensor, layer: int, tp_rank: int, tp: int) -> Iterator[Chunk]:
-    """What Megatron itself would save on this rank; replicas are saved by rank 0 only."""
+    """Yield what Megatron itself would save on this rank; replicas are saved by rank 0 only."""
     matrix = tensor.matrices[layer]
-    lead = (layer,) if tensor.layers else ()
-    one = (1,) if tensor.layers else ()
+    parts: list[tuple[int, int, Matrix]] = []  # first row, first column, numbers
     match tensor.layout:
         case Layout.REPLICATED:
-            if tp_rank == 0:
-                yield Chunk(tensor, (*lead, 0), (*one, matrix.columns), matrix)
+            parts = [(0, 0, matrix)] if tp_rank == 0 else []
         case Layout.ROW:
             part = column_part(matrix, tp_rank, tp)
-            start = tp_rank * part.columns
-            yield Chunk(tensor, (*lead, 0, start), (*one, part.rows, part.columns), part)
+            parts = [(0, tp_rank * part.columns, part)]
         case Layout.GATE_UP:
-            for half in range(2):
-                start = (half * tp + tp_rank) * matrix.rows // (2 * tp)
-                part = row_part(matrix, half * tp + tp_rank, 2 * tp)
-                yield Chunk(tensor, (*lead, start, 0), (*one, part.rows, part.columns), part)
+            halves = [(number * tp + tp_rank, row_part(matrix, number * tp + tp_rank, 2 * tp)) for number in range(2)]
+            parts = [(number * half.rows, 0, half) for number, half in halves]
         case Layout.COLUMN | Layout.QKV | Layout.VOCABULARY:
             count = -(-matrix.rows // tp)
             start = tp_rank * count
-            part = row_window(matrix, start, min(count, matrix.rows - start))
-            yield Chunk(tensor, (*lead, start, 0), (*one, part.rows, part.columns), part)
+            parts = [(start, 0, row_window(matrix, start, min(count, matrix.rows - start)))]
+    for row, column, part in parts:
+        yield Chunk(tensor, tensor.index(layer, row, column), tensor.index(1, part.rows, part.columns), part)
 
 
 def plan(shape: LlamaShape, config: Mapping[str, Any], dtype: DType, tp: int, pp: int) -> Plan:
@@ -227,14 +231,16 @@ class _Sink:
     LARGE = 1 << 16
 
     def __init__(self) -> None:
-        self.pieces: list[tuple[int, bytes]] = []
-        self.size = 0
+        self.pieces: dict[int, bytes] = {}  # by their offset
+        self.size = self._start = 0  # of the file so far, and of the piece that is being written
 
     def write(self, content: memoryview) -> int:
-        """A file's write."""
-        if len(content) < self.LARGE:
-            self.pieces.append((self.size, bytes(content)))
+        """Take the next bytes, as a file does."""
         self.size += len(content)
+        if len(content) < self.LARGE:
+            self.pieces[self._start] = self.pieces.get(self._start, b"") + bytes(content)
+        else:
+            self._start = self.size
         return len(content)
 
     def flush(self) -> None:
@@ -246,20 +252,15 @@ def _envelope(sizes: tuple[int, ...], dtype: torch.dtype) -> Envelope:
     """Of a tensor of zeros: its bytes depend on size and dtype, apart from a checksum that torch.load does not read."""
     sink = _Sink()
     torch.save(torch.zeros(sizes, dtype=dtype), sink)  # zeros that nobody writes take no memory
-    merged: list[tuple[int, bytes]] = []
-    for offset, piece in sink.pieces:
-        if merged and merged[-1][0] + len(merged[-1][1]) == offset:
-            merged[-1] = (merged[-1][0], merged[-1][1] + piece)
-        else:
-            merged.append((offset, piece))
-    return Envelope(tuple(merged), _record_offset(merged[0][1], "archive/data/0"), sink.size)
+    return Envelope(tuple(sink.pieces.items()), _data_begin(sink.pieces[0]), sink.size)
 
 
-def _record_offset(archive: bytes, name: str) -> int:
-    """Where the bytes of a zip archive's member begin, by its local header: 30 bytes, name, extra field."""
-    header = archive.index(name.encode()) - 30
+def _data_begin(archive: bytes) -> int:
+    """Return where a tensor's numbers begin in the zip archive of torch.save, by its local header: 30 bytes, name,
+    extra field."""
+    header = archive.index(DATA) - 30
     name_length, extra_length = (int.from_bytes(archive[header + at : header + at + 2], "little") for at in (26, 28))
-    assert archive[header : header + 4] == b"PK\x03\x04" and name_length == len(name), "torch.save writes another zip"
+    assert archive[header : header + 4] == b"PK\x03\x04" and name_length == len(DATA), "torch.save writes another zip"
     return header + 30 + name_length + extra_length
 
 
@@ -288,10 +289,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
             place = metadata.storage_data[MetadataIndex(tensor.key, offsets)]
             stored += _chunk_matrices(folder, tensor, offsets, sizes, place, dtype)
-    ids = special_ids(folder)
-    return Checkpoint(
-        folder, KIND, shape, shape.to_huggingface() | ids, one_dtype(stored, folder), tuple(stored)
-    ).check()
+    model = shape.to_huggingface() | special_ids(folder)
+    return Checkpoint(folder, KIND, shape, model, one_dtype(stored, folder), tuple(stored)).check()
 
 
 def read_metadata(folder: Path) -> Metadata:
@@ -341,6 +340,6 @@ def _data_offset(path: Path, place: _StorageInfo) -> int:
     with path.open("rb") as file:
         file.seek(place.offset)
         head = file.read(min(place.length, 1 << 13))
-    if b"archive/data/0" not in head:
+    if DATA not in head:
         raise ValueError(f"{path} is truncated or damaged at byte {place.offset:,}: copy the checkpoint again")
-    return _record_offset(head, "archive/data/0")
+    return _data_begin(head)

@@ -114,8 +114,7 @@ def engine_build(
 ) -> None:
     """Build the engine of a checkpoint, or find it in the cache. Prints the engine's folder."""
     with user_errors():
-        from srlm_mega.checkpoints_conversion.engine import Limits
-        from srlm_mega.checkpoints_conversion.engine_build import build_engine, probe_runtime
+        from srlm_mega.checkpoints_conversion.engine import Limits, build_engine, probe_runtime
 
         limits = Limits(
             max_batch_size=max_batch_size,

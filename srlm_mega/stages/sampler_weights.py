@@ -15,8 +15,7 @@ from srlm_mega.chat import Chat
 from srlm_mega.checkpoints_conversion.bits import DType
 from srlm_mega.checkpoints_conversion.build import Report, Resources
 from srlm_mega.checkpoints_conversion.convert import Kind, Wish, convert, open_checkpoint
-from srlm_mega.checkpoints_conversion.engine import Limits
-from srlm_mega.checkpoints_conversion.engine_build import build_engine, probe_runtime
+from srlm_mega.checkpoints_conversion.engine import Limits, build_engine, probe_runtime
 from srlm_mega.checkpoints_conversion.fp8 import Amax, outgrown
 from srlm_mega.checkpoints_conversion.verify import check_proven, prove
 from srlm_mega.errors import UserError

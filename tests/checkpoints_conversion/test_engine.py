@@ -21,12 +21,13 @@ from srlm_mega.checkpoints_conversion.engine import (
     Limits,
     Runtime,
     build_argv,
+    build_engine,
     check_engine,
+    probe_runtime,
     read_record,
     refit_argv,
     wanted_record,
 )
-from srlm_mega.checkpoints_conversion.engine_build import build_engine, probe_runtime
 from srlm_mega.checkpoints_conversion.fp8 import Amax
 from srlm_mega.checkpoints_conversion.huggingface import write_folder
 
