@@ -19,13 +19,13 @@ class DType(Enum):
 
     @property
     def torch_name(self) -> str:
-        """As in `torch.bfloat16` and in a model's config."""
-        return _TORCH_NAMES[self]
+        """Name in torch and in a model's config, such as `bfloat16`."""
+        return {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn"}[self.value]
 
     @property
     def storage(self) -> np.dtype[Any]:
-        """The unsigned integers that hold its bits."""
-        return np.dtype({1: "<u1", 2: "<u2", 4: "<u4"}[self.itemsize])
+        """Unsigned integers that hold the bits."""
+        return np.dtype(f"<u{self.itemsize}")
 
     @property
     def itemsize(self) -> int:
@@ -33,21 +33,15 @@ class DType(Enum):
         return {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1}[self.value]
 
 
-_TORCH_NAMES = {
-    DType.FLOAT32: "float32",
-    DType.FLOAT16: "float16",
-    DType.BFLOAT16: "bfloat16",
-    DType.FLOAT8_E4M3: "float8_e4m3fn",
-}
 _INFINITY = {DType.FLOAT32: 0x7F800000, DType.FLOAT16: 0x7C00, DType.BFLOAT16: 0x7F80}
 
 
 def dtype_named(name: str) -> DType:
     """From a name such as `bfloat16`. ValueError for another."""
-    for dtype, known in _TORCH_NAMES.items():
-        if known == name:
-            return dtype
-    raise ValueError(f"dtype {name!r} is not one of {', '.join(_TORCH_NAMES.values())}")
+    dtypes = {dtype.torch_name: dtype for dtype in DType}
+    if name not in dtypes:
+        raise ValueError(f"dtype {name!r} is not one of {', '.join(dtypes)}")
+    return dtypes[name]
 
 
 def largest_magnitude(bits: Bits, dtype: DType) -> int:

@@ -222,6 +222,11 @@ def _publish(folder: Path, plan: Plan, destination: Path) -> None:
     for name, content in plan.texts.items():
         (folder / name).write_bytes(content)
     (folder / JOURNAL).unlink()
+    give_name(folder, destination)
+
+
+def give_name(folder: Path, destination: Path) -> None:
+    """Rename a finished folder, once all of it is on the disk."""
     for path in [*folder.iterdir(), folder]:
         sync(path)
     os.replace(folder, destination)

@@ -126,29 +126,25 @@ def convert(source: Path, destination: Path, wish: Wish, resources: Resources, b
     """Make `destination` from `source`; killed and called again, it goes on. ValueError for what is wrong with either,
     OSError when the disk is full."""
     checkpoint = open_checkpoint(source)
-    return write(checkpoint, make_plan(checkpoint, wish, bar), destination, wish, resources, bar)
-
-
-def write(source: Checkpoint, plan: Plan, destination: Path, wish: Wish, resources: Resources, bar: Bar) -> Record:
-    """Fill and publish a plan."""
+    plan = make_plan(checkpoint, wish, bar)
     record = Record(
         kind=plan.kind,
         dtype=plan.dtype.torch_name,
         tp=wish.tp,
         pp=wish.pp,
-        source=str(source.folder.resolve()),
-        source_kind=source.kind,
+        source=str(source.resolve()),
+        source_kind=checkpoint.kind,
         num_bytes=plan.num_bytes,
         is_fp8=plan.quantizer is not None,
-        model=source.config,
+        model=checkpoint.config,
     )
     plan = replace(plan, texts={**plan.texts, RECORD: pretty_json(asdict(record))})
-    with building(source, plan, destination, resources.block_bytes) as (work, done):
+    with building(checkpoint, plan, destination, resources.block_bytes) as (work, done):
         left = [(number, task) for number, task in enumerate(plan.tasks()) if number not in done]
         total = sum(stored.nbytes for _, task in left for stored in task)
-        with bar(f"{source.kind} -> {plan.kind}", total) as report:
+        with bar(f"{checkpoint.kind} -> {plan.kind}", total) as report:
             jobs.run(work, left, resources.jobs, report)
-        copy_tokenizer(source.folder, work.folder)
+        copy_tokenizer(source, work.folder)
     return record
 
 

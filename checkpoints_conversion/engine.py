@@ -5,7 +5,6 @@ An engine serves only the versions, GPU, split and limits it was built for, and 
 of trtllm-build and trtllm-refit 1.2.)
 """
 
-import os
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -17,8 +16,8 @@ from typing import Any
 import orjson
 import xxhash
 
-from srlm_mega.checkpoints_conversion.build import partial_folder, sync
-from srlm_mega.checkpoints_conversion.huggingface_files import CONFIG, read_json
+from srlm_mega.checkpoints_conversion.build import give_name, partial_folder
+from srlm_mega.checkpoints_conversion.huggingface_files import CONFIG, pretty_json, read_json
 from srlm_mega.checkpoints_conversion.safetensors_file import read_header
 from srlm_mega.checkpoints_conversion.trtllm import rank_file, read_split
 
@@ -178,7 +177,7 @@ def read_record(engine: Path) -> EngineRecord:
 
 def write_record(engine: Path, record: EngineRecord) -> None:
     """Last of all."""
-    (engine / RECORD).write_bytes(orjson.dumps(asdict(record), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
+    (engine / RECORD).write_bytes(pretty_json(asdict(record)))
 
 
 def check_engine(engine: Path, runtime: Runtime, weights_hash: str | None, checkpoint: Path) -> EngineRecord:
@@ -239,7 +238,4 @@ def _make(folder: Path, record: EngineRecord, argv: Sequence[str]) -> None:
     if done.returncode != 0:
         raise RuntimeError(f"`{' '.join(argv)}` ended with code {done.returncode}: see its messages above")
     write_record(partial, record)
-    for path in partial.iterdir():
-        sync(path)
-    os.replace(partial, folder)
-    sync(folder.parent)
+    give_name(partial, folder)

@@ -11,12 +11,11 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-import orjson
 from numpy.typing import NDArray
 
 from srlm_mega.checkpoints_conversion.bits import Bits, DType, cast, from_float32, to_float32
 from srlm_mega.checkpoints_conversion.build import MAX_BLOCK_BYTES, Report
-from srlm_mega.checkpoints_conversion.huggingface_files import read_json
+from srlm_mega.checkpoints_conversion.huggingface_files import pretty_json, read_json
 from srlm_mega.checkpoints_conversion.llama import LlamaShape
 from srlm_mega.checkpoints_conversion.reader import Checkpoint, Reader
 
@@ -92,7 +91,7 @@ class Amax:
 
     def save(self, path: Path) -> None:
         """As JSON."""
-        path.write_bytes(orjson.dumps(asdict(self), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
+        path.write_bytes(pretty_json(asdict(self)))
 
     @classmethod
     def load(cls, path: Path, shape: LlamaShape) -> "Amax":

@@ -51,13 +51,7 @@ def engine_plan(shape: LlamaShape, split: trtllm.RankSplit, dtype: DType, scales
     return Plan(trtllm.KIND, dtype, outputs, stored, {CONFIG: pretty_json(config)}, Quantizer(Rounding.DIRECT))
 
 
-def unified_plan(
-    shape: LlamaShape,
-    config: Mapping[str, Any],
-    dtype: DType,
-    scales: Scales,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> Plan:
+def unified_plan(shape: LlamaShape, config: Mapping[str, Any], dtype: DType, scales: Scales) -> Plan:
     """A unified Hugging Face folder; what is not FP8 is of `dtype`."""
     quantized = set(linear_names(shape))
     entries = []
@@ -73,7 +67,7 @@ def unified_plan(
         for which in ("k", "v"):
             if linear.endswith(f".{which}_proj"):
                 entries.append(_scale(f"{linear}.{which}_scale", (), KV_SCALE))
-    outputs, stored, texts = safetensors_shards(entries, max_shard_bytes)
+    outputs, stored, texts = safetensors_shards(entries, MAX_SHARD_BYTES)
     texts[QUANT_CONFIG] = pretty_json(
         {"quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8", "exclude_modules": NOT_QUANTIZED}}
     )

@@ -62,12 +62,10 @@ class LlamaShape:
     rope_scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
-        for what, number, by_what, by in (
-            ("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads),
-            ("num_attention_heads", self.num_attention_heads, "num_query_groups", self.num_query_groups),
-        ):
-            if number % by:
-                raise ValueError(f"{what} {number} is not divisible by {by_what} {by}: this is no Llama")
+        sizes = asdict(self)
+        for what, by in (("hidden_size", "num_attention_heads"), ("num_attention_heads", "num_query_groups")):
+            if sizes[what] % sizes[by]:
+                raise ValueError(f"{what} {sizes[what]} is not divisible by {by} {sizes[by]}: this is no Llama")
 
     @property
     def kv_channels(self) -> int:
@@ -133,13 +131,9 @@ def _required(config: Mapping[str, Any], key: str) -> int:
 
 
 def _refuse_other_models(config: Mapping[str, Any]) -> None:
-    for key, found, wanted in (
-        ("model_type", config.get("model_type", "llama"), "llama"),
-        ("hidden_act", config.get("hidden_act", "silu"), "silu"),
-        ("attention_bias", config.get("attention_bias", False), False),
-        ("mlp_bias", config.get("mlp_bias", False), False),
-    ):
-        if found != wanted:
+    plain = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+    for key, wanted in plain.items():
+        if (found := config.get(key, wanted)) != wanted:
             raise ValueError(f"the model's {key} is {found!r}, supported is {wanted!r}: use a plain Llama")
 
 
@@ -199,12 +193,7 @@ def table(shape: LlamaShape) -> tuple[Row, ...]:
             },
         ),
         Row(mc + "self_attention.linear_proj.weight", Layout.ROW, layer, {hf + "self_attn.o_proj.weight": (h, h)}),
-        Row(
-            mc + "pre_mlp_layernorm.weight",
-            Layout.REPLICATED,
-            layer,
-            {hf + "post_attention_layernorm.weight": (h,)},
-        ),
+        Row(mc + "pre_mlp_layernorm.weight", Layout.REPLICATED, layer, {hf + "post_attention_layernorm.weight": (h,)}),
         Row(
             mc + "mlp.linear_fc1.weight",
             Layout.GATE_UP,

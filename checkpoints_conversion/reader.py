@@ -50,7 +50,6 @@ class Checkpoint:
     config: dict[str, Any]
     dtype: DType
     stored: tuple[Stored, ...]
-    description: str = ""
 
     @cached_property
     def sources(self) -> dict[str, "TensorSource"]:

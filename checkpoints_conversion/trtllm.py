@@ -164,9 +164,8 @@ def open_checkpoint(folder: Path, tied: bool) -> Checkpoint:
         unknown = sorted(name for name in header.keys() - known[file] if not _is_derived(name))
         if unknown:
             raise ValueError(f"{folder / file} holds unknown tensors: {', '.join(unknown[:3])}: it is no plain Llama")
-    about = f"TP {split.tp}, PP {split.pp}"
     model = shape.to_huggingface() | LLAMA_IDS
-    return Checkpoint(folder, KIND, shape, model, one_dtype(stored, folder), tuple(stored), about).check()
+    return Checkpoint(folder, KIND, shape, model, one_dtype(stored, folder), tuple(stored)).check()
 
 
 def _is_derived(name: str) -> bool:

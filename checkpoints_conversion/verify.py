@@ -16,13 +16,7 @@ from srlm_mega.checkpoints_conversion.bar import no_bar
 from srlm_mega.checkpoints_conversion.bits import Bits, cast
 from srlm_mega.checkpoints_conversion.build import MAX_BLOCK_BYTES, Report
 from srlm_mega.checkpoints_conversion.convert import RECORD, Bar, open_checkpoint, read_record
-from srlm_mega.checkpoints_conversion.fp8 import (
-    Quantizer,
-    Rounding,
-    largest_weights,
-    linear_names,
-    shared_scales,
-)
+from srlm_mega.checkpoints_conversion.fp8 import Quantizer, Rounding, largest_weights, linear_names, shared_scales
 from srlm_mega.checkpoints_conversion.huggingface_files import pretty_json, read_json
 from srlm_mega.checkpoints_conversion.llama import LlamaShape
 from srlm_mega.checkpoints_conversion.reader import Checkpoint, Reader
