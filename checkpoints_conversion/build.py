@@ -163,21 +163,20 @@ def building(
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)
     try:
-        _lock(lock, folder)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder} is being written by another process: wait for it, or end it") from None
         done = _finished_tasks(folder, _signature(source, plan))
         if done is None:
             _start(folder, plan, _signature(source, plan))
         yield MatrixWriter(source, plan, folder, block_bytes), done or set()
-        _publish(folder, plan, destination)
+        for name, content in plan.texts.items():
+            (folder / name).write_bytes(content)
+        (folder / JOURNAL).unlink()
+        give_name(folder, destination)
     finally:
         os.close(lock)
-
-
-def _lock(descriptor: int, folder: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"{folder} is being written by another process: wait for it, or end it") from None
 
 
 def _signature(source: Checkpoint, plan: Plan) -> str:
@@ -216,13 +215,6 @@ def allocate(path: Path, output: OutputFile) -> None:
             raise OSError(error.errno, f"{error.strerror} ({output.size:,} bytes are needed)", str(path)) from None
         for offset, content in output.constants:
             os.pwrite(file.fileno(), content, offset)
-
-
-def _publish(folder: Path, plan: Plan, destination: Path) -> None:
-    for name, content in plan.texts.items():
-        (folder / name).write_bytes(content)
-    (folder / JOURNAL).unlink()
-    give_name(folder, destination)
 
 
 def give_name(folder: Path, destination: Path) -> None:

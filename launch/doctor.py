@@ -29,7 +29,6 @@ LIBCUDA = (
     "it the GPUs (docker run --gpus all)"
 )
 SLURM = "work on a login or compute node of the cluster; ask its administrator why `scontrol ping` does not answer"
-PYTHON = "make a virtual environment with Python {}"
 HUNG = "see where it hangs: timeout -s ABRT 60 python -X faulthandler -c 'import {module}'; a slow disk: --timeout"
 
 
@@ -86,10 +85,11 @@ def run_probe(name: str, seconds: float) -> Probed:
 def diagnose(probed: Sequence[Probed], chosen: VersionSet, under_slurm: bool) -> list[DoctorRow]:
     """A row for each probe. Bad: what is needed and is not there, or is there and does not work."""
     found = {one.name: one.answer for one in probed if one.answer is not None and not one.answer.absent}
-    packages = {"python": Package(chosen.python, chosen.python, PYTHON.format(chosen.python)), **chosen.packages}
+    python = Package(chosen.python, chosen.python, f"make a virtual environment with Python {chosen.python}")
+    packages = {"python": python, **chosen.packages}
     rows = []
     for one in probed:
-        if under_slurm and one.name == "slurm" and not has_controller(one):
+        if under_slurm and one.name == "slurm" and (one.answer is None or "UP" not in one.answer.detail):
             rows.append(DoctorRow(one.name, "bad", said(one), "srun, sbatch and a controller that answers", SLURM))
         elif one.name in packages:
             rows.append(row(one, packages[one.name], found, "cuda" in packages))
@@ -151,11 +151,6 @@ def remedy_of_failure(one: Probed, package: Package) -> str:
     if failure.startswith("no answer"):
         return HUNG.format(module=one.name.replace("-", "_"))
     return package.install
-
-
-def has_controller(one: Probed) -> bool:
-    """Whether Slurm can be used from here."""
-    return one.answer is not None and not one.answer.absent and "UP" in one.answer.detail
 
 
 def said(one: Probed) -> str:

@@ -75,7 +75,8 @@ def start_ranks(config: Config, run: RunDir, name: str, arguments: Sequence[str]
             argv = [str(bin_dir / "srlm"), *arguments]
             if launch.nodes > 1:
                 raise CannotContinue(by_hand(launch, name, argv))
-            return Start(ranks_here(bin_dir, argv, launch.processes_per_node))
+            processes = f"--nproc-per-node={launch.processes_per_node}"
+            return Start([str(bin_dir / "torchrun"), "--standalone", processes, "--no-python", *argv])
         case "slurm":
             allocation = allocation_for(launch.nodes)
             step = job_step(config, run, allocation, name)
@@ -166,15 +167,10 @@ def tool(bin_dir: Path | None, name: str) -> str:
     return name if bin_dir is None else str(bin_dir / name)
 
 
-def ranks_here(bin_dir: Path, argv: Sequence[str], processes: int) -> list[str]:
-    """A command as `processes` ranks on this node, joined by a rendezvous on a free port."""
-    return [str(bin_dir / "torchrun"), "--standalone", f"--nproc-per-node={processes}", "--no-python", *argv]
-
-
 def ranks_on_node(
     bin_dir: Path | None, argv: Sequence[str], launch: LaunchConfig, rendezvous: Rendezvous, node_rank: int
 ) -> list[str]:
-    """A command as this node's share of the ranks; the same is started on every other node."""
+    """Return the command line of this node's share of the ranks; every other node is given the same."""
     return [tool(bin_dir, "torchrun"), f"--node-rank={node_rank}", *agent(launch, rendezvous, argv)]
 
 

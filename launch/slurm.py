@@ -61,23 +61,18 @@ class SlurmJob:
     def nodes(self) -> int:
         """Nodes that training and sampling need, whichever the job does."""
         sampler = self.config.sampler
-        sampling = -(-sampler.num_devices // sampler.devices_per_node)
-        match self.template:
-            case "run":
-                return max(self.config.launch.nodes, sampling)
-            case "sample":
-                return sampling
-            case "train" | "bench":
-                return self.config.launch.nodes
-            case other:
-                assert_never(other)
+        return self._needed(self.config.launch.nodes, -(-sampler.num_devices // sampler.devices_per_node))
 
     @property
     def gpus_per_node(self) -> int:
         """GPUs that each node needs; 0 where everything runs on CPUs."""
         config, sampler = self.config, self.config.sampler
         training = 0 if config.trainer.device == "cpu" else config.launch.processes_per_node
-        sampling = 0 if config.sampler.device == "cpu" else min(sampler.num_devices, sampler.devices_per_node)
+        sampling = 0 if sampler.device == "cpu" else min(sampler.num_devices, sampler.devices_per_node)
+        return self._needed(training, sampling)
+
+    def _needed(self, training: int, sampling: int) -> int:
+        """What the job needs, where training and sampling need so much."""
         match self.template:
             case "run":
                 return max(training, sampling)
@@ -113,7 +108,10 @@ def render(job: SlurmJob) -> str:
     """The script. UserError where a value would end its line."""
     slurm = job.config.launch.slurm
     values = {f"launch.slurm.{name}": value for name, value in slurm}
-    check_lines(values | {"run.dir": job.run.root, "the working directory": job.workdir, "--stage": job.stages})
+    values |= {"run.dir": job.run.root, "the working directory": job.workdir, "--stage": job.stages}
+    for name, value in values.items():
+        if has_line_break(value):
+            raise UserError(f"{name} has a line break, which no line of a job can hold: {value!r}")
     for name in slurm.environment:
         if not name.isidentifier():
             raise UserError(f"launch.slurm.environment: {name!r} is no name of a variable")
@@ -124,7 +122,7 @@ def render(job: SlurmJob) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    templates.filters |= {"quoted": quoted, "directive": directive}
+    templates.filters |= {"quoted": lambda value: shlex.quote(str(value)), "directive": directive}
     container = pyxis(slurm.container, (job.run.root, *slurm.mounts), job.workdir)
     return templates.get_template("job.sbatch.j2").render(
         job=job,
@@ -137,13 +135,6 @@ def render(job: SlurmJob) -> str:
     )
 
 
-def check_lines(values: Mapping[str, object]) -> None:
-    """UserError for a value that no line of a job can hold."""
-    for name, value in values.items():
-        if has_line_break(value):
-            raise UserError(f"{name} has a line break, which no line of a job can hold: {value!r}")
-
-
 def has_line_break(value: object) -> bool:
     """Whether a text, or one of several, has one."""
     if isinstance(value, tuple):
@@ -151,11 +142,6 @@ def has_line_break(value: object) -> bool:
     if isinstance(value, dict):
         return has_line_break(tuple(value.values()))
     return "".join(str(value).splitlines()) != str(value)
-
-
-def quoted(value: object) -> str:
-    """For a shell."""
-    return shlex.quote(str(value))
 
 
 def directive(value: object) -> str:

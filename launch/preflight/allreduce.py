@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import orjson
+from pydantic import TypeAdapter
 
 from srlm_mega.config import Config
 from srlm_mega.config.launch import PreflightConfig
@@ -74,9 +74,7 @@ def ranks_folder(out: Path, node: str) -> Path:
 
 def read_speeds(file: Path) -> list[GroupSpeed]:
     """What rank 0 measured; nothing when the ranks did not come to their end."""
-    if not file.is_file():
-        return []
-    return [GroupSpeed(**values | {"ranks": tuple(values["ranks"])}) for values in orjson.loads(file.read_bytes())]
+    return TypeAdapter(list[GroupSpeed]).validate_json(file.read_bytes()) if file.is_file() else []
 
 
 def run_ranks(
@@ -129,15 +127,9 @@ def check_ranks(outcomes: Sequence[RanksOutcome], per_node: int, seconds: float,
     """Ranks that crashed, or that the others waited for in vain."""
     crashed = [outcome for outcome in outcomes if outcome.error]
     causes = [outcome for outcome in crashed if not any(words in outcome.error for words in CONSEQUENCES)]
+    remedy = f"`srlm doctor` on this node says more; the log is in {logs}"
     for outcome in causes or crashed:
-        yield Finding(
-            outcome.node,
-            "all-reduce",
-            outcome.error,
-            "ranks that start and meet",
-            f"`srlm doctor` on this node says more; the log is in {logs}",
-            (outcome.node,),
-        )
+        yield Finding(outcome.node, "all-reduce", outcome.error, "ranks that start and meet", remedy, (outcome.node,))
     if crashed or all(outcome.in_time for outcome in outcomes):
         return
     places = {outcome.node: every_place(outcome, per_node) for outcome in outcomes}
@@ -146,17 +138,11 @@ def check_ranks(outcomes: Sequence[RanksOutcome], per_node: int, seconds: float,
     if not any(behind.values()):
         got = f"no end in {seconds:g} s: all ranks are in {furthest.name}"
         yield Finding(", ".join(places), "all-reduce", got, "an end", f"{NETWORK}; stacks of all ranks are in {logs}")
+    remedy = f"{NETWORK} on this node; stacks of its ranks are in {logs}"
     for node, late in behind.items():
         if late:
-            where = ", ".join(f"rank {place.rank} in {place.name}" for place in late)
-            yield Finding(
-                node,
-                "all-reduce",
-                f"{where} after {seconds:g} s",
-                f"all ranks in {furthest.name}",
-                f"{NETWORK} on this node; stacks of its ranks are in {logs}",
-                (node,),
-            )
+            got = f"{', '.join(f'rank {place.rank} in {place.name}' for place in late)} after {seconds:g} s"
+            yield Finding(node, "all-reduce", got, f"all ranks in {furthest.name}", remedy, (node,))
 
 
 def every_place(outcome: RanksOutcome, per_node: int) -> list[RankPlace]:
@@ -179,14 +165,10 @@ def check_speeds(
             members = nodes_of(group, nodes, per_node)
             key = "floor_within_node" if len(members) == 1 else "floor_between_nodes"
             suspects = tuple(node for node in members if node not in well) if well else ()
-            yield Finding(
-                ", ".join(members),
-                f"all-reduce, {axis}",
-                f"{group.gbytes_per_second:.3g} GB/s among ranks {', '.join(map(str, group.ranks))}",
-                f"at least {floor_of(group, per_node, limits):g} GB/s",
-                f"{NETWORK}; or set launch.preflight.{key} to what is right here",
-                suspects,
-            )
+            got = f"{group.gbytes_per_second:.3g} GB/s among ranks {', '.join(map(str, group.ranks))}"
+            wanted = f"at least {floor_of(group, per_node, limits):g} GB/s"
+            remedy = f"{NETWORK}; or set launch.preflight.{key} to what is right here"
+            yield Finding(", ".join(members), f"all-reduce, {axis}", got, wanted, remedy, suspects)
 
 
 def nodes_of(group: GroupSpeed, nodes: Sequence[str], per_node: int) -> tuple[str, ...]:

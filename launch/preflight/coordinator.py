@@ -13,6 +13,7 @@ from pathlib import Path
 from uuid import uuid4
 
 import orjson
+from pydantic import TypeAdapter
 from rich.console import Console
 from rich.table import Table
 
@@ -21,7 +22,6 @@ from srlm_mega.config.model_sizes import GIB
 from srlm_mega.errors import UserError
 from srlm_mega.launch.preflight.allreduce import (
     GroupSpeed,
-    RankPlace,
     RanksOutcome,
     check_ranks,
     check_speeds,
@@ -31,7 +31,7 @@ from srlm_mega.launch.preflight.allreduce import (
 )
 from srlm_mega.launch.preflight.disk_need import disk_need
 from srlm_mega.launch.preflight.findings import Finding, check_absent, findings, to_leave_out
-from srlm_mega.launch.preflight.node_report import InstalledGpu, NodeReport, local_report
+from srlm_mega.launch.preflight.node_report import NodeReport, local_report
 from srlm_mega.launch.preflight.roll_call import Caller, RollCall, call
 from srlm_mega.launch.preflight.this_node import ThisNode
 from srlm_mega.run.files import write_atomic
@@ -99,9 +99,8 @@ def open_roll_call(port: int, attempt: str) -> RollCall:
     try:
         return RollCall(port, attempt)
     except OSError as error:
-        raise UserError(
-            f"node 0 cannot take calls at port {port} ({error.strerror}): give another --master-port"
-        ) from None
+        why = f"node 0 cannot take calls at port {port} ({error.strerror}): give another --master-port"
+        raise UserError(why) from None
 
 
 def follow(config: Config, arguments: Sequence[str], out: Path, node: ThisNode) -> None:
@@ -169,10 +168,7 @@ def sees(file: Path, attempt: str, deadline: float) -> bool:
 
 def reported(caller: Caller, out: Path, attempt: str, deadline: float) -> NodeReport:
     """A caller's report, and whether what it wrote is to be seen here."""
-    values = dict(caller.report)
-    gpus = None if values["gpus"] is None else tuple(InstalledGpu(**gpu) for gpu in values["gpus"])
-    addresses = None if values["addresses"] is None else tuple(values["addresses"])
-    report = NodeReport(**values | {"gpus": gpus, "addresses": addresses})
+    report = TypeAdapter(NodeReport).validate_python(caller.report)
     return replace(report, head_sees=sees(out / f"{report.node}.json", attempt, deadline))
 
 
@@ -190,8 +186,7 @@ def all_reduce(
     deadline = time.monotonic() + PATIENCE_SECONDS
     for caller in with_ranks:
         try:
-            values = caller.line.hear(deadline)["outcome"]
-            outcomes.append(RanksOutcome(**values | {"places": tuple(RankPlace(**at) for at in values["places"])}))
+            outcomes.append(TypeAdapter(RanksOutcome).validate_python(caller.line.hear(deadline)["outcome"]))
         except OSError as error:
             first, why = caller.rank * config.launch.processes_per_node, f"the node went away: {error}"
             outcomes.append(RanksOutcome(caller.report["node"], first, False, (), why))

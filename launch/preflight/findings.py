@@ -71,15 +71,9 @@ def check_absent(names: Sequence[str], named: bool, reports: Sequence[NodeReport
 
 def check_answers(report: NodeReport) -> Iterator[Finding]:
     """Checks that hung or failed on the node itself."""
+    remedy = "Log in and try by hand what hangs or fails, or leave the node out"
     for check, why in (report.unanswered or {}).items():
-        yield Finding(
-            report.node,
-            check,
-            why,
-            "an answer",
-            "Log in and try by hand what hangs or fails, or leave the node out",
-            (report.node,),
-        )
+        yield Finding(report.node, check, why, "an answer", remedy, (report.node,))
 
 
 def check_versions(reports: Sequence[NodeReport]) -> Iterator[Finding]:
@@ -90,23 +84,14 @@ def check_versions(reports: Sequence[NodeReport]) -> Iterator[Finding]:
         if not others:
             continue
         if 2 * count <= len(found):
-            yield Finding(
-                ", ".join(found),
-                "versions",
-                "; ".join(f"{package} {version} on {node}" for node, version in found.items()),
-                "the same on all nodes",
-                "Start from one environment or one container image on all nodes",
-            )
+            got = "; ".join(f"{package} {version} on {node}" for node, version in found.items())
+            remedy = "Start from one environment or one container image on all nodes"
+            yield Finding(", ".join(found), "versions", got, "the same on all nodes", remedy)
             continue
+        wanted = f"{package} {common}, as on {count} of {len(found)} nodes"
+        remedy = "Bring this node's environment to that of the others, or leave it out"
         for node in (node for node, version in found.items() if version != common):
-            yield Finding(
-                node,
-                "versions",
-                f"{package} {found[node]}",
-                f"{package} {common}, as on {count} of {len(found)} nodes",
-                "Bring this node's environment to that of the others, or leave it out",
-                (node,),
-            )
+            yield Finding(node, "versions", f"{package} {found[node]}", wanted, remedy, (node,))
 
 
 def check_gpus(report: NodeReport, wanted: int | None) -> Iterator[Finding]:
@@ -114,24 +99,14 @@ def check_gpus(report: NodeReport, wanted: int | None) -> Iterator[Finding]:
     if wanted is None or report.gpus is None:
         return
     if len(report.gpus) < wanted:
-        yield Finding(
-            report.node,
-            "GPUs",
-            str(len(report.gpus)),
-            f"{wanted}, one for each of launch.processes_per_node",
-            "Ask for more GPUs per node, lower launch.processes_per_node, or leave the node out if one has failed",
-            (report.node,),
-        )
+        due = f"{wanted}, one for each of launch.processes_per_node"
+        remedy = "Ask for more GPUs per node, lower launch.processes_per_node, or leave the node out if one has failed"
+        yield Finding(report.node, "GPUs", str(len(report.gpus)), due, remedy, (report.node,))
+    remedy = "Leave the node out until its administrator has reset or replaced the GPU"
     for number, gpu in enumerate(report.gpus):
         if gpu.ecc_errors:
-            yield Finding(
-                report.node,
-                ECC,
-                f"{gpu.ecc_errors} uncorrected errors on GPU {number} ({gpu.name})",
-                "0",
-                "Leave the node out until its administrator has reset or replaced the GPU",
-                (report.node,),
-            )
+            got = f"{gpu.ecc_errors} uncorrected errors on GPU {number} ({gpu.name})"
+            yield Finding(report.node, ECC, got, "0", remedy, (report.node,))
 
 
 def check_name(report: NodeReport, one_machine: bool) -> Iterator[Finding]:
@@ -141,65 +116,49 @@ def check_name(report: NodeReport, one_machine: bool) -> Iterator[Finding]:
     wanted = "its own address, as the other nodes know it"
     remedy = f"Correct /etc/hosts or DNS for {report.node}, or name the network: GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME"
     if not report.addresses:
-        yield Finding(report.node, "host name", "a name that does not resolve", wanted, remedy, (report.node,))
+        got = "a name that does not resolve"
     elif report.foreign_addresses:
         got = f"{', '.join(report.foreign_addresses)}, an address of another machine"
-        yield Finding(report.node, "host name", got, wanted, remedy, (report.node,))
-    elif not one_machine and all(is_loopback(address) for address in report.addresses):
+    elif not one_machine and all(address.startswith("127.") or address == "::1" for address in report.addresses):
         got = f"{', '.join(report.addresses)}, which no other node can reach"
-        yield Finding(report.node, "host name", got, wanted, remedy, (report.node,))
-
-
-def is_loopback(address: str) -> bool:
-    """Whether only this machine can reach it."""
-    return address.startswith("127.") or address == "::1"
+    else:
+        return
+    yield Finding(report.node, "host name", got, wanted, remedy, (report.node,))
 
 
 def check_shared_folder(reports: Sequence[NodeReport]) -> Iterator[Finding]:
     """What one node writes the others read."""
     blind = [report for report in reports if not (report.sees_head and report.head_sees)]
     nobody = len(reports) > 2 and len(blind) == len(reports) - 1
+    wanted, remedy = (
+        "one folder that all nodes read and write",
+        "Mount the shared file system on this node, or leave it out",
+    )
+    if nobody:
+        remedy = "Give folders on the cluster's shared file system (--out, run.dir)"
     for report in blind:
-        parts = [
-            *([] if report.sees_head else ["it does not see what node 0 wrote"]),
-            *([] if report.head_sees else ["node 0 does not see what it wrote"]),
-        ]
-        yield Finding(
-            report.node,
-            "shared folder",
-            " and ".join(parts),
-            "one folder that all nodes read and write",
-            "Give folders on the cluster's shared file system (--out, run.dir)"
-            if nobody
-            else "Mount the shared file system on this node, or leave it out",
-            () if nobody else (report.node,),
-        )
+        parts = [] if report.sees_head else ["it does not see what node 0 wrote"]
+        parts += [] if report.head_sees else ["node 0 does not see what it wrote"]
+        blamed = () if nobody else (report.node,)
+        yield Finding(report.node, "shared folder", " and ".join(parts), wanted, remedy, blamed)
 
 
 def check_disk(report: NodeReport, need: DiskNeed) -> Iterator[Finding]:
     """Room for what the run will still write. No node is to blame: the disk is everybody's."""
     if report.free_bytes is not None and report.free_bytes < need.total:
-        yield Finding(
-            report.node,
-            "free disk",
-            f"{report.free_bytes / GIB:.1f} GiB free",
-            f"{need.total / GIB:.1f} GiB ({need})",
-            "Free some space, take another run.dir, or lower trainer.keep_checkpoints",
-        )
+        got, wanted = f"{report.free_bytes / GIB:.1f} GiB free", f"{need.total / GIB:.1f} GiB ({need})"
+        remedy = "Free some space, take another run.dir, or lower trainer.keep_checkpoints"
+        yield Finding(report.node, "free disk", got, wanted, remedy)
 
 
 def check_clocks(reports: Sequence[NodeReport], limit: float) -> Iterator[Finding]:
     """Clocks agree, within what the measurement itself may be off. With two nodes it cannot be said whose is wrong."""
     several = len(reports) > 2
     common = median_low(report.clock_ahead for report in reports) if several else 0.0
+    remedy, others = "Start time synchronisation (chrony, ntpd) there", "the others" if several else "node 0"
     for report in reports:
         ahead = report.clock_ahead - common
         if abs(ahead) - report.clock_error > limit:
-            yield Finding(
-                report.node,
-                "clock",
-                f"{abs(ahead):.1f} s {'ahead of' if ahead > 0 else 'behind'} {'the others' if several else 'node 0'}",
-                f"within {limit:g} s",
-                "Start time synchronisation (chrony, ntpd) there",
-                (report.node,) if several else (),
-            )
+            got = f"{abs(ahead):.1f} s {'ahead of' if ahead > 0 else 'behind'} {others}"
+            blamed = (report.node,) if several else ()
+            yield Finding(report.node, "clock", got, f"within {limit:g} s", remedy, blamed)

@@ -37,9 +37,10 @@ def this_node(
     own = rank if rank is not None else int(environment.get("SLURM_PROCID", "0"))
     if not 0 <= own < count:
         raise UserError(f"node rank {own} of {count} nodes: ranks go from 0 to {count - 1}; start one task per node")
-    listed = node_names(environment) if count > 1 else ()
-    named = len(listed) == count
-    names = list(listed) if named else [f"node {other}" for other in range(count)]
+    listed = environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_JOB_NODELIST", ""))
+    names = expand(listed) if count > 1 else []
+    named = len(names) == count
+    names = names if named else [f"node {other}" for other in range(count)]
     names[own] = own_name
     address = head or environment.get("MASTER_ADDR") or (names[0] if named else None)
     if count > 1 and own > 0 and address is None:
@@ -47,11 +48,6 @@ def this_node(
     return ThisNode(
         own, tuple(names), named, address or "127.0.0.1", port or port_of(int(environment.get("SLURM_JOB_ID", "0")))
     )
-
-
-def node_names(environment: Mapping[str, str]) -> tuple[str, ...]:
-    """Of the step's nodes, in the order of their ranks; empty outside of Slurm."""
-    return tuple(expand(environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_JOB_NODELIST", ""))))
 
 
 def expand(compact: str) -> list[str]:
