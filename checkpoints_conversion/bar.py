@@ -1,4 +1,4 @@
-"""What a person sees of a conversion: done, total, GB/s."""
+"""The progress bar of a conversion: bytes done, bytes in total, bytes per second."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from srlm_mega.checkpoints_conversion.build import Report
 
 @contextmanager
 def progress_bar(what: str, total: int) -> Iterator[Report]:
-    """A bar on the terminal, on stderr; nothing where there is none."""
+    """Show a bar on the terminal (stderr), and nothing where there is no terminal. Yields what adds to it, in bytes."""
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
@@ -27,5 +27,5 @@ def progress_bar(what: str, total: int) -> Iterator[Report]:
 
 @contextmanager
 def no_bar(what: str, total: int) -> Iterator[Report]:
-    """For those who do not watch."""
+    """Take reports like `progress_bar`, and show nothing."""
     yield lambda written: None

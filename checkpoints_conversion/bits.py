@@ -1,4 +1,4 @@
-"""Number formats as bits in numpy, which has no bfloat16: what they are called, exact casts, what is not finite."""
+"""Number formats as bits in numpy, which has no bfloat16: names, exact casts, a check for NaN and infinity."""
 
 from enum import Enum
 from typing import Any
@@ -29,7 +29,7 @@ class DType(Enum):
 
     @property
     def itemsize(self) -> int:
-        """Bytes."""
+        """Size of one number, in bytes."""
         return {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1}[self.value]
 
 
@@ -37,7 +37,7 @@ _INFINITY = {DType.FLOAT32: 0x7F800000, DType.FLOAT16: 0x7C00, DType.BFLOAT16: 0
 
 
 def dtype_named(name: str) -> DType:
-    """From a name such as `bfloat16`. ValueError for another."""
+    """Return the format with a torch name such as `bfloat16`. ValueError for an unknown one."""
     dtypes = {dtype.torch_name: dtype for dtype in DType}
     if name not in dtypes:
         raise ValueError(f"dtype {name!r} is not one of {', '.join(dtypes)}")
@@ -45,7 +45,7 @@ def dtype_named(name: str) -> DType:
 
 
 def largest_magnitude(bits: Bits, dtype: DType) -> int:
-    """The bits of the largest |x|: they are ordered as the numbers are, with infinity and NaN on top.
+    """Return the bits of the largest |x|. They are ordered as the numbers are, with infinity and NaN on top.
 
     Two reductions without a temporary: the largest positive number is the largest signed integer, the largest negative
     one the largest unsigned integer.
@@ -59,12 +59,12 @@ def largest_magnitude(bits: Bits, dtype: DType) -> int:
 
 
 def is_finite(magnitude: int, dtype: DType) -> bool:
-    """Whether `largest_magnitude` is that of numbers, not of infinity or NaN."""
+    """Tell whether `largest_magnitude` found finite numbers only, and neither infinity nor NaN."""
     return magnitude < _INFINITY[dtype]
 
 
 def to_float32(bits: Bits, dtype: DType) -> NDArray[np.float32]:
-    """The numbers, exactly."""
+    """Return the numbers that bits stand for, exactly. ValueError for FP8."""
     match dtype:
         case DType.FLOAT32:
             return bits.view(np.float32)
@@ -77,7 +77,7 @@ def to_float32(bits: Bits, dtype: DType) -> NDArray[np.float32]:
 
 
 def from_float32(numbers: NDArray[np.float32], dtype: DType) -> Bits:
-    """Rounded to nearest, ties to even, as torch rounds. What does not fit becomes infinity."""
+    """Round to nearest, ties to even, as torch does; what does not fit becomes infinity. ValueError for FP8."""
     bits: Bits = np.ascontiguousarray(numbers).view("<u4")
     match dtype:
         case DType.FLOAT32:
@@ -93,7 +93,7 @@ def from_float32(numbers: NDArray[np.float32], dtype: DType) -> Bits:
 
 
 def cast(bits: Bits, source: DType, target: DType) -> Bits:
-    """Bits of one format to those of another. ValueError when a finite number becomes infinite."""
+    """Convert bits of one format to those of another. ValueError when a finite number becomes infinite."""
     if source is target:
         return bits
     result = from_float32(to_float32(bits, source), target)

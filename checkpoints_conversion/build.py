@@ -1,7 +1,7 @@
-"""Writes a checkpoint from another one: files of their final size, filled block by block by several processes.
+"""Write a checkpoint from another one: files of their final size, filled block by block by several processes.
 
-Everything happens in `<destination>.partial`, which gets its name when all is there. Killed and started again, the same
-conversion goes on with the tensors its journal does not name.
+Everything happens in `<destination>.partial`, which is renamed when it is complete. Killed and started again, the same
+conversion resumes with the tensors that its journal does not name.
 """
 
 import fcntl
@@ -32,7 +32,7 @@ QuantizeFunction = Callable[[Bits, DType, float], Bits]  # 16-bit numbers, their
 
 @dataclass(frozen=True)
 class OutputFile:
-    """A file to be written: its size, and bytes that are known before any tensor is read (offset, bytes)."""
+    """A file to be written: its size, and the bytes that are known before any tensor is read, as (offset, bytes)."""
 
     name: str
     size: int
@@ -41,7 +41,7 @@ class OutputFile:
 
 @dataclass(frozen=True)
 class Plan:
-    """A checkpoint to be written: every file, every matrix. `texts` are small files that come last."""
+    """A checkpoint to be written: all files, all matrices, and `texts`, small files that are written last."""
 
     kind: str
     dtype: DType
@@ -52,11 +52,11 @@ class Plan:
 
     @property
     def num_bytes(self) -> int:
-        """Of all matrices."""
+        """Size of all matrices, in bytes."""
         return sum(stored.nbytes for stored in self.stored)
 
     def tasks(self) -> list[Task]:
-        """Matrices that come from the same tensors, to be filled together: those are read once."""
+        """Group the matrices that are made of the same tensors: filled together, these are read once."""
         groups: dict[str, list[Stored]] = {}
         for stored in self.stored:
             if stored.matrix.patches:  # a part that is only padding is 0 already
@@ -66,20 +66,20 @@ class Plan:
 
 @dataclass(frozen=True)
 class Resources:
-    """`max_memory` bounds, in bytes, the blocks that all `jobs` processes hold together."""
+    """Processes to use, and the bytes that the blocks of all of them may take together."""
 
     jobs: int = 1
     max_memory: int = 1024**3
 
     @property
     def block_bytes(self) -> int:
-        """Of one block (or one row, where that is larger)."""
+        """Size of one block, in bytes; a row that is larger is a block of its own."""
         return min(MAX_BLOCK_BYTES, self.max_memory // (self.jobs * BLOCKS_PER_JOB))
 
 
 @dataclass(frozen=True)
 class MatrixWriter:
-    """What a process needs to fill matrices."""
+    """Fills the matrices of a plan; each process has its own."""
 
     source: Checkpoint
     plan: Plan
@@ -102,7 +102,7 @@ class MatrixWriter:
                 journal.write(f"{number}\n".encode())
 
     def _blocks(self, task: Task) -> list[tuple[Stored, int, int]]:
-        """(matrix, first row, rows) of a task: those of the same source rows beside one another."""
+        """Return a task's blocks as (matrix, first row, rows); those of the same source rows follow one another."""
         blocks = []
         for stored in task:
             sources = {patch.source for patch in stored.matrix.patches}
@@ -144,7 +144,7 @@ def _write_at(descriptor: int, block: Bits, position: int) -> None:
 
 
 def partial_folder(destination: Path) -> Path:
-    """Where a checkpoint is while it is being written."""
+    """Return the folder in which a checkpoint is written before it is renamed."""
     return destination.with_name(destination.name + ".partial")
 
 
@@ -152,10 +152,10 @@ def partial_folder(destination: Path) -> Path:
 def building(
     source: Checkpoint, plan: Plan, destination: Path, block_bytes: int
 ) -> Iterator[tuple[MatrixWriter, set[int]]]:
-    """The folder of a conversion, its files at their final size, and the numbers of the tasks that are done already.
+    """Make the files of a conversion at their final size, or find them from before; yields their writer and the numbers
+    of the finished tasks. Without an error, the end of the block syncs everything and renames the folder.
 
-    When the block ends without an error everything is on the disk and the folder gets its name. ValueError when the
-    destination exists or another process writes it, OSError when the disk is full.
+    ValueError when the destination exists or another process writes it, OSError when the disk is full.
     """
     if destination.exists():
         raise ValueError(f"{destination} exists already: remove it or choose another name")
@@ -180,7 +180,7 @@ def building(
 
 
 def _signature(source: Checkpoint, plan: Plan) -> str:
-    """Of the source's files as they are, the plan, and this boot: what a crash of the machine left is not trusted."""
+    """Hash the source's files as they are, the plan, and this boot: what a crash of the machine left is not trusted."""
     digest = xxhash.xxh3_128(repr((plan.kind, plan.dtype, plan.outputs, plan.stored)).encode())
     for file in sorted({stored.file for stored in source.stored}):
         status = (source.folder / file).stat()
@@ -190,7 +190,7 @@ def _signature(source: Checkpoint, plan: Plan) -> str:
 
 
 def _finished_tasks(folder: Path, signature: str) -> set[int] | None:
-    """None when there is nothing to go on with."""
+    """Return the numbers of the finished tasks, or None when there is nothing to resume."""
     journal = folder / JOURNAL
     lines = journal.read_text().split("\n") if journal.is_file() else [""]
     if lines[0] != signature:
@@ -207,7 +207,7 @@ def _start(folder: Path, plan: Plan, signature: str) -> None:
 
 
 def allocate(path: Path, output: OutputFile) -> None:
-    """Make a file of its final size with what is known of it. OSError, with its name, when the disk is full."""
+    """Make a file of its final size with the bytes that are known. OSError, with its name, when the disk is full."""
     with path.open("wb") as file:
         try:
             os.posix_fallocate(file.fileno(), 0, output.size)
@@ -218,7 +218,7 @@ def allocate(path: Path, output: OutputFile) -> None:
 
 
 def give_name(folder: Path, destination: Path) -> None:
-    """Rename a finished folder, once all of it is on the disk."""
+    """Sync a finished folder, then rename it."""
     for path in [*folder.iterdir(), folder]:
         sync(path)
     os.replace(folder, destination)

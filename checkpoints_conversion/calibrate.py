@@ -1,6 +1,6 @@
 """FP8 calibration by nvidia-modelopt: the largest |input| of every linear layer over some prompts, as `amax.json`.
 
-The whole model is held in memory, on a GPU if there is one. (It never ran on a GPU.)
+The whole model is held in memory, on a GPU if there is one. (It has not run on a GPU yet.)
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ MAX_PROMPTS, MAX_TOKENS = 512, 2048
 
 
 def calibrate(folder: Path, prompts: Sequence[list[int]]) -> Amax:
-    """The ranges of a Hugging Face folder's model on these token ids. ValueError when there are none."""
+    """Measure the input ranges of a Hugging Face folder's model on these token ids. ValueError when there are none."""
     if not prompts:
         raise ValueError("a calibration needs prompts, 128 to 512 of them")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -38,8 +38,8 @@ def calibrate(folder: Path, prompts: Sequence[list[int]]) -> Amax:
 
 
 def read_prompts(path: Path, folder: Path) -> list[list[int]]:
-    """Token ids of the first 512 lines of a JSONL file: `tokens`, or text under `text` or `prompt`, for which the
-    tokenizer of `folder` is asked. ValueError names the line that has none of them."""
+    """Read the token ids of the first 512 lines of a JSONL file: `tokens`, or text under `text` or `prompt`, encoded by
+    the tokenizer of `folder`. ValueError names a line that has none of them."""
     tokenizer = None
     prompts = []
     with path.open("rb") as file:

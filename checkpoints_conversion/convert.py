@@ -1,6 +1,6 @@
-"""`srlm convert`: from any kind of checkpoint to any other, and the record of it that comes last.
+"""`srlm convert`: from any kind of checkpoint to any other, with a record that is written last.
 
-Only Megatron's checkpoints need torch: the rest starts without it.
+Only Megatron's checkpoints need torch: everything else starts without it.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ Bar = Callable[[str, int], AbstractContextManager[Report]]  # (what, bytes to wr
 
 
 class Kind(StrEnum):
-    """Kinds of checkpoints."""
+    """The kinds of checkpoints."""
 
     HUGGINGFACE = huggingface_files.KIND
     MEGATRON = "megatron"
@@ -35,7 +35,7 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True)
 class Wish:
-    """What a conversion should make. `dtype` None keeps that of the source."""
+    """The checkpoint that a conversion should make. `dtype` None keeps the source's."""
 
     to: Kind
     tp: int = 1
@@ -46,7 +46,7 @@ class Wish:
 
 @dataclass(frozen=True)
 class Record:
-    """`conversion.json`, written last: a folder with one is whole. `model` is the config in Hugging Face's words."""
+    """`conversion.json`, written last, so that a folder with one is complete. `model` has Hugging Face's keys."""
 
     kind: str
     dtype: str
@@ -60,19 +60,19 @@ class Record:
 
 
 def recognise(folder: Path) -> Kind:
-    """The kind of a checkpoint. ValueError when it is none."""
+    """Return the kind of a checkpoint. ValueError for a folder that is none."""
     if (folder / DISTRIBUTED).is_file():
         return Kind.MEGATRON
     if not (folder / CONFIG).is_file():
         raise ValueError(
             f"{folder} is no checkpoint: it has neither {CONFIG} (Hugging Face, TensorRT-LLM) nor {DISTRIBUTED} "
-            "(Megatron)"
+            "(Megatron): give a folder that has one"
         )
     return Kind.TRTLLM if "mapping" in read_json(folder / CONFIG) else Kind.HUGGINGFACE
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """A checkpoint of any kind. ValueError names the file and tensor that are wrong."""
+    """Open a checkpoint of any kind. ValueError names the file and tensor that are wrong."""
     match recognise(folder):
         case Kind.HUGGINGFACE:
             return huggingface_files.open_checkpoint(folder)
@@ -87,7 +87,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def make_plan(source: Checkpoint, wish: Wish, bar: Bar) -> Plan:
-    """What the destination will hold. ValueError when the wish does not fit the model."""
+    """Plan the destination's files. ValueError when the wish does not fit the model."""
     if source.is_fp8:
         raise ValueError(f"{source.folder} is FP8, which is not undone: convert the model it was made from")
     if wish.tp < 1 or wish.pp < 1:
@@ -123,8 +123,8 @@ def _fp8_plan(source: Checkpoint, wish: Wish, dtype: DType, amax: Amax, bar: Bar
 
 
 def convert(source: Path, destination: Path, wish: Wish, resources: Resources, bar: Bar = no_bar) -> Record:
-    """Make `destination` from `source`; killed and called again, it goes on. ValueError for what is wrong with either,
-    OSError when the disk is full."""
+    """Make `destination` from `source`; called again after a kill, it resumes. ValueError for bad input, OSError when
+    full."""
     checkpoint = open_checkpoint(source)
     plan = make_plan(checkpoint, wish, bar)
     record = Record(
@@ -149,5 +149,5 @@ def convert(source: Path, destination: Path, wish: Wish, resources: Resources, b
 
 
 def read_record(folder: Path) -> Record:
-    """Of a conversion's destination. ValueError when it has none."""
+    """Read the record of a converted folder. ValueError when it has none."""
     return Record(**orjson.loads(orjson.dumps(read_json(folder / RECORD))))

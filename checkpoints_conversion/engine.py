@@ -1,8 +1,8 @@
-"""TensorRT engines: a cache of them, made by NVIDIA's commands, with a record of what each may be used for.
+"""TensorRT engines in a cache, built by NVIDIA's commands, each with a record of what it may be used for.
 
-An engine serves only the versions, GPU, split and limits it was built for, and its weights; `engine.json` says which.
-(Nothing here has run with TensorRT-LLM yet: it needs a GPU, and tests have stand-ins for the commands. Flags are those
-of trtllm-build and trtllm-refit 1.2.)
+An engine serves only the versions, GPU, split and limits it was built for, and its weights; `engine.json` names them.
+(Nothing here has run with TensorRT-LLM yet: it needs a GPU, and tests have stand-ins for the commands. The options are
+those of trtllm-build and trtllm-refit 1.2.)
 """
 
 import shutil
@@ -32,9 +32,9 @@ PROBE = (
 
 @dataclass(frozen=True)
 class Limits:
-    """What an engine is built for. `strip_plan` leaves the weights out for `trtllm-refit` to put in. (trtllm-build
-    says that it then assumes the same weights: whether others give the same speed and answers is to be seen on a GPU.)
-    """
+    """The sizes that an engine is built for, in requests and tokens. `strip_plan` leaves the weights out, for
+    `trtllm-refit` to put in. (trtllm-build says that it then assumes the same weights: whether others give the same
+    speed and answers must be measured on a GPU.) ValueError for limits that exclude each other."""
 
     max_batch_size: int = 256
     max_num_tokens: int = 8192
@@ -51,12 +51,12 @@ class Limits:
                 "answers need room"
             )
         if self.use_fp8_context_fmha and not self.use_paged_context_fmha:
-            raise ValueError("use_fp8_context_fmha needs use_paged_context_fmha")
+            raise ValueError("use_fp8_context_fmha needs use_paged_context_fmha: turn both on, or the first off")
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where an engine is built and run: versions, and the GPU's compute capability such as `9.0`."""
+    """The machine that builds or runs an engine: versions, and the GPU's compute capability such as `9.0`."""
 
     tensorrt_llm: str
     tensorrt: str
@@ -65,7 +65,7 @@ class Runtime:
 
 @dataclass(frozen=True)
 class EngineRecord:
-    """`engine.json`. `model_hash` is of shapes, config and scales, `weights_hash` of the ranks' files."""
+    """`engine.json`. `model_hash` covers shapes and config, `scales_hash` FP8 scales, `weights_hash` the weights."""
 
     tensorrt_llm: str
     tensorrt: str
@@ -79,17 +79,17 @@ class EngineRecord:
 
     @property
     def key(self) -> str:
-        """Names the engine in a cache."""
+        """Name of the engine in a cache."""
         return xxhash.xxh3_64_hexdigest(orjson.dumps(asdict(self)))
 
     @property
     def plan_key(self) -> str:
-        """Names an engine without weights in a cache: any weights with the same scales fit it."""
+        """Name of an engine without weights in a cache: any weights with the same scales fit it."""
         return replace(self, weights_hash="").key
 
 
 class BuildStep(Enum):
-    """What it takes to have an engine."""
+    """The work that it takes to have an engine."""
 
     NOTHING = "it is there"
     REFIT = "put the weights into a plan that is there"
@@ -98,7 +98,7 @@ class BuildStep(Enum):
 
 
 def build_argv(checkpoint: Path, destination: Path, limits: Limits, workers: int) -> tuple[str, ...]:
-    """`trtllm-build`."""
+    """Return the command line of `trtllm-build`."""
     argv = (
         *("trtllm-build", "--checkpoint_dir", str(checkpoint), "--output_dir", str(destination)),
         *("--max_batch_size", str(limits.max_batch_size), "--max_num_tokens", str(limits.max_num_tokens)),
@@ -111,7 +111,7 @@ def build_argv(checkpoint: Path, destination: Path, limits: Limits, workers: int
 
 
 def refit_argv(plan: Path, checkpoint: Path, destination: Path) -> tuple[str, ...]:
-    """`trtllm-refit`: an engine without weights, and the checkpoint that has them."""
+    """Return the command line of `trtllm-refit`, which puts a checkpoint's weights into an engine without weights."""
     return (
         *("trtllm-refit", "--engine_dir", str(plan), "--checkpoint_dir", str(checkpoint)),
         *("--output_dir", str(destination)),
@@ -123,17 +123,20 @@ def _switch(on: bool) -> str:
 
 
 def wanted_record(checkpoint: Path, limits: Limits, runtime: Runtime) -> EngineRecord:
-    """Of the engine that a checkpoint and these limits give here. Reads the whole checkpoint."""
+    """Describe the engine that a checkpoint and these limits give here; reads the whole checkpoint. ValueError when it
+    is no TensorRT-LLM checkpoint, or the limits do not fit it."""
     found = read_json(checkpoint / CONFIG)
     if "mapping" not in found:
         raise ValueError(f"{checkpoint} is no TensorRT-LLM checkpoint: srlm convert SRC {checkpoint} --to trtllm first")
     split = read_split(found)
     is_fp8 = found["quantization"].get("quant_algo") == "FP8"
     if limits.use_fp8_context_fmha and not is_fp8:
-        raise ValueError(f"use_fp8_context_fmha needs an FP8 checkpoint, and {checkpoint} is {found['dtype']}")
+        kind = found["dtype"]
+        raise ValueError(f"use_fp8_context_fmha needs an FP8 checkpoint, and {checkpoint} is {kind}: turn it off")
     if limits.max_seq_len > found["max_position_embeddings"]:
         raise ValueError(
-            f"max_seq_len {limits.max_seq_len} is more than the model's {found['max_position_embeddings']} positions"
+            f"max_seq_len {limits.max_seq_len} is more than the model's {found['max_position_embeddings']} positions: "
+            "lower it"
         )
     model, scales, weights = (xxhash.xxh3_128() for _ in range(3))
     model.update(orjson.dumps(found, option=orjson.OPT_SORT_KEYS))
@@ -160,8 +163,8 @@ def wanted_record(checkpoint: Path, limits: Limits, runtime: Runtime) -> EngineR
 
 
 def next_step(wanted: EngineRecord, cache: Path) -> BuildStep:
-    """What to do for an engine in a cache of engines. Scales are baked into the kernels: with other ones, or another
-    version, GPU, split or limit, a plan is of no use."""
+    """Choose what to do for an engine in a cache. Scales are compiled into the kernels: with other ones, or another
+    version, GPU, split or limit, an engine without weights is of no use."""
     if (cache / wanted.key / RECORD).is_file():
         return BuildStep.NOTHING
     if not wanted.limits.strip_plan:
@@ -170,21 +173,19 @@ def next_step(wanted: EngineRecord, cache: Path) -> BuildStep:
 
 
 def read_record(engine: Path) -> EngineRecord:
-    """Of an engine's folder. ValueError when it has none."""
+    """Read the record of an engine's folder. ValueError when it has none."""
     found: dict[str, Any] = read_json(engine / RECORD)
     return EngineRecord(**{**found, "limits": Limits(**found["limits"])})
 
 
 def write_record(engine: Path, record: EngineRecord) -> None:
-    """Last of all."""
+    """Write the record, which completes an engine's folder."""
     (engine / RECORD).write_bytes(pretty_json(asdict(record)))
 
 
 def check_engine(engine: Path, runtime: Runtime, weights_hash: str | None, checkpoint: Path) -> EngineRecord:
-    """The record of an engine that can be used here (and, where it is known, has these weights).
-
-    ValueError names what differs, and the command that builds the right one.
-    """
+    """Return the record of an engine that can be used here and, where `weights_hash` is given, has these weights.
+    ValueError names what differs, and the command that builds the right one."""
     record = read_record(engine)
     here: Mapping[str, str] = asdict(runtime) | ({"weights_hash": weights_hash} if weights_hash else {})
     differing = [
@@ -199,7 +200,7 @@ def check_engine(engine: Path, runtime: Runtime, weights_hash: str | None, check
 
 
 def probe_runtime(python: str) -> Runtime:
-    """Versions and GPU, by the Python that has TensorRT-LLM. ValueError when it has not."""
+    """Ask the Python that has TensorRT-LLM for its versions and GPU. ValueError when it has no working TensorRT-LLM."""
     done = subprocess.run([python, "-c", PROBE], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -213,7 +214,7 @@ def probe_runtime(python: str) -> Runtime:
 def build_engine(
     checkpoint: Path, cache: Path, limits: Limits, runtime: Runtime, workers: int
 ) -> tuple[Path, BuildStep]:
-    """The folder of the engine in `cache`, and what it took. RuntimeError when a command fails."""
+    """Return the engine's folder in `cache` and what it took to have it. RuntimeError when a command fails."""
     wanted = wanted_record(checkpoint, limits, runtime)
     engine, plan = cache / wanted.key, cache / wanted.plan_key
     step = next_step(wanted, cache)

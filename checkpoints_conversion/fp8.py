@@ -1,7 +1,7 @@
-"""FP8 (e4m3) weights: shared scales, exact rounding, and the files that both backends of TensorRT-LLM read.
+"""FP8 (e4m3) weights: shared scales, exact rounding, `amax.json`.
 
-w ~= w8 * scale, with scale = largest |w| / 448. Queries, keys and values share one scale, gate and up another: readers
-that fuse these matrices would round again otherwise. Activation scales come from a calibration (calibrate.py).
+w ~= w8 * scale, with scale = largest |w| / 448. Queries, keys and values share one scale, gate and up another, because
+readers that fuse these matrices would round again otherwise. Activation scales come from a calibration (calibrate.py).
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -31,7 +31,7 @@ CHUNK = 1 << 15  # numbers whose table indices fit the processor's nearest cache
 
 
 class Rounding(Enum):
-    """How w / scale becomes e4m3: at once, or by way of the 16-bit format. They differ in a few codes of a thousand."""
+    """The way from w / scale to e4m3: at once, or through the 16-bit format. A few codes of a thousand differ."""
 
     DIRECT = "engine checkpoints"
     BY_16_BITS = "unified Hugging Face folders"
@@ -39,7 +39,7 @@ class Rounding(Enum):
 
 @lru_cache(maxsize=256)
 def code_table(dtype: DType, scale: float, rounding: Rounding) -> Bits:
-    """The code of each of the 65,536 numbers of a 16-bit format."""
+    """Return the codes of all 65,536 numbers of a 16-bit format, by their bits."""
     assert dtype.itemsize == 2, f"{dtype} is not of 16 bits"
     numbers = to_float32(np.arange(1 << 16).astype(dtype.storage), dtype)
     with np.errstate(over="ignore", invalid="ignore"):  # numbers far beyond the scale do not occur
@@ -50,8 +50,7 @@ def code_table(dtype: DType, scale: float, rounding: Rounding) -> Bits:
 
 
 def e4m3(numbers: NDArray[np.float32]) -> Bits:
-    """Codes: sign, 4 bits of exponent (bias 7), 3 of mantissa. To the nearest, ties to the even code; what is larger
-    than 448 becomes 448."""
+    """Round to codes (sign, 4 bits of exponent with bias 7, 3 of mantissa), ties to even; more than 448 becomes 448."""
     code = np.arange(127)  # 127 is NaN
     exponent, mantissa = code >> 3, code & 7
     values = np.where(exponent, (8 + mantissa) * 2.0 ** (exponent - 10), mantissa * 2.0**-9)
@@ -66,7 +65,7 @@ def e4m3(numbers: NDArray[np.float32]) -> Bits:
 
 @dataclass(frozen=True)
 class Quantizer:
-    """16-bit numbers to e4m3 codes. By table: several times faster than the arithmetic, and the same."""
+    """Turns 16-bit numbers into e4m3 codes by a table: the same as the arithmetic, and several times faster."""
 
     rounding: Rounding
 
@@ -84,26 +83,26 @@ class Quantizer:
 
 @dataclass(frozen=True)
 class Amax:
-    """`amax.json`: the largest |input| of each linear layer, by Hugging Face's name without `.weight`."""
+    """`amax.json`: the largest |input| of each linear layer, by its Hugging Face name without `.weight`."""
 
     num_prompts: int
     inputs: dict[str, float]
 
     def save(self, path: Path) -> None:
-        """As JSON."""
+        """Write it as JSON."""
         path.write_bytes(pretty_json(asdict(self)))
 
     @classmethod
     def load(cls, path: Path, shape: LlamaShape) -> "Amax":
-        """ValueError unless it has one positive number for every linear layer of the model."""
+        """Read a file. ValueError unless it has one positive number for every linear layer of the model."""
         found = read_json(path)
         inputs = found.get("inputs")
         if not isinstance(inputs, dict):
-            raise ValueError(f"{path} has no `inputs`: it was not written by a calibration")
+            raise ValueError(f"{path} has no `inputs`: it was not written by a calibration, give its amax.json")
         wanted = set(linear_names(shape))
         if inputs.keys() != wanted:
-            some = sorted(wanted ^ inputs.keys())[:3]
-            raise ValueError(f"{path} is not of this model: {', '.join(some)} are in one and not in the other")
+            some = ", ".join(sorted(wanted ^ inputs.keys())[:3])
+            raise ValueError(f"{path} is not of this model: {some} are in one and not in the other. Calibrate again")
         for name, value in inputs.items():
             if not 0 < value < float("inf"):
                 raise ValueError(f"{path}: {name} has {value}: calibrate again")
@@ -111,14 +110,14 @@ class Amax:
 
 
 def outgrown(reference: Amax, probe: Amax, margin: float) -> dict[str, float]:
-    """The layers whose inputs in a probe of few prompts are larger than `margin` times those of the calibration, and
-    by how much: with any of them, calibrate again."""
+    """Return the layers whose inputs in a probe of few prompts exceed `margin` times those of the calibration, and the
+    ratio: with any of them, calibrate again."""
     ratios = {name: value / reference.inputs[name] for name, value in probe.inputs.items()}
     return {name: ratio for name, ratio in ratios.items() if ratio > margin}
 
 
 def linear_names(shape: LlamaShape) -> Iterator[str]:
-    """The layers that FP8 is for."""
+    """Yield the names of the layers that become FP8."""
     for layer in range(shape.num_layers):
         for members in GROUPS.values():
             for member in members:
@@ -127,20 +126,20 @@ def linear_names(shape: LlamaShape) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Scales:
-    """Scales of weights and of activations, by the linear layer's name in Hugging Face's words."""
+    """The scales of weights and of activations, by the linear layer's Hugging Face name."""
 
     weights: Mapping[str, float]
     inputs: Mapping[str, float]
 
 
 def group_of(linear: str) -> tuple[int, str]:
-    """(layer, group) of a linear layer by Hugging Face's name."""
+    """Return the layer's number and the group of a linear layer, given its Hugging Face name."""
     layer, member = linear.removeprefix("model.layers.").split(".", 1)
     return int(layer), next(group for group, members in GROUPS.items() if member in members)
 
 
 def shared_scales(largest: Mapping[str, float]) -> dict[str, float]:
-    """Return a scale for each linear layer: the largest number of its group / 448, so 1 for a group of zeros."""
+    """Return the scale of each linear layer: the largest number of its group / 448; 1 for a group of zeros."""
     per_group: dict[tuple[int, str], float] = {}
     for linear, value in largest.items():
         group = group_of(linear)
@@ -150,7 +149,7 @@ def shared_scales(largest: Mapping[str, float]) -> dict[str, float]:
 
 
 def weight_amax(source: Checkpoint, dtype: DType, report: Report) -> dict[str, float]:
-    """The largest |w| of every linear layer, as a number of `dtype`, in one pass over the weights."""
+    """Find the largest |w| of every linear layer, rounded to `dtype`, in one pass over the weights."""
     with Reader(source) as reader:
         for linear in linear_names(source.shape):
             for block in reader.blocks(f"{linear}.weight", MAX_BLOCK_BYTES):
@@ -159,7 +158,7 @@ def weight_amax(source: Checkpoint, dtype: DType, report: Report) -> dict[str, f
 
 
 def largest_weights(source: Checkpoint, dtype: DType, reader: Reader, linears: Iterable[str]) -> dict[str, float]:
-    """Of tensors whose rows a reader has read."""
+    """Return the largest |w| of linear layers, rounded to `dtype`, from a reader that has read all their rows."""
     return {linear: _number(reader.largest[f"{linear}.weight"], source.dtype, dtype) for linear in linears}
 
 

@@ -1,5 +1,5 @@
-"""What FP8 checkpoints hold: TensorRT-LLM's engine layout, and the unified Hugging Face folder of its PyTorch backend
-(vLLM reads that one too). Scales are fp32, the same on every rank."""
+"""The files of FP8 checkpoints: TensorRT-LLM's engine layout, and the unified Hugging Face folder of its PyTorch
+backend, which vLLM reads too. Scales are fp32, the same on every rank."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -30,7 +30,7 @@ KV_SCALE = 1.0  # keys and values fit e4m3 as they are; a calibrated scale gains
 
 
 def engine_plan(shape: LlamaShape, split: trtllm.RankSplit, dtype: DType, scales: Scales) -> Plan:
-    """A checkpoint for `trtllm-build`; what is not FP8 is of `dtype`."""
+    """Plan a checkpoint for `trtllm-build`; everything but the linear layers is of `dtype`."""
     files: dict[str, list[TensorEntry]] = {}
     for file, name, size, matrix in trtllm.rank_matrices(shape, split):
         entries = files.setdefault(file, [])
@@ -52,7 +52,7 @@ def engine_plan(shape: LlamaShape, split: trtllm.RankSplit, dtype: DType, scales
 
 
 def unified_plan(shape: LlamaShape, config: Mapping[str, Any], dtype: DType, scales: Scales) -> Plan:
-    """A unified Hugging Face folder; what is not FP8 is of `dtype`."""
+    """Plan a unified Hugging Face folder; everything but the linear layers is of `dtype`."""
     quantized = set(linear_names(shape))
     entries = []
     for name, size in huggingface_shapes(shape).items():

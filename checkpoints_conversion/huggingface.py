@@ -1,4 +1,4 @@
-"""Model folders in Hugging Face's layout: config.json, safetensors, tokenizer files."""
+"""Model folders in Hugging Face's layout as torch tensors: read by name, written one tensor at a time."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,12 +25,12 @@ DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "b
 
 
 def read_shape(folder: Path) -> LlamaShape:
-    """The shape of the model in a folder. ValueError when there is none, or it is no plain Llama."""
+    """Read the shape of the model in a folder. ValueError when there is no model, or it is no plain Llama."""
     return LlamaShape.from_huggingface(read_json(folder / CONFIG))
 
 
 def open_weights(folder: Path) -> Mapping[str, Tensor]:
-    """The weights of a folder by name, each read from the disk when it is asked for.
+    """Return the weights of a folder by name, each read from the disk when it is asked for.
 
     Names and shapes are checked now, values as they are read. ValueError names the file and the tensor.
     """
@@ -38,7 +38,7 @@ def open_weights(folder: Path) -> Mapping[str, Tensor]:
 
 
 class FolderWeights(Mapping[str, Tensor]):
-    """Memory-mapped safetensors of one folder: `model.safetensors`, or the shards that its index names."""
+    """The memory-mapped safetensors of a folder: `model.safetensors`, or the shards that its index names."""
 
     def __init__(self, folder: Path) -> None:
         self._files = {item.name: folder / item.file for item in stored_tensors(folder, read_shape(folder))}
@@ -58,10 +58,10 @@ class FolderWeights(Mapping[str, Tensor]):
 
 
 def check_finite(name: str, tensor: Tensor, where: str) -> None:
-    """ValueError when a weight is infinite or not a number."""
+    """ValueError when a weight is NaN or infinite."""
     bad = tensor.numel() - int(tensor.isfinite().sum())
     if bad:
-        raise ValueError(f"{where}: {name} holds {bad} values that are not finite: the model is broken")
+        raise ValueError(f"{where}: {name} holds {bad} values that are not finite: the model is broken, take another")
 
 
 def write_folder(
@@ -73,7 +73,7 @@ def write_folder(
 ) -> None:
     """Write a model that transformers loads, one tensor after another. The same weights give the same bytes.
 
-    ValueError for weights that are not those of `shape`, not finite, or not of one dtype; config.json comes last.
+    ValueError for weights that are not those of `shape`, not finite, or not of one dtype; config.json is written last.
     """
     check_names(weights, shape, "the model to write")
     names = list(huggingface_shapes(shape))
@@ -84,10 +84,8 @@ def write_folder(
 
 
 class FolderWriter:
-    """A model folder whose tensors come one at a time, in any order: no more than one of them is in memory.
-
-    The tokenizer's files, and the ids of its special tokens, are those of `tokenizer_from`.
-    """
+    """A model folder whose tensors arrive one at a time, in any order, so that only one of them is in memory. The
+    tokenizer's files, and the ids of its special tokens, are those of `tokenizer_from`."""
 
     def __init__(
         self,
@@ -109,7 +107,7 @@ class FolderWriter:
             allocate(folder / output.name, output)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Put a tensor where it belongs. ValueError when it is not finite, or of another size or dtype."""
+        """Write a tensor to its place. ValueError when it is not finite, or of another size or dtype."""
         check_size(name, tuple(tensor.shape), self._sizes[name], str(self._folder))
         if tensor.dtype is not self._dtype:
             raise ValueError(f"the weights are of {self._dtype} and {tensor.dtype} ({name}): give them one dtype")
@@ -120,7 +118,7 @@ class FolderWriter:
             file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
     def finish(self) -> None:
-        """Everything was written: now the folder becomes a model."""
+        """Write the small files that make the folder a model, config.json last."""
         assert not self._left, f"never written: {sorted(self._left)[:3]}"
         if self._tokenizer_from is not None:
             copy_tokenizer(self._tokenizer_from, self._folder)

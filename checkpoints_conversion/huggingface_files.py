@@ -34,14 +34,14 @@ SCALES = (".weight_scale", ".input_scale", ".k_scale", ".v_scale")
 
 @dataclass(frozen=True)
 class TensorEntry(FileTensor):
-    """A tensor to be written: patchwork with its scale if it is FP8, or known bytes."""
+    """A tensor to be written: patchwork, with its scale if it is FP8, or known bytes."""
 
     content: Matrix | bytes
     scale: float | None = None
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A file's object. ValueError when there is none."""
+    """Read a file's JSON object. ValueError when the file does not exist or is not JSON."""
     if not file.is_file():
         raise ValueError(f"{file} does not exist: {file.parent} is not a Hugging Face model folder")
     try:
@@ -69,7 +69,7 @@ def files_by_tensor(folder: Path) -> dict[str, str]:
 
 
 def special_ids(tokenizer_from: Path | None) -> dict[str, Any]:
-    """The ids of special tokens in the config of a folder; Llama's own where there is none."""
+    """Return the ids of special tokens in a folder's config; Llama's own where there is none."""
     if tokenizer_from is None or not (tokenizer_from / CONFIG).is_file():
         return LLAMA_IDS
     source = read_json(tokenizer_from / CONFIG)
@@ -77,19 +77,19 @@ def special_ids(tokenizer_from: Path | None) -> dict[str, Any]:
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy the tokenizer's files, those that are there."""
+    """Copy those of the tokenizer's files that exist."""
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
 
 
 def pretty_json(content: Mapping[str, Any]) -> bytes:
-    """As people read it."""
+    """Return indented JSON that ends in a line break."""
     return orjson.dumps(content, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """A folder with `config.json` and safetensors. ValueError names the file and tensor that are wrong."""
+    """Open a folder with `config.json` and safetensors. ValueError names the file and tensor that are wrong."""
     config = read_json(folder / CONFIG)
     shape = LlamaShape.from_huggingface(config)
     stored = stored_tensors(folder, shape, SCALES if "quantization_config" in config else ())
@@ -98,8 +98,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def stored_tensors(folder: Path, shape: LlamaShape, ignored: tuple[str, ...] = ()) -> list[Stored]:
-    """Return where each tensor of a folder is, in the order of the model; names that end in one of `ignored` are passed
-    over. ValueError names the file and tensor that are wrong."""
+    """Find each tensor of a folder, in the order of the model, without those whose names end in one of `ignored`.
+    ValueError names the file and tensor that are wrong."""
     files = {
         name: file
         for name, file in files_by_tensor(folder).items()
@@ -122,8 +122,7 @@ def stored_tensor(
     matrix: Matrix,
     scale_name: str,
 ) -> Stored:
-    """Return where a tensor of a safetensors file is, with its scale if it is FP8. ValueError when it is missing or of
-    another size."""
+    """Find a tensor in a safetensors file, and its scale if it is FP8. ValueError for a missing or misshapen one."""
     path = folder / file
     if name not in header:
         raise ValueError(f"{path} has no tensor {name}, and should have by its config or index: download it again")
@@ -134,7 +133,7 @@ def stored_tensor(
 
 
 def one_dtype(stored: list[Stored], folder: Path) -> DType:
-    """The dtype of all matrices that are numbers without a scale. ValueError when there are several."""
+    """Return the dtype of all matrices without a scale. ValueError when they have several."""
     dtypes = {item.dtype for item in stored if item.scale is None}
     if len(dtypes) != 1 or DType.FLOAT8_E4M3 in dtypes:
         found = ", ".join(sorted(dtype.torch_name for dtype in dtypes))
@@ -143,7 +142,7 @@ def one_dtype(stored: list[Stored], folder: Path) -> DType:
 
 
 def plan(shape: LlamaShape, config: Mapping[str, Any], dtype: DType, max_shard_bytes: int = MAX_SHARD_BYTES) -> Plan:
-    """A folder that transformers loads."""
+    """Plan a folder that transformers loads."""
     entries = [TensorEntry(name, dtype, size, whole(name, size)) for name, size in huggingface_shapes(shape).items()]
     outputs, stored, texts = safetensors_shards(entries, max_shard_bytes)
     texts[CONFIG] = pretty_json({**config, "torch_dtype": dtype.torch_name})
@@ -153,7 +152,7 @@ def plan(shape: LlamaShape, config: Mapping[str, Any], dtype: DType, max_shard_b
 def safetensors_shards(
     entries: list[TensorEntry], max_shard_bytes: int
 ) -> tuple[tuple[OutputFile, ...], tuple[Stored, ...], dict[str, bytes]]:
-    """One `model.safetensors`, or several with their index among the texts."""
+    """Lay out one `model.safetensors`, or several with their index among the texts."""
     groups = list(_shards(entries, max_shard_bytes))
     names = [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
     if len(groups) == 1:
@@ -165,7 +164,7 @@ def safetensors_shards(
 
 
 def safetensors_files(files: Mapping[str, list[TensorEntry]]) -> tuple[tuple[OutputFile, ...], tuple[Stored, ...]]:
-    """Files with these tensors in this order."""
+    """Lay out files with these tensors in this order."""
     outputs, stored = [], []
     for file, entries in files.items():
         header, placed, size = lay_out(entries)
@@ -180,7 +179,7 @@ def safetensors_files(files: Mapping[str, list[TensorEntry]]) -> tuple[tuple[Out
 
 
 def _shards(entries: list[TensorEntry], max_bytes: int) -> Iterator[list[TensorEntry]]:
-    """Cut into files of at most `max_bytes` (or of one tensor)."""
+    """Cut the tensors into files of at most `max_bytes`, or of one tensor that is larger."""
     shard: list[TensorEntry] = []
     filled = 0
     for entry in entries:

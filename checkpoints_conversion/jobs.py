@@ -14,7 +14,8 @@ Message = int | str  # bytes written, or why it failed
 
 
 def run(work: MatrixWriter, tasks: Sequence[tuple[int, Task]], jobs: int, report: Report) -> None:
-    """Fill the matrices of all tasks. ValueError, as the process that met it says it, when something is wrong."""
+    """Fill the matrices of all tasks. ValueError, with the message of the process that found it, when a tensor is
+    wrong; RuntimeError when a process ends otherwise."""
     if jobs == 1 or len(tasks) < 2:
         work.fill(tasks, report)
         return
@@ -39,9 +40,7 @@ def run(work: MatrixWriter, tasks: Sequence[tuple[int, Task]], jobs: int, report
         for worker in workers:
             worker.join()
             if worker.exitcode:
-                raise RuntimeError(
-                    f"a process of the conversion ended with code {worker.exitcode}: the same command goes on"
-                )
+                raise RuntimeError(f"a conversion process ended with code {worker.exitcode}: the same command resumes")
     finally:
         for worker in workers:
             worker.kill()

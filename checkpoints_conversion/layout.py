@@ -1,7 +1,7 @@
-"""How matrices are arranged for tensor parallelism: pure functions with their inverses.
+"""The layout of matrices under tensor parallelism: pure functions with their inverses.
 
-A weight is [outputs, inputs] or any slice of it; d is the size of a head, nh the attention heads, ng the query
-groups (key/value heads). Column-parallel layers split outputs, row-parallel layers inputs (Megatron's words).
+A weight is [outputs, inputs] or any slice of it; d is the size of a head, nh the attention heads, ng the query groups
+(key/value heads). Column-parallel layers split outputs, row-parallel layers inputs (Megatron's words).
 """
 
 from collections.abc import Sequence
@@ -11,10 +11,8 @@ from torch import Tensor
 
 
 def fuse_qkv(q: Tensor, k: Tensor, v: Tensor, num_query_groups: int) -> Tensor:
-    """[nh * d, h], [ng * d, h], [ng * d, h] -> [(nh + 2 ng) * d, h]: per group its nh / ng queries, its key, its value.
-
-    So any split of the rows into whole groups gives a rank the heads that belong together.
-    """
+    """[nh * d, h], [ng * d, h], [ng * d, h] -> [(nh + 2 ng) * d, h]: per group its nh / ng queries, its key, its value,
+    so that any split into whole groups gives a rank the heads that belong together."""
     groups = [part.unflatten(0, (num_query_groups, -1)) for part in (q, k, v)]
     return torch.cat(groups, dim=1).flatten(0, 1)
 
@@ -38,15 +36,13 @@ def merge_columns(shards: Sequence[Tensor]) -> Tensor:
 
 
 def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
-    """The next multiple of the tensor-parallel ranks."""
+    """Round the vocabulary up to a multiple of the tensor-parallel ranks."""
     return -(-vocab_size // tp_size) * tp_size
 
 
 def vocabulary_shard(weight: Tensor, tp_rank: int, tp_size: int) -> Tensor:
-    """[v, h] -> this rank's rows of the padded vocabulary [padded v / tp, h]; padding is 0.
-
-    Whoever computes a softmax leaves padded rows out: a logit of 0 is not a small one.
-    """
+    """[v, h] -> this rank's rows of the padded vocabulary [padded v / tp, h]; padding is 0. A softmax must leave padded
+    rows out: a logit of 0 is not a small one."""
     padding = padded_vocab_size(len(weight), tp_size) - len(weight)
     padded = torch.cat([weight, weight.new_zeros(padding, *weight.shape[1:])]) if padding else weight
     return column_shard(padded, tp_rank, tp_size)
@@ -68,10 +64,8 @@ def merge_rows(shards: Sequence[Tensor]) -> Tensor:
 
 
 def gate_up_shard(gate: Tensor, up: Tensor, tp_rank: int, tp_size: int) -> Tensor:
-    """Two [ffn, h] -> this rank's [2 ffn / tp, h]: its gate rows above its up rows.
-
-    Splitting the stacked [2 ffn, h] instead would give the first ranks only gates and the last ones only ups.
-    """
+    """Two [ffn, h] -> this rank's [2 ffn / tp, h]: its gate rows above its up rows. Splitting the stacked [2 ffn, h]
+    instead would give the first ranks only gates and the last ones only ups."""
     return torch.cat([column_shard(gate, tp_rank, tp_size), column_shard(up, tp_rank, tp_size)])
 
 

@@ -1,7 +1,7 @@
-"""Llama's shape, and the one table that says what every weight is called and how it is laid out on each side.
+"""Llama's shape, and the one table of all weights: their names and their layout on each side.
 
 Hugging Face stores whole matrices under `model.layers.<n>`; Megatron stores, per tensor-parallel rank and pipeline
-stage, fused ones under `decoder.layers.<n within the stage>`. No torch is needed to read this file.
+stage, fused ones under `decoder.layers.<n within the stage>`. This file needs no torch.
 """
 
 from collections.abc import Iterable, Mapping
@@ -21,7 +21,7 @@ class RopeScaling:
 
     @classmethod
     def from_huggingface(cls, config: Mapping[str, Any]) -> "RopeScaling | None":
-        """From a `config.json`; None where nothing is stretched. ValueError for other kinds of scaling."""
+        """Read it from a `config.json`; None where nothing is stretched. ValueError for other kinds of scaling."""
         rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind == "default":
@@ -41,13 +41,13 @@ class RopeScaling:
         )
 
     def to_huggingface(self) -> dict[str, Any]:
-        """As transformers 4 writes it."""
+        """Return it as transformers 4 writes it."""
         return {"rope_type": "llama3", **asdict(self)}
 
 
 @dataclass(frozen=True)
 class LlamaShape:
-    """What fixes the sizes and the arithmetic of a Llama, in Megatron's words. ValueError when heads do not divide."""
+    """The sizes and constants that define a Llama, in Megatron's words. ValueError when heads do not divide."""
 
     num_layers: int
     hidden_size: int
@@ -74,7 +74,7 @@ class LlamaShape:
 
     @classmethod
     def from_huggingface(cls, config: Mapping[str, Any]) -> "LlamaShape":
-        """From a `config.json` of transformers 4 or 5. ValueError for a missing key or anything but a plain Llama."""
+        """Read a `config.json` of transformers 4 or 5. ValueError for a missing key, or anything but a plain Llama."""
         _refuse_other_models(config)
         heads = _required(config, "num_attention_heads")
         rope = config.get("rope_parameters") or {}
@@ -102,7 +102,7 @@ class LlamaShape:
         return shape
 
     def to_huggingface(self) -> dict[str, Any]:
-        """The keys of a `config.json` that transformers 4 and 5 and other readers understand."""
+        """Return the keys of a `config.json` that transformers 4 and 5 and other readers understand."""
         return {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
@@ -126,7 +126,7 @@ class LlamaShape:
 
 def _required(config: Mapping[str, Any], key: str) -> int:
     if key not in config:
-        raise ValueError(f"the model's config has no {key}: it is not that of a Llama")
+        raise ValueError(f"the model's config has no {key}: it is not that of a Llama, give one that is")
     return int(config[key])
 
 
@@ -138,7 +138,7 @@ def _refuse_other_models(config: Mapping[str, Any]) -> None:
 
 
 class Layout(Enum):
-    """How the tensors of one row become one Megatron tensor of one tensor-parallel rank (see layout.py)."""
+    """The way a row's tensors become one Megatron tensor of one tensor-parallel rank (see layout.py)."""
 
     COLUMN = "outputs (dim 0) split"
     VOCABULARY = "rows of tokens, padded to a multiple of the ranks, then split"
@@ -149,7 +149,7 @@ class Layout(Enum):
 
 
 class Holder(Enum):
-    """Which pipeline stages hold a row."""
+    """The pipeline stages that hold a row."""
 
     FIRST_STAGE = "first"
     ITS_LAYER = "the one with the layer"
@@ -168,7 +168,7 @@ class Row:
 
 
 def table(shape: LlamaShape) -> tuple[Row, ...]:
-    """All weights of a Llama. A tied output is the embedding again."""
+    """Return the rows of all weights of a Llama. A tied output is the embedding again."""
     h, ffn, vocab = shape.hidden_size, shape.ffn_hidden_size, shape.vocab_size
     kv = shape.num_query_groups * shape.kv_channels
     hf, mc = "model.layers.{layer}.", "decoder.layers.{layer}."
@@ -207,7 +207,7 @@ def table(shape: LlamaShape) -> tuple[Row, ...]:
 
 
 def huggingface_shapes(shape: LlamaShape) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the Hugging Face layout, in the order of the model."""
+    """Return the shape of every tensor of the Hugging Face layout by name, in the order of the model."""
     sizes: dict[str, tuple[int, ...]] = {}
     for holder, layers in ((Holder.FIRST_STAGE, 1), (Holder.ITS_LAYER, shape.num_layers), (Holder.LAST_STAGE, 1)):
         parts = [part for row in table(shape) if row.holder is holder for part in row.huggingface.items()]
@@ -216,12 +216,12 @@ def huggingface_shapes(shape: LlamaShape) -> dict[str, tuple[int, ...]]:
 
 
 def is_derived(name: str, shape: LlamaShape) -> bool:
-    """Tensors that old checkpoints hold and nobody reads: rotary tables, and the second name of a tied output."""
+    """Tell whether a tensor of an old checkpoint is unused: a rotary table, or the second name of a tied output."""
     return name.endswith("rotary_emb.inv_freq") or (shape.tie_word_embeddings and name == "lm_head.weight")
 
 
 def check_names(names: Iterable[str], shape: LlamaShape, where: str) -> None:
-    """ValueError unless exactly the tensors of `shape` are there (those that `is_derived` may be)."""
+    """ValueError unless exactly the tensors of `shape` are there; those that `is_derived` may be."""
     wanted = huggingface_shapes(shape).keys()
     found = {name for name in names if not is_derived(name, shape)}
     for what, differing in (("has no tensor", wanted - found), ("holds unknown tensors:", found - wanted)):
@@ -231,7 +231,7 @@ def check_names(names: Iterable[str], shape: LlamaShape, where: str) -> None:
 
 
 def check_divides(number: int, what: str, by: int, parallel: str) -> None:
-    """ValueError, with the arithmetic, unless `by` ranks can have equal parts of so many."""
+    """ValueError, with the arithmetic, unless `number` divides by `by`. `what` and `parallel` name the two."""
     if number % by:
         raise ValueError(
             f"{number} {what} / {parallel} leaves {number % by} over "

@@ -1,4 +1,4 @@
-"""What two checkpoints say to the same tokens, by transformers; and proof that the comparison would see an error."""
+"""The logits of two checkpoints for the same tokens, computed by transformers, with a negative control."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ MARGIN = 10  # how much closer the two sides must be than a model with swapped q
 
 @dataclass(frozen=True)
 class LogitsProof:
-    """Over all positions of the fixed prompts; KL in nats, of the second side and of the negative control."""
+    """Differences over all positions of the fixed prompts: KL in nats, of the second side and the negative control."""
 
     max_abs_difference: float
     kl: float
@@ -31,8 +31,8 @@ class LogitsProof:
 
 
 def compare_logits(source: Path, destination: Path) -> LogitsProof:
-    """ValueError unless the destination's distributions are ten times nearer to the source's than those of the same
-    model whose first layer has queries and keys swapped."""
+    """Compare two checkpoints' logits. ValueError unless the destination's distributions are ten times nearer to the
+    source's than those of the same model with queries and keys of the first layer swapped."""
     first, second = open_checkpoint(source), open_checkpoint(destination)
     check_shapes(first, second)
     _check_memory(first)
@@ -54,13 +54,13 @@ def compare_logits(source: Path, destination: Path) -> LogitsProof:
 
 
 def fixed_tokens(vocab_size: int, max_positions: int) -> Tensor:
-    """The same [4, 32] tokens for every model with this vocabulary."""
+    """Return [4, up to 32] token ids, the same for every model with this vocabulary."""
     generator = torch.Generator().manual_seed(SEED)
     return torch.randint(vocab_size, (PROMPTS, min(LENGTH, max_positions)), generator=generator)
 
 
 def fill(model: LlamaForCausalLM, checkpoint: Checkpoint) -> None:
-    """Give a model the weights of a checkpoint of any kind."""
+    """Load the weights of a checkpoint of any kind into a model."""
     parameters: Mapping[str, Any] = dict(model.named_parameters())
     with Reader(checkpoint) as reader, torch.no_grad():
         for name in checkpoint.sources:
@@ -84,7 +84,7 @@ def _numbers(reader: Reader, checkpoint: Checkpoint, name: str) -> Iterator[Tens
 
 
 def swap_queries_and_keys(model: LlamaForCausalLM) -> None:
-    """The negative control: in the first layer, the keys and the first queries change places."""
+    """Swap the keys and the first queries of the first layer: the negative control."""
     attention = model.model.layers[0].self_attn
     with torch.no_grad():
         keys = attention.k_proj.weight.clone()

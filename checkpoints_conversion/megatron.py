@@ -1,7 +1,7 @@
 """Hugging Face weights <-> the parts of a megatron-core GPTModel that one rank holds.
 
-Names are those of `GPTModel.state_dict()` with a layer spec whose norms are modules of their own. Everything goes
-tensor by tensor: `shard_tensor` and `merge_tensor` know one row of the table, the rest is bookkeeping.
+Names are those of `GPTModel.state_dict()` with a layer spec whose norms are modules of their own. `shard_tensor` and
+`merge_tensor` convert one row of the table, so everything works tensor by tensor.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -55,11 +55,8 @@ class HeldTensor:
 
 
 def placements(shape: LlamaShape, tp: int, pp: int, vpp: int = 1) -> list[Placement]:
-    """All chunks of Megatron's even split: by virtual stage, pipeline rank, tensor rank.
-
-    Virtual stage c of pipeline rank p holds the (c * pp + p)-th part of the layers. ValueError, with the arithmetic,
-    when the model does not divide.
-    """
+    """Return all chunks of Megatron's even split, by virtual stage, pipeline rank and tensor rank: virtual stage c of
+    pipeline rank p holds the (c * pp + p)-th part of the layers. ValueError when the model cannot be split this way."""
     check_split(shape, tp, pp, vpp)
     size = shape.num_layers // (pp * vpp)
     return [
@@ -86,11 +83,12 @@ def check_split(shape: LlamaShape, tp: int, pp: int, vpp: int = 1) -> None:
     check_divides(shape.ffn_hidden_size, "rows of ffn_hidden_size", tp, f"TP {tp}")
     rows = padded_vocab_size(shape.vocab_size, tp) // tp
     if rows * (tp - 1) >= shape.vocab_size:
-        raise ValueError(f"{shape.vocab_size} tokens in parts of {rows} leave nothing for the last rank of TP {tp}")
+        uneven = f"{shape.vocab_size} tokens in parts of {rows} leave nothing for the last rank of TP {tp}"
+        raise ValueError(f"{uneven}: choose a smaller TP")
 
 
 def held_tensors(shape: LlamaShape, placement: Placement) -> Iterator[HeldTensor]:
-    """What a chunk holds. A tied output is the embedding's own tensor where one stage holds both, else a copy."""
+    """Yield the tensors of a chunk. A tied output is the embedding's tensor where one stage holds both, else a copy."""
     for row in table(shape):
         if row.holder is Holder.ITS_LAYER:
             for local, layer in enumerate(placement.layers):
@@ -105,7 +103,7 @@ def held_tensors(shape: LlamaShape, placement: Placement) -> Iterator[HeldTensor
 
 
 def shard_tensor(layout: Layout, parts: Sequence[Tensor], shape: LlamaShape, tp_rank: int, tp_size: int) -> Tensor:
-    """Whole Hugging Face tensors of one row -> the Megatron tensor of one rank (a view where nothing moves)."""
+    """Make the Megatron tensor of one rank from a row's whole Hugging Face tensors (a view where nothing moves)."""
     match layout:
         case Layout.QKV:
             q, k, v = (column_shard(part, tp_rank, tp_size) for part in parts)
@@ -144,7 +142,7 @@ def merge_tensor(layout: Layout, shards: Sequence[Tensor], shape: LlamaShape) ->
 
 
 def load_shard(weights: Mapping[str, Tensor], shape: LlamaShape, placement: Placement) -> dict[str, Tensor]:
-    """What one rank holds of one chunk, by Megatron's names. ValueError for missing, unknown or misshapen tensors."""
+    """Make one rank's tensors of one chunk, by Megatron's names. ValueError for wrong names or shapes of `weights`."""
     check_split(shape, placement.tp_size, pp=1)
     check_names(weights, shape, "the model")
     shard = {}

@@ -1,4 +1,4 @@
-"""Random weights of a shape, for models that are trained from nothing."""
+"""Random weights of a shape, for models that are trained from scratch."""
 
 import zlib
 from collections.abc import Iterator, Mapping
@@ -10,15 +10,15 @@ from srlm_mega.checkpoints_conversion.llama import LlamaShape, huggingface_shape
 
 
 def random_weights(shape: LlamaShape, std: float, generator: torch.Generator) -> dict[str, Tensor]:
-    """Hugging Face names, fp32: norms are 1, the rest normal with `std`; what writes into the residual stream is
-    scaled down by sqrt(2 * layers), as GPT-2 and Megatron do."""
+    """Return fp32 tensors by their Hugging Face names: norms are 1, the rest normal with `std`; what writes into the
+    residual stream is scaled down by sqrt(2 * layers), as in GPT-2 and Megatron."""
     sizes = huggingface_shapes(shape)
     return {name: random_tensor(name, size, shape.num_layers, std, generator) for name, size in sizes.items()}
 
 
 class LazyRandomWeights(Mapping[str, Tensor]):
-    """The same kind of weights, each made when it is asked for and the same each time, whoever asks: a model too large
-    for one process gets its parts from as many as there are. For timing, where no folder need exist."""
+    """Weights like `random_weights`, each made when it is asked for and always the same, so that several processes can
+    hold parts of a model that is too large for one. For timing, without a folder."""
 
     def __init__(self, shape: LlamaShape, std: float, seed: int, device: torch.device) -> None:
         self._sizes = huggingface_shapes(shape)
@@ -36,7 +36,7 @@ class LazyRandomWeights(Mapping[str, Tensor]):
 
 
 def random_tensor(name: str, size: tuple[int, ...], num_layers: int, std: float, generator: torch.Generator) -> Tensor:
-    """One tensor of a model, on the generator's device."""
+    """Return one tensor of a model, on the generator's device."""
     if len(size) == 1:
         return torch.ones(size, device=generator.device)
     residual = name.endswith(("o_proj.weight", "down_proj.weight"))

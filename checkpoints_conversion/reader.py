@@ -1,4 +1,4 @@
-"""Any checkpoint, read as rows of Hugging Face's tensors: a few blocks are in memory at a time, whatever the model."""
+"""Read any checkpoint as rows of Hugging Face's tensors, with a few blocks in memory at a time."""
 
 import os
 from collections import OrderedDict, defaultdict
@@ -20,7 +20,7 @@ CACHED_BLOCKS = 4
 
 @dataclass(frozen=True)
 class Stored:
-    """A matrix in a file of a checkpoint: its bits begin at byte `offset`, row by row. `scale` is that of FP8."""
+    """A matrix in a file of a checkpoint: its bits begin at byte `offset`, row by row. `scale` is for FP8."""
 
     name: str
     file: str
@@ -31,18 +31,18 @@ class Stored:
 
     @property
     def row_bytes(self) -> int:
-        """Of one row."""
+        """Size of one row, in bytes."""
         return self.matrix.columns * self.dtype.itemsize
 
     @property
     def nbytes(self) -> int:
-        """Of all rows."""
+        """Size of all rows, in bytes."""
         return self.matrix.rows * self.row_bytes
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model on disk. `config` is its config.json in Hugging Face's words, `dtype` that of its unscaled tensors."""
+    """A model on disk. `config` is its config.json in Hugging Face's keys, `dtype` the format of unscaled tensors."""
 
     folder: Path
     kind: str
@@ -53,21 +53,21 @@ class Checkpoint:
 
     @cached_property
     def sources(self) -> dict[str, "TensorSource"]:
-        """Where each of Hugging Face's tensors lies. ValueError when a part of one is nowhere."""
+        """Places of each of Hugging Face's tensors, by name. ValueError when a part of one is missing."""
         return _tensor_sources(self)
 
     @property
     def is_fp8(self) -> bool:
-        """Whether some weights are FP8."""
+        """True when some weights are FP8."""
         return any(stored.dtype is DType.FLOAT8_E4M3 for stored in self.stored)
 
     @property
     def num_bytes(self) -> int:
-        """Of all stored matrices."""
+        """Size of all stored matrices, in bytes."""
         return sum(stored.nbytes for stored in self.stored)
 
     def check(self) -> "Checkpoint":
-        """Itself. ValueError unless every file is there, as long as its matrices need, and no tensor lacks a part."""
+        """Return the checkpoint. ValueError when a file is missing or too short, or a tensor lacks a part."""
         assert self.sources
         ends: dict[str, Stored] = {}
         for stored in self.stored:
@@ -89,8 +89,8 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class TensorSource:
-    """Where a tensor lies: parts that cover it once, and replicas of some of them. Patches here are inverse to those of
-    the stored matrices: rectangles of the tensor, taken from a stored matrix."""
+    """The places of a tensor: parts that cover it once, and replicas of some of them. Patches here are inverse to those
+    of the stored matrices: rectangles of the tensor, taken from a stored matrix."""
 
     name: str
     rows: int
@@ -100,12 +100,12 @@ class TensorSource:
 
     @property
     def dtype(self) -> DType:
-        """Of its parts, all alike."""
+        """Format of its parts, which is the same for all."""
         return self.cover[0][1].dtype
 
     @property
     def row_bytes(self) -> int:
-        """Of one row."""
+        """Size of one row, in bytes."""
         return self.columns * self.dtype.itemsize
 
 
@@ -130,11 +130,10 @@ def _tensor_sources(checkpoint: Checkpoint) -> dict[str, TensorSource]:
                 cover.append((part, stored))
         held = sum(patch.rows * patch.columns for patch, _ in cover)
         if held != rows * columns:
-            raise ValueError(
-                f"{checkpoint.folder} holds {held:,} of the {rows * columns:,} numbers of {name}: a part is missing"
-            )
+            numbers = f"{held:,} of the {rows * columns:,} numbers of {name}"
+            raise ValueError(f"{checkpoint.folder} holds {numbers}, a part is missing: convert it again")
         if len({(stored.dtype, stored.scale) for _, stored in cover}) > 1:
-            raise ValueError(f"{checkpoint.folder}: the parts of {name} differ in dtype or scale")
+            raise ValueError(f"{checkpoint.folder}: the parts of {name} differ in dtype or scale: convert it again")
         sources[name] = TensorSource(name, rows, columns, tuple(cover), tuple(replicas))
     return sources
 
@@ -146,7 +145,7 @@ class Scratch:
         self._memory = np.empty(0, np.uint8)
 
     def take(self, rows: int, columns: int, dtype: DType) -> Bits:
-        """A matrix in this memory; what was taken before is lost."""
+        """Return a matrix in this memory; what was taken before is lost."""
         nbytes = rows * columns * dtype.itemsize
         if nbytes > self._memory.size:
             self._memory = np.empty(nbytes, np.uint8)
@@ -154,7 +153,7 @@ class Scratch:
 
 
 class Reader(ExitStack):
-    """Reads rows of Hugging Face's tensors. Keeps the newest blocks: the ranks' parts of a row block follow another."""
+    """Reads rows of Hugging Face's tensors, and keeps the newest blocks: several ranks need parts of each."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__()
@@ -165,9 +164,9 @@ class Reader(ExitStack):
         self.largest: dict[str, int] = {}  # per tensor, `largest_magnitude` of the rows read so far
 
     def rows(self, name: str, start: int, count: int) -> Bits:
-        """[count, columns] of a tensor, not to be changed, and gone after four others.
+        """Return [count, columns] of a tensor, which must not be changed and is overwritten after four others.
 
-        ValueError names the file where numbers are not finite, missing, or not those of a replica.
+        ValueError names the file where numbers are missing, not finite, or unlike those of a replica.
         """
         key = (name, start, count)
         if key in self._blocks:
@@ -184,7 +183,7 @@ class Reader(ExitStack):
         return block
 
     def blocks(self, name: str, block_bytes: int) -> Iterator[Bits]:
-        """All rows of a tensor in order, at most `block_bytes` (or a row) at a time."""
+        """Yield all rows of a tensor in order, at most `block_bytes` (or one row) at a time."""
         source = self._checkpoint.sources[name]
         step = max(1, block_bytes // source.row_bytes)
         for start in range(0, source.rows, step):
@@ -209,7 +208,7 @@ class Reader(ExitStack):
         if part is not None and not np.array_equal(self._read_part(stored, part), block[part.target]):
             raise ValueError(
                 f"{self._checkpoint.folder / stored.file}: {stored.name} differs from the copy of {source.name} "
-                f"in {original.file}, and should be a replica"
+                f"in {original.file}, and should be a replica: convert it again"
             )
 
     def _check_finite(self, source: TensorSource, block: Bits) -> None:
@@ -220,7 +219,7 @@ class Reader(ExitStack):
             files = sorted({stored.file for _, stored in source.cover})
             raise ValueError(
                 f"{self._checkpoint.folder / files[0]}: {source.name} holds values that are not finite: "
-                "the model is broken"
+                "the model is broken, take another"
             )
         self.largest[source.name] = max(magnitude, self.largest.get(source.name, 0))
 

@@ -20,7 +20,7 @@ MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 @dataclass(frozen=True)
 class FileTensor:
-    """A tensor of a file; `offset` counts from the begin of the file."""
+    """A tensor of a file; `offset` is in bytes from the beginning of the file."""
 
     name: str
     dtype: DType
@@ -37,7 +37,7 @@ T = TypeVar("T", bound=FileTensor)
 
 
 def lay_out(tensors: Sequence[T]) -> tuple[bytes, list[T], int]:
-    """Return the header of a file with these tensors in this order, the tensors with their offsets, the file's size."""
+    """Return a file's header, its tensors with their offsets, in this order, and its size in bytes."""
     header: dict[str, object] = {"__metadata__": METADATA}
     ends = list(accumulate(tensor.nbytes for tensor in tensors))
     for tensor, end in zip(tensors, ends, strict=True):
@@ -51,7 +51,7 @@ def lay_out(tensors: Sequence[T]) -> tuple[bytes, list[T], int]:
 
 
 def read_header(path: Path) -> dict[str, FileTensor]:
-    """The tensors of a file by name. ValueError names the file when it is missing, truncated or of another format."""
+    """Return the tensors of a file by name. ValueError when it is missing, truncated or of another format."""
     if not path.is_file():
         raise ValueError(f"{path} is missing: download or convert the model again")
     size = path.stat().st_size
@@ -81,7 +81,7 @@ def read_header(path: Path) -> dict[str, FileTensor]:
 
 
 def read_scale(path: Path, header: Mapping[str, FileTensor], name: str) -> float:
-    """A positive fp32 number of a file. ValueError when there is none."""
+    """Read a positive fp32 number. ValueError when the file has none of this name."""
     tensor = header.get(name)
     if tensor is None or tensor.dtype is not DType.FLOAT32 or tensor.nbytes != DType.FLOAT32.itemsize:
         raise ValueError(f"{path} has no fp32 number {name}, and the weight it belongs to is FP8: convert it again")
@@ -98,4 +98,4 @@ def _dtype(path: Path, name: str, code: str) -> DType:
         return DType(code)
     except ValueError:
         known = ", ".join(dtype.value for dtype in DType)
-        raise ValueError(f"{path}: {name} is of dtype {code}, supported are {known}") from None
+        raise ValueError(f"{path}: {name} is of dtype {code}, supported are {known}: give another model") from None

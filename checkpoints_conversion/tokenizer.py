@@ -1,7 +1,7 @@
 """Llama's SentencePiece model -> a `tokenizers` tokenizer with the same token ids.
 
-transformers 5 derives the merges of such a model from the order of its ids. The whitespace runs of Llama 2 have low
-ids and the lowest scores, so indented text came out with other ids than SentencePiece gives. Here scores decide.
+transformers 5 derives the merges of such a model from the order of its ids. The whitespace runs of Llama 2 have low ids
+and the lowest scores, so indented text got other ids than from SentencePiece. Here scores decide.
 """
 
 from pathlib import Path
@@ -16,12 +16,12 @@ SPACE = "\u2581"
 
 
 def tokenizer_from_sentencepiece(model_file: Path) -> Tokenizer:
-    """The same text gives the same ids as SentencePiece. ValueError when the model's specials are not Llama's."""
+    """Return a tokenizer with the ids of a SentencePiece model. ValueError when its special tokens are not Llama's."""
     pieces = SentencePieceProcessor(model_file=str(model_file))
     vocab = {pieces.id_to_piece(index): index for index in range(pieces.get_piece_size())}
     specials = tuple(pieces.id_to_piece(index) for index in range(3))
     if specials != SPECIAL_TOKENS:
-        raise ValueError(f"{model_file}: the first pieces must be {SPECIAL_TOKENS}, got {specials}")
+        raise ValueError(f"{model_file}: the first pieces must be {SPECIAL_TOKENS}, got {specials}: give Llama's")
     scores = {piece: pieces.get_score(index) for piece, index in vocab.items() if piece not in SPECIAL_TOKENS}
     merges = generate_merges(vocab, scores)
     tokenizer = Tokenizer(BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))

@@ -64,7 +64,7 @@ LAYERS, LAYER = "decoder.layers.", "decoder.layers.{layer}."
 
 @dataclass(frozen=True)
 class GlobalTensor:
-    """A tensor of the checkpoint. With `layers` its first dimension counts them; `matrices` are per layer."""
+    """A tensor of the checkpoint. With `layers` its first dimension is the layer; `matrices` are per layer."""
 
     key: str
     layers: bool
@@ -78,7 +78,7 @@ class GlobalTensor:
 
     @property
     def size(self) -> tuple[int, ...]:
-        """Global shape."""
+        """Shape of the whole tensor."""
         first = self.matrices[0]
         return self.index(len(self.matrices), first.rows, first.columns)
 
@@ -89,7 +89,7 @@ class GlobalTensor:
 
 
 def global_tensors(shape: LlamaShape) -> list[GlobalTensor]:
-    """All tensors of a checkpoint of this model. A tied output has none: it is the embedding."""
+    """Return all tensors of a checkpoint of this model. A tied output has none: it is the embedding."""
     tensors = []
     for row in table(shape):
         if row.megatron == "output_layer.weight" and shape.tie_word_embeddings:
@@ -143,10 +143,8 @@ def _rank_chunks(tensor: GlobalTensor, layer: int, tp_rank: int, tp: int) -> Ite
 
 
 def plan(shape: LlamaShape, config: Mapping[str, Any], dtype: DType, tp: int, pp: int) -> Plan:
-    """A checkpoint cut as Megatron's ranks would cut it, a file per rank. It can be read in any other split.
-
-    ValueError, with the arithmetic, when the model cannot be split this way.
-    """
+    """Plan a checkpoint cut as Megatron's ranks would cut it, a file per rank; it can be read in any other split.
+    ValueError, with the arithmetic, when the model cannot be split this way."""
     tensors = global_tensors(shape)
     files: dict[str, list[Chunk]] = {}
     for number, place in enumerate(placements(shape, tp, pp)):
@@ -218,7 +216,7 @@ def _extra_state_keys(shape: LlamaShape) -> list[str]:
 
 @dataclass(frozen=True)
 class Envelope:
-    """What torch.save writes around the numbers of a tensor."""
+    """The bytes that torch.save writes around the numbers of a tensor, as (offset, bytes)."""
 
     constants: tuple[tuple[int, bytes], ...]
     data_offset: int
@@ -226,7 +224,7 @@ class Envelope:
 
 
 class _Sink:
-    """Keeps what is written into it, apart from large pieces: those are the numbers."""
+    """A file that keeps what is written into it, apart from large pieces: those are the numbers."""
 
     LARGE = 1 << 16
 
@@ -244,20 +242,19 @@ class _Sink:
         return len(content)
 
     def flush(self) -> None:
-        """A file's flush."""
+        """Do nothing: torch.save wants the method."""
 
 
 @cache
 def _envelope(sizes: tuple[int, ...], dtype: torch.dtype) -> Envelope:
-    """Of a tensor of zeros: its bytes depend on size and dtype, apart from a checksum that torch.load does not read."""
+    """Save a tensor of zeros. The bytes depend on size and dtype, and on a checksum that torch.load does not read."""
     sink = _Sink()
     torch.save(torch.zeros(sizes, dtype=dtype), sink)  # zeros that nobody writes take no memory
     return Envelope(tuple(sink.pieces.items()), _data_begin(sink.pieces[0]), sink.size)
 
 
 def _data_begin(archive: bytes) -> int:
-    """Return where a tensor's numbers begin in the zip archive of torch.save, by its local header: 30 bytes, name,
-    extra field."""
+    """Find a tensor's numbers in the zip archive of torch.save, by the local header: 30 bytes, name, extra field."""
     header = archive.index(DATA) - 30
     name_length, extra_length = (int.from_bytes(archive[header + at : header + at + 2], "little") for at in (26, 28))
     assert archive[header : header + 4] == b"PK\x03\x04" and name_length == len(DATA), "torch.save writes another zip"
@@ -271,10 +268,8 @@ def _torch_bytes(content: object) -> bytes:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """The weights of a distributed checkpoint, however it was split; a training state's optimizer is passed over.
-
-    The model's `config.json` must be beside them. ValueError names the tensor that is missing or of another size.
-    """
+    """Open the weights of a distributed checkpoint, however it was split; a training state's optimizer is passed over.
+    The model's `config.json` must lie in the folder. ValueError names a tensor that is missing or of another size."""
     config = read_json(folder / CONFIG)
     shape = LlamaShape.from_huggingface(config)
     metadata = read_metadata(folder)
@@ -294,12 +289,12 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """Of a folder. ValueError when it is not one of these checkpoints. It is a pickle: open only what you trust."""
+    """Read a folder's `.metadata`, a pickle: open only what you trust. ValueError for another kind of checkpoint."""
     found = read_json(folder / FORMAT)
-    if found.get("sharded_backend") != "torch_dist":
-        raise ValueError(f"{folder} is of format {found.get('sharded_backend')!r}: only torch_dist is read")
+    if (backend := found.get("sharded_backend")) != "torch_dist":
+        raise ValueError(f"{folder} is of format {backend!r}, and only torch_dist is read: save it as that")
     if not (folder / METADATA).is_file():
-        raise ValueError(f"{folder / METADATA} is missing: the checkpoint was not finished")
+        raise ValueError(f"{folder / METADATA} is missing: the checkpoint was not finished, take another")
     metadata = pickle.loads((folder / METADATA).read_bytes())
     assert isinstance(metadata, Metadata), f"{folder / METADATA} holds a {type(metadata).__name__}"
     return metadata
@@ -321,7 +316,7 @@ def _chunk_matrices(
     place: _StorageInfo,
     dtype: DType,
 ) -> Iterator[Stored]:
-    """The layers of a chunk (Megatron saves one at a time)."""
+    """Yield the layers of a chunk (Megatron saves one at a time)."""
     inner_offsets, inner_sizes = (offsets[1:], sizes[1:]) if tensor.layers else (offsets, sizes)
     row, rows = (0, 1) if tensor.is_vector else (inner_offsets[0], inner_sizes[0])
     layers = range(offsets[0], offsets[0] + sizes[0]) if tensor.layers else range(1)

@@ -36,7 +36,7 @@ SAME_KEYS = (
 
 @dataclass(frozen=True)
 class RankSplit:
-    """Tensor and pipeline ranks."""
+    """The numbers of tensor-parallel and pipeline-parallel ranks."""
 
     tp: int = 1
     pp: int = 1
@@ -56,14 +56,14 @@ def check_split(shape: LlamaShape, split: RankSplit) -> None:
 
 
 def rank_file(rank: int) -> str:
-    """Its name."""
+    """Return the name of a rank's file."""
     return f"rank{rank}.safetensors"
 
 
 def rank_matrices(
     shape: LlamaShape, split: RankSplit, parallel_embedding: bool = True
 ) -> Iterator[tuple[str, str, tuple[int, ...], Matrix]]:
-    """(file, name, shape, patchwork) of every weight of every rank."""
+    """Yield (file, name, shape, patchwork) of every weight of every rank."""
     check_split(shape, split)
     sizes = huggingface_shapes(shape)
     output = "model.embed_tokens.weight" if shape.tie_word_embeddings else "lm_head.weight"
@@ -115,7 +115,7 @@ def _layer(shape: LlamaShape, tensors: Mapping[str, Matrix], tp_rank: int, tp: i
 
 
 def plan(shape: LlamaShape, split: RankSplit, dtype: DType) -> Plan:
-    """A checkpoint in 16 bits. ValueError for another dtype, or a split that is not possible."""
+    """Plan a checkpoint in 16 bits. ValueError for another dtype, or an impossible split."""
     if dtype is DType.FLOAT32:
         raise ValueError("TensorRT-LLM takes 16-bit weights: add --dtype bfloat16 (or float16)")
     entries: dict[str, list[TensorEntry]] = {}
@@ -147,10 +147,8 @@ def config(shape: LlamaShape, split: RankSplit, dtype: DType) -> dict[str, Any]:
 
 
 def open_checkpoint(folder: Path, tied: bool) -> Checkpoint:
-    """A checkpoint. In it a tied output is a copy of the embedding; `tied` says that it is one.
-
-    ValueError names the file and tensor that are wrong.
-    """
+    """Open a checkpoint. A tied output is a copy of the embedding in it; `tied` says that it is one. ValueError names
+    the file and tensor that are wrong."""
     found = read_json(folder / CONFIG)
     shape, split = read_shape(found, folder, tied), read_split(found)
     stored = []
@@ -169,19 +167,19 @@ def open_checkpoint(folder: Path, tied: bool) -> Checkpoint:
 
 
 def _is_derived(name: str) -> bool:
-    """Rotary tables that some converters write and nobody reads, and scales."""
+    """Tell whether a tensor is a scale, or a rotary table that some converters write and nobody reads."""
     return "embed_positions" in name or "rotary_inv_freq" in name or name.endswith("scaling_factor")
 
 
 def read_split(found: Mapping[str, Any]) -> RankSplit:
-    """Of a checkpoint's config."""
+    """Return the ranks that a checkpoint's config names."""
     return RankSplit(found["mapping"]["tp_size"], found["mapping"]["pp_size"])
 
 
 def read_shape(found: Mapping[str, Any], folder: Path, tied: bool) -> LlamaShape:
-    """Of a checkpoint's config. ValueError when it is another model."""
+    """Return the shape that a checkpoint's config describes. ValueError when it is another model."""
     if found.get("architecture") != "LlamaForCausalLM" or found.get("position_embedding_type") != "rope_gpt_neox":
-        raise ValueError(f"{folder / CONFIG} is that of a {found.get('architecture')}: only Llama is converted")
+        raise ValueError(f"{folder / CONFIG} is that of a {found.get('architecture')}: only Llama is supported")
     return LlamaShape.from_huggingface(
         {
             **{key: found[key] for key in SAME_KEYS},

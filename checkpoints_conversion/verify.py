@@ -1,7 +1,6 @@
-"""The proof of a conversion: both sides read as Hugging Face's tensors, block by block, and hashed.
+"""The proof of a conversion: both sides are read as Hugging Face's tensors, block by block, and hashed.
 
-Reading is done by the description of each layout, not by what the conversion did; the descriptions are tested against
-independent implementations.
+They are read by the description of each layout, which is tested against independent implementations.
 """
 
 import time
@@ -27,8 +26,8 @@ PROOF = "proof.json"
 
 @dataclass(frozen=True)
 class Proof:
-    """Two checkpoints hold the same numbers, apart from a cast to `dtype`. `xxh3` is of all tensors in the order of
-    the model, as numbers of `dtype`: every right copy of a model has the same."""
+    """`proof.json`: two checkpoints hold the same numbers, apart from a cast to `dtype`. `xxh3` hashes all tensors in
+    the order of the model, as numbers of `dtype`: every right copy of a model has the same."""
 
     source: str
     destination: str
@@ -43,15 +42,13 @@ class Proof:
     file_sizes: dict[str, int]  # of the destination's weights
 
     def save(self) -> None:
-        """Beside the destination's weights."""
+        """Write it into the destination's folder."""
         (Path(self.destination) / PROOF).write_bytes(pretty_json(asdict(self)))
 
 
-def check_proven(folder: Path) -> None:
-    """ValueError when a folder is the outcome of a conversion that was not verified, or its files changed since.
-
-    What no conversion made (it has no `conversion.json`), such as the trainer's export, needs no proof.
-    """
+def check_verified(folder: Path) -> None:
+    """ValueError when a folder was converted and not verified, or its files changed since. What no conversion made (it
+    has no `conversion.json`), such as the trainer's export, needs no proof."""
     if not (folder / RECORD).is_file():
         return
     source = read_record(folder).source
@@ -64,7 +61,7 @@ def check_proven(folder: Path) -> None:
 
 
 def prove(source: Path, destination: Path, bar: Bar = no_bar) -> Proof:
-    """Both folders hold the same model. ValueError says where they differ, or what is wrong with one of them."""
+    """Verify that both folders hold the same model. ValueError says where they differ, or which one is broken."""
     started = time.monotonic()
     first, second = open_checkpoint(source), open_checkpoint(destination)
     if first.is_fp8 and not second.is_fp8:
@@ -106,7 +103,7 @@ def prove(source: Path, destination: Path, bar: Bar = no_bar) -> Proof:
 
 
 def check_shapes(first: Checkpoint, second: Checkpoint) -> None:
-    """ValueError when the configs tell of different models."""
+    """ValueError when the configs describe different models."""
     if first.shape != second.shape:
         names = [item.name for item in fields(LlamaShape)]
         pairs = [(name, getattr(first.shape, name), getattr(second.shape, name)) for name in names]
@@ -115,7 +112,7 @@ def check_shapes(first: Checkpoint, second: Checkpoint) -> None:
 
 
 def wrong_scales(first: Checkpoint, second: Checkpoint, reader: Reader) -> list[str]:
-    """FP8 tensors whose scale is not that of their group's largest weight. `reader` has read all of `first`."""
+    """Return FP8 tensors whose scale is not that of their group's largest weight. `reader` has read all of `first`."""
     linears = list(linear_names(first.shape))
     wanted = shared_scales(largest_weights(first, second.dtype, reader, linears))
     found = {name: second.sources[f"{name}.weight"].cover[0][1].scale for name in linears}
@@ -123,7 +120,7 @@ def wrong_scales(first: Checkpoint, second: Checkpoint, reader: Reader) -> list[
 
 
 def _as_stored(reader: Reader, first: Checkpoint, second: Checkpoint, name: str) -> Iterator[Bits]:
-    """The blocks of a tensor of `first` as `second` should hold them."""
+    """Yield the blocks of a tensor of `first` as `second` should hold them."""
     source = second.sources[name]
     rounding = Rounding.DIRECT if second.kind == trtllm.KIND else Rounding.BY_16_BITS
     for block in reader.blocks(name, MAX_BLOCK_BYTES):

@@ -11,7 +11,7 @@ from srlm_mega.chat import Chat
 from srlm_mega.checkpoints_conversion.huggingface import open_weights, read_shape, write_folder
 from srlm_mega.checkpoints_conversion.llama import LlamaShape
 from srlm_mega.checkpoints_conversion.random_weights import random_weights
-from srlm_mega.checkpoints_conversion.verify import check_proven
+from srlm_mega.checkpoints_conversion.verify import check_verified
 from srlm_mega.config.training import ModelConfig
 from srlm_mega.errors import UserError
 from srlm_mega.run.work import Done, Work
@@ -57,7 +57,7 @@ def link_folder(model: ModelConfig, source: Path, target: Path) -> None:
     require_model_folder("model.path", source)
     try:
         if not model.allow_unverified:
-            check_proven(source)
+            check_verified(source)
         open_weights(source)  # a missing or misshapen tensor is reported before anything is trained
         found = asdict(read_shape(source))
     except ValueError as error:

@@ -10,7 +10,7 @@ import pytest
 from test_convert import GQA, model
 from test_fp8 import AMAX
 
-from srlm_mega.checkpoints_conversion.verify import check_proven
+from srlm_mega.checkpoints_conversion.verify import check_verified
 from srlm_mega.cli.convert import parse_bytes
 from srlm_mega.errors import USER_ERROR, UserError
 from srlm_mega.tools import bench_conversion
@@ -29,7 +29,7 @@ def test_convert_and_verify(srlm: Path, tmp_path: Path) -> None:
     assert done.returncode == 0 and done.stdout.startswith(f"{out}: trtllm, bfloat16, "), done.stderr
     verified = run(srlm, "convert", "verify", source, out)
     assert verified.returncode == 0 and "num_tensors       39" in verified.stdout, verified.stderr
-    check_proven(tmp_path / "out")
+    check_verified(tmp_path / "out")
     again = run(srlm, "convert", source, out, "--to", "trtllm")
     assert again.returncode == USER_ERROR and again.stderr.startswith(f"error: {out} exists already: remove it")
 

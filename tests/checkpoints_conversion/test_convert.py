@@ -30,7 +30,7 @@ from srlm_mega.checkpoints_conversion.huggingface import open_weights, read_shap
 from srlm_mega.checkpoints_conversion.layout import column_shard, row_shard, vocabulary_shard
 from srlm_mega.checkpoints_conversion.llama import LlamaShape, RopeScaling
 from srlm_mega.checkpoints_conversion.logits import compare_logits
-from srlm_mega.checkpoints_conversion.verify import check_proven, prove
+from srlm_mega.checkpoints_conversion.verify import check_verified, prove
 
 ODD_VOCABULARY = 21
 GQA = LlamaShape(4, 32, 24, 8, 4, ODD_VOCABULARY, 64, 1e-5, 10000.0)
@@ -440,15 +440,15 @@ def test_a_proof_sees_one_changed_bit(tmp_path: Path) -> None:
 def test_what_was_converted_needs_a_proof(tmp_path: Path) -> None:
     source = model(tmp_path / "model")
     out = there(source, tmp_path / "out", Kind.TRTLLM, 2)
-    check_proven(source)  # nobody converted it
+    check_verified(source)  # nobody converted it
     with pytest.raises(ValueError, match=r"converted and not verified: srlm convert verify .*model .*out"):
-        check_proven(out)
+        check_verified(out)
     prove(source, out, no_bar).save()
-    check_proven(out)
+    check_verified(out)
     with (out / "rank1.safetensors").open("ab") as file:
         file.write(b" ")
     with pytest.raises(ValueError, match=r"rank1\.safetensors is not what was verified"):
-        check_proven(out)
+        check_verified(out)
 
 
 def test_configs_of_different_models_are_no_proof(tmp_path: Path) -> None:
