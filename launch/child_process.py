@@ -1,4 +1,4 @@
-"""What every process that we start is given: its environment, an end with its parent, its stacks when it is asked."""
+"""The environment of the processes that we start, their end with their parent, and their stacks on request."""
 
 import ctypes
 import faulthandler
@@ -22,17 +22,17 @@ PREFERENCES = {
 
 
 def environment(inherited: Mapping[str, str], threads: int, cpu: bool) -> dict[str, str]:
-    """The environment of a stage's processes; what several nodes need of it is in env.sh too, with the reasons.
+    """Return the environment of a stage's processes. What several nodes need of it is in env.sh too, with reasons.
 
     - OMP_NUM_THREADS: ranks share the cores; more threads than cores make every rank slower.
-    - PYTHONSAFEPATH: the project's root holds folders named `kernels` and `tools`, which other packages would find.
+    - PYTHONSAFEPATH: the project's root holds folders named `kernels` and `tools`, which other packages would import.
     - CUDA_DEVICE_MAX_CONNECTIONS: Megatron's overlap of tensor-parallel communication wants one queue.
-    - PREFERENCES: unless somebody set them. NCCL speaks when something is wrong; a rank whose partner is lost ends with
-      an error; the allocator grows what it has, as batches differ in length.
-    - HF_HUB_OFFLINE, TRANSFORMERS_VERBOSITY: a stage reads local files only, and says what is worth saying itself.
+    - PREFERENCES: unless the user set them. NCCL prints when something is wrong; a rank whose partner is lost ends with
+      an error; the allocator extends its segments, as batches differ in length.
+    - HF_HUB_OFFLINE, TRANSFORMERS_VERBOSITY: a stage reads local files only, and prints what matters itself.
     - TORCHDYNAMO_DISABLE (CPU): Megatron wraps functions in torch.compile when it is imported; its fusions are for
       GPUs, and loading the compiler costs every rank more than a second.
-    - PYTHONWARNINGS: that Transformer Engine and apex are absent is known on a CPU.
+    - PYTHONWARNINGS: a CPU has no Transformer Engine and no apex, so warnings about them are noise.
     """
     settings = {
         "OMP_NUM_THREADS": str(threads),
@@ -49,15 +49,13 @@ def environment(inherited: Mapping[str, str], threads: int, cpu: bool) -> dict[s
 
 
 def die_with(parent_pid: int) -> None:
-    """Ask Linux to kill this process when its parent ends, however it ends; for `preexec_fn`, it survives the exec.
-
-    A parent that is already gone is noticed too.
-    """
+    """Ask Linux to kill this process when its parent ends, however it ends; for `preexec_fn`, since it survives the
+    exec. Ends at once when the parent is already gone."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent_pid:
         os._exit(1)
 
 
 def show_stacks_when_asked() -> None:
-    """From now on this process writes the stacks of its threads to stderr when it gets SIGUSR2."""
+    """Write the stacks of this process's threads to stderr whenever it gets SIGUSR2."""
     faulthandler.register(SHOW_STACKS, all_threads=True)

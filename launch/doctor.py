@@ -1,5 +1,5 @@
-"""Run the probes, each in a process of its own with a time limit, so that what is broken breaks only that; and turn
-what they found into a table with a remedy for everything that is wrong."""
+"""Run the probes, each in a process of its own with a time limit, so that a broken part breaks only its probe; and turn
+their answers into a table with a remedy for everything that is wrong."""
 
 import json
 import os
@@ -34,7 +34,7 @@ HUNG = "see where it hangs: timeout -s ABRT 60 python -X faulthandler -c 'import
 
 @dataclass(frozen=True)
 class Probed:
-    """What came of a probe: an answer, or a failure in words."""
+    """The outcome of a probe: an answer, or a failure in words."""
 
     name: str
     answer: Answer | None
@@ -43,7 +43,7 @@ class Probed:
 
 @dataclass(frozen=True)
 class DoctorRow:
-    """One part. `remedy` is empty when there is nothing to do."""
+    """One part of the environment. `remedy` is empty when there is nothing to do."""
 
     name: str
     status: Status
@@ -53,13 +53,13 @@ class DoctorRow:
 
 
 def run_probes(names: Sequence[str], seconds: float) -> list[Probed]:
-    """Some at a time: each may import torch."""
+    """Run probes, a few at a time since each may import torch; `seconds` limits each."""
     with ThreadPoolExecutor(AT_ONCE) as pool:
         return list(pool.map(lambda name: run_probe(name, seconds), names))
 
 
 def run_probe(name: str, seconds: float) -> Probed:
-    """One of them, by this Python. -P: the script's folder is not searched for packages."""
+    """Run one probe by this Python, for at most `seconds`. -P: the script's folder is not searched for packages."""
     process = subprocess.Popen(
         [sys.executable, "-P", str(SCRIPT), name],
         stdin=subprocess.DEVNULL,
@@ -83,7 +83,7 @@ def run_probe(name: str, seconds: float) -> Probed:
 
 
 def diagnose(probed: Sequence[Probed], chosen: VersionSet, under_slurm: bool) -> list[DoctorRow]:
-    """A row for each probe. Bad: what is needed and is not there, or is there and does not work."""
+    """Return a row for each probe. Bad: a part is needed and absent, or there and broken."""
     found = {one.name: one.answer for one in probed if one.answer is not None and not one.answer.absent}
     python = Package(chosen.python, chosen.python, f"make a virtual environment with Python {chosen.python}")
     packages = {"python": python, **chosen.packages}
@@ -99,7 +99,7 @@ def diagnose(probed: Sequence[Probed], chosen: VersionSet, under_slurm: bool) ->
 
 
 def row(one: Probed, package: Package, found: Mapping[str, Answer], on_gpus: bool) -> DoctorRow:
-    """What is to be said of a part that the set has; `found`: all parts that are there."""
+    """Judge a part that the version set has; `found` are all parts that are there."""
     wanted = package.tested or package.needs or "any"
     answer = one.answer
     if answer is None:
@@ -120,7 +120,7 @@ def row(one: Probed, package: Package, found: Mapping[str, Answer], on_gpus: boo
 
 
 def clash_with_torch(name: str, version: str, torch: Answer | None, on_gpus: bool) -> tuple[str, str] | None:
-    """What torch wants of another part, and the remedy, where that is not what is there."""
+    """Return what torch wants of another part, and the remedy; None when it has that."""
     if torch is None:
         return None
     if name == "triton" and torch.triton:
@@ -138,7 +138,7 @@ def clash_with_torch(name: str, version: str, torch: Answer | None, on_gpus: boo
 
 
 def remedy_of_failure(one: Probed, package: Package) -> str:
-    """By what the last line of a traceback is known to mean."""
+    """Choose a remedy by the last line of a traceback."""
     failure = one.failure
     if "libcuda.so" in failure:
         return LIBCUDA
@@ -154,7 +154,7 @@ def remedy_of_failure(one: Probed, package: Package) -> str:
 
 
 def said(one: Probed) -> str:
-    """Version and detail, or why there is none."""
+    """Return a part's version and detail, or the reason why there is none."""
     if one.answer is None:
         return one.failure
     version = "absent" if one.answer.absent else one.answer.version
@@ -163,5 +163,5 @@ def said(one: Probed) -> str:
 
 
 def is_well(rows: Sequence[DoctorRow]) -> bool:
-    """Whether all that is needed is there and works."""
+    """Tell whether everything that is needed is there and works."""
     return all(row.status != "bad" for row in rows)

@@ -1,23 +1,23 @@
 # shellcheck shell=bash
-# What every process of a run wants, with the reason for each; srlm sets the same for the stages it starts
-# (environment() in child_process.py). Source this before you start ranks yourself.
+# Variables that every process of a run needs, each with its reason; srlm sets the same for the stages it starts
+# (environment() in child_process.py). Source this file before you start ranks yourself.
 
 # Ranks share the cores; more threads than cores make every rank slower.
 export OMP_NUM_THREADS=1
-# The project's root holds folders named kernels and tools, which other packages would find.
+# The project's root holds folders named kernels and tools, which other packages would import.
 export PYTHONSAFEPATH=1
 # Megatron's overlap of tensor-parallel communication wants one queue.
 export CUDA_DEVICE_MAX_CONNECTIONS=1
-# A stage reads local files only, and says what is worth saying itself.
+# A stage reads local files only, and prints what matters itself.
 export HF_HUB_OFFLINE=1
 export TRANSFORMERS_VERBOSITY=error
-# Tokenizers' threads and forks do not go together.
+# Tokenizers' threads and forked processes do not work together.
 export TOKENIZERS_PARALLELISM=false
 
-# Yours count for the rest, where you have set them.
-# NCCL says something only when something is wrong.
+# Values that you have set count for the rest.
+# NCCL prints only when something is wrong.
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
-# A rank whose partner is lost ends with an error; it does not wait for ever.
+# A rank whose partner is lost ends with an error and does not wait for ever.
 export TORCH_NCCL_ASYNC_ERROR_HANDLING="${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}"
-# Batches differ in length: the allocator grows what it has and does not keep pieces nobody can use.
+# Batches differ in length: the allocator extends its segments and keeps no pieces that are too small to use.
 export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"

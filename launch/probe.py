@@ -1,7 +1,5 @@
-"""Try one part of an environment: `python probe.py NAME` prints an Answer as JSON, or ends in any way a broken package
-may end: a traceback, a crash, never. So it runs in a process of its own (run_probe in doctor.py), and imports nothing
-of ours.
-"""
+"""Try one part of an environment: `python probe.py NAME` prints an Answer as JSON, or ends like a broken package: with
+a traceback, a crash, or never. So it has a process of its own (run_probe in doctor.py), and imports no file of ours."""
 
 import ctypes
 import importlib.metadata
@@ -31,8 +29,8 @@ WEB_TOOLKIT = ("pyramid", "cryptacular", "velruse")  # what PyPI's `apex` asks f
 
 @dataclass(frozen=True)
 class Answer:
-    """What was found. `cuda`: that torch is built for, empty for a CPU build; `triton`: what torch's metadata asks for;
-    `stranger`: a package that only has the same name."""
+    """The state of one part. `cuda`: the CUDA that torch is built for, empty for a CPU build; `triton`: the requirement
+    in torch's metadata; `stranger`: another project's package of the same name."""
 
     version: str = ""
     absent: bool = False
@@ -43,7 +41,7 @@ class Answer:
 
 
 def probe(name: str) -> Answer:
-    """Import or ask it."""
+    """Import the part, or ask it. ValueError for an unknown name."""
     match name:
         case "python":
             return Answer(platform.python_version(), detail=sys.executable)
@@ -64,7 +62,7 @@ def probe(name: str) -> Answer:
 
 
 def package(name: str) -> Answer:
-    """A package that can be imported."""
+    """Import a package."""
     distribution, module = MODULES[name]
     if importlib.util.find_spec(module.partition(".")[0]) is None:
         return Answer(absent=True)
@@ -77,7 +75,7 @@ def package(name: str) -> Answer:
 
 
 def torch_build(found: Answer) -> Answer:
-    """And what torch was built for; one small product shows that it computes."""
+    """Add what torch was built for; one small product shows that it computes."""
     if found.absent:
         return found
     torch = import_module("torch")
@@ -88,7 +86,7 @@ def torch_build(found: Answer) -> Answer:
 
 
 def driver() -> Answer:
-    """NVIDIA's driver: the CUDA it supports, and how many devices it shows. OSError without libcuda.so.1."""
+    """Ask NVIDIA's driver for the CUDA it supports and the number of devices. OSError without libcuda.so.1."""
     library = ctypes.CDLL("libcuda.so.1")
     error = library.cuInit(0)
     if error:
@@ -101,7 +99,7 @@ def driver() -> Answer:
 
 
 def nccl() -> Answer:
-    """The one that torch was built with."""
+    """Return the NCCL that torch was built with."""
     if importlib.util.find_spec("torch") is None:
         return Answer(absent=True)
     torch = import_module("torch")
@@ -111,7 +109,7 @@ def nccl() -> Answer:
 
 
 def is_stranger() -> bool:
-    """Whether `apex` is PyPI's: a toolkit for web sites, known by what it asks for."""
+    """Tell whether `apex` is PyPI's, a toolkit for web sites, by its requirements."""
     try:
         asks = importlib.metadata.requires("apex") or []
     except importlib.metadata.PackageNotFoundError:
@@ -120,7 +118,7 @@ def is_stranger() -> bool:
 
 
 def slurm() -> Answer:
-    """Its commands, and whether the controller answers."""
+    """Look for Slurm's commands, and ask whether its controller answers."""
     if shutil.which("srun") is None or shutil.which("sbatch") is None:
         return Answer(absent=True)
     asked = subprocess.run(["srun", "--version"], capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""How the ranks of a training stage start: by torchrun on this node, or as a step of the Slurm allocation that this
+"""The start of a training stage's ranks: by torchrun on this node, or as a step of the Slurm allocation that this
 process is in, with torchrun on each of its nodes."""
 
 import os
@@ -30,7 +30,7 @@ exec "$2" --node-rank="$SLURM_NODEID" "${@:3}"
 
 @dataclass(frozen=True)
 class Start:
-    """A command line, and the folder with what its nodes print, where that is not what it prints itself."""
+    """A command line, and the folder that its nodes log to; None where it prints itself."""
 
     argv: list[str]
     logs: Path | None = None
@@ -38,7 +38,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Allocation:
-    """A Slurm job's nodes, and how often it was requeued."""
+    """A Slurm job's nodes, and the number of times it was requeued."""
 
     job: int
     attempt: int
@@ -47,8 +47,8 @@ class Allocation:
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """Where ranks on several nodes meet: at a port of one node, the first with launch.rendezvous=static. With c10d the
-    nodes decide among themselves who is first, and `id` keeps jobs apart."""
+    """The place where ranks of several nodes find each other: a port of one node, the first with
+    launch.rendezvous=static. With c10d the nodes choose the first themselves, and `id` keeps jobs apart."""
 
     host: str
     port: int
@@ -57,8 +57,8 @@ class Rendezvous:
 
 @dataclass(frozen=True)
 class JobStep:
-    """How a step of a Slurm allocation starts: on these nodes, with a file per node in `logs`, in a container (pyxis)
-    where one is given, which sees the working directory and `mounts`."""
+    """A step of a Slurm allocation: its nodes, the folder of their logs, and its container (pyxis) if there is one,
+    which sees the working directory and `mounts`."""
 
     hosts: tuple[str, ...]
     logs: Path
@@ -67,8 +67,8 @@ class JobStep:
 
 
 def start_ranks(config: Config, run: RunDir, name: str, arguments: Sequence[str], shared_file: Path) -> Start:
-    """`srlm` with these arguments as all ranks, which must see `shared_file`; `name` is their log's. CannotContinue,
-    with what to type on each node, when there are several nodes and no Slurm; UserError when this cannot be."""
+    """Return how `srlm` starts with these arguments as all ranks, which must see `shared_file`; `name` is their log's.
+    CannotContinue, with the command for each node, for several nodes without Slurm; UserError when it cannot be."""
     launch, bin_dir = config.launch, Path(sys.executable).parent
     match launch.launcher:
         case "torchrun":
@@ -89,7 +89,7 @@ def start_ranks(config: Config, run: RunDir, name: str, arguments: Sequence[str]
 
 
 def start_one(config: Config, run: RunDir, name: str, arguments: Sequence[str], starts_steps: bool) -> Start:
-    """`srlm` with these arguments as one process: in the container that training has, unless it starts steps itself."""
+    """Return how `srlm` starts as one process: in training's container, unless the process starts steps itself."""
     if config.launch.launcher == "slurm" and config.launch.slurm.container is not None and not starts_steps:
         step = job_step(config, run, allocation_for(1), name)
         return Start(process_in_step(["srlm", *arguments], step), step.logs)
@@ -97,7 +97,7 @@ def start_one(config: Config, run: RunDir, name: str, arguments: Sequence[str], 
 
 
 def allocation_for(nodes: int) -> Allocation:
-    """The allocation, with as many nodes as needed whose first one can be reached by its name. UserError otherwise."""
+    """Return the allocation. UserError when it has too few nodes, or the name of the first one does not resolve."""
     allocation = current_allocation(os.environ)
     if len(allocation.hosts) < nodes:
         raise UserError(
@@ -110,7 +110,7 @@ def allocation_for(nodes: int) -> Allocation:
 
 
 def current_allocation(variables: Mapping[str, str]) -> Allocation:
-    """From Slurm's variables. UserError outside of an allocation."""
+    """Read the allocation from Slurm's variables. UserError outside of one."""
     job, nodes = variables.get("SLURM_JOB_ID"), variables.get("SLURM_JOB_NODELIST")
     if job is None or nodes is None:
         raise UserError(
@@ -124,18 +124,18 @@ def current_allocation(variables: Mapping[str, str]) -> Allocation:
 
 
 def check_resolves(host: str) -> None:
-    """UserError when a name has no address here."""
+    """UserError when a host name has no address here."""
     try:
         socket.getaddrinfo(host, None)
     except socket.gaierror as error:
         raise UserError(
-            f"the host name {host} does not resolve on {socket.gethostname()} ({error.strerror}): ranks meet there, so "
-            "every node needs its address, in DNS or in /etc/hosts"
+            f"the host name {host} does not resolve on {socket.gethostname()} ({error.strerror}), and ranks find each "
+            "other there: every node needs its address, in DNS or in /etc/hosts"
         ) from None
 
 
 def job_step(config: Config, run: RunDir, allocation: Allocation, name: str) -> JobStep:
-    """A step on the allocation's first nodes; its logs are this attempt's."""
+    """Describe a step on the allocation's first nodes, with logs of this attempt."""
     slurm = config.launch.slurm
     return JobStep(
         hosts=allocation.hosts[: config.launch.nodes],
@@ -146,7 +146,7 @@ def job_step(config: Config, run: RunDir, allocation: Allocation, name: str) -> 
 
 
 def by_hand(launch: LaunchConfig, name: str, argv: Sequence[str]) -> str:
-    """What to type on each node of a cluster without Slurm."""
+    """Return the commands to type on the nodes of a cluster without Slurm."""
     script = Path(__file__).with_name("torchrun_multinode.sh")
     options = [f"--nnodes={launch.nodes}", f"--nproc-per-node={launch.processes_per_node}"]
     options += ["--rendezvous=c10d"] if launch.rendezvous == "c10d" else []
@@ -158,12 +158,12 @@ def by_hand(launch: LaunchConfig, name: str, argv: Sequence[str]) -> str:
     return (
         f"{name} takes launch.nodes={launch.nodes}, and launch.launcher=torchrun starts processes on this node only. "
         "With Slurm: srlm launch slurm CONFIG. Without, start each line on its node, with the first one's name for "
-        f"FIRST_NODE:\n{lines}\n`srlm run` then goes on behind what they made"
+        f"FIRST_NODE:\n{lines}\nThen `srlm run` continues with the next stage"
     )
 
 
 def tool(bin_dir: Path | None, name: str) -> str:
-    """A command beside the Python, or on a container's PATH."""
+    """Return the path of a command next to the Python, or its name, for a container's PATH."""
     return name if bin_dir is None else str(bin_dir / name)
 
 
@@ -182,18 +182,15 @@ def ranks_in_step(
     step: JobStep,
     shared_file: Path,
 ) -> list[str]:
-    """A command as ranks on all nodes of a step: one task per node, and torchrun in each. A node that does not see
-    `shared_file` says so. When a task fails, the others end."""
+    """Return a command as ranks on all nodes of a step: one task per node, and torchrun in each. A node that does not
+    see `shared_file` fails and says so. When a task fails, the others are ended."""
     task = ["bash", "-c", TASK, "task", str(shared_file), tool(bin_dir, "torchrun"), *agent(launch, rendezvous, argv)]
     return [*srun_step(step), "--kill-on-bad-exit=1", "--wait=60", *task]
 
 
 def agent(launch: LaunchConfig, rendezvous: Rendezvous, argv: Sequence[str]) -> list[str]:
-    """torchrun's arguments, on each node the same but for --node-rank, which comes before them.
-
-    No restarts: on several nodes workers may reconnect to addresses from before the restart; who starts the job again
-    goes on from the checkpoint.
-    """
+    """Return torchrun's arguments, the same on each node but for --node-rank, which comes before them. No restarts:
+    workers may reconnect to addresses from before the restart. Started again, the job resumes from its checkpoint."""
     host, port = rendezvous.host, rendezvous.port
     match launch.rendezvous:
         case "static":
@@ -207,12 +204,12 @@ def agent(launch: LaunchConfig, rendezvous: Rendezvous, argv: Sequence[str]) -> 
 
 
 def process_in_step(argv: Sequence[str], step: JobStep) -> list[str]:
-    """A command as one process on the first node."""
+    """Return a command as one process on the step's first node."""
     return [*srun_step(replace(step, hosts=step.hosts[:1])), *argv]
 
 
 def srun_step(step: JobStep) -> list[str]:
-    """One task per node with all of the node: its ranks share what the task has, so it is bound to no core."""
+    """Return srun for one task per node, which has all of the node and is bound to no core: its ranks share it."""
     number = len(step.hosts)
     container = pyxis(step.container, step.mounts, Path.cwd())
     return [
@@ -222,13 +219,13 @@ def srun_step(step: JobStep) -> list[str]:
 
 
 def literal(path: Path) -> str:
-    """A path in which Slurm replaces nothing."""
+    """Escape a path in which Slurm would replace %."""
     return str(path).replace("%", "%%")
 
 
 def pyxis(container: str | None, mounts: Sequence[Path], workdir: Path) -> list[str]:
-    """srun's options for a container: it sees the working directory and `mounts`, and nobody's home. UserError for
-    folders whose names pyxis would take apart."""
+    """Return srun's options for a container that sees the working directory and `mounts`, and no home folder. UserError
+    for folders whose names pyxis would take apart."""
     if container is None:
         return []
     seen = (workdir, *(path.resolve() for path in mounts))
@@ -243,7 +240,7 @@ def pyxis(container: str | None, mounts: Sequence[Path], workdir: Path) -> list[
 
 
 def gpu_request(option: Literal["gpus-per-node", "gres"], number: int) -> str:
-    """How a cluster is asked for so many GPUs of each node."""
+    """Return the option that asks for `number` GPUs of each node."""
     match option:
         case "gpus-per-node":
             return f"--gpus-per-node={number}"
@@ -254,5 +251,5 @@ def gpu_request(option: Literal["gpus-per-node", "gres"], number: int) -> str:
 
 
 def port_of(job: int) -> int:
-    """A port for a job's ranks: outside of what systems give to outgoing connections (32768 and above)."""
+    """Choose a port for a job's ranks, below those that systems give to outgoing connections (32768 and above)."""
     return 10_000 + job % 20_000

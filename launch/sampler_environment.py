@@ -1,5 +1,5 @@
-"""Where the configuration has the sampler's processes run: beside another Python, in a container, as steps of the Slurm
-allocation; and the command line that starts them there. Containers and `srun --mpi` were never run so far."""
+"""The environment of the sampler's processes (another Python, a container, steps of the Slurm allocation), and the
+command line that starts them there. Containers and `srun --mpi` have not been run yet."""
 
 import os
 import sys
@@ -17,7 +17,7 @@ def check_sampler_environment(config: Config) -> None:
     sampler = config.sampler
     if sampler.container is None and not Path(program(config)).is_file():
         raise UserError(
-            f"sampler.python {sampler.python or sys.executable}: there is no srlm beside it. In that "
+            f"sampler.python {sampler.python or sys.executable}: there is no srlm next to it. In that "
             "environment: pip install --no-deps srlm-mega, and what docs/sampling.md lists"
         )
     if sampler.slurm:
@@ -28,11 +28,9 @@ def check_sampler_environment(config: Config) -> None:
 
 
 def sampler_process(config: Config, arguments: Sequence[str]) -> list[str]:
-    """`srlm` with these arguments in the sampler's environment. UserError when it cannot be entered.
-
-    Under Slurm it is a step of this allocation: TP * PP tasks of which the first runs the command and the others wait
-    for it (trtllm-llmapi-launch), over several nodes where one is too small.
-    """
+    """Return the command of `srlm` in the sampler's environment. UserError when it cannot be entered. Under Slurm it is
+    a step of this allocation: TP * PP tasks of which the first runs the command and the others wait for it
+    (trtllm-llmapi-launch), over several nodes where one is too small."""
     check_sampler_environment(config)
     sampler = config.sampler
     if sampler.slurm:
@@ -43,7 +41,7 @@ def sampler_process(config: Config, arguments: Sequence[str]) -> list[str]:
 
 
 def program(config: Config) -> str:
-    """The `srlm` beside the Python, or on a container's PATH."""
+    """Return the path of `srlm` next to the Python, or its name, for a container's PATH."""
     sampler = config.sampler
     if sampler.container is not None:
         return "srlm"
@@ -51,8 +49,8 @@ def program(config: Config) -> str:
 
 
 def docker(config: Config, image: str) -> list[str]:
-    """A container on this node that sees the working directory, `mounts` and all GPUs, and ends with the process. Of
-    the environment it is given the processes' settings and the keys of external judges, by name."""
+    """Return `docker run` for a container on this node that sees the working directory, `mounts` and all GPUs, and ends
+    with the process. It gets the processes' settings and the keys of external judges from the environment, by name."""
     here = Path.cwd()
     mounts = (path.resolve() for path in config.sampler.mounts)
     judges = config.pairwise_judges.values()
@@ -64,8 +62,7 @@ def docker(config: Config, image: str) -> list[str]:
 
 
 def srun_replica(config: Config) -> list[str]:
-    """A step of this allocation for one replica, in a container (pyxis) where one is given. --exact lets steps share a
-    node, --mem=0 its memory."""
+    """Return srun for one replica, in its container (pyxis) if it has one. --exact and --mem=0: steps share nodes."""
     sampler, devices = config.sampler, config.sampler.devices_per_replica
     mpi = config.sampler.traits.needs_mpi
     nodes = -(-devices // sampler.devices_per_node)
@@ -82,7 +79,7 @@ def srun_replica(config: Config) -> list[str]:
 
 
 def devices_of(replica: int, config: Config) -> dict[str, str]:
-    """CUDA_VISIBLE_DEVICES of a replica beside others on this node. Under Slurm the step decides."""
+    """Return CUDA_VISIBLE_DEVICES of one of the replicas on this node; nothing under Slurm, where the step decides."""
     if config.sampler.slurm:
         return {}
     devices = config.sampler.devices_per_replica

@@ -1,4 +1,4 @@
-"""From a configuration to a Slurm job: what it asks for, its script, what is refused before it is submitted."""
+"""From a configuration to a Slurm job: its resources, its script, and what is refused before it is submitted."""
 
 import json
 import re
@@ -29,8 +29,8 @@ GPUS = re.compile(r"gpu:(?:[^:,(]+:)?(\d+)")
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """A configuration as a job that does the whole run or one kind of work. `stages` are those of train and sample;
-    the job works in `workdir`, which is absolute."""
+    """A job that does a configuration's whole run or one kind of work. `stages` are those of train and sample; the job
+    runs in `workdir`, an absolute path."""
 
     template: Template
     config: Config
@@ -39,27 +39,27 @@ class SlurmJob:
 
     @property
     def run(self) -> RunDir:
-        """The run folder, absolute."""
+        """Run folder, absolute."""
         return RunDir(self.workdir / self.config.run.dir)
 
     @property
     def name(self) -> str:
-        """As squeue shows it."""
+        """Name in squeue."""
         return f"srlm-{self.run.root.name}"
 
     @property
     def config_file(self) -> Path:
-        """The configuration as it was resolved when the job was written, which the job runs."""
+        """File of the resolved configuration, which the job runs."""
         return self.run.jobs / f"{self.template}.yaml"
 
     @property
     def bin_dir(self) -> Path:
-        """The folder of `srlm` on the nodes."""
+        """Folder of `srlm` on the nodes."""
         return Path(self.config.launch.slurm.python or sys.executable).absolute().parent
 
     @property
     def nodes(self) -> int:
-        """Nodes that training and sampling need, whichever the job does."""
+        """Number of nodes that training and sampling need, whichever the job does."""
         sampler = self.config.sampler
         return self._needed(self.config.launch.nodes, -(-sampler.num_devices // sampler.devices_per_node))
 
@@ -72,7 +72,7 @@ class SlurmJob:
         return self._needed(training, sampling)
 
     def _needed(self, training: int, sampling: int) -> int:
-        """What the job needs, where training and sampling need so much."""
+        """Choose by the template between the figures of training and sampling."""
         match self.template:
             case "run":
                 return max(training, sampling)
@@ -85,15 +85,14 @@ class SlurmJob:
 
     @property
     def preflight_nodes(self) -> int:
-        """The preflight looks at the job's first nodes, those that train; 0 where the job has fewer."""
+        """Number of nodes that the preflight checks, the first ones, which train; 0 where the job has fewer."""
         return self.config.launch.nodes if self.config.launch.nodes <= self.nodes else 0
 
 
 def load_for_job(
     path: Path, overrides: Sequence[str], template: Template, nodes: int | None, slurm: Mapping[str, str | None]
 ) -> Config:
-    """The configuration as the command line's options change it. UserError, with the arithmetic, when the layout does
-    not come out even on so many nodes."""
+    """Load the configuration with the command line's options. UserError when the layout does not divide over nodes."""
     options = [f"launch.slurm.{name}={json.dumps(value)}" for name, value in slurm.items() if value is not None]
     changed = [*overrides, "launch.launcher=slurm", *options]
     if nodes is None:
@@ -105,7 +104,7 @@ def load_for_job(
 
 
 def render(job: SlurmJob) -> str:
-    """The script. UserError where a value would end its line."""
+    """Return the script. UserError for a value with a line break, or a wrong name of a variable."""
     slurm = job.config.launch.slurm
     values = {f"launch.slurm.{name}": value for name, value in slurm}
     values |= {"run.dir": job.run.root, "the working directory": job.workdir, "--stage": job.stages}
@@ -114,7 +113,7 @@ def render(job: SlurmJob) -> str:
             raise UserError(f"{name} has a line break, which no line of a job can hold: {value!r}")
     for name in slurm.environment:
         if not name.isidentifier():
-            raise UserError(f"launch.slurm.environment: {name!r} is no name of a variable")
+            raise UserError(f"launch.slurm.environment: {name!r} is no name of a variable: use letters, digits and _")
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         undefined=StrictUndefined,
@@ -136,7 +135,7 @@ def render(job: SlurmJob) -> str:
 
 
 def has_line_break(value: object) -> bool:
-    """Whether a text, or one of several, has one."""
+    """Tell whether a text, or one of several, has a line break."""
     if isinstance(value, tuple):
         return any(map(has_line_break, value))
     if isinstance(value, dict):
@@ -145,7 +144,7 @@ def has_line_break(value: object) -> bool:
 
 
 def directive(value: object) -> str:
-    """For an #SBATCH line, which knows double quotes and backslashes, and takes nothing else for special."""
+    """Quote a value for an #SBATCH line, in which only double quotes and backslashes are special."""
     text = str(value)
     if text.isascii() and all(letter.isalnum() or letter in "/._-+:,=%@[]" for letter in text):
         return text
@@ -163,7 +162,7 @@ class Partition:
 
 
 def partitions() -> list[Partition]:
-    """The cluster's. UserError when Slurm does not answer."""
+    """Ask Slurm for the cluster's partitions. UserError when it does not answer."""
     asked = ask(["sinfo", "--noheader", "--format=%P|%D|%G"])
     if asked.returncode:
         raise UserError(f"sinfo does not answer, so nothing can be submitted from here: {asked.stderr.strip()}")
@@ -174,7 +173,7 @@ def partitions() -> list[Partition]:
 
 
 def ask(argv: list[str]) -> "subprocess.CompletedProcess[str]":
-    """What a command says. UserError when it says nothing for so long."""
+    """Run a command and return how it ended. UserError when it takes more than PATIENCE_SECONDS."""
     try:
         return subprocess.run(argv, capture_output=True, text=True, check=False, timeout=PATIENCE_SECONDS)
     except subprocess.TimeoutExpired:
@@ -182,7 +181,7 @@ def ask(argv: list[str]) -> "subprocess.CompletedProcess[str]":
 
 
 def parse_partition(line: str) -> Partition:
-    """A line of `sinfo --format=%P|%D|%G`, for example `gpu*|16|gpu:h100:8(S:0-1)`."""
+    """Parse a line of `sinfo --format=%P|%D|%G`, for example `gpu*|16|gpu:h100:8(S:0-1)`."""
     name, nodes, resources = line.strip().split("|")
     gpus = sum(int(number) for number in GPUS.findall(resources))
     return Partition(name.rstrip("*"), name.endswith("*"), int(nodes), gpus)
@@ -196,7 +195,7 @@ def check_fits(partition: str | None, nodes: int, gpus_per_node: int, kinds: Seq
         raise UserError(f"this cluster has no default partition: give --partition, one of {', '.join(names)}")
     own = [kind for kind in kinds if kind.name in chosen.split(",")]
     if not own:
-        raise UserError(f"no partition {chosen}: this cluster has {', '.join(names)}")
+        raise UserError(f"no partition {chosen}: give --partition, one of {', '.join(names)}")
     most = max(kind.gpus_per_node for kind in own)
     if gpus_per_node > most:
         raise UserError(
@@ -206,12 +205,12 @@ def check_fits(partition: str | None, nodes: int, gpus_per_node: int, kinds: Seq
     enough = sum(kind.nodes for kind in own if kind.gpus_per_node >= gpus_per_node)
     if nodes > enough:
         with_gpus = f" with {gpus_per_node} GPUs" if gpus_per_node else ""
-        raise UserError(f"{nodes} nodes{with_gpus} are more than partition {chosen} has, {enough}")
+        raise UserError(f"{nodes} nodes{with_gpus} are more than partition {chosen} has, {enough}: ask for fewer")
 
 
 def write_job(job: SlurmJob) -> Path:
-    """The script, and beside it the configuration it runs; returns the script. Whatever can be known to be wrong with
-    them here is refused first (UserError)."""
+    """Write the script and the configuration that it runs; return the script's path. UserError, before anything is
+    written, for all faults that can be known here."""
     check_outside_files(job.config)
     text = render(job)
     if shutil.which("sinfo") is not None:
@@ -227,14 +226,14 @@ def write_job(job: SlurmJob) -> Path:
 
 
 def check_by(argv: list[str]) -> None:
-    """UserError when a command does not like the script."""
+    """UserError when a command refuses the script."""
     done = ask(argv)
     if done.returncode:
         raise UserError(f"{' '.join(argv)}: {(done.stderr or done.stdout).strip()}")
 
 
 def submit(script: Path) -> int:
-    """Hand the script to Slurm; returns the job's number."""
+    """Submit the script to Slurm and return the job's number. UserError when Slurm refuses it."""
     if shutil.which("sbatch") is None:
         raise UserError(f"there is no sbatch here. Submit it where there is: sbatch {script}")
     done = ask(["sbatch", "--parsable", str(script)])
@@ -242,5 +241,5 @@ def submit(script: Path) -> int:
         raise UserError(f"sbatch {script}: {done.stderr.strip()}")
     number = JOB_NUMBER.search(done.stdout.strip())
     if number is None:
-        raise UserError(f"sbatch {script}: it gave no number of a job, look with squeue: {done.stdout.strip()!r}")
+        raise UserError(f"sbatch {script}: its answer has no job number, look with squeue: {done.stdout.strip()!r}")
     return int(number[1])

@@ -4,8 +4,8 @@
 #   torchrun_multinode.sh --nnodes=2 --nproc-per-node=8 --node-rank=0 --master-addr=node0 srlm stage RUN M1
 #   torchrun_multinode.sh --nnodes=2 --nproc-per-node=8 --node-rank=1 --master-addr=node0 srlm stage RUN M1
 #
-# Options are read as --name=value only. --master-addr: the first node's name or address, reached by all; --master-port:
-# free there, 29400 unless told; --rendezvous=c10d: nodes decide who is first; --threads: OMP_NUM_THREADS, 1 unless told.
+# Options are written --name=value. --master-addr: the first node's name or address, as all nodes reach it; --master-port:
+# a free port there (29400); --rendezvous=c10d: nodes choose the first one themselves; --threads: OMP_NUM_THREADS (1).
 # All nodes must see RUN. To stop with a checkpoint: touch RUN/stop.
 # `srlm run` prints these lines when a stage needs them.
 set -euo pipefail
@@ -59,6 +59,6 @@ esac
 # shellcheck source=launch/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 export OMP_NUM_THREADS=$threads
-# No restarts: workers may reconnect to addresses from before the restart. The same lines again go on from the checkpoint.
+# No restarts: workers may reconnect to addresses from before the restart. The same lines resume from the checkpoint.
 exec "${TORCHRUN:-$(dirname "$(command -v "$1")")/torchrun}" --node-rank="$node_rank" --nnodes="$nnodes" \
   --nproc-per-node="$nproc" "${place[@]}" --max-restarts=0 --no-python "$@"

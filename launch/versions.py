@@ -1,4 +1,4 @@
-"""versions.toml: which versions belong together."""
+"""versions.toml: the sets of versions that belong together."""
 
 import tomllib
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ Purpose = Literal["cpu", "training", "sampling"]
 
 @dataclass(frozen=True)
 class Package:
-    """`needs` and `tested` are version ranges as pip writes them; an empty one takes anything."""
+    """A package of a set. `needs` and `tested` are version ranges as pip writes them; empty ones take any version."""
 
     needs: str
     tested: str
@@ -24,7 +24,7 @@ class Package:
 
 @dataclass(frozen=True)
 class VersionSet:
-    """One environment. `source`: who tried it; `image`: the container to begin from, where there is one."""
+    """One environment. `source`: who tried it; `image`: the container to start from, empty where there is none."""
 
     source: str
     python: str
@@ -33,12 +33,12 @@ class VersionSet:
 
 
 def version_set(purpose: Purpose) -> VersionSet:
-    """From the table."""
+    """Read a set from the table."""
     table = tomllib.loads(FILE.read_text(encoding="utf-8"))[purpose]
     packages = {name: Package(**values) for name, values in table["packages"].items()}
     return VersionSet(table["source"], table["python"], packages, table.get("image", ""))
 
 
 def fits(version: str, wanted: str) -> bool:
-    """Whether a version is in a range. NVIDIA's images have builds such as 2.10.0a0, which count as 2.10."""
+    """Tell whether a version is in a range. NVIDIA's images have builds such as 2.10.0a0, which count as 2.10."""
     return SpecifierSet(wanted).contains(version, prereleases=True)

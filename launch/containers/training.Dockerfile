@@ -7,7 +7,7 @@
 # holds pip to the versions it has (/etc/pip/constraint.txt), so what is installed here cannot replace them.
 FROM nvcr.io/nvidia/pytorch:25.12-py3
 
-# What pyproject.toml asks for beside torch. --no-deps: megatron-core asks for torch by its PyPI name.
+# The requirements of pyproject.toml but torch. --no-deps: megatron-core asks for torch by its PyPI name.
 RUN pip install --no-cache-dir jinja2 matplotlib numpy orjson packaging protobuf psutil pydantic pyyaml rapidfuzz rich \
         safetensors scipy sentencepiece tenacity tensorboard tokenizers typer xxhash transformers==5.23.0 \
     && pip install --no-cache-dir --no-deps megatron-core==0.16.1

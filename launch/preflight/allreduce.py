@@ -1,5 +1,5 @@
-"""The timed all-reduce of a preflight: this node's ranks, started for a short time, and what they and their speeds say
-about nodes and the network between them. The ranks are training/allreduce_check.py and leave their places in files."""
+"""The timed all-reduce of a preflight: this node's ranks run for a short time, and their ends and speeds tell which
+node or network is at fault. The ranks are training/allreduce_check.py and write their progress to files."""
 
 import os
 import shutil
@@ -26,7 +26,7 @@ NETWORK = "Name the network (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME, NCCL_IB_HCA
 
 @dataclass(frozen=True)
 class GroupSpeed:
-    """One group of ranks that adds up its buffers. `gbytes_per_second`: bus bandwidth, 2 (k - 1) / k * bytes / time."""
+    """One group of ranks that adds up its buffers; bus bandwidth is 2 (k - 1) / k * bytes / seconds for k ranks."""
 
     axis: str
     ranks: tuple[int, ...]
@@ -35,7 +35,7 @@ class GroupSpeed:
 
 @dataclass(frozen=True)
 class RankPlace:
-    """The last place a rank came to; `count` of them with it."""
+    """The last place that a rank reached: its number in order, and its name."""
 
     rank: int
     count: int
@@ -44,7 +44,7 @@ class RankPlace:
 
 @dataclass(frozen=True)
 class RanksOutcome:
-    """How the ranks of one node ended. Ranks that did not begin have no place. `error`: what one of them died of."""
+    """The end of one node's ranks. Ranks that did not start have no place. `error`: the reason that a rank died."""
 
     node: str
     first_rank: int
@@ -54,7 +54,7 @@ class RanksOutcome:
 
 
 def own_ranks(config: Config, arguments: Sequence[str], out: Path, node: ThisNode) -> RanksOutcome:
-    """This node's ranks of the all-reduce."""
+    """Run this node's ranks of the all-reduce."""
     folder, per_node = ranks_folder(out, node.name), config.launch.processes_per_node
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -68,12 +68,12 @@ def own_ranks(config: Config, arguments: Sequence[str], out: Path, node: ThisNod
 
 
 def ranks_folder(out: Path, node: str) -> Path:
-    """Where a node's ranks say how far they are."""
+    """Return the folder in which a node's ranks write their progress."""
     return out / f"{node}.ranks"
 
 
 def read_speeds(file: Path) -> list[GroupSpeed]:
-    """What rank 0 measured; nothing when the ranks did not come to their end."""
+    """Read what rank 0 measured; nothing when the ranks did not finish."""
     return TypeAdapter(list[GroupSpeed]).validate_json(file.read_bytes()) if file.is_file() else []
 
 
@@ -86,8 +86,7 @@ def run_ranks(
     log_file: Path,
     seconds: float,
 ) -> RanksOutcome:
-    """Run torchrun's `argv` for at most `seconds`. Its ranks write `folder`/rank_N: a count, a place, perhaps an error
-    behind a line's end."""
+    """Run torchrun's `argv` for at most `seconds`. Rank N writes `folder`/rank_N: a count and a place, then errors."""
     with log_file.open("wb") as log:
         process = subprocess.Popen(
             argv,
@@ -112,24 +111,24 @@ def run_ranks(
 
 
 def read_place(rank: int, text: str) -> RankPlace:
-    """From its file's first line: `3 the all-reduce of DP`."""
+    """Parse the first line of a rank's file, such as `3 the all-reduce of DP`."""
     count, _, name = text.partition("\n")[0].partition(" ")
     return RankPlace(rank, int(count), name)
 
 
 def last_line(log_file: Path) -> str:
-    """What was said last."""
+    """Return the last line of a log that is not empty."""
     lines = log_file.read_text(errors="replace").split("\n")
     return next((line.strip() for line in reversed(lines) if line.strip()), "nothing said")
 
 
 def check_ranks(outcomes: Sequence[RanksOutcome], per_node: int, seconds: float, logs: str) -> Iterator[Finding]:
-    """Ranks that crashed, or that the others waited for in vain."""
+    """Find ranks that crashed, or that the others waited for in vain. `seconds` is the limit they had."""
     crashed = [outcome for outcome in outcomes if outcome.error]
     causes = [outcome for outcome in crashed if not any(words in outcome.error for words in CONSEQUENCES)]
-    remedy = f"`srlm doctor` on this node says more; the log is in {logs}"
+    wanted, remedy = "ranks that find each other", f"`srlm doctor` on this node says more; the log is in {logs}"
     for outcome in causes or crashed:
-        yield Finding(outcome.node, "all-reduce", outcome.error, "ranks that start and meet", remedy, (outcome.node,))
+        yield Finding(outcome.node, "all-reduce", outcome.error, wanted, remedy, (outcome.node,))
     if crashed or all(outcome.in_time for outcome in outcomes):
         return
     places = {outcome.node: every_place(outcome, per_node) for outcome in outcomes}
@@ -146,7 +145,7 @@ def check_ranks(outcomes: Sequence[RanksOutcome], per_node: int, seconds: float,
 
 
 def every_place(outcome: RanksOutcome, per_node: int) -> list[RankPlace]:
-    """Of all ranks that the node should have."""
+    """Return the places of all ranks that the node should have."""
     known = {place.rank: place for place in outcome.places}
     ranks = range(outcome.first_rank, outcome.first_rank + per_node)
     return [known.get(rank, RankPlace(rank, 0, "its start")) for rank in ranks]
@@ -155,8 +154,7 @@ def every_place(outcome: RanksOutcome, per_node: int) -> list[RankPlace]:
 def check_speeds(
     groups: Sequence[GroupSpeed], nodes: Sequence[str], per_node: int, limits: PreflightConfig
 ) -> Iterator[Finding]:
-    """Groups below the floor. A node is to blame when it is in slow groups and in no other group of that axis, while
-    other nodes do better."""
+    """Find groups below the floor, and nodes whose groups of an axis are all slow while other nodes do better."""
     for axis in dict.fromkeys(group.axis for group in groups):
         own = [group for group in groups if group.axis == axis]
         slow = [group for group in own if group.gbytes_per_second < floor_of(group, per_node, limits)]
@@ -172,11 +170,11 @@ def check_speeds(
 
 
 def nodes_of(group: GroupSpeed, nodes: Sequence[str], per_node: int) -> tuple[str, ...]:
-    """The nodes that a group's ranks are on; torchrun numbers them node by node."""
+    """Return the nodes of a group's ranks; torchrun numbers ranks node by node."""
     return tuple(dict.fromkeys(nodes[rank // per_node] for rank in group.ranks))
 
 
 def floor_of(group: GroupSpeed, per_node: int, limits: PreflightConfig) -> float:
-    """GB/s that the group must reach."""
+    """Return the bus bandwidth that the group must reach, in GB/s."""
     one_node = len({rank // per_node for rank in group.ranks}) == 1
     return limits.floor_within_node if one_node else limits.floor_between_nodes

@@ -1,7 +1,7 @@
-"""A look at all nodes before a job: node 0 gathers what every node says of itself, has all ranks add something up, and
-says in words what is wrong and where.
+"""A check of all nodes before a job: node 0 gathers every node's report, runs an all-reduce over all ranks, and prints
+what is wrong and where.
 
-One process per node. Nobody waits without a limit, and a node that does not come is named.
+One process per node. Every wait has a limit, and a node that does not call is named.
 """
 
 import time
@@ -37,7 +37,7 @@ from srlm_mega.launch.preflight.this_node import ThisNode
 from srlm_mega.run.files import write_atomic
 
 ATTEMPT = "attempt"
-HOPELESS = ("report", "GPUs", "host name", "shared folder")  # the ranks would not start or not meet
+HOPELESS = ("report", "GPUs", "host name", "shared folder")  # the ranks would not start, or not find each other
 SHARED_SECONDS = 3.0  # network file systems show another node's new file after a while
 PATIENCE_SECONDS = 5.0
 
@@ -45,8 +45,8 @@ PATIENCE_SECONDS = 5.0
 def run_preflight(
     config: Config, arguments: Sequence[str], out: Path, node: ThisNode, models: int, console: Console
 ) -> None:
-    """This node's part. `arguments`: the configuration file and its overrides; `models`: folders of models that the run
-    writes. UserError, on node 0, names all that is wrong; on another node that node 0 cannot be reached."""
+    """Do this node's part. `arguments`: the configuration file and its overrides; `models`: model folders that the run
+    writes. UserError names, on node 0, all that is wrong; on another node, that node 0 cannot be reached."""
     if node.rank == 0:
         lead(config, arguments, out, node, models, console)
     else:
@@ -54,7 +54,7 @@ def run_preflight(
 
 
 def lead(config: Config, arguments: Sequence[str], out: Path, node: ThisNode, models: int, console: Console) -> None:
-    """Node 0: gather, compare, print."""
+    """Gather, compare and print, on node 0. UserError names all that is wrong."""
     begin, settings, attempt = time.monotonic(), config.launch.preflight, uuid4().hex
     out.mkdir(parents=True, exist_ok=True)
     (out / "bad_nodes").unlink(missing_ok=True)
@@ -90,12 +90,12 @@ def lead(config: Config, arguments: Sequence[str], out: Path, node: ThisNode, mo
         found += check_speeds(speeds, [report.node for report in reports], per_node, settings)
     show(reports, speeds, console)
     if found:
-        raise UserError(blame(found, len(node.names), out))
+        raise UserError(failure_message(found, len(node.names), out))
     console.print(f"Preflight: {len(reports)} nodes are well, {time.monotonic() - begin:.0f} s", highlight=False)
 
 
 def open_roll_call(port: int, attempt: str) -> RollCall:
-    """UserError when somebody else has the port."""
+    """Listen for the other nodes. UserError when the port is taken."""
     try:
         return RollCall(port, attempt)
     except OSError as error:
@@ -104,10 +104,10 @@ def open_roll_call(port: int, attempt: str) -> RollCall:
 
 
 def follow(config: Config, arguments: Sequence[str], out: Path, node: ThisNode) -> None:
-    """Any other node: report to node 0, and do what it says."""
+    """Report to node 0 from any other node, and start ranks when it says so. UserError when it cannot be reached."""
     settings = config.launch.preflight
     try:
-        line, greeting = call(node.head, node.port, node.rank, settings.report_seconds)
+        node_0, greeting = call(node.head, node.port, node.rank, settings.report_seconds)
     except OSError as error:
         raise UserError(
             f"{node.name}: no answer of node 0 at {node.head}:{node.port} in {settings.report_seconds:g} s "
@@ -119,28 +119,28 @@ def follow(config: Config, arguments: Sequence[str], out: Path, node: ThisNode) 
         clock_error=greeting.clock_error,
         sees_head=sees(out / ATTEMPT, greeting.attempt, time.monotonic() + SHARED_SECONDS),
     )
-    with suppress(OSError):  # node 0 will not find it, and say so
+    with suppress(OSError):  # node 0 reports that it does not find it
         write_report(out, report, greeting.attempt)
     try:
-        line.tell({"report": asdict(report)})
+        node_0.send({"report": asdict(report)})
         patience = settings.report_seconds + PATIENCE_SECONDS + SHARED_SECONDS
-        if line.hear(time.monotonic() + patience)["go"]:
-            line.tell({"outcome": asdict(own_ranks(config, arguments, out, node))})
+        if node_0.receive(time.monotonic() + patience)["go"]:
+            node_0.send({"outcome": asdict(own_ranks(config, arguments, out, node))})
     except OSError as error:
         raise UserError(f"{node.name}: node 0 went away during the preflight ({error}): see its messages") from None
     finally:
-        line.close()
+        node_0.close()
 
 
 def look(config: Config, node: ThisNode) -> NodeReport:
-    """This node's own checks."""
+    """Run this node's own checks."""
     with_gpus = gpus_of(config, len(node.names)) is not None
     seconds = config.launch.preflight.check_seconds
     return local_report(node.name, node.rank, config.run.dir, with_gpus, seconds)
 
 
 def gpus_of(config: Config, nodes: int) -> int | None:
-    """GPUs of each node: training's where it has nodes enough, else sampling's. None: it is all on CPUs."""
+    """Return the GPUs needed on each node: training's where it has nodes enough, else sampling's; None on CPUs."""
     sampler = config.sampler
     if config.trainer.device == "cuda" and nodes >= config.launch.nodes:
         return config.launch.processes_per_node
@@ -150,13 +150,13 @@ def gpus_of(config: Config, nodes: int) -> int | None:
 
 
 def write_report(out: Path, report: NodeReport, attempt: str) -> None:
-    """`out`/NODE.json: for people, and for node 0 to see that it can."""
+    """Write `out`/NODE.json, for people to read and for node 0 to find in the shared folder."""
     content = {"attempt": attempt, **asdict(report)}
     write_atomic(out / f"{report.node}.json", orjson.dumps(content, option=orjson.OPT_INDENT_2))
 
 
 def sees(file: Path, attempt: str, deadline: float) -> bool:
-    """Whether a file that another node wrote in this attempt comes into sight."""
+    """Tell whether a file that another node wrote in this attempt appears before `deadline` (`time.monotonic()`)."""
     while True:
         with suppress(OSError):
             if attempt in file.read_text():
@@ -167,7 +167,7 @@ def sees(file: Path, attempt: str, deadline: float) -> bool:
 
 
 def reported(caller: Caller, out: Path, attempt: str, deadline: float) -> NodeReport:
-    """A caller's report, and whether what it wrote is to be seen here."""
+    """Return a caller's report, with whether node 0 sees the file that it wrote."""
     report = TypeAdapter(NodeReport).validate_python(caller.report)
     return replace(report, head_sees=sees(out / f"{report.node}.json", attempt, deadline))
 
@@ -175,27 +175,27 @@ def reported(caller: Caller, out: Path, attempt: str, deadline: float) -> NodeRe
 def all_reduce(
     go: bool, callers: Sequence[Caller], config: Config, arguments: Sequence[str], out: Path, node: ThisNode
 ) -> list[RanksOutcome]:
-    """Tell all nodes whether to start their ranks (those behind launch.nodes have none); how they ended, by node."""
+    """Tell all nodes whether to start ranks (those behind launch.nodes have none); return how these ended, by node."""
     with_ranks = [caller for caller in callers if go and caller.rank < config.launch.nodes]
     for caller in callers:
         with suppress(OSError):  # it will be missed below
-            caller.line.tell({"go": caller in with_ranks})
+            caller.connection.send({"go": caller in with_ranks})
     if not go:
         return []
     outcomes = [own_ranks(config, arguments, out, node)]
     deadline = time.monotonic() + PATIENCE_SECONDS
     for caller in with_ranks:
         try:
-            outcomes.append(TypeAdapter(RanksOutcome).validate_python(caller.line.hear(deadline)["outcome"]))
+            outcomes.append(TypeAdapter(RanksOutcome).validate_python(caller.connection.receive(deadline)["outcome"]))
         except OSError as error:
             first, why = caller.rank * config.launch.processes_per_node, f"the node went away: {error}"
             outcomes.append(RanksOutcome(caller.report["node"], first, False, (), why))
-        caller.line.close()
+        caller.connection.close()
     return outcomes
 
 
 def show(reports: Sequence[NodeReport], speeds: Sequence[GroupSpeed], console: Console) -> None:
-    """A line per node, and one per axis with its slowest group."""
+    """Print a line per node, and one per axis with its slowest group."""
     nodes = Table("node", "torch", "GPUs", "free disk", "clock", "address", box=None)
     for report in reports:
         free = "?" if report.free_bytes is None else f"{report.free_bytes / GIB:.0f} GiB"
@@ -213,8 +213,8 @@ def show(reports: Sequence[NodeReport], speeds: Sequence[GroupSpeed], console: C
         )
 
 
-def blame(found: Sequence[Finding], nodes: int, out: Path) -> str:
-    """The message; nodes that a job should leave out go to `out`/bad_nodes."""
+def failure_message(found: Sequence[Finding], nodes: int, out: Path) -> str:
+    """Return the message; nodes that a job should leave out are written to `out`/bad_nodes."""
     bad = to_leave_out(found, nodes)
     if bad:
         write_atomic(out / "bad_nodes", "".join(f"{node}\n" for node in bad).encode())

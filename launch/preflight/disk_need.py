@@ -1,4 +1,4 @@
-"""How much a run writes: an estimate, before anything is written."""
+"""An estimate of what a run writes, before anything is written."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ JSON_BYTES_PER_TOKEN = 12  # its text (about 4) and its id in the token list (ab
 
 @dataclass(frozen=True)
 class DiskNeed:
-    """What decides it. `sampled_tokens`: of candidates and judgements of all rounds, were each as long as it may be."""
+    """The figures that decide it. `sampled_tokens`: of candidates and judgements of all rounds, at their longest."""
 
     parameters: int
     bf16: bool
@@ -20,23 +20,23 @@ class DiskNeed:
 
     @property
     def export_bytes(self) -> int:
-        """Each a whole model."""
+        """Bytes of all model folders."""
         return self.exports * self.parameters * self._weight_bytes
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Of one training stage at a time: the kept ones and the one that is being written. Each has the weights, two
-        fp32 moments of Adam and, with bf16 weights, an fp32 copy of these."""
+        """Bytes of one training stage's checkpoints: those that are kept and the one that is being written. Each has
+        the weights, two fp32 moments of Adam and, with bf16 weights, an fp32 copy of these."""
         return (self.kept_checkpoints + 1) * self.parameters * self._checkpoint_bytes_each
 
     @property
     def sample_bytes(self) -> int:
-        """JSON lines."""
+        """Bytes of the JSON lines."""
         return self.sampled_tokens * JSON_BYTES_PER_TOKEN
 
     @property
     def total(self) -> int:
-        """All three."""
+        """Bytes of all three."""
         return self.export_bytes + self.checkpoint_bytes + self.sample_bytes
 
     @property
@@ -57,7 +57,7 @@ class DiskNeed:
 
 
 def disk_need(config: Config, exports: int) -> DiskNeed:
-    """What the whole run writes, with so many model folders."""
+    """Estimate what the whole run writes, with `exports` model folders."""
     model, candidates, judge = config.model, config.candidates, config.judge
     per_prompt = candidates.n * (candidates.max_new_tokens + judge.n * judge.max_new_tokens)
     return DiskNeed(

@@ -1,4 +1,4 @@
-"""What is wrong with a set of nodes: pure functions from what each reports of itself to findings in words."""
+"""Faults of a set of nodes: pure functions from the nodes' reports to findings in words."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ ECC = "ECC"
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong. `blamed`: nodes that a job should leave out."""
+    """One fault. `blamed`: nodes that a job should leave out."""
 
     node: str
     check: str
@@ -28,8 +28,7 @@ class Finding:
 
 
 def findings(reports: Sequence[NodeReport], gpus: int | None, need: DiskNeed, max_clock_skew: float) -> list[Finding]:
-    """Everything that is wrong with nodes that reported. `gpus` of each node, None: the job computes on CPUs; the skew
-    in seconds."""
+    """Return all faults of the nodes that reported. `gpus` per node, None on CPUs; `max_clock_skew` in seconds."""
     return [
         *(finding for report in reports for finding in check_answers(report)),
         *check_versions(reports),
@@ -42,8 +41,8 @@ def findings(reports: Sequence[NodeReport], gpus: int | None, need: DiskNeed, ma
 
 
 def to_leave_out(found: Sequence[Finding], nodes: int) -> list[str]:
-    """Nodes to blame, by their names. What is wrong with more than half of them is none's fault, memory errors apart:
-    the job would only come back on others that are no better."""
+    """Return the names of the nodes to blame. A fault of more than half of them is no node's, memory errors apart: the
+    job would only come back on others that are no better."""
     blamed: set[str] = set()
     for check in {finding.check for finding in found}:
         own = {node for finding in found if finding.check == check for node in finding.blamed}
@@ -53,8 +52,8 @@ def to_leave_out(found: Sequence[Finding], nodes: int) -> list[str]:
 
 
 def check_absent(names: Sequence[str], named: bool, reports: Sequence[NodeReport], seconds: float) -> Iterator[Finding]:
-    """Nodes that never reported. `names` by node rank; `named`: they are the hosts' own. With all but node 0 silent,
-    it is more likely node 0's fault."""
+    """Find nodes that did not report within `seconds`. `names` are by node rank, and the hosts' own if `named`. When
+    all but node 0 are silent, the fault is more likely node 0's."""
     present = {report.rank for report in reports}
     absent = [rank for rank in range(len(names)) if rank not in present]
     alone = len(names) > 2 and len(absent) == len(names) - 1
@@ -70,14 +69,14 @@ def check_absent(names: Sequence[str], named: bool, reports: Sequence[NodeReport
 
 
 def check_answers(report: NodeReport) -> Iterator[Finding]:
-    """Checks that hung or failed on the node itself."""
+    """Find checks that hung or failed on the node itself."""
     remedy = "Log in and try by hand what hangs or fails, or leave the node out"
     for check, why in (report.unanswered or {}).items():
         yield Finding(report.node, check, why, "an answer", remedy, (report.node,))
 
 
 def check_versions(reports: Sequence[NodeReport]) -> Iterator[Finding]:
-    """Packages, Python, driver and kind of GPU are the same everywhere; what most nodes have is taken for right."""
+    """Find packages, Python, drivers or kinds of GPU that differ; what most nodes have counts as right."""
     for package in sorted({package for report in reports for package in report.versions}):
         found = {report.node: report.versions.get(package, "absent") for report in reports}
         (common, count), *others = Counter(found.values()).most_common()
@@ -95,7 +94,7 @@ def check_versions(reports: Sequence[NodeReport]) -> Iterator[Finding]:
 
 
 def check_gpus(report: NodeReport, wanted: int | None) -> Iterator[Finding]:
-    """As many as there are processes, none of them with memory errors."""
+    """Find a node with fewer GPUs than processes, and GPUs with memory errors."""
     if wanted is None or report.gpus is None:
         return
     if len(report.gpus) < wanted:
@@ -110,7 +109,7 @@ def check_gpus(report: NodeReport, wanted: int | None) -> Iterator[Finding]:
 
 
 def check_name(report: NodeReport, one_machine: bool) -> Iterator[Finding]:
-    """A node's own name leads to itself, at an address that others, if there are any, can reach."""
+    """Find a node whose own name does not lead to itself, at an address that the other nodes can reach."""
     if report.addresses is None:
         return
     wanted = "its own address, as the other nodes know it"
@@ -127,7 +126,7 @@ def check_name(report: NodeReport, one_machine: bool) -> Iterator[Finding]:
 
 
 def check_shared_folder(reports: Sequence[NodeReport]) -> Iterator[Finding]:
-    """What one node writes the others read."""
+    """Find nodes that do not see what another one wrote."""
     blind = [report for report in reports if not (report.sees_head and report.head_sees)]
     nobody = len(reports) > 2 and len(blind) == len(reports) - 1
     wanted, remedy = (
@@ -144,7 +143,7 @@ def check_shared_folder(reports: Sequence[NodeReport]) -> Iterator[Finding]:
 
 
 def check_disk(report: NodeReport, need: DiskNeed) -> Iterator[Finding]:
-    """Room for what the run will still write. No node is to blame: the disk is everybody's."""
+    """Find too little room for what the run will still write. No node is to blame, since all use the same disk."""
     if report.free_bytes is not None and report.free_bytes < need.total:
         got, wanted = f"{report.free_bytes / GIB:.1f} GiB free", f"{need.total / GIB:.1f} GiB ({need})"
         remedy = "Free some space, take another run.dir, or lower trainer.keep_checkpoints"
@@ -152,7 +151,7 @@ def check_disk(report: NodeReport, need: DiskNeed) -> Iterator[Finding]:
 
 
 def check_clocks(reports: Sequence[NodeReport], limit: float) -> Iterator[Finding]:
-    """Clocks agree, within what the measurement itself may be off. With two nodes it cannot be said whose is wrong."""
+    """Find clocks that differ by more than `limit` seconds, less the error of measurement. Of two, none is to blame."""
     several = len(reports) > 2
     common = median_low(report.clock_ahead for report in reports) if several else 0.0
     remedy, others = "Start time synchronisation (chrony, ntpd) there", "the others" if several else "node 0"

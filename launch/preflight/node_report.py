@@ -1,5 +1,5 @@
-"""What a node finds out about itself before a job. Each check has its own time limit: a dead driver or name server
-makes one answer missing, never the preflight hang."""
+"""A node's report on itself before a job. Each check has its own time limit: a dead driver or name server makes one
+answer missing, and the preflight does not hang."""
 
 import importlib.metadata
 import os
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class InstalledGpu:
-    """As nvidia-smi shows it. `ecc_errors`: uncorrected ones since the driver was loaded; None where it cannot say."""
+    """A GPU as nvidia-smi lists it. `ecc_errors`: uncorrected ones since the driver was loaded; None if not counted."""
 
     name: str
     ecc_errors: int | None = None
@@ -36,7 +36,7 @@ class InstalledGpu:
 
 @dataclass(frozen=True)
 class NodeReport:
-    """What a node found out about itself; None: it could not, and `unanswered` says which check and why."""
+    """A node's answers; one that is None could not be had, and `unanswered` names the check and the reason."""
 
     node: str
     rank: int
@@ -54,7 +54,7 @@ class NodeReport:
 
 
 def local_report(node: str, rank: int, folder: Path, with_gpus: bool, seconds: float) -> NodeReport:
-    """This node's report, but for what takes two nodes. `folder`: where the run will write."""
+    """Run the checks that take this node alone, for at most `seconds`. `folder`: where the run will write."""
     deadline = time.monotonic() + seconds
     versions, gpus = TimedCheck(installed_versions), TimedCheck(visible_gpus if with_gpus else no_gpus)
     name, disk = TimedCheck(own_addresses), TimedCheck(lambda: free_bytes(folder))
@@ -76,7 +76,7 @@ def local_report(node: str, rank: int, folder: Path, with_gpus: bool, seconds: f
 
 
 class TimedCheck(Generic[T]):
-    """A check at work in a thread of its own; one that hangs is left behind there."""
+    """A check that runs in a thread of its own, which is abandoned if it hangs."""
 
     def __init__(self, ask: Callable[[], T]) -> None:
         self.answer: T | None = None
@@ -92,7 +92,7 @@ class TimedCheck(Generic[T]):
             self._failure = str(error)
 
     def failure(self, deadline: float) -> str | None:
-        """Why there is no answer by then; None when there is one."""
+        """Return why there is no answer by `deadline` (`time.monotonic()`), or None when there is one."""
         self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():
             return f"no answer in {deadline - self._begun:.0f} s"
@@ -100,7 +100,7 @@ class TimedCheck(Generic[T]):
 
 
 def installed_versions() -> dict[str, str]:
-    """Of the packages that are there; a plain look at the environment's folders, nothing is imported."""
+    """Return the versions of the packages that are installed, from their metadata: nothing is imported."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):
@@ -109,13 +109,13 @@ def installed_versions() -> dict[str, str]:
 
 
 def no_gpus() -> tuple[None, dict[str, str]]:
-    """Of a job that computes on CPUs."""
+    """Answer like `visible_gpus` for a job that computes on CPUs."""
     return None, {}
 
 
 def visible_gpus() -> tuple[tuple[InstalledGpu, ...], dict[str, str]]:
-    """The GPUs this job may use, and what should be the same on all nodes: their kinds and the driver. OSError without
-    nvidia-smi; it hangs on some broken GPUs. Not run on a GPU by this project."""
+    """Return the GPUs that this job may use, and what should be the same on all nodes: their kinds and the driver.
+    OSError without nvidia-smi, which hangs on some broken GPUs. Not run on a GPU by this project."""
     done = subprocess.run(NVIDIA_SMI, capture_output=True, text=True, timeout=60)
     if done.returncode:
         said = (done.stdout + done.stderr).strip().splitlines()
@@ -124,7 +124,7 @@ def visible_gpus() -> tuple[tuple[InstalledGpu, ...], dict[str, str]]:
 
 
 def parse_nvidia_smi(text: str, environment: Mapping[str, str]) -> tuple[tuple[InstalledGpu, ...], dict[str, str]]:
-    """From its lines `name, driver, errors` ([N/A] where a GPU counts none). CUDA_VISIBLE_DEVICES hides some."""
+    """Parse lines `name, driver, errors` ([N/A] where a GPU counts none). CUDA_VISIBLE_DEVICES hides some GPUs."""
     rows = [[field.strip() for field in line.split(",")] for line in text.splitlines() if line.strip()]
     gpus = [InstalledGpu(name, int(errors) if errors.isdecimal() else None) for name, _, errors in rows]
     visible = environment.get("CUDA_VISIBLE_DEVICES")
@@ -138,7 +138,7 @@ def parse_nvidia_smi(text: str, environment: Mapping[str, str]) -> tuple[tuple[I
 
 
 def own_addresses() -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What this host's own name resolves to, and which of these addresses this machine does not have."""
+    """Return the addresses of this host's own name, and those of them that this machine does not have."""
     try:
         found = socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)
     except socket.gaierror:
@@ -148,13 +148,13 @@ def own_addresses() -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def network() -> str:
-    """Which network stack this is: of this boot of this machine, and, in containers, of this one."""
+    """Return an id of the network stack: this boot of this machine and, in a container, the container's namespace."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot} {os.readlink('/proc/self/ns/net')}"
 
 
 def is_own(address: str) -> bool:
-    """Whether this machine has the address: only then can a socket be bound to it."""
+    """Tell whether this machine has the address: only then can a socket be bound to it."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         try:
@@ -165,7 +165,7 @@ def is_own(address: str) -> bool:
 
 
 def free_bytes(folder: Path) -> int:
-    """Of the file system that the folder is, or will be, on; what the run has written already counts as free."""
+    """Return the free bytes of the folder's file system; what the run has written already counts as free."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.exists() else 0
     return shutil.disk_usage(existing).free + written

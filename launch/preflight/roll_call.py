@@ -1,8 +1,8 @@
-"""Nodes call node 0 over TCP: who is there, what they found, whose clock is off. It takes no shared folder and no
+"""Nodes call node 0 over TCP: who is there, what they report, whose clock is off. It takes no shared folder and no
 torch, so it works when these do not.
 
-A node says who it is and gets node 0's clock and the number of this attempt; sends its report; hears whether the ranks
-are to be started; sends how that went. Messages are JSON lines.
+A node sends its rank and gets node 0's clock and the id of this attempt; sends its report; is told whether to start
+ranks; sends how these ended. Messages are JSON lines.
 """
 
 import queue
@@ -20,20 +20,20 @@ LONGEST_LINE = 1 << 20
 Message = Mapping[str, Any]
 
 
-class Line:
-    """One connection. OSError when the other side is gone or too slow."""
+class Connection:
+    """A connection that sends and receives messages. OSError when the other side is gone or too slow."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
         self._file = connection.makefile("rb")
 
-    def tell(self, message: Message) -> None:
-        """Send."""
+    def send(self, message: Message) -> None:
+        """Send a message."""
         self._connection.settimeout(5)
         self._connection.sendall(orjson.dumps(message) + b"\n")
 
-    def hear(self, deadline: float) -> Message:
-        """The next message, until a `time.monotonic()`."""
+    def receive(self, deadline: float) -> Message:
+        """Wait for the next message until `deadline` (`time.monotonic()`)."""
         self._connection.settimeout(max(0.01, deadline - time.monotonic()))
         text = self._file.readline(LONGEST_LINE)
         if not text:
@@ -42,7 +42,7 @@ class Line:
         return message
 
     def close(self) -> None:
-        """Hang up."""
+        """Close it."""
         self._file.close()
         self._connection.close()
 
@@ -52,12 +52,12 @@ class Caller:
     """A node that called, and its report."""
 
     rank: int
-    line: Line
+    connection: Connection
     report: Message
 
 
 class RollCall:
-    """Node 0's side."""
+    """Node 0's side of the calls."""
 
     def __init__(self, port: int, attempt: str) -> None:
         self._listener = socket.create_server(("", port), backlog=512)
@@ -65,7 +65,7 @@ class RollCall:
         self._callers: queue.Queue[Caller] = queue.Queue()
 
     def gather(self, others: int, seconds: float) -> list[Caller]:
-        """The nodes that reported within `seconds`; ends early when all `others` did."""
+        """Return the nodes that reported within `seconds`; ends early when all `others` did."""
         deadline = time.monotonic() + seconds
         threading.Thread(target=self._accept, args=(deadline,), daemon=True).start()
         callers: dict[int, Caller] = {}
@@ -84,30 +84,29 @@ class RollCall:
                 connection, _ = self._listener.accept()
             except OSError:  # closed: everybody is there, or it is too late
                 return
-            threading.Thread(target=self._greet, args=(Line(connection), deadline), daemon=True).start()
+            threading.Thread(target=self._greet, args=(Connection(connection), deadline), daemon=True).start()
 
-    def _greet(self, line: Line, deadline: float) -> None:
-        """At once, in a thread of its own: the answer's time is what clocks are compared by."""
+    def _greet(self, node: Connection, deadline: float) -> None:
+        """Answer at once, in a thread of its own: clocks are compared by the time of this answer."""
         try:
-            rank = line.hear(deadline)["rank"]
-            line.tell({"attempt": self._attempt, "time": time.time()})
-            self._callers.put(Caller(rank, line, line.hear(deadline)["report"]))
+            rank = node.receive(deadline)["rank"]
+            node.send({"attempt": self._attempt, "time": time.time()})
+            self._callers.put(Caller(rank, node, node.receive(deadline)["report"]))
         except (OSError, ValueError, KeyError):  # a stranger, or a node that went away: it counts as absent
-            line.close()
+            node.close()
 
 
 @dataclass(frozen=True)
 class Greeting:
-    """What a node learns first: the number of the attempt, and how far its clock is ahead of node 0's, in seconds,
-    give or take the error."""
+    """Node 0's answer: the id of the attempt, and the seconds that this node's clock is ahead, with their error."""
 
     attempt: str
     clock_ahead: float
     clock_error: float
 
 
-def call(address: str, port: int, rank: int, seconds: float) -> tuple[Line, Greeting]:
-    """Another node's side: call until node 0 answers. OSError when it does not within `seconds`."""
+def call(address: str, port: int, rank: int, seconds: float) -> tuple[Connection, Greeting]:
+    """Call node 0 until it answers, from another node. OSError when it does not within `seconds`."""
     deadline = time.monotonic() + seconds
     while True:
         try:
@@ -117,9 +116,9 @@ def call(address: str, port: int, rank: int, seconds: float) -> tuple[Line, Gree
             if time.monotonic() + RETRY_SECONDS > deadline:
                 raise
             time.sleep(RETRY_SECONDS)
-    line = Line(connection)
+    node_0 = Connection(connection)
     sent = time.time()
-    line.tell({"rank": rank})
-    answer = line.hear(deadline)
-    heard = time.time()
-    return line, Greeting(answer["attempt"], (sent + heard) / 2 - answer["time"], (heard - sent) / 2)
+    node_0.send({"rank": rank})
+    answer = node_0.receive(deadline)
+    received = time.time()
+    return node_0, Greeting(answer["attempt"], (sent + received) / 2 - answer["time"], (received - sent) / 2)

@@ -1,4 +1,4 @@
-"""Which of the nodes this is, and where node 0 is: from options, or from what Slurm says."""
+"""This node's rank among the job's nodes, and the address of node 0: from options, or from Slurm's variables."""
 
 import re
 import socket
@@ -13,8 +13,8 @@ TOP_LEVEL_COMMA = re.compile(r",(?![^\[]*\])")
 
 @dataclass(frozen=True)
 class ThisNode:
-    """Which of the job's nodes this is. `names`: of all nodes by their rank; `named`: as Slurm knows them, else only
-    this one's is the host's. Nodes call node 0 at `head`:`port`; the ranks meet at the port behind it."""
+    """This node among the job's nodes. `names` are by node rank; if `named` they are Slurm's, else only this one's is a
+    host's. Nodes call node 0 at `head`:`port`; the ranks' rendezvous is at the next port."""
 
     rank: int
     names: tuple[str, ...]
@@ -24,14 +24,14 @@ class ThisNode:
 
     @property
     def name(self) -> str:
-        """This node."""
+        """Name of this node."""
         return self.names[self.rank]
 
 
 def this_node(
     environment: Mapping[str, str], rank: int | None, nodes: int | None, head: str | None, port: int | None
 ) -> ThisNode:
-    """What the options leave open is Slurm's: a task per node. UserError when it is not clear who is who."""
+    """Fill in from Slurm's variables (one task per node) what options leave open. UserError when that is not enough."""
     own_name = environment.get("SLURMD_NODENAME", socket.gethostname())
     count = nodes or int(environment.get("SLURM_STEP_NUM_NODES", environment.get("SLURM_NNODES", "1")))
     own = rank if rank is not None else int(environment.get("SLURM_PROCID", "0"))
@@ -51,7 +51,7 @@ def this_node(
 
 
 def expand(compact: str) -> list[str]:
-    """Slurm's short form, `gpu[08-10,12],login1`, in full; containers have no scontrol to ask."""
+    """Return the names in Slurm's short form, such as `gpu[08-10,12],login1`; containers have no scontrol to ask."""
     names: list[str] = []
     for item in TOP_LEVEL_COMMA.split(compact):
         head, bracket, rest = item.partition("[")
@@ -59,12 +59,12 @@ def expand(compact: str) -> list[str]:
             names += [head] if head else []
             continue
         ranges, _, tail = rest.partition("]")
-        numbers = [number for part in ranges.split(",") for number in spelt_out(part)]
+        numbers = [number for part in ranges.split(",") for number in expand_range(part)]
         names += [head + number + end for number in numbers for end in expand(tail) or [""]]
     return names
 
 
-def spelt_out(part: str) -> list[str]:
-    """`08-10` is 08, 09, 10."""
+def expand_range(part: str) -> list[str]:
+    """Expand a range: `08-10` is 08, 09, 10."""
     first, _, last = part.partition("-")
     return [f"{number:0{len(first)}d}" for number in range(int(first), int(last or first) + 1)]

@@ -229,7 +229,7 @@ def test_an_environment_that_cannot_be_entered_is_named_before_the_training(tmp_
     run, python = RunDir(tmp_path / "run"), tmp_path / "python"
     python.touch()
     config = load_config(TOY, [f"sampler.python={python}", f"run.dir={run.root}"])
-    with pytest.raises(UserError, match=r"sampler\.python .*there is no srlm beside it"):
+    with pytest.raises(UserError, match=r"sampler\.python .*there is no srlm next to it"):
         run_loop(config, run, (), display=None)  # type: ignore[arg-type]
     assert not run.config_file.exists() and run.manifest("seed") is None
 

@@ -1,6 +1,7 @@
 """Jobs as text, and what their script makes of how things end: Slurm and srlm are played by scripts.
 
-`python tests/launch/test_launch_slurm.py` writes the golden files anew; read the difference before you commit it.
+`PYTHONPATH=tests/support python tests/launch/test_launch_slurm.py` writes the golden files anew; read the difference
+before you commit it.
 """
 
 import json

@@ -367,8 +367,8 @@ def test_nodes_report_over_the_network_and_clocks_are_compared() -> None:
 
     def node() -> None:
         line, greeting = call("127.0.0.1", port, 1, 60)
-        line.tell({"report": asdict(greeting)})
-        assert line.hear(time.monotonic() + 60) == {"go": True}
+        line.send({"report": asdict(greeting)})
+        assert line.receive(time.monotonic() + 60) == {"go": True}
         line.close()
 
     thread = threading.Thread(target=node)
@@ -377,7 +377,7 @@ def test_nodes_report_over_the_network_and_clocks_are_compared() -> None:
     (caller,) = roll_call.gather(1, 60)
     assert caller.rank == 1 and caller.report["attempt"] == "attempt 1"
     assert abs(caller.report["clock_ahead"]) <= caller.report["clock_error"] + 0.001, "one machine, one clock"
-    caller.line.tell({"go": True})
+    caller.connection.send({"go": True})
     thread.join()
     assert roll_call.gather(1, 0.1) == []
 

@@ -107,14 +107,14 @@ def test_the_number_of_a_submitted_job(printed: str, tmp_path: Path, monkeypatch
 @pytest.mark.parametrize("printed", ["", "12 jobs", "submitted\\n"])
 def test_no_number_of_a_job(printed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     play(tmp_path, monkeypatch, "sbatch", f"printf '{printed}'")
-    with pytest.raises(UserError, match="sbatch s: it gave no number of a job"):
+    with pytest.raises(UserError, match="sbatch s: its answer has no job number"):
         slurm.submit(Path("s"))
 
 
 @pytest.mark.parametrize(
     ("partition", "nodes", "gpus_per_node", "message"),
     [
-        ("gpus", 1, 0, "no partition gpus: this cluster has debug, gpu"),
+        ("gpus", 1, 0, "no partition gpus: give --partition, one of debug, gpu"),
         (None, 1, 4, "4 GPUs per node are more than a node of partition debug has, 2"),
         ("gpu", 11, 8, "11 nodes with 8 GPUs are more than .* gpu has, 10"),
     ],

@@ -164,13 +164,13 @@ def test_a_warned_job_saves_and_comes_back_to_the_same_weights(
 
 
 def test_a_killed_rank(slurm: Cluster, run: RunDir, nodes_python: Path, uninterrupted: RunDir) -> None:
-    """Its node's agent ends, srun ends the others; the job had come further, so it queues itself again."""
+    """Its node's agent ends, srun ends the others; the job had made progress, so it queues itself again."""
     job = train(slurm, run, nodes_python)
     when(slurm, run, "the first checkpoint", lambda: has_step(run))
     a_rank(run).kill()
     ended = slurm.finished(job, LONG)
     assert ended.state == "COMPLETED" and ended.restarts == 1, said(run, slurm)
-    assert "and had come further. Queued again" in printed(run, job), printed(run, job)
+    assert "and had made progress. Queued again" in printed(run, job), printed(run, job)
     assert weights(run) == weights(uninterrupted)
 
 
@@ -264,7 +264,7 @@ def test_a_whole_round_in_one_job(slurm: Cluster, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--partition=gpu"], "no partition gpu: this cluster has debug"),
+        (["--partition=gpu"], "no partition gpu: give --partition, one of debug"),
         (["--nodes=4", "sft.global_batch_size=4"], "4 nodes are more than partition debug has, 3"),
         (["trainer.device=auto", "launch.processes_per_node=4"], "4 GPUs per node are more than a node of partition"),
         (["parallel.data_parallel_size=2"], "TP 1 * PP 2 * DP 2 = 4, but the world size is 2"),
