@@ -167,9 +167,14 @@ def building(
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"{folder} is being written by another process: wait for it, or end it") from None
-        done = _finished_tasks(folder, _signature(source, plan))
+        signature = _signature(source, plan)
+        done = _finished_tasks(folder, signature)
         if done is None:
-            _start(folder, plan, _signature(source, plan))
+            for path in folder.iterdir():
+                path.unlink() if path.is_file() else shutil.rmtree(path)
+            for output in plan.outputs:
+                allocate(folder / output.name, output)
+            (folder / JOURNAL).write_text(signature + "\n")
         yield MatrixWriter(source, plan, folder, block_bytes), done or set()
         for name, content in plan.texts.items():
             (folder / name).write_bytes(content)
@@ -196,14 +201,6 @@ def _finished_tasks(folder: Path, signature: str) -> set[int] | None:
     if lines[0] != signature:
         return None
     return {int(line) for line in lines[1:-1]}  # a line without its end was cut off
-
-
-def _start(folder: Path, plan: Plan, signature: str) -> None:
-    for path in folder.iterdir():
-        path.unlink() if path.is_file() else shutil.rmtree(path)
-    for output in plan.outputs:
-        allocate(folder / output.name, output)
-    (folder / JOURNAL).write_text(signature + "\n")
 
 
 def allocate(path: Path, output: OutputFile) -> None:

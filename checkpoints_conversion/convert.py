@@ -12,11 +12,11 @@ from typing import Any
 
 import orjson
 
-from srlm_mega.checkpoints_conversion import fp8_folders, huggingface_files, jobs, trtllm
+from srlm_mega.checkpoints_conversion import fp8, huggingface_files, jobs, trtllm
 from srlm_mega.checkpoints_conversion.bar import no_bar
 from srlm_mega.checkpoints_conversion.bits import DType
 from srlm_mega.checkpoints_conversion.build import Plan, Report, Resources, building
-from srlm_mega.checkpoints_conversion.fp8 import Amax, Scales, shared_scales, weight_amax
+from srlm_mega.checkpoints_conversion.fp8 import Amax
 from srlm_mega.checkpoints_conversion.huggingface_files import CONFIG, copy_tokenizer, pretty_json, read_json
 from srlm_mega.checkpoints_conversion.reader import Checkpoint
 
@@ -116,10 +116,11 @@ def _fp8_plan(source: Checkpoint, wish: Wish, dtype: DType, amax: Amax, bar: Bar
     split = trtllm.RankSplit(wish.tp, wish.pp)
     trtllm.check_split(source.shape, split)
     with bar("ranges of the weights", source.num_bytes) as report:
-        scales = Scales(shared_scales(weight_amax(source, dtype, report)), shared_scales(amax.inputs))
+        weights = fp8.shared_scales(fp8.weight_amax(source, dtype, report))
+    scales = fp8.Scales(weights, fp8.shared_scales(amax.inputs))
     if wish.to is Kind.TRTLLM:
-        return fp8_folders.engine_plan(source.shape, split, dtype, scales)
-    return fp8_folders.unified_plan(source.shape, source.config, dtype, scales)
+        return fp8.engine_plan(source.shape, split, dtype, scales)
+    return fp8.unified_plan(source.shape, source.config, dtype, scales)
 
 
 def convert(source: Path, destination: Path, wish: Wish, resources: Resources, bar: Bar = no_bar) -> Record:

@@ -99,13 +99,14 @@ class BuildStep(Enum):
 
 def build_argv(checkpoint: Path, destination: Path, limits: Limits, workers: int) -> tuple[str, ...]:
     """Return the command line of `trtllm-build`."""
+    switch = {True: "enable", False: "disable"}
     argv = (
         *("trtllm-build", "--checkpoint_dir", str(checkpoint), "--output_dir", str(destination)),
         *("--max_batch_size", str(limits.max_batch_size), "--max_num_tokens", str(limits.max_num_tokens)),
         *("--max_input_len", str(limits.max_input_len), "--max_seq_len", str(limits.max_seq_len)),
         *("--kv_cache_type", "paged", "--workers", str(workers)),
-        *("--use_paged_context_fmha", _switch(limits.use_paged_context_fmha)),
-        *("--use_fp8_context_fmha", _switch(limits.use_fp8_context_fmha)),
+        *("--use_paged_context_fmha", switch[limits.use_paged_context_fmha]),
+        *("--use_fp8_context_fmha", switch[limits.use_fp8_context_fmha]),
     )
     return (*argv, "--strip_plan") if limits.strip_plan else argv
 
@@ -116,10 +117,6 @@ def refit_argv(plan: Path, checkpoint: Path, destination: Path) -> tuple[str, ..
         *("trtllm-refit", "--engine_dir", str(plan), "--checkpoint_dir", str(checkpoint)),
         *("--output_dir", str(destination)),
     )
-
-
-def _switch(on: bool) -> str:
-    return "enable" if on else "disable"
 
 
 def wanted_record(checkpoint: Path, limits: Limits, runtime: Runtime) -> EngineRecord:

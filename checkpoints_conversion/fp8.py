@@ -1,22 +1,35 @@
-"""FP8 (e4m3) weights: shared scales, exact rounding, `amax.json`.
+"""FP8 (e4m3) weights: shared scales, exact rounding, `amax.json`, and the two kinds of checkpoints that hold them:
+TensorRT-LLM's engine layout, and the unified Hugging Face folder of its PyTorch backend, which vLLM reads too.
 
 w ~= w8 * scale, with scale = largest |w| / 448. Queries, keys and values share one scale, gate and up another, because
 readers that fuse these matrices would round again otherwise. Activation scales come from a calibration (calibrate.py).
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from srlm_mega.checkpoints_conversion import trtllm
 from srlm_mega.checkpoints_conversion.bits import Bits, DType, cast, from_float32, to_float32
-from srlm_mega.checkpoints_conversion.build import MAX_BLOCK_BYTES, Report
-from srlm_mega.checkpoints_conversion.huggingface_files import pretty_json, read_json
-from srlm_mega.checkpoints_conversion.llama import LlamaShape
+from srlm_mega.checkpoints_conversion.build import MAX_BLOCK_BYTES, Plan, Report
+from srlm_mega.checkpoints_conversion.huggingface_files import (
+    CONFIG,
+    KIND,
+    MAX_SHARD_BYTES,
+    TensorEntry,
+    pretty_json,
+    read_json,
+    safetensors_files,
+    safetensors_shards,
+)
+from srlm_mega.checkpoints_conversion.llama import LlamaShape, huggingface_shapes
+from srlm_mega.checkpoints_conversion.patches import whole
 from srlm_mega.checkpoints_conversion.reader import Checkpoint, Reader
 
 LARGEST = 448.0  # of e4m3
@@ -27,6 +40,10 @@ GROUPS = {
     "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
     "down": ("mlp.down_proj",),
 }
+QUANT_CONFIG = "hf_quant_config.json"
+NOT_QUANTIZED = ["lm_head", "model.embed_tokens"]
+FLOAT = {"dynamic": False, "num_bits": 8, "type": "float"}
+KV_SCALE = 1.0  # keys and values fit e4m3 as they are; a calibrated scale gains nothing
 CHUNK = 1 << 15  # numbers whose table indices fit the processor's nearest caches
 
 
@@ -159,9 +176,62 @@ def weight_amax(source: Checkpoint, dtype: DType, report: Report) -> dict[str, f
 
 def largest_weights(source: Checkpoint, dtype: DType, reader: Reader, linears: Iterable[str]) -> dict[str, float]:
     """Return the largest |w| of linear layers, rounded to `dtype`, from a reader that has read all their rows."""
-    return {linear: _number(reader.largest[f"{linear}.weight"], source.dtype, dtype) for linear in linears}
+    bits = {linear: np.array([reader.largest[f"{linear}.weight"]], source.dtype.storage) for linear in linears}
+    return {linear: float(to_float32(cast(one, source.dtype, dtype), dtype)[0]) for linear, one in bits.items()}
 
 
-def _number(bits: int, source: DType, dtype: DType) -> float:
-    one = cast(np.array([bits], source.storage), source, dtype)
-    return float(to_float32(one, dtype)[0])
+def engine_plan(shape: LlamaShape, split: trtllm.RankSplit, dtype: DType, scales: Scales) -> Plan:
+    """Plan a checkpoint for `trtllm-build`; everything but the linear layers is of `dtype`."""
+    files: dict[str, list[TensorEntry]] = {}
+    for file, name, size, matrix in trtllm.rank_matrices(shape, split):
+        entries = files.setdefault(file, [])
+        linear = matrix.patches[0].source.removesuffix(".weight") if matrix.patches else ""
+        if ".layers." not in name or "layernorm" in name:
+            entries.append(TensorEntry(name, dtype, size, matrix))
+            continue
+        module = name.removesuffix(".weight")
+        entries.append(TensorEntry(name, DType.FLOAT8_E4M3, size, matrix, scales.weights[linear]))
+        entries.append(_scale(f"{module}.weights_scaling_factor", (1,), scales.weights[linear]))
+        entries.append(_scale(f"{module}.activation_scaling_factor", (1,), scales.inputs[linear]))
+        if module.endswith("attention.qkv"):
+            attention = module.removesuffix(".qkv")
+            entries.append(_scale(f"{attention}.kv_cache_scaling_factor", (1,), KV_SCALE))
+    config = trtllm.config(shape, split, dtype)
+    config["quantization"] = {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8", "exclude_modules": ["lm_head"]}
+    outputs, stored = safetensors_files(files)
+    return Plan(trtllm.KIND, dtype, outputs, stored, {CONFIG: pretty_json(config)}, Quantizer(Rounding.DIRECT))
+
+
+def unified_plan(shape: LlamaShape, config: Mapping[str, Any], dtype: DType, scales: Scales) -> Plan:
+    """Plan a unified Hugging Face folder; everything but the linear layers is of `dtype`."""
+    quantized = set(linear_names(shape))
+    entries = []
+    for name, size in huggingface_shapes(shape).items():
+        linear = name.removesuffix(".weight")
+        entry = TensorEntry(name, dtype, size, whole(name, size))
+        if linear not in quantized:
+            entries.append(entry)
+            continue
+        entries.append(replace(entry, dtype=DType.FLOAT8_E4M3, scale=scales.weights[linear]))
+        entries.append(_scale(f"{linear}.weight_scale", (), scales.weights[linear]))
+        entries.append(_scale(f"{linear}.input_scale", (), scales.inputs[linear]))
+        for which in ("k", "v"):
+            if linear.endswith(f".{which}_proj"):
+                entries.append(_scale(f"{linear}.{which}_scale", (), KV_SCALE))
+    outputs, stored, texts = safetensors_shards(entries, MAX_SHARD_BYTES)
+    texts[QUANT_CONFIG] = pretty_json(
+        {"quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8", "exclude_modules": NOT_QUANTIZED}}
+    )
+    quantization = {
+        "config_groups": {"group_0": {"input_activations": FLOAT, "weights": FLOAT, "targets": ["Linear"]}},
+        "ignore": NOT_QUANTIZED,
+        "quant_algo": "FP8",
+        "kv_cache_scheme": FLOAT,
+        "quant_method": "modelopt",  # the reader's name for this layout
+    }
+    texts[CONFIG] = pretty_json({**config, "torch_dtype": dtype.torch_name, "quantization_config": quantization})
+    return Plan(KIND, dtype, outputs, stored, texts, Quantizer(Rounding.BY_16_BITS))
+
+
+def _scale(name: str, shape: tuple[int, ...], value: float) -> TensorEntry:
+    return TensorEntry(name, DType.FLOAT32, shape, np.float32(value).tobytes())

@@ -75,7 +75,10 @@ class LlamaShape:
     @classmethod
     def from_huggingface(cls, config: Mapping[str, Any]) -> "LlamaShape":
         """Read a `config.json` of transformers 4 or 5. ValueError for a missing key, or anything but a plain Llama."""
-        _refuse_other_models(config)
+        plain = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+        for key, wanted in plain.items():
+            if (found := config.get(key, wanted)) != wanted:
+                raise ValueError(f"the model's {key} is {found!r}, supported is {wanted!r}: use a plain Llama")
         heads = _required(config, "num_attention_heads")
         rope = config.get("rope_parameters") or {}
         groups = config.get("num_key_value_heads")
@@ -128,13 +131,6 @@ def _required(config: Mapping[str, Any], key: str) -> int:
     if key not in config:
         raise ValueError(f"the model's config has no {key}: it is not that of a Llama, give one that is")
     return int(config[key])
-
-
-def _refuse_other_models(config: Mapping[str, Any]) -> None:
-    plain = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-    for key, wanted in plain.items():
-        if (found := config.get(key, wanted)) != wanted:
-            raise ValueError(f"the model's {key} is {found!r}, supported is {wanted!r}: use a plain Llama")
 
 
 class Layout(Enum):

@@ -54,7 +54,30 @@ class Checkpoint:
     @cached_property
     def sources(self) -> dict[str, "TensorSource"]:
         """Places of each of Hugging Face's tensors, by name. ValueError when a part of one is missing."""
-        return _tensor_sources(self)
+        found: dict[str, list[tuple[Patch, Stored]]] = defaultdict(list)
+        for stored in self.stored:
+            for patch in stored.matrix.patches:
+                found[patch.source].append((patch, stored))
+        sources = {}
+        for name, size in huggingface_shapes(self.shape).items():
+            rows, columns = matrix_size(size)
+            cover: dict[tuple[int, ...], tuple[Patch, Stored]] = {}
+            replicas: list[tuple[Patch, Stored, Stored]] = []
+            for patch, stored in found[name]:
+                rectangle = (patch.source_row, patch.source_column, patch.rows, patch.columns)
+                part = Patch(name, patch.row, patch.column, *rectangle)
+                if rectangle in cover:
+                    replicas.append((part, stored, cover[rectangle][1]))
+                else:
+                    cover[rectangle] = (part, stored)
+            held = sum(patch.rows * patch.columns for patch, _ in cover.values())
+            if held != rows * columns:
+                numbers = f"{held:,} of the {rows * columns:,} numbers of {name}"
+                raise ValueError(f"{self.folder} holds {numbers}, a part is missing: convert it again")
+            if len({(stored.dtype, stored.scale) for _, stored in cover.values()}) > 1:
+                raise ValueError(f"{self.folder}: the parts of {name} differ in dtype or scale: convert it again")
+            sources[name] = TensorSource(name, rows, columns, tuple(cover.values()), tuple(replicas))
+        return sources
 
     @property
     def is_fp8(self) -> bool:
@@ -109,35 +132,6 @@ class TensorSource:
         return self.columns * self.dtype.itemsize
 
 
-def _tensor_sources(checkpoint: Checkpoint) -> dict[str, TensorSource]:
-    found: dict[str, list[tuple[Patch, Stored]]] = defaultdict(list)
-    for stored in checkpoint.stored:
-        for patch in stored.matrix.patches:
-            found[patch.source].append((patch, stored))
-    sources = {}
-    for name, size in huggingface_shapes(checkpoint.shape).items():
-        rows, columns = matrix_size(size)
-        cover: list[tuple[Patch, Stored]] = []
-        replicas: list[tuple[Patch, Stored, Stored]] = []
-        seen: dict[tuple[int, ...], Stored] = {}
-        for patch, stored in found[name]:
-            rectangle = (patch.source_row, patch.source_column, patch.rows, patch.columns)
-            part = Patch(name, patch.row, patch.column, *rectangle)
-            if rectangle in seen:
-                replicas.append((part, stored, seen[rectangle]))
-            else:
-                seen[rectangle] = stored
-                cover.append((part, stored))
-        held = sum(patch.rows * patch.columns for patch, _ in cover)
-        if held != rows * columns:
-            numbers = f"{held:,} of the {rows * columns:,} numbers of {name}"
-            raise ValueError(f"{checkpoint.folder} holds {numbers}, a part is missing: convert it again")
-        if len({(stored.dtype, stored.scale) for _, stored in cover}) > 1:
-            raise ValueError(f"{checkpoint.folder}: the parts of {name} differ in dtype or scale: convert it again")
-        sources[name] = TensorSource(name, rows, columns, tuple(cover), tuple(replicas))
-    return sources
-
-
 class Scratch:
     """Memory that is used again and again: getting fresh pages from the system costs more than copying."""
 
@@ -178,7 +172,12 @@ class Reader(ExitStack):
         block = self._assemble(source, start, count, memory)
         self._check_finite(source, block)
         for patch, stored, original in source.replicas:
-            self._check_replica(source, patch, stored, original, block, start)
+            part = patch.window(start, count, 0, source.columns)
+            if part is not None and not np.array_equal(self._read_part(stored, part), block[part.target]):
+                raise ValueError(
+                    f"{self._checkpoint.folder / stored.file}: {stored.name} differs from the copy of {name} "
+                    f"in {original.file}, and should be a replica: convert it again"
+                )
         self._blocks[key] = (memory, block)
         return block
 
@@ -200,16 +199,6 @@ class Reader(ExitStack):
                 return self._read(stored, part.source_row, count, memory)  # at once to where it should be
             block[part.target] = self._read_part(stored, part)
         return block
-
-    def _check_replica(
-        self, source: TensorSource, patch: Patch, stored: Stored, original: Stored, block: Bits, start: int
-    ) -> None:
-        part = patch.window(start, len(block), 0, source.columns)
-        if part is not None and not np.array_equal(self._read_part(stored, part), block[part.target]):
-            raise ValueError(
-                f"{self._checkpoint.folder / stored.file}: {stored.name} differs from the copy of {source.name} "
-                f"in {original.file}, and should be a replica: convert it again"
-            )
 
     def _check_finite(self, source: TensorSource, block: Bits) -> None:
         if source.dtype is DType.FLOAT8_E4M3:

@@ -63,12 +63,16 @@ def read_header(path: Path) -> dict[str, FileTensor]:
             header = orjson.loads(file.read(length))
         except orjson.JSONDecodeError as error:
             raise ValueError(f"{path} is no safetensors file ({error}): download or convert it again") from None
+    dtypes = {dtype.value: dtype for dtype in DType}
     tensors = {}
     for name, entry in header.items():
         if name == "__metadata__":
             continue
+        if entry["dtype"] not in dtypes:
+            known = ", ".join(dtypes)
+            raise ValueError(f"{path}: {name} is of dtype {entry['dtype']}, supported are {known}: give another model")
         begin, end = entry["data_offsets"]
-        tensor = FileTensor(name, _dtype(path, name, entry["dtype"]), tuple(entry["shape"]), offset=8 + length + begin)
+        tensor = FileTensor(name, dtypes[entry["dtype"]], tuple(entry["shape"]), offset=8 + length + begin)
         if tensor.nbytes != end - begin:
             raise ValueError(f"{path}: {name} has not the bytes of its shape: download or convert it again")
         if tensor.offset + tensor.nbytes > size:
@@ -91,11 +95,3 @@ def read_scale(path: Path, header: Mapping[str, FileTensor], name: str) -> float
     if not 0 < scale < math.inf:
         raise ValueError(f"{path}: {name} is {scale}: convert the model again")
     return float(scale)
-
-
-def _dtype(path: Path, name: str, code: str) -> DType:
-    try:
-        return DType(code)
-    except ValueError:
-        known = ", ".join(dtype.value for dtype in DType)
-        raise ValueError(f"{path}: {name} is of dtype {code}, supported are {known}: give another model") from None

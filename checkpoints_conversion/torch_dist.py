@@ -12,6 +12,7 @@ import pickle
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from torch.distributed.checkpoint.metadata import (
 from srlm_mega.checkpoints_conversion.bits import DType, dtype_named
 from srlm_mega.checkpoints_conversion.build import OutputFile, Plan
 from srlm_mega.checkpoints_conversion.huggingface_files import CONFIG, one_dtype, pretty_json, read_json, special_ids
-from srlm_mega.checkpoints_conversion.llama import Layout, LlamaShape, Row, table
+from srlm_mega.checkpoints_conversion.llama import Layout, LlamaShape, Row, check_size, table
 from srlm_mega.checkpoints_conversion.megatron import placements
 from srlm_mega.checkpoints_conversion.patches import (
     Matrix,
@@ -183,44 +184,26 @@ def _place(
         position = 0
         constants: list[tuple[int, bytes]] = []
         for chunk in chunks:
-            envelope = _envelope(chunk.sizes, torch_dtype)
-            constants += [(position + offset, content) for offset, content in envelope.constants]
+            around, begin, size = _envelope(chunk.sizes, torch_dtype)
+            constants += [(position + offset, content) for offset, content in around]
             place = ", ".join(map(str, chunk.offsets))
-            stored.append(
-                Stored(f"{chunk.tensor.key} at {place}", file, position + envelope.data_offset, dtype, chunk.matrix)
-            )
+            stored.append(Stored(f"{chunk.tensor.key} at {place}", file, position + begin, dtype, chunk.matrix))
             entry = entries[chunk.tensor.key]
             storage[MetadataIndex(chunk.tensor.key, chunk.offsets, len(entry.chunks))] = _StorageInfo(
-                file, position, envelope.size
+                file, position, size
             )
             entry.chunks.append(ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes)))
-            position += envelope.size
+            position += size
         if not outputs:
             empty = _torch_bytes([None])
             constants.append((position, empty))
-            for key in _extra_state_keys(shape):
+            for layer, module in product(range(shape.num_layers), EXTRA_STATES):
+                key = f"{LAYERS}{module}._extra_state/shard_{layer}_{shape.num_layers}"
                 entries[key] = BytesStorageMetadata()
                 storage[MetadataIndex(key)] = _StorageInfo(file, position, len(empty))
             position += len(empty)
         outputs.append(OutputFile(file, position, tuple(constants)))
     return tuple(outputs), tuple(stored), Metadata(entries, storage_data=storage, version="1.0.0")
-
-
-def _extra_state_keys(shape: LlamaShape) -> list[str]:
-    return [
-        f"{LAYERS}{module}._extra_state/shard_{layer}_{shape.num_layers}"
-        for layer in range(shape.num_layers)
-        for module in EXTRA_STATES
-    ]
-
-
-@dataclass(frozen=True)
-class Envelope:
-    """The bytes that torch.save writes around the numbers of a tensor, as (offset, bytes)."""
-
-    constants: tuple[tuple[int, bytes], ...]
-    data_offset: int
-    size: int
 
 
 class _Sink:
@@ -246,11 +229,12 @@ class _Sink:
 
 
 @cache
-def _envelope(sizes: tuple[int, ...], dtype: torch.dtype) -> Envelope:
-    """Save a tensor of zeros. The bytes depend on size and dtype, and on a checksum that torch.load does not read."""
+def _envelope(sizes: tuple[int, ...], dtype: torch.dtype) -> tuple[list[tuple[int, bytes]], int, int]:
+    """Return what torch.save writes around the numbers of a tensor, as (offset, bytes), the offset of the numbers, and
+    the size of all. It depends on size and dtype only, apart from a checksum that torch.load does not read."""
     sink = _Sink()
     torch.save(torch.zeros(sizes, dtype=dtype), sink)  # zeros that nobody writes take no memory
-    return Envelope(tuple(sink.pieces.items()), _data_begin(sink.pieces[0]), sink.size)
+    return list(sink.pieces.items()), _data_begin(sink.pieces[0]), sink.size
 
 
 def _data_begin(archive: bytes) -> int:
@@ -278,7 +262,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         entry = metadata.state_dict_metadata.get(tensor.key)
         if not isinstance(entry, TensorStorageMetadata):
             raise ValueError(f"{folder} has no tensor {tensor.key}: it is not a checkpoint of the Llama of its config")
-        _check_size(folder, tensor, tuple(entry.size))
+        size = tuple(entry.size)
+        padded = tensor.layout is Layout.VOCABULARY and size[0] >= tensor.size[0] and size[1:] == tensor.size[1:]
+        if not padded:
+            check_size(tensor.key, size, tensor.size, str(folder))
         dtype = dtype_named(str(entry.properties.dtype).removeprefix("torch."))
         for chunk in entry.chunks:
             offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
@@ -298,14 +285,6 @@ def read_metadata(folder: Path) -> Metadata:
     metadata = pickle.loads((folder / METADATA).read_bytes())
     assert isinstance(metadata, Metadata), f"{folder / METADATA} holds a {type(metadata).__name__}"
     return metadata
-
-
-def _check_size(folder: Path, tensor: GlobalTensor, found: tuple[int, ...]) -> None:
-    padded = tensor.layout is Layout.VOCABULARY and found[0] >= tensor.size[0] and found[1:] == tensor.size[1:]
-    if found != tensor.size and not padded:
-        raise ValueError(
-            f"{folder}: {tensor.key} has shape {list(found)}, by its config it should have {list(tensor.size)}"
-        )
 
 
 def _chunk_matrices(

@@ -22,18 +22,7 @@ PREFERENCES = {
 
 
 def environment(inherited: Mapping[str, str], threads: int, cpu: bool) -> dict[str, str]:
-    """Return the environment of a stage's processes. What several nodes need of it is in env.sh too, with reasons.
-
-    - OMP_NUM_THREADS: ranks share the cores; more threads than cores make every rank slower.
-    - PYTHONSAFEPATH: the project's root holds folders named `kernels` and `tools`, which other packages would import.
-    - CUDA_DEVICE_MAX_CONNECTIONS: Megatron's overlap of tensor-parallel communication wants one queue.
-    - PREFERENCES: unless the user set them. NCCL prints when something is wrong; a rank whose partner is lost ends with
-      an error; the allocator extends its segments, as batches differ in length.
-    - HF_HUB_OFFLINE, TRANSFORMERS_VERBOSITY: a stage reads local files only, and prints what matters itself.
-    - TORCHDYNAMO_DISABLE (CPU): Megatron wraps functions in torch.compile when it is imported; its fusions are for
-      GPUs, and loading the compiler costs every rank more than a second.
-    - PYTHONWARNINGS: a CPU has no Transformer Engine and no apex, so warnings about them are noise.
-    """
+    """Return the environment of a stage's processes. env.sh has the reasons, and sets the same but for `cpu`."""
     settings = {
         "OMP_NUM_THREADS": str(threads),
         "PYTHONSAFEPATH": "1",
@@ -43,6 +32,8 @@ def environment(inherited: Mapping[str, str], threads: int, cpu: bool) -> dict[s
         "TOKENIZERS_PARALLELISM": "false",
     }
     if cpu:
+        # Megatron wraps functions in torch.compile when it is imported; its fusions are for GPUs, and loading the
+        # compiler costs every rank more than a second. Transformer Engine and apex are not expected on a CPU.
         settings["TORCHDYNAMO_DISABLE"] = "1"
         settings["PYTHONWARNINGS"] = "ignore:Transformer Engine and Apex,ignore:Apex is not installed"
     return PREFERENCES | dict(inherited) | settings

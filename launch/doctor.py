@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tomllib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,12 +14,14 @@ from pathlib import Path
 from typing import Literal
 
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from srlm_mega.launch.probe import MODULES, Answer
-from srlm_mega.launch.versions import Package, VersionSet, fits
 
 SCRIPT = Path(__file__).with_name("probe.py")
+FILE = Path(__file__).with_name("versions.toml")  # the sets of versions that belong together
 AT_ONCE = 4
+Purpose = Literal["cpu", "training", "sampling"]
 Status = Literal["ok", "untested", "bad", "absent", "not asked"]
 APEX = (
     "pip uninstall apex: this one is PyPI's, a toolkit for web sites. NVIDIA's is optional and comes with its PyTorch "
@@ -30,6 +33,26 @@ LIBCUDA = (
 )
 SLURM = "work on a login or compute node of the cluster; ask its administrator why `scontrol ping` does not answer"
 HUNG = "see where it hangs: timeout -s ABRT 60 python -X faulthandler -c 'import {module}'; a slow disk: --timeout"
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package of a set. `needs` and `tested` are version ranges as pip writes them; empty ones take any version."""
+
+    needs: str
+    tested: str
+    install: str
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class VersionSet:
+    """One environment. `source`: who tried it; `image`: the container to start from, empty where there is none."""
+
+    source: str
+    python: str
+    packages: Mapping[str, Package]
+    image: str = ""
 
 
 @dataclass(frozen=True)
@@ -50,6 +73,18 @@ class DoctorRow:
     found: str
     wanted: str
     remedy: str = ""
+
+
+def version_set(purpose: Purpose) -> VersionSet:
+    """Read a set from the table."""
+    table = tomllib.loads(FILE.read_text(encoding="utf-8"))[purpose]
+    packages = {name: Package(**values) for name, values in table["packages"].items()}
+    return VersionSet(table["source"], table["python"], packages, table.get("image", ""))
+
+
+def fits(version: str, wanted: str) -> bool:
+    """Tell whether a version is in a range. NVIDIA's images have builds such as 2.10.0a0, which count as 2.10."""
+    return SpecifierSet(wanted).contains(version, prereleases=True)
 
 
 def run_probes(names: Sequence[str], seconds: float) -> list[Probed]:

@@ -47,14 +47,9 @@ def run_preflight(
 ) -> None:
     """Do this node's part. `arguments`: the configuration file and its overrides; `models`: model folders that the run
     writes. UserError names, on node 0, all that is wrong; on another node, that node 0 cannot be reached."""
-    if node.rank == 0:
-        lead(config, arguments, out, node, models, console)
-    else:
+    if node.rank > 0:
         follow(config, arguments, out, node)
-
-
-def lead(config: Config, arguments: Sequence[str], out: Path, node: ThisNode, models: int, console: Console) -> None:
-    """Gather, compare and print, on node 0. UserError names all that is wrong."""
+        return
     begin, settings, attempt = time.monotonic(), config.launch.preflight, uuid4().hex
     out.mkdir(parents=True, exist_ok=True)
     (out / "bad_nodes").unlink(missing_ok=True)

@@ -21,13 +21,14 @@ class DiskNeed:
     @property
     def export_bytes(self) -> int:
         """Bytes of all model folders."""
-        return self.exports * self.parameters * self._weight_bytes
+        return self.exports * self.parameters * weight_bytes(self.bf16)
 
     @property
     def checkpoint_bytes(self) -> int:
         """Bytes of one training stage's checkpoints: those that are kept and the one that is being written. Each has
         the weights, two fp32 moments of Adam and, with bf16 weights, an fp32 copy of these."""
-        return (self.kept_checkpoints + 1) * self.parameters * self._checkpoint_bytes_each
+        each = weight_bytes(self.bf16) + optimizer_bytes(self.bf16)
+        return (self.kept_checkpoints + 1) * self.parameters * each
 
     @property
     def sample_bytes(self) -> int:
@@ -39,19 +40,12 @@ class DiskNeed:
         """Bytes of all three."""
         return self.export_bytes + self.checkpoint_bytes + self.sample_bytes
 
-    @property
-    def _weight_bytes(self) -> int:
-        return weight_bytes(self.bf16)
-
-    @property
-    def _checkpoint_bytes_each(self) -> int:
-        return self._weight_bytes + optimizer_bytes(self.bf16)
-
     def __str__(self) -> str:
+        weights, optimizer = weight_bytes(self.bf16), optimizer_bytes(self.bf16)
         return (
-            f"{self.exports} models * {self.parameters:,} parameters * {self._weight_bytes} bytes = "
+            f"{self.exports} models * {self.parameters:,} parameters * {weights} bytes = "
             f"{self.export_bytes / GIB:.1f} GiB, {self.kept_checkpoints} + 1 checkpoints * "
-            f"{self._checkpoint_bytes_each} bytes = {self.checkpoint_bytes / GIB:.1f} GiB, "
+            f"{weights + optimizer} bytes = {self.checkpoint_bytes / GIB:.1f} GiB, "
             f"{self.sampled_tokens:,} sampled tokens * {JSON_BYTES_PER_TOKEN} bytes = {self.sample_bytes / GIB:.1f} GiB"
         )
 

@@ -56,7 +56,7 @@ class NodeReport:
 def local_report(node: str, rank: int, folder: Path, with_gpus: bool, seconds: float) -> NodeReport:
     """Run the checks that take this node alone, for at most `seconds`. `folder`: where the run will write."""
     deadline = time.monotonic() + seconds
-    versions, gpus = TimedCheck(installed_versions), TimedCheck(visible_gpus if with_gpus else no_gpus)
+    versions, gpus = TimedCheck(installed_versions), TimedCheck(lambda: visible_gpus() if with_gpus else (None, {}))
     name, disk = TimedCheck(own_addresses), TimedCheck(lambda: free_bytes(folder))
     asked: dict[str, TimedCheck[Any]] = {"versions": versions, "GPUs": gpus, "host name": name, "free disk": disk}
     unanswered = {check: why for check, question in asked.items() if (why := question.failure(deadline)) is not None}
@@ -106,11 +106,6 @@ def installed_versions() -> dict[str, str]:
         with suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
-
-
-def no_gpus() -> tuple[None, dict[str, str]]:
-    """Answer like `visible_gpus` for a job that computes on CPUs."""
-    return None, {}
 
 
 def visible_gpus() -> tuple[tuple[InstalledGpu, ...], dict[str, str]]:

@@ -16,8 +16,7 @@ from srlm_mega.errors import USER_ERROR
 
 if TYPE_CHECKING:
     from srlm_mega.config import Config
-    from srlm_mega.launch.doctor import DoctorRow
-    from srlm_mega.launch.versions import VersionSet
+    from srlm_mega.launch.doctor import DoctorRow, VersionSet
 
 TABLE_WIDTH = 120
 COLOURS = {"ok": "green", "untested": "yellow", "bad": "red", "absent": "dim", "not asked": "dim"}
@@ -33,9 +32,8 @@ def doctor(
     timeout: Annotated[float, typer.Option(min=1, help="Longest time of each probe, in seconds.")] = 120,
 ) -> None:
     """Check that this environment works. Tries each part in a process of its own, and names a remedy for what fails."""
-    from srlm_mega.launch.doctor import diagnose, is_well, run_probes
+    from srlm_mega.launch.doctor import diagnose, is_well, run_probes, version_set
     from srlm_mega.launch.probe import NAMES
-    from srlm_mega.launch.versions import version_set
 
     chosen = purpose or ("training" if Path("/dev/nvidiactl").exists() else "cpu")
     versions = version_set(chosen)

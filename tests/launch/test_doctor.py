@@ -10,9 +10,19 @@ from pathlib import Path
 import pytest
 from places import ROOT
 
-from srlm_mega.launch.doctor import DoctorRow, Probed, diagnose, is_well, run_probe
+from srlm_mega.launch.doctor import (
+    FILE,
+    DoctorRow,
+    Probed,
+    Purpose,
+    VersionSet,
+    diagnose,
+    fits,
+    is_well,
+    run_probe,
+    version_set,
+)
 from srlm_mega.launch.probe import Answer
-from srlm_mega.launch.versions import FILE, Purpose, VersionSet, fits, version_set
 
 TRAINING, SAMPLING, CPU = version_set("training"), version_set("sampling"), version_set("cpu")
 TORCH = Answer("2.10.0a0+b4e4ee81d3", cuda="13.1", triton='triton==3.6.0; platform_system == "Linux"')
