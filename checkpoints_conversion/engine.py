@@ -143,6 +143,7 @@ def wanted_record(checkpoint: Path, limits: Limits, runtime: Runtime) -> EngineR
             for name, tensor in sorted(read_header(path).items()):
                 model.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
                 file.seek(tensor.offset)
+                # Scales apart from weights: other weights fit a plan, other scales do not.
                 digest, left = (scales if name.endswith("scaling_factor") else weights), tensor.nbytes
                 while left:
                     block = file.read(min(left, BLOCK_BYTES))

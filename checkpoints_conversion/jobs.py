@@ -21,6 +21,7 @@ def run(work: MatrixWriter, tasks: Sequence[tuple[int, Task]], jobs: int, report
         return
     context = multiprocessing.get_context("spawn")
     messages: Queue[Message] = context.Queue()
+    # Dealt out from the largest to the smallest, so that all processes end at about the same time.
     largest_first = sorted(tasks, key=lambda task: -sum(stored.nbytes for stored in task[1]))
     workers = [
         context.Process(target=_work, args=(work, largest_first[number::jobs], messages, os.getpid()), daemon=True)
@@ -34,7 +35,7 @@ def run(work: MatrixWriter, tasks: Sequence[tuple[int, Task]], jobs: int, report
                 message = messages.get(timeout=POLL_SECONDS)
             except queue.Empty:
                 continue
-            if isinstance(message, str):
+            if isinstance(message, str):  # one failure ends all: `finally` kills the others
                 raise ValueError(message)
             report(message)
         for worker in workers:

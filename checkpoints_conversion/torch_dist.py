@@ -189,12 +189,13 @@ def _place(
             place = ", ".join(map(str, chunk.offsets))
             stored.append(Stored(f"{chunk.tensor.key} at {place}", file, position + begin, dtype, chunk.matrix))
             entry = entries[chunk.tensor.key]
+            # The index's last number is only a hint for readers, and no part of its identity.
             storage[MetadataIndex(chunk.tensor.key, chunk.offsets, len(entry.chunks))] = _StorageInfo(
                 file, position, size
             )
             entry.chunks.append(ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes)))
             position += size
-        if not outputs:
+        if not outputs:  # one record in the first file serves as every layer's empty extra state
             empty = _torch_bytes([None])
             constants.append((position, empty))
             for layer, module in product(range(shape.num_layers), EXTRA_STATES):

@@ -79,7 +79,7 @@ def prove(source: Path, destination: Path, bar: Bar = no_bar) -> Proof:
             found = _hash(two.blocks(name, MAX_BLOCK_BYTES), report)
             if want != found:
                 differing.append(name)
-            whole.update(found)
+            whole.update(found)  # of what the destination holds, as it holds it
         if second.is_fp8:
             differing += wrong_scales(first, second, one)
     if differing:

@@ -94,7 +94,7 @@ def run_ranks(
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment,
-            start_new_session=True,
+            start_new_session=True,  # so that a kill reaches torchrun and all its ranks
             preexec_fn=partial(die_with, os.getpid()),
         )
         try:
@@ -125,6 +125,7 @@ def last_line(log_file: Path) -> str:
 def check_ranks(outcomes: Sequence[RanksOutcome], per_node: int, seconds: float, logs: str) -> Iterator[Finding]:
     """Find ranks that crashed, or that the others waited for in vain. `seconds` is the limit they had."""
     crashed = [outcome for outcome in outcomes if outcome.error]
+    # A rank that lost its partner says so as well: only the others name a cause, if there are any.
     causes = [outcome for outcome in crashed if not any(words in outcome.error for words in CONSEQUENCES)]
     wanted, remedy = "ranks that find each other", f"`srlm doctor` on this node says more; the log is in {logs}"
     for outcome in causes or crashed:

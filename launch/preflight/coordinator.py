@@ -56,7 +56,7 @@ def run_preflight(
     write_atomic(out / ATTEMPT, attempt.encode())
     others = len(node.names) - 1
     roll_call = open_roll_call(node.port, attempt) if others else None
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1) as pool:  # calls are answered while this node checks itself
         called = pool.submit(roll_call.gather, others, settings.report_seconds) if roll_call else None
         own = look(config, node)
         write_report(out, own, attempt)
@@ -68,6 +68,7 @@ def run_preflight(
         *check_absent(node.names, node.named, reports, settings.report_seconds),
         *findings(reports, gpus, need, settings.max_clock_skew_seconds),
     ]
+    # Ranks that cannot start or find each other would only hang until the limit, and name the wrong node.
     whole = len(node.names) >= config.launch.nodes
     go = whole and not any(finding.check in HOPELESS for finding in found)
     outcomes = all_reduce(go, callers, config, arguments, out, node)
