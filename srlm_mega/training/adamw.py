@@ -1,4 +1,4 @@
-"""AdamW that keeps its step in the parameter group, as the fused ones of Transformer Engine and apex do.
+"""AdamW that keeps its step in the parameter group, as the fused optimizers of Transformer Engine and apex do.
 
 Megatron's distributed checkpoints read the step there; with torch's own AdamW, which keeps one per parameter, the
 distributed optimizer cannot be loaded. The arithmetic is torch's.
@@ -14,7 +14,7 @@ from torch.optim.adamw import adamw
 
 
 class AdamW(torch.optim.Optimizer):
-    """Decoupled weight decay. Whoever builds it fills the state, `exp_avg` and `exp_avg_sq` of each parameter."""
+    """Adam with decoupled weight decay. Its caller fills the state: `exp_avg` and `exp_avg_sq` of each parameter."""
 
     def __init__(
         self,
@@ -30,7 +30,7 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def step(self) -> None:
-        """Update every parameter that has a gradient. Empty groups count their steps too."""
+        """Update every parameter that has a gradient. Groups without parameters count their steps too."""
         for group in self.param_groups:
             group["step"] += 1
             params = [param for param in group["params"] if param.grad is not None]
@@ -52,7 +52,7 @@ class AdamW(torch.optim.Optimizer):
 
 
 def use_without_fused() -> None:
-    """Let Megatron take this AdamW where neither Transformer Engine nor apex brought theirs."""
+    """Make Megatron use this AdamW where neither Transformer Engine nor apex is installed."""
     if megatron_optimizer.USING_PYTORCH_OPTIMIZER:
         megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
         megatron_optimizer.Adam = distrib_optimizer.Adam = AdamW
@@ -61,6 +61,6 @@ def use_without_fused() -> None:
 
 
 def package() -> str:
-    """Whose arithmetic Megatron's optimizer is: transformer_engine, apex or torch."""
+    """Return the package that computes Megatron's optimizer steps: transformer_engine, apex or torch."""
     name: str = megatron_optimizer.Adam.__module__.partition(".")[0]
     return "torch" if megatron_optimizer.Adam is AdamW else name

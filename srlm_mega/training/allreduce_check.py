@@ -1,8 +1,8 @@
-"""A timed all-reduce in every group of the layout, as a job's ranks before it. Started by torchrun on every node:
+"""A timed all-reduce in every group of the layout, with the ranks of a job before it starts. On every node:
 `torchrun ... -m srlm_mega.training.allreduce_check FOLDER CONFIG [section.key=value ...]`.
 
-Each rank writes FOLDER/rank_N, the place it has come to, so that a node can say which of its ranks the others wait
-for; rank 0 writes FOLDER/groups.json. On CUDA this was not run.
+Each rank writes the place it has reached to FOLDER/rank_N, so that a node can say which of its ranks the others wait
+for; rank 0 writes FOLDER/groups.json. On CUDA this has not been run.
 """
 
 import faulthandler
@@ -28,7 +28,7 @@ REPETITIONS = 3
 
 
 def main(arguments: Sequence[str]) -> None:
-    """One rank."""
+    """Run one rank."""
     die_with(os.getppid())
     folder, config = Path(arguments[0]), load_config(Path(arguments[1]), arguments[2:])
     seconds = config.launch.preflight.allreduce_seconds
@@ -43,27 +43,27 @@ def main(arguments: Sequence[str]) -> None:
 
 
 class Places:
-    """The file in which a rank says how far it is."""
+    """The file in which a rank records how far it is."""
 
     def __init__(self, file: Path) -> None:
         self._file, self._count, self._name = file, 0, ""
 
     def at(self, name: str) -> None:
-        """All ranks pass the same places."""
+        """Record that this rank has reached `name`. All ranks pass the same places."""
         self._count, self._name = self._count + 1, name
         write_atomic(self._file, f"{self._count} {name}".encode())
 
     def failed(self, error: Exception) -> None:
-        """The last place, and what happened there."""
+        """Record the last place, and the error that happened there."""
         said = str(error).splitlines() or [""]
         write_atomic(self._file, f"{self._count} {self._name}\n{type(error).__name__}: {said[0]}".encode())
 
 
 def measure(config: Config, folder: Path, places: Places) -> None:
-    """Meet the others, then one axis after the other, all groups of an axis at once, as in training."""
+    """Join the other ranks, then time one axis after the other, all groups of an axis at once, as in training."""
     minutes = config.launch.preflight.allreduce_seconds / 60
     limits = {f"{phase}_timeout_minutes": minutes for phase in ("start", "step", "checkpoint", "export")}
-    places.at("the meeting of the ranks")
+    places.at("the rendezvous of the ranks")
     with Topology.start(config.parallel, config.trainer.model_copy(update=limits), config.run.seed) as topology:
         speeds: list[GroupSpeed] = []
         for axis, group in topology.groups().items():
@@ -80,8 +80,8 @@ def measure(config: Config, folder: Path, places: Places) -> None:
 
 
 def bus_bandwidth(group: dist.ProcessGroup, size: int, num_bytes: int, device: torch.device) -> float:
-    """GB/s of all-reduces of this many bytes, as nccl-tests counts them: 2 (k - 1) / k * bytes / seconds. The best of
-    a few: others who use the network for a moment do not make a node a bad one."""
+    """Return GB/s of all-reduces of this many bytes, as nccl-tests counts them: 2 (k - 1) / k * bytes / seconds. The
+    best of a few: other traffic on the network for a moment does not make a node a bad one."""
     buffer = torch.zeros(num_bytes // 4, device=device)
     seconds: list[float] = []
     for _ in range(1 + REPETITIONS):
@@ -95,7 +95,7 @@ def bus_bandwidth(group: dist.ProcessGroup, size: int, num_bytes: int, device: t
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -8,7 +8,7 @@ from srlm_mega.training.attention_sdpa import SdpaAttention
 
 
 class FlashAttention(SdpaAttention):
-    """The same mathematics and shapes as SdpaAttention; packed sequences in one call."""
+    """Causal attention with the mathematics and shapes of SdpaAttention; packed sequences take one call."""
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams | None, dropout: float

@@ -17,7 +17,7 @@ class SdpaAttention(MegatronModule):  # type: ignore[misc]
     """Megatron's core attention, with grouped queries.
 
     Unpacked sequences are padded on the right: with causal attention no real token sees the padding, so there is no
-    mask. Packed ones lie behind each other on one axis and see only themselves.
+    mask. Packed ones follow one another on one axis and see only themselves.
     """
 
     def __init__(
@@ -47,8 +47,8 @@ class SdpaAttention(MegatronModule):  # type: ignore[misc]
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """Unpacked: query [s, b, heads, d], key and value [s, b, groups, d] -> [s, b, heads * d].
-        Packed: query [t, heads, d], key and value [t, groups, d] -> [t, heads * d]."""
+        """Return [s, b, heads * d] from query [s, b, heads, d], key and value [s, b, groups, d]; packed, [t, heads * d]
+        from query [t, heads, d], key and value [t, groups, d]."""
         assert attention_mask is None and attention_bias is None, "causal attention takes no mask and no bias"
         dropout = self.config.attention_dropout if self.training else 0.0
         if dropout > 0.0 and not self.config.sequence_parallel:  # with it, the whole layer is in that stream already
@@ -70,7 +70,7 @@ class SdpaAttention(MegatronModule):  # type: ignore[misc]
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, scale: float | None = None) -> Tensor:
-    """q [b, s, heads, d], k and v [b, s, groups, d] -> [b, s, heads, d]."""
+    """Return [b, s, heads, d] from q [b, s, heads, d], k and v [b, s, groups, d]."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     context = F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True, scale=scale, enable_gqa=True)
     return context.transpose(1, 2)
@@ -79,7 +79,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, scal
 def packed_causal_attention(
     q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], dropout: float = 0.0, scale: float | None = None
 ) -> Tensor:
-    """q [t, heads, d], k and v [t, groups, d], of sequences with these lengths (their sum is t) -> [t, heads, d].
+    """Return [t, heads, d] from q [t, heads, d], k and v [t, groups, d] of sequences whose `lengths` add up to t.
 
     One call per sequence. On a CPU this beats one call over a padded batch as soon as lengths differ (1.5x to 40x),
     costs 1.1x to 1.3x more on many short ones of like length, and needs no memory beyond t.

@@ -1,6 +1,6 @@
-"""Which implementation runs the layers: decided by the configuration, the device and what is installed.
+"""The choice of the layers' implementation, by the configuration, the device and the installed packages.
 
-What needs CUDA here has not been run on a GPU.
+The choices for CUDA have not been run on a GPU.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ Attention = Literal["transformer_engine", "flash_attn", "sdpa", "sdpa_of_gathere
 
 @dataclass(frozen=True)
 class Backend:
-    """`layers` of one kind, with the attention and the fused kernels that go with them."""
+    """The implementation of the layers, of attention and of fused kernels."""
 
     layers: Literal["transformer_engine", "torch"]
     attention: Attention
@@ -40,7 +40,7 @@ class Backend:
         return f"layers: {self.layers}; attention: {self.attention}; fused: {names}; Adam: {adamw.package()}"
 
     def settings(self) -> dict[str, Any]:
-        """Fields of Megatron's TransformerConfig."""
+        """Return fields of Megatron's TransformerConfig."""
         return {
             "transformer_impl": "local" if self.layers == "torch" else "transformer_engine",
             "apply_rope_fusion": self.layers == "transformer_engine",
@@ -54,7 +54,8 @@ class Backend:
 
 
 def choose_backend(config: Config, device: torch.device) -> Backend:
-    """`auto` takes Transformer Engine on CUDA where it is installed. UserError when what is asked for cannot be had."""
+    """Choose the backend; `auto` is Transformer Engine on CUDA where it is installed. UserError when a requested
+    feature is not available."""
     wanted, on_cuda = config.model.layer_backend, device.type == "cuda"
     found = installed("transformer_engine")
     match wanted:
@@ -86,8 +87,8 @@ def choose_backend(config: Config, device: torch.device) -> Backend:
 
 
 def block(backend: Backend, num_layers: int) -> TransformerBlockSubmodules:
-    """`num_layers` Llama layers and the final norm."""
-    # The packages of the other backends are not needed, so each is imported only where it was chosen.
+    """Return `num_layers` Llama layers and the final norm."""
+    # Imported only where it is chosen, so that the packages of the other backends need not be installed.
     match backend.attention:
         case "transformer_engine":
             from srlm_mega.training.layer_te import engine_block
@@ -106,7 +107,7 @@ def block(backend: Backend, num_layers: int) -> TransformerBlockSubmodules:
 
 
 def fuse_gradients(backend: Backend, chunk: nn.Module) -> None:
-    """Transformer Engine's linears add weight gradients to their buffers themselves; call it once these exist."""
+    """Let Transformer Engine's linears add weight gradients to their buffers themselves. Call it when these exist."""
     if backend.layers == "transformer_engine":
         from srlm_mega.training.layer_te import fuse_weight_gradients
 
@@ -114,12 +115,12 @@ def fuse_gradients(backend: Backend, chunk: nn.Module) -> None:
 
 
 def installed(package: str) -> bool:
-    """Whether a package can be imported, without importing it."""
+    """Tell whether a package can be imported, without importing it."""
     return find_spec(package) is not None
 
 
 def check_capability(found: tuple[int, int]) -> None:
-    """UserError on a device without FP8 matrix products."""
+    """Raise UserError on a device of this compute capability if it has no FP8 matrix products."""
     if found < FP8_CAPABILITY:
         raise UserError(
             f"trainer.fp8 needs compute capability {FP8_CAPABILITY[0]}.{FP8_CAPABILITY[1]} (Ada, Hopper), "

@@ -1,7 +1,7 @@
-"""From token ids to what a forward pass is given: padded rows, or one packed row, of the same shape on every rank.
+"""Batches of token ids for one forward pass: padded rows, or one packed row, of the same shape on every rank.
 
-Which positions are computed by the head, and where each sequence's tokens lie among them, is worked out here on the
-CPU, so that the GPU never has to be asked.
+The positions that the head computes, and each sequence's tokens among them, are determined here on the CPU, so that
+the host never waits for the GPU.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from srlm_mega.training.context_parallel import cp_positions
 
 @dataclass(frozen=True, slots=True)
 class TokenSequence:
-    """Token ids of which `tokens[num_prompt:]` are learnt. With `num_prompt` 0 or 1 every predicted token is."""
+    """Token ids of which `tokens[num_prompt:]` are trained on. With `num_prompt` 0 or 1 every predicted token is."""
 
     id: str
     tokens: tuple[int, ...]
@@ -27,18 +27,18 @@ class TokenSequence:
     def __post_init__(self) -> None:
         if self.num_targets < 1:
             raise UserError(
-                f"{self.id}: nothing to learn, {len(self.tokens)} tokens of which {self.num_prompt} are the prompt: "
+                f"{self.id}: nothing to train on, {len(self.tokens)} tokens of which {self.num_prompt} are the prompt: "
                 "remove this empty completion"
             )
 
     @property
     def num_inputs(self) -> int:
-        """Input positions. The last token is only predicted."""
+        """Number of input positions. The last token is only predicted."""
         return len(self.tokens) - 1
 
     @property
     def num_targets(self) -> int:
-        """Tokens that enter the loss. The first token has nothing before it to be predicted from."""
+        """Number of tokens that enter the loss. The first token has nothing before it to be predicted from."""
         return len(self.tokens) - max(self.num_prompt, 1)
 
     @property
@@ -48,13 +48,13 @@ class TokenSequence:
 
     @property
     def sequences(self) -> tuple["TokenSequence", ...]:
-        """Itself, as what a forward pass must hold together."""
+        """The sequence alone: what must be in one forward pass."""
         return (self,)
 
 
 @dataclass(frozen=True, slots=True)
 class PairSequences:
-    """Two completions of one prompt; `consistency` is the record's (records.PreferencePair)."""
+    """Two completions of one prompt, as token ids; `consistency` is that of `records.PreferencePair`."""
 
     id: str
     chosen: TokenSequence
@@ -63,20 +63,20 @@ class PairSequences:
 
     @property
     def sequences(self) -> tuple[TokenSequence, ...]:
-        """Both: a pair is never split over forward passes."""
+        """Chosen and rejected: a pair is never split over forward passes."""
         return (self.chosen, self.rejected)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One forward pass of S sequences; Megatron's hidden states are [s, b, h], of which the head computes N rows.
+    """The input of one forward pass of S sequences. Megatron's hidden states are [s, b, h]; the head computes N rows.
 
     tokens, position_ids  [b, s]: padded rows, or (packed) b = 1 and positions that restart with every sequence
-    labels                [2, N]: the rows (s * b + b's place) from which a learnt token is predicted, and these tokens
+    labels                [2, N]: the rows (of the flattened [s * b, h]) from which targets are predicted; the targets
     cu_seqlens            [S + 1]: sequence i's tokens are labels[:, cu_seqlens[i] : cu_seqlens[i + 1]]
-    packed                bounds of the sequences on the packed row, padding being the last of them; None: padded rows
-    own                   [N]: which labels are of this context-parallel rank's positions; None: all. Only those are in
-                          `labels`, and `tokens` and `position_ids` hold these positions only
+    packed                bounds of the sequences on the packed row, of which padding is the last; None: padded rows
+    own                   [N] bool: the labels at this context-parallel rank's positions; None: all. Then `labels` has
+                          only those, and `tokens` and `position_ids` have only these positions
     """
 
     tokens: Tensor
@@ -87,8 +87,8 @@ class Batch:
     own: Tensor | None = None
 
     def to(self, device: torch.device, vocab_size: int) -> "Batch":
-        """The batch on `device`. ValueError for labels that are not its rows, or not tokens of the vocabulary, as long
-        as it is on the CPU: on a GPU nobody reads values."""
+        """Return the batch on `device`. ValueError for labels that are not its rows, or not tokens of the vocabulary:
+        the batch is still on the CPU, and on a GPU values are never read."""
         rows, tokens = self.labels
         checks.check_rows(rows, self.tokens.numel())
         checks.check_targets(tokens, vocab_size)
@@ -108,7 +108,7 @@ class Batch:
 
 
 def padded_batch(sequences: Sequence[TokenSequence], num_rows: int, length: int) -> Batch:
-    """One row per sequence, padded on the right to `length` input positions; rows that are left over are padding.
+    """Return one row per sequence, padded on the right to `length` input positions; rows left over are padding.
 
     With causal attention no real token sees the padding behind it.
     """
@@ -127,11 +127,11 @@ def padded_batch(sequences: Sequence[TokenSequence], num_rows: int, length: int)
 
 
 def context_part(batch: Batch, cp_rank: int, cp_size: int) -> Batch:
-    """What one context-parallel rank gets of padded rows."""
+    """Return one context-parallel rank's part of padded rows."""
     assert batch.packed is None, "the configuration refuses packing under context parallelism"
     num_rows, length = batch.tokens.shape
     positions = cp_positions(length, cp_rank, cp_size)
-    place = torch.full((length, num_rows), -1)  # of each row of hidden states here
+    place = torch.full((length, num_rows), -1)  # each row's number in this rank's hidden states; -1: not here
     place[positions] = torch.arange(len(positions) * num_rows).view(-1, num_rows)
     rows, tokens = batch.labels
     own = place.flatten()[rows] >= 0
@@ -145,7 +145,7 @@ def context_part(batch: Batch, cp_rank: int, cp_size: int) -> Batch:
 
 
 def packed_batch(sequences: Sequence[TokenSequence], length: int) -> Batch:
-    """All sequences behind one another on one row of `length` input positions; the rest is a sequence of padding."""
+    """Return all sequences on one row of `length` input positions, one after another and then one of padding."""
     inputs = [sequence.num_inputs for sequence in sequences]
     padding = length - sum(inputs)
     assert padding >= 0, f"{len(sequences)} sequences have {sum(inputs)} input positions, the row {length}"
@@ -168,8 +168,8 @@ def packed_batch(sequences: Sequence[TokenSequence], length: int) -> Batch:
 
 
 def labels(sequences: Sequence[TokenSequence], starts: Sequence[int], stride: int) -> Tensor:
-    """Rows and tokens of all targets [2, N]. Position p of sequence i is row `starts[i] + stride * p`; it predicts the
-    token at p + 1."""
+    """Return rows and tokens of all targets [2, N]. Position p of sequence i is row `starts[i] + stride * p`; it
+    predicts the token at p + 1."""
     rows = [
         torch.arange(sequence.num_inputs - sequence.num_targets, sequence.num_inputs) * stride + start
         for sequence, start in zip(sequences, starts, strict=False)
@@ -180,5 +180,5 @@ def labels(sequences: Sequence[TokenSequence], starts: Sequence[int], stride: in
 
 
 def bounds(lengths: Sequence[int]) -> Tensor:
-    """Where each part begins, and the end: [n] -> [n + 1]."""
+    """Return the bounds [n + 1] of n consecutive parts with these lengths: 0, ..., their sum."""
     return torch.tensor([0, *lengths]).cumsum(0)

@@ -1,8 +1,8 @@
-"""Megatron's distributed checkpoints (torch_dist): a killed training goes on from the newest one, in any layout.
+"""Megatron's distributed checkpoints (torch_dist): a killed training resumes from the newest one, in any layout.
 
 A checkpoint holds weights, optimizer state, the random states of every rank, and the position. Data order and
-learning rate are functions of the seed and the step, so the step is all that is kept of them. The ranks of all nodes
-see one file system.
+learning rate are functions of the seed and the step, so only the step is saved of them. The ranks of all nodes share
+one file system.
 """
 
 import os
@@ -44,14 +44,14 @@ from srlm_mega.training.topology import Topology
 # does, `fully_sharded_model_space`, fails with parameters that data-parallel ranks share.)
 METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": False,  # the memory-efficient gather wants gloo beside NCCL
+    "distrib_optim_fully_reshardable_mem_efficient": False,  # the memory-efficient gather needs gloo besides NCCL
     "chained_optim_avoid_prefix": True,
 }
 
 
 @dataclass(frozen=True)
 class Position:
-    """How far training is. `skipped_in_a_row` counts the newest steps that were no finite numbers."""
+    """Progress of a training: steps, tokens, and how many of the newest steps were skipped for a NaN or inf."""
 
     step: int = 0
     num_tokens: int = 0
@@ -59,7 +59,7 @@ class Position:
 
 
 class Checkpoints:
-    """The checkpoints of one training stage in `folder`. Every method is called by all ranks together."""
+    """The checkpoints of one training stage in `folder`. All ranks call every method together."""
 
     def __init__(self, folder: Path, topology: Topology, trainer: TrainerConfig) -> None:
         self._folder, self._topology, self._trainer = folder, topology, trainer
@@ -68,7 +68,7 @@ class Checkpoints:
         self._strategy = TorchDistSaveShardedStrategy("torch_dist", 1)
 
     def newest(self) -> Path | None:
-        """The newest complete checkpoint. UserError when a file of it is missing or altered."""
+        """Return the newest complete checkpoint's folder or None. UserError when a file of it is missing or altered."""
         step = self._topology.all_gather(newest_step(self._folder) if self._topology.is_main else None)[0]
         if step is None:
             return None
@@ -78,20 +78,20 @@ class Checkpoints:
         return path
 
     def save_if_due(self, model: Sequence[MegatronModule], optimizer: ChainedOptimizer, position: Position) -> None:
-        """Write a checkpoint every `trainer.save_interval` steps. With `trainer.async_save` training goes on while its
-        files are written; the first call after that, or `finish`, gives it its name."""
+        """Write a checkpoint every `trainer.save_interval` steps. With `trainer.async_save` training continues while
+        its files are written; the first call after that, or `finish`, gives it its name."""
         self._queue.maybe_finalize_async_calls(blocking=False)
         if self._trainer.save_interval is not None and position.step % self._trainer.save_interval == 0:
             self._save(model, optimizer, position)
 
     def save_now(self, model: Sequence[MegatronModule], optimizer: ChainedOptimizer, position: Position) -> None:
-        """Write a checkpoint, unless this is where the newest one is, and wait for it."""
+        """Write a checkpoint, unless this step has one, and wait until it is on disk."""
         if position.step != self._saved_step:
             self._save(model, optimizer, position)
         self.finish()
 
     def finish(self) -> None:
-        """Wait until nothing is being written."""
+        """Wait until no checkpoint is being written."""
         self._topology.beat("checkpoint", "a checkpoint's end")
         self._queue.maybe_finalize_async_calls(blocking=True)
 
@@ -120,9 +120,9 @@ class Checkpoints:
             request.execute_sync()
 
     def load(self, path: Path, model: Sequence[MegatronModule], optimizer: ChainedOptimizer, seed: int) -> Position:
-        """Fill model, optimizer and random states; returns where training goes on.
+        """Fill model, optimizer and random states from a checkpoint; return the position to resume from.
 
-        In another layout no random state fits: there the streams begin anew from the seed and the step. UserError for
+        In another layout no random state fits: there the streams start anew from the seed and the step. UserError for
         the state of the other kind of optimizer: Megatron does not read one as the other.
         """
         self._topology.beat("checkpoint", f"reading {path.name}")
@@ -130,8 +130,8 @@ class Checkpoints:
         position, same_layout = Position(**common["position"]), common["layout"] == self._layout()
         if common["distributed_optimizer"] != self._topology.parallel.use_distributed_optimizer:
             raise UserError(
-                f"{path} was written with parallel.use_distributed_optimizer={common['distributed_optimizer']}: go on "
-                f"with that, which any layout can, or remove {path.parent} to start this stage anew"
+                f"{path} was written with parallel.use_distributed_optimizer={common['distributed_optimizer']}: resume "
+                f"with the same value, which any layout can, or remove {path.parent} to start this stage anew"
             )
         state = self._state(model, optimizer, is_loading=True, random_states=same_layout)
         loaded = dist_checkpointing.load(state, str(path))
@@ -159,7 +159,7 @@ class Checkpoints:
         return state
 
     def _layout(self) -> dict[str, int | str]:
-        """What decides which random numbers a rank draws."""
+        """Return what decides which random numbers a rank draws."""
         topology = self._topology
         return {
             "device": topology.device.type,
@@ -178,12 +178,12 @@ class Checkpoints:
         if self._topology.is_main:
             entries = {name: entry for part in gathered for name, entry in part.items()}
             publish(self._folder, step, entries, self._trainer.keep_checkpoints)
-        self._topology.barrier()  # nobody leaves, and takes the others down, before the checkpoint has its name
+        self._topology.barrier()  # no rank ends, and takes the others down, before the checkpoint has its name
 
 
 @cache
 def results_queue() -> object:
-    """Through which Megatron's writers say what they wrote: its own would outlive a killed rank."""
+    """Replace the queue in which Megatron's writers report what they wrote: its own would outlive a killed rank."""
     manager = SyncManager(ctx=get_context("spawn"))
     manager.start(die_with, (os.getpid(),))
     filesystem_async._results_queue = manager.Queue()

@@ -1,4 +1,4 @@
-"""The folder of a stage's checkpoints: which are complete, which is damaged, and how one gets its name.
+"""The folder of a stage's checkpoints: finding complete ones, checking their files, publishing a new one.
 
 `megatron/iter_0000100/` holds Megatron's files and `files.json`, their sizes and hashes. It is built under a hidden
 name and renamed when all of it is on disk, so a checkpoint with its own name is whole.
@@ -22,37 +22,37 @@ PREFIX = "iter_"
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
-    """Megatron's name of the checkpoint after `step` optimiser steps."""
+    """Return the folder of the checkpoint after `step` optimizer steps, by Megatron's name."""
     return folder / f"{PREFIX}{step:07d}"
 
 
 def building_path(folder: Path, step: int) -> Path:
-    """Where it is built."""
+    """Return the hidden folder in which the checkpoint of `step` is built."""
     return folder / f".{PREFIX}{step:07d}"
 
 
 def complete_steps(folder: Path) -> list[int]:
-    """The steps of complete checkpoints, oldest first."""
+    """Return the steps of complete checkpoints, oldest first."""
     return sorted(int(path.parent.name.removeprefix(PREFIX)) for path in folder.glob(f"{PREFIX}*/{FILES}"))
 
 
 def newest_step(folder: Path) -> int | None:
-    """The newest complete checkpoint; says which newer ones are passed over."""
+    """Return the newest complete checkpoint's step, or None; print which newer ones are incomplete."""
     steps = complete_steps(folder)
     for path in sorted([*folder.glob(f"{PREFIX}*"), *folder.glob(f".{PREFIX}*")]):
         step = int(path.name.removeprefix(".").removeprefix(PREFIX).partition(".")[0])
         if not (path / FILES).is_file() and step > (steps[-1] if steps else 0):
-            print(f"passed over {path}: it was not written to its end", flush=True)
+            print(f"ignoring {path}: it was not written completely", flush=True)
     return steps[-1] if steps else None
 
 
 def entries_of(paths: Sequence[Path]) -> dict[str, FileEntry]:
-    """Sizes and hashes by file name."""
+    """Return sizes and hashes by file name."""
     return {path.name: FileEntry(path.stat().st_size, file_hash(path)) for path in paths}
 
 
 def publish(folder: Path, step: int, entries: Mapping[str, FileEntry], keep: int) -> None:
-    """Give a checkpoint whose files are written its list and its name, then remove all but the newest `keep`."""
+    """Give a written checkpoint its list of files and its name, then remove all but the newest `keep`."""
     building, path = building_path(folder, step), checkpoint_path(folder, step)
     for name in entries:
         fsync(building / name)
@@ -69,18 +69,18 @@ def publish(folder: Path, step: int, entries: Mapping[str, FileEntry], keep: int
 
 
 def remove(path: Path) -> None:
-    """Take a checkpoint away; what a kill leaves is hidden, and swept up with unfinished ones."""
+    """Remove a checkpoint; what a kill leaves of it is hidden, and removed with unfinished ones."""
     remove_folder(path, path.with_name(f".{path.name}.removed"))
 
 
 def remove_unfinished(folder: Path) -> None:
-    """What killed attempts left."""
+    """Remove what killed attempts left."""
     for path in folder.glob(f".{PREFIX}*"):
         shutil.rmtree(path)
 
 
 def damages(path: Path, part: int = 0, parts: int = 1) -> list[str]:
-    """What is wrong with the files of a complete checkpoint; of `parts` readers, the one numbered `part`."""
+    """Return what is wrong with a complete checkpoint's files; `part` of `parts` readers checks its share of them."""
     try:
         entries = {name: FileEntry(**entry) for name, entry in orjson.loads((path / FILES).read_bytes()).items()}
     except (orjson.JSONDecodeError, TypeError, AttributeError) as error:
@@ -90,11 +90,11 @@ def damages(path: Path, part: int = 0, parts: int = 1) -> list[str]:
 
 
 def check_whole(path: Path, found: Sequence[str]) -> None:
-    """UserError when any reader found damage."""
+    """Raise UserError when any reader found damage."""
     if found:
         lines = "".join(f"\n  - {text}" for text in found)
         raise UserError(
             f"the checkpoint {path} is damaged, nothing was overwritten:{lines}\n"
-            f"Restore these files, or remove {path}: training then goes on from the checkpoint before it, or from the "
-            "start where there is none"
+            f"Restore these files, or remove {path}: training then resumes from the checkpoint before it, or starts "
+            "anew where there is none"
         )

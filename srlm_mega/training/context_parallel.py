@@ -1,9 +1,9 @@
 """Context parallelism: each sequence cut in 2 * CP equal chunks, of which rank r holds the r-th from both ends.
 
-So every rank has an early chunk, which sees little, and a late one, which sees much. Megatron's rotary embedding and
-Transformer Engine's attention cut the same way. The attention here is that of the plain PyTorch layers: every rank
-gathers all keys and values. Simple and right rather than fast: K and V of the whole sequence are in each rank's memory,
-and the mask keeps PyTorch from its fastest kernels. Transformer Engine passes them round instead.
+So every rank has an early chunk, which attends to little, and a late one, which attends to much. Megatron's rotary
+embedding and Transformer Engine's attention cut the same way. The attention here is that of the plain PyTorch layers:
+every rank gathers all keys and values. It is simple rather than fast: K and V of the whole sequence are in each rank's
+memory, and the mask keeps PyTorch from its fastest kernels. Transformer Engine passes them round instead.
 """
 
 import torch
@@ -16,14 +16,14 @@ from srlm_mega.training.attention_sdpa import SdpaAttention
 
 
 def cp_positions(length: int, cp_rank: int, cp_size: int) -> Tensor:
-    """Positions that a rank holds, in the order in which it holds them: [length / cp_size]."""
+    """Return the positions that a rank holds, in the order in which it holds them: [length / cp_size]."""
     assert length % (2 * cp_size) == 0, f"{length} positions are not a multiple of 2 * CP {cp_size}"
     chunks = torch.arange(length).chunk(2 * cp_size)
     return torch.cat([chunks[cp_rank], chunks[2 * cp_size - 1 - cp_rank]])
 
 
 class ContextAttention(SdpaAttention):
-    """Query, key and value are this rank's positions, [s / cp, b, ...]; so is what comes out."""
+    """Attention to the gathered keys and values; inputs and output are this rank's positions, [s / cp, b, ...]."""
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams | None, dropout: float

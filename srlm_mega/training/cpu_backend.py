@@ -1,9 +1,9 @@
 """megatron-core on CPU and gloo: every shim, applied once by Topology when the device is the CPU.
 
-megatron-core allocates on CUDA by name. Three things are enough to bring it to the CPU: two functions of
-`torch.cuda` that it asks for the device, the 'cuda' literals inside a short list of its functions, and the state of
-the CUDA random generator. The shims go by name, so any other version of megatron-core is refused, and a literal that
-is no longer where it was is an error.
+megatron-core allocates on CUDA by name. Shims in three places make it run on a CPU: two functions of `torch.cuda` that
+it asks for the device, the 'cuda' literals inside a short list of its functions, and the state of the CUDA random
+generator. The shims go by name, so any other version of megatron-core is refused, and a literal that is no longer
+where it was is an error.
 """
 
 from collections.abc import Callable, Iterator
@@ -36,7 +36,7 @@ CUDA_TYPES = {
 
 @dataclass(frozen=True)
 class Rebinding:
-    """Literals of one function: each key must be there and becomes its value."""
+    """Literals to replace in one function: each key must be there and becomes its value."""
 
     function: Callable[..., Any]
     literals: dict[str, str]
@@ -63,7 +63,7 @@ REBINDINGS = (
 
 
 class CpuRngStatesTracker(megatron_random.CudaRNGStatesTracker):  # type: ignore[misc]
-    """Megatron's named random states (one per tensor-parallel rank, ...), of the CPU's generator."""
+    """Megatron's named random states (one per tensor-parallel rank, ...), for the CPU's generator."""
 
     states_: dict[str, torch.Tensor]
     _current_state_name: str
@@ -77,7 +77,7 @@ class CpuRngStatesTracker(megatron_random.CudaRNGStatesTracker):  # type: ignore
 
     @contextmanager
     def fork(self, name: str = "model-parallel-rng") -> Iterator[None]:
-        """Random numbers come from the stream `name` inside the block."""
+        """Draw random numbers from the stream `name` inside the block."""
         outer_state, outer_name = torch.get_rng_state(), self._current_state_name
         if outer_name != "default-rng":
             self.states_[outer_name] = outer_state
@@ -93,7 +93,7 @@ class CpuRngStatesTracker(megatron_random.CudaRNGStatesTracker):  # type: ignore
 
 @cache
 def apply() -> None:
-    """Bring megatron-core to the CPU, for the rest of this process."""
+    """Make megatron-core run on the CPU, for the rest of this process."""
     check_version(megatron.core.__version__)
     for rebinding in REBINDINGS:
         rebind(rebinding)
@@ -107,7 +107,7 @@ def apply() -> None:
 
 
 def check_version(version: str) -> None:
-    """ValueError for any megatron-core whose functions were not looked at."""
+    """Raise ValueError for any version of megatron-core but the one that the shims were written for."""
     if version != SUPPORTED_VERSION:
         raise ValueError(
             f"training on a CPU adapts megatron-core {SUPPORTED_VERSION} by name, found {version}: "
@@ -146,7 +146,7 @@ def _replaced(constant: Any, literals: dict[str, str]) -> Any:
 
 
 def _on_this_cp_rank(pos_emb: torch.Tensor, seq_dim: int, cp_group: ProcessGroup) -> torch.Tensor:
-    """Megatron's goes through pinned memory, which CPU builds of PyTorch do not have."""
+    """Return this rank's positions. Megatron's own function needs pinned memory, which CPU builds of PyTorch lack."""
     own = cp_positions(pos_emb.size(seq_dim), cp_group.rank(), cp_group.size())
     return pos_emb.index_select(seq_dim, own)
 

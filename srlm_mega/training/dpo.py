@@ -22,18 +22,18 @@ from srlm_mega.training.topology import Topology
 
 @dataclass(frozen=True)
 class DpoMicroBatch:
-    """P pairs of one forward pass: sequence 2i of `batch` is pair i's chosen one, 2i + 1 its rejected one.
+    """P pairs of one forward pass: sequence 2i of `batch` is pair i's chosen one, sequence 2i + 1 its rejected one.
 
-    `consistency` [P] is None where every pair's is 1.
+    `ref_logps` [2P] belong to these sequences, in nats. `consistency` [P] is None where every pair's is 1.
     """
 
     batch: Batch
-    ref_logps: Tensor  # [2P]
+    ref_logps: Tensor
     settings: DpoSettings
     consistency: Tensor | None = None
 
     def loss(self, logps: Tensor) -> Loss:
-        """Summed loss of the pairs, their number, and the sums that `DpoObjective.metrics` reads."""
+        """Return the pairs' summed loss [], their number [], and the sums [8] that `DpoObjective.metrics` reads."""
         num_pairs = len(self.ref_logps) // 2
         out = dpo_loss(
             logps,
@@ -48,21 +48,21 @@ class DpoMicroBatch:
 
 @dataclass(frozen=True)
 class DpoObjective:
-    """What the trainer needs to know about DPO. `reference` belongs to `pairs` one by one."""
+    """Data, loss and metrics of DPO. `reference[i]` belongs to pair `items[i]`; UserError where its id is another."""
 
     items: Sequence[PairSequences]
     reference: Sequence[ReferenceLogprobs]
     section: DpoConfig
     topology: Topology
     vocab_size: int
-    tolerance: float | None  # of the first step's loss; None: it is not checked
+    tolerance: float | None  # of the first step's loss; None: no check
     num_sums: ClassVar[int] = 8
 
     def __post_init__(self) -> None:
         check_reference_ids(self.items, self.reference)
 
     def prepare(self, indices: Sequence[int]) -> Step:
-        """This rank's share of a global batch."""
+        """Return this rank's share of the global batch with these items."""
         pairs = [self.items[index] for index in indices]
         cut = split(pairs, self.section, self.topology)
         settings = DpoSettings(
@@ -90,18 +90,18 @@ class DpoObjective:
 
     @cached_property
     def is_weighed(self) -> bool:
-        """Whether any pair of the data, and not only of a batch, has a consistency below 1."""
+        """True when any pair of the whole data, not only of one batch, has a consistency below 1."""
         return any(pair.consistency < 1 for pair in self.items)
 
     def _consistency(self, pairs: Sequence[PairSequences]) -> Tensor | None:
         if not self.is_weighed:
             return None
         consistency = torch.tensor([pair.consistency for pair in pairs])
-        checks.check_shares(consistency)  # here, before it is on a GPU, where nobody reads it
+        checks.check_shares(consistency)  # here, on the CPU: on a GPU values are never read
         return consistency.to(self.topology.device)
 
     def metrics(self, sums: Tensor) -> dict[str, float]:
-        """TRL's metrics, from the reported sums over the world [8]. Rewards and logps are means over pairs."""
+        """Return TRL's metrics from the sums over all ranks [8]. Rewards and logps (nats) are means over pairs."""
         loss, chosen_rewards, rejected_rewards, wins, chosen, rejected, chosen_tokens, pairs = sums.tolist()
         nll = -chosen / chosen_tokens
         metrics = {
@@ -116,7 +116,10 @@ class DpoObjective:
         return metrics | {"nll_loss": nll} if self.section.rpo_alpha > 0 else metrics
 
     def check_first_step(self, metrics: dict[str, float]) -> None:
-        """Before the first update policy and reference are one model: without dropout every margin must be 0."""
+        """Raise UserError unless the first step's margins are 0, within `tolerance`.
+
+        Before the first update policy and reference are one model. With dropout nothing is checked.
+        """
         tolerance = self.tolerance
         if self.section.attention_dropout > 0 or self.section.hidden_dropout > 0 or tolerance is None:
             return
@@ -125,22 +128,25 @@ class DpoObjective:
         margin = metrics["rewards/margins"]
         if abs(loss - due) > tolerance * max(1.0, due) or abs(margin) > 2 * tolerance:
             raise UserError(
-                f"the first DPO loss is {loss:.6f} (margin {margin:.2e}) where {due:.6f} (margin 0) was "
-                f"due within {tolerance:g}: the reference log-probabilities are not the starting model's. "
-                "Compute them again from the model that training starts from"
+                f"the first DPO loss is {loss:.6f} (margin {margin:.2e}), expected {due:.6f} (margin 0) within "
+                f"{tolerance:g}: the reference log-probabilities are not the starting model's. Compute them again "
+                "from the model that training starts from"
             )
 
 
 def first_step_tolerance(trainer: TrainerConfig) -> float | None:
-    """How near the first step's loss must be to the one without margins. In FP8 it depends on what else is in the batch
-    (tensors share a scale), and the reference pass has other batches: there the shadow check watches."""
+    """Return how far the first step's loss may be from the one without margins; None in FP8.
+
+    In FP8 a log-probability depends on the rest of its batch (tensors share a scale), and the reference pass has other
+    batches: there the shadow check watches.
+    """
     if trainer.fp8 is not None:
         return None
     return 2e-2 if trainer.bf16 else 1e-4
 
 
 def loss_without_margin(section: DpoConfig) -> float:
-    """The loss of a pair that policy and reference see alike."""
+    """Return the loss of a pair whose margin is 0."""
     match section.loss_type:
         case "hinge":
             return 1.0
@@ -153,7 +159,7 @@ def loss_without_margin(section: DpoConfig) -> float:
 
 
 def check_reference_ids(pairs: Sequence[PairSequences], reference: Sequence[ReferenceLogprobs]) -> None:
-    """UserError unless every pair has its reference, in the same order."""
+    """Raise UserError unless every pair has its reference, in the same order."""
     if len(pairs) != len(reference):
         raise UserError(
             f"{len(pairs)} pairs but {len(reference)} reference log-probabilities: compute the reference again"
@@ -161,5 +167,5 @@ def check_reference_ids(pairs: Sequence[PairSequences], reference: Sequence[Refe
     for pair, record in zip(pairs, reference, strict=True):
         if pair.id != record.pair_id:
             raise UserError(
-                f"pair {pair.id} meets the reference of {record.pair_id}: compute the reference again for these pairs"
+                f"pair {pair.id} has the reference of {record.pair_id}: compute the reference again for these pairs"
             )

@@ -1,4 +1,4 @@
-"""FP8 in Megatron's words, and the lengths that FP8 matrix products take. This has not been run on a GPU."""
+"""FP8: Megatron's settings, and the lengths that FP8 matrix products take. This has not been run on a GPU."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -10,7 +10,7 @@ from srlm_mega.config.training import ParallelConfig, TrainerConfig
 
 
 def fp8_settings(trainer: TrainerConfig) -> dict[str, Any]:
-    """Fields of Megatron's TransformerConfig. Weights stay in bf16 and are cast in each layer."""
+    """Return fields of Megatron's TransformerConfig. Weights stay in bf16 and are cast in each layer."""
     return {
         "fp8": trainer.fp8,
         "fp8_recipe": trainer.fp8_recipe,
@@ -23,7 +23,7 @@ def fp8_settings(trainer: TrainerConfig) -> dict[str, Any]:
 
 
 def length_multiple(trainer: TrainerConfig, parallel: ParallelConfig) -> int:
-    """What the input positions of a forward pass must be a multiple of; 1 without FP8.
+    """Return what the number of input positions of a forward pass must be a multiple of; 1 without FP8.
 
     Matrix products over positions (the weights' gradients) take multiples of 16 on each tensor-parallel rank's part
     of the sequence, those with blockwise scales multiples of their block of 128.
@@ -42,7 +42,7 @@ def length_multiple(trainer: TrainerConfig, parallel: ParallelConfig) -> int:
 
 
 def precision_before_training(model: Sequence[MegatronModule], trainer: TrainerConfig) -> AbstractContextManager[None]:
-    """A block for passes that come before all others: bf16 where FP8 is scaled by earlier passes, else no change."""
+    """Return a block for passes before all others: bf16 where FP8 is scaled by earlier passes, else no change."""
     match trainer.fp8_recipe:
         case "delayed":
             return without_fp8(model)
@@ -54,7 +54,7 @@ def precision_before_training(model: Sequence[MegatronModule], trainer: TrainerC
 
 @contextmanager
 def without_fp8(model: Sequence[MegatronModule]) -> Iterator[None]:
-    """Inside the block the layers compute in bf16: Megatron asks the configuration at every forward pass."""
+    """Let the layers compute in bf16 inside the block: Megatron reads the configuration at every forward pass."""
     modules = [module for chunk in model for module in chunk.modules() if isinstance(module, MegatronModule)]
     configs = {id(module.config): module.config for module in modules}
     formats = {key: config.fp8 for key, config in configs.items()}

@@ -1,6 +1,6 @@
-"""The shadow of FP8: one micro batch's DPO margins in FP8 and, by the same weights, in bf16.
+"""The shadow check of FP8: one micro batch's DPO margins in FP8 compared with bf16, by the same weights.
 
-What FP8 loses shows here long before the loss does. On FP8 hardware this has not been run.
+What FP8 loses shows here long before the loss does. This has not been run on FP8 hardware.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,15 +21,15 @@ from srlm_mega.training.topology import Topology
 
 @dataclass(frozen=True)
 class Shadow:
-    """When a training stage looks at its shadow, and what it tolerates."""
+    """When a training stage compares its margins with bf16, and the difference that it tolerates."""
 
-    interval: int  # optimiser steps
+    interval: int  # optimizer steps
     threshold: float
     beta: float
 
     @classmethod
     def of(cls, trainer: TrainerConfig, section: OptimizationConfig) -> "Shadow | None":
-        """None without FP8's check, and where there are no pairs."""
+        """Return the check that is configured; None where there is none, and for SFT, which has no pairs."""
         if trainer.fp8_shadow_interval is None or not isinstance(section, DpoConfig):
             return None
         return cls(trainer.fp8_shadow_interval, trainer.fp8_shadow_threshold, section.beta)
@@ -37,7 +37,7 @@ class Shadow:
     def check(
         self, number: int, model: list[MegatronModule], batches: Sequence[Batch], topology: Topology
     ) -> dict[str, float]:
-        """The metric of step `number` where one is due. `batches` are the step's micro batches."""
+        """Return the metric of step `number`, nothing between checks. `batches` are the step's micro batches."""
         if number % self.interval:
             return {}
         interleaved = topology.parallel.virtual_pipeline_model_parallel_size is not None
@@ -48,13 +48,14 @@ class Shadow:
 def check_shadow(
     model: list[MegatronModule], batches: Sequence[Batch], beta: float, threshold: float, topology: Topology
 ) -> float:
-    """Largest difference of a reward margin between FP8 and bf16 over all ranks. CannotContinue above `threshold`.
+    """Return the largest difference of a reward margin between FP8 and bf16 over all ranks. CannotContinue when it is
+    above `threshold` or NaN.
 
     `batches` are this rank's pairs of one step, as many micro batches as the pipeline's schedule needs.
     """
     own = deviation(model, lambda: reward_margins(model, batches, beta))
     largest = topology.max_over_world(own)
-    if not largest <= threshold:  # a NaN is no pass
+    if not largest <= threshold:  # true for a NaN too
         raise CannotContinue(
             f"reward margins in FP8 are up to {largest:.4g} from those in bf16, more than fp8_shadow_threshold "
             f"{threshold:g}: train with fp8_recipe=tensorwise or blockwise, with first_last_layers_bf16, or without fp8"
@@ -63,7 +64,7 @@ def check_shadow(
 
 
 def deviation(model: Sequence[MegatronModule], margins: Callable[[], Tensor]) -> float:
-    """Largest absolute difference of `margins()` with FP8 and without; 0 where it gives nothing. Dropout is off."""
+    """Return the largest absolute difference of `margins()` with FP8 and without, dropout off; 0 for no margins."""
     training = [chunk.training for chunk in model]
     for chunk in model:
         chunk.eval()
@@ -78,7 +79,7 @@ def deviation(model: Sequence[MegatronModule], margins: Callable[[], Tensor]) ->
 
 
 def reward_margins(model: list[MegatronModule], batches: Sequence[Batch], beta: float) -> Tensor:
-    """beta * (log p chosen - log p rejected) of each pair [P], fp64, on the last pipeline stage; nothing elsewhere.
+    """Return beta * (log p chosen - log p rejected) of each pair [P], fp64, on the last pipeline stage; elsewhere none.
 
     The reference's part of a margin is the same in both precisions.
     """

@@ -1,9 +1,9 @@
-"""A watchdog: when a phase of training takes longer than it may, it says which ranks did not arrive.
+"""A watchdog: when a phase of training exceeds its timeout, it says which ranks did not arrive.
 
-Every rank counts its beats, one for each place in the code that all ranks pass in the same order. A thread publishes
-the newest in the store by which the ranks met, once a second. A rank whose count is behind the others', or whose
-thread has fallen silent (a stopped process, a lost machine), is one the others wait for. A second thread, which never
-asks the store, notices when the first one waits for it without end: a call into a connection that was cut has no limit.
+Every rank counts its beats, one for each place in the code that all ranks pass in the same order. Once a second a
+thread publishes the newest in the store of the ranks' rendezvous. The others wait for a rank whose count is behind
+theirs, or whose thread no longer publishes (a stopped process, a lost machine). A second thread, which never uses the
+store, notices when the first one waits for it without end: a call over a connection that was cut has no timeout.
 """
 
 import faulthandler
@@ -23,13 +23,13 @@ from srlm_mega.errors import CRASHED
 
 Phase = Literal["start", "step", "checkpoint", "export"]
 STORE_TIMEOUT = timedelta(seconds=10)
-PATIENCE_SECONDS = 25.0  # more than the store's timeout and the time to say who is missing
+PATIENCE_SECONDS = 25.0  # more than the store's timeout and the time to report who is missing
 STUCK = "heartbeat/stuck"
 
 
 @dataclass(frozen=True)
 class Beat:
-    """What a rank last said. `ticks` counts how often its thread said it."""
+    """A rank's newest place in the code; `count` counts its places, `ticks` how often its thread has published."""
 
     name: str
     count: int
@@ -38,7 +38,7 @@ class Beat:
 
 
 class Heartbeat:
-    """One rank's watchdog. `timeouts` are seconds by phase; `stuck` is told, on one rank, who did not arrive."""
+    """One rank's watchdog. `timeouts` are seconds by phase; `stuck` is called, on one rank, with who did not arrive."""
 
     def __init__(
         self,
@@ -63,12 +63,12 @@ class Heartbeat:
             thread.start()
 
     def beat(self, phase: Phase, place: str) -> None:
-        """This rank has come to `place`; the phase's time begins."""
+        """Record that this rank has reached `place`; the phase's time starts now."""
         count = self._newest[0].count + 1
         self._newest = (Beat(self._names[self._rank], count, place), time.monotonic(), self._timeouts[phase])
 
     def end(self) -> None:
-        """Watch no longer."""
+        """Stop watching."""
         self._ended.set()
         for thread in self._threads:
             thread.join(self._patience)
@@ -94,7 +94,7 @@ class Heartbeat:
                 self._leave(f"{reason}, and the store of the ranks does not answer")
 
     def _overdue(self) -> str:
-        """Why this rank is too late; empty when it is not."""
+        """Return why this rank is too late; empty when it is not."""
         beat, since, timeout = self._newest
         return f"{beat.place} takes longer than {timeout / 60:g} min" if time.monotonic() - since > timeout else ""
 
@@ -103,11 +103,11 @@ class Heartbeat:
         self._store.set(key(self._rank), orjson.dumps(replace(self._newest[0], ticks=self._ticks)))
 
     def _give_up(self, reason: str) -> None:
-        """Every rank shows where it is; the first to come here says who did not arrive."""
+        """Show this rank's stacks and end it; the first rank that gets here reports who did not arrive."""
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         is_first = self._store.add(STUCK, 1) == 1
         earlier = self._beats() if is_first else []
-        for _ in range(3 if is_first else 9):  # the first one speaks before anybody's end takes it down
+        for _ in range(3 if is_first else 9):  # the first one reports before another's end takes it down
             time.sleep(self._interval)
             self._publish()
         if is_first:
@@ -125,12 +125,12 @@ class Heartbeat:
 
 
 def key(rank: int) -> str:
-    """Where a rank's newest beat is."""
+    """Return the store's key of a rank's newest beat."""
     return f"heartbeat/{rank}"
 
 
 def absent(names: Sequence[str], earlier: Sequence[Beat | None], later: Sequence[Beat | None]) -> str:
-    """Who did not arrive, from two looks at everybody's newest beat."""
+    """Return who did not arrive, from the newest beat of every rank at two times."""
     furthest = max((beat.count for beat in later if beat is not None), default=0)
     missing = []
     for name, before, beat in zip(names, earlier, later, strict=True):

@@ -1,4 +1,4 @@
-"""Llama's layer for Megatron in plain PyTorch: what runs where Transformer Engine does not.
+"""Llama's layer for Megatron in plain PyTorch, for machines without Transformer Engine, and the block of both.
 
 Megatron's own norm refuses sequence parallelism without Transformer Engine, and its own attention spells the
 softmax out; both are replaced through the layer spec, Megatron's extension point.
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from srlm_mega.training.attention_sdpa import SdpaAttention
 
-# Transformer Engine fuses each norm into the linear behind it: a prefix here, and what it is called there.
+# Transformer Engine fuses each norm into the linear after it: the prefix of its parameters here, and there.
 FUSED_NORMS = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
@@ -38,12 +38,12 @@ class RMSNorm(nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[s, b, h] -> [s, b, h]."""
+        """Normalize hidden states [s, b, h]."""
         return self.weight * F.rms_norm(hidden.float(), (hidden.size(-1),), eps=self.eps).to(hidden.dtype)
 
 
 def unfused_name(name: str) -> str:
-    """A parameter's name in these layers, from its name in these or in Transformer Engine's."""
+    """Return a parameter's name in these layers, from its name in these or in Transformer Engine's."""
     for plain, fused in FUSED_NORMS.items():
         name = name.replace(fused, plain)
     return name
@@ -62,7 +62,7 @@ def llama_block(
     layer_norm: type[nn.Module],
     final_norm: type[nn.Module],
 ) -> TransformerBlockSubmodules:
-    """Return the block of one model chunk of these parts; `layer_norm` is IdentityOp where `column` has the norm."""
+    """Return the block of one model chunk, of these parts; `layer_norm` is IdentityOp where `column` has the norm."""
     attention = SelfAttentionSubmodules(
         linear_qkv=column,
         core_attention=core_attention,

@@ -13,10 +13,10 @@ from srlm_mega.kernels.ops import vp_linear_logprob
 
 
 class LogprobHead(ColumnParallelLinear):  # type: ignore[misc]
-    """The output layer: weight [padded V / tp, h], of which `real_vocab_size` tokens count over all ranks.
+    """The output layer: weight [padded V / tp, h], of which `real_vocab_size` tokens over all ranks are real.
 
-    It stays a module of Megatron's kind, so that checkpoints, tied embeddings and the parameter all-gather before its
-    forward pass find what they expect.
+    It is a subclass of Megatron's layer, as checkpoints, tied embeddings and the parameter all-gather before its
+    forward pass expect.
     """
 
     def __init__(self, *arguments: Any, real_vocab_size: int, **settings: Any) -> None:
@@ -30,16 +30,14 @@ class LogprobHead(ColumnParallelLinear):  # type: ignore[misc]
         runtime_gather_output: bool | None = None,
         labels: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, None]:
-        """Hidden states [s, b, h] and labels [2, N] (rows of the flattened [s * b, h], tokens) to log p [N] in fp32.
-
-        Without labels, what Megatron's layer returns: logits.
-        """
+        """Return log p [N] in fp32 from hidden states [s, b, h] and labels [2, N] (rows of the flattened [s * b, h],
+        tokens), or, without labels, what Megatron's layer returns: logits."""
         if labels is None:
             logits: tuple[Tensor, None] = super().forward(input_, weight, runtime_gather_output)
             return logits
         own = self.weight if weight is None else weight
         vocab_start = get_pg_rank(self.tp_group) * len(own)
-        if vocab_start + len(own) > self.real_vocab_size:  # a padded token takes no part in the softmax
+        if vocab_start + len(own) > self.real_vocab_size:  # the softmax is over real tokens only
             own = own[: self.real_vocab_size - vocab_start]
         rows, tokens = labels
         return vp_linear_logprob(
@@ -54,14 +52,14 @@ class LogprobHead(ColumnParallelLinear):  # type: ignore[misc]
 
 
 class LlamaModel(GPTModel):  # type: ignore[misc]
-    """A GPTModel whose last stage answers labels [2, N] with log p [N]."""
+    """A GPTModel whose last pipeline stage returns log p [N] for labels [2, N]."""
 
     def __init__(self, *arguments: Any, real_vocab_size: int, **settings: Any) -> None:
         self.real_vocab_size = real_vocab_size
         super().__init__(*arguments, **settings)
 
     def setup_embeddings_and_output_layer(self) -> None:
-        """Megatron's hook at the end of construction: the output layer becomes ours before it is tied and marked."""
+        """Make the output layer a LogprobHead. Megatron calls this before it ties the layer and marks parameters."""
         if self.post_process:
             self.output_layer = LogprobHead(
                 self.config.hidden_size,
@@ -85,7 +83,7 @@ class LlamaModel(GPTModel):  # type: ignore[misc]
 
 
 def unwrap(chunk: nn.Module) -> LlamaModel:
-    """The LlamaModel inside its data-parallel and bf16 wrappers."""
+    """Return the LlamaModel inside its data-parallel and bf16 wrappers."""
     while isinstance(chunk, DistributedDataParallel | Float16Module):
         chunk = chunk.module
     assert isinstance(chunk, LlamaModel), f"expected a LlamaModel, found {type(chunk).__name__}"

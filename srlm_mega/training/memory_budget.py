@@ -1,7 +1,6 @@
-"""What training keeps in a process's memory at all times: weights, gradients and optimizer state, before any are made.
+"""The memory that training always needs in a process: weights, gradients and optimizer state, before they are made.
 
-Activations, communication buffers and the package's own memory come on top, so what passes may still not fit; what is
-refused cannot.
+Activations, communication buffers and libraries come on top: what is refused cannot fit, what passes still may not.
 """
 
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from srlm_mega.errors import UserError
 
 @dataclass(frozen=True)
 class MemoryBudget:
-    """Bytes of one process that holds `parameters` of the model."""
+    """Bytes of one process that has `parameters` parameters of the model."""
 
     parameters: int
     bf16: bool
@@ -22,22 +21,22 @@ class MemoryBudget:
 
     @property
     def weights(self) -> int:
-        """bf16 or fp32."""
+        """Bytes of the weights, bf16 or fp32."""
         return self.parameters * weight_bytes(self.bf16)
 
     @property
     def gradients(self) -> int:
-        """The fp32 buffer that micro batches add to."""
+        """Bytes of the fp32 buffer in which micro batches accumulate gradients."""
         return self.parameters * GRADIENT_BYTES
 
     @property
     def optimizer(self) -> int:
-        """This process's share of Adam's state."""
+        """Bytes of this process's share of Adam's state."""
         return self.parameters * optimizer_bytes(self.bf16) // self.optimizer_shards
 
     @property
     def total(self) -> int:
-        """All three."""
+        """Bytes of weights, gradients and optimizer state."""
         return self.weights + self.gradients + self.optimizer
 
     def __str__(self) -> str:
@@ -50,7 +49,7 @@ class MemoryBudget:
         return f"{self.parameters:,} parameters per process: {sums} = {self.total / GIB:.2f} GiB"
 
     def check(self, available: int, where: str) -> None:
-        """UserError, with the arithmetic, when `available` bytes cannot hold it."""
+        """Raise UserError, with the arithmetic, when it is more than `available` bytes."""
         if self.total > available:
             raise UserError(
                 f"{self}, more than the {available / GIB:.2f} GiB that {where} has for each process: raise "
@@ -60,13 +59,13 @@ class MemoryBudget:
 
 
 def num_parameters(shape: LlamaShape, placement: Placement) -> int:
-    """Parameters of one model chunk on one tensor-parallel rank."""
+    """Return the number of parameters of one model chunk on one tensor-parallel rank."""
     first, last = placement.first_stage, placement.last_stage
     return int(sizes_of(shape).parameters_on_rank(len(placement.layers), placement.tp_size, first, last))
 
 
 def sizes_of(shape: LlamaShape) -> ModelSizes:
-    """What a checkpoint's shape amounts to."""
+    """Return a checkpoint's shape as the record that counts parameters, FLOP and bytes."""
     return ModelSizes(
         num_layers=shape.num_layers,
         hidden=shape.hidden_size,

@@ -1,5 +1,4 @@
-"""What a training stage says while it runs: one JSON line per optimiser step, the trackers, and a report to whoever
-watches."""
+"""Metrics of a training stage while it runs: a JSON line per optimizer step, trackers, and reports of progress."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,12 +15,12 @@ from srlm_mega.training.replay import REPLAY_LOSS
 from srlm_mega.training.tracker import Tracker, open_trackers
 
 LOG_INTERVAL_SECONDS = 10.0
-Report = Callable[[int, int, str, str], None]  # done, total, unit, a few words
+Report = Callable[[int, int, str, str], None]  # done, total, unit, note
 
 
 @dataclass
 class MetricsLog:
-    """Writes metrics.jsonl, reports every step, and prints a line every ten seconds; the main rank has one."""
+    """The writer of metrics.jsonl. It reports every step and prints a line every ten seconds; the main rank has it."""
 
     file: IO[bytes]
     trackers: Sequence[Tracker]
@@ -30,7 +29,7 @@ class MetricsLog:
     next_line: float
 
     def write(self, step: int, metrics: Mapping[str, float], skipped: Sequence[str] = ()) -> None:
-        """One optimiser step; `skipped` are the ids of its items when it was not taken. No number is null in JSON."""
+        """Write one optimizer step; `skipped` are its items' ids if it was skipped. NaN and inf are null in JSON."""
         line = {"step": step, **metrics} | ({"skipped": skipped} if skipped else {})
         self.file.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
         for tracker in self.trackers:
@@ -47,8 +46,8 @@ class MetricsLog:
 def metrics_log(
     config: Config, out: Path, num_steps: int, report: Report | None, done: int = 0
 ) -> Iterator[MetricsLog]:
-    """The log of a stage that builds `out` in `num_steps` steps; what it has of the first `done` stays. Lines are
-    written as they come: a killed stage leaves what it had."""
+    """Open the log of a stage that builds `out` in `num_steps` steps; its first `done` lines stay. Lines are written
+    unbuffered: a killed stage leaves what it had."""
     path = out / "metrics.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     keep_lines(path, done)
@@ -57,6 +56,6 @@ def metrics_log(
 
 
 def keep_lines(path: Path, number: int) -> None:
-    """Cut a file back to its first `number` lines; a killed attempt was further than the checkpoint it left."""
+    """Cut a file back to its first `number` lines: a killed attempt was ahead of its last checkpoint."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     write_atomic(path, b"".join(lines[:number]))

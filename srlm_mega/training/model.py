@@ -51,13 +51,13 @@ def check_memory(shape: LlamaShape, config: Config, topology: Topology) -> None:
 
 @dataclass
 class LlamaConfig(TransformerConfig):  # type: ignore[misc]
-    """Megatron's record of a model, and which implementation runs its layers."""
+    """Megatron's configuration of a model, and the implementation of its layers."""
 
     backend: Backend = field(kw_only=True)
 
 
 def build_model(config: LlamaConfig, shape: LlamaShape, topology: Topology) -> list[MegatronModule]:
-    """This rank's model chunks (one, or one per virtual stage), with weights still to be loaded."""
+    """Build this rank's model chunks (one, or one per virtual stage), with weights still to be loaded."""
     own = own_placements(shape, topology)
     if topology.is_main:
         print(config.backend, flush=True)
@@ -89,7 +89,7 @@ def _build_chunk(
 
 
 def check_rope_scaling(shape: LlamaShape) -> None:
-    """UserError for a scaling that Megatron does not compute: it has Llama 3's constants built in, but the factor."""
+    """Raise UserError for a RoPE scaling that Megatron does not compute: it has Llama 3's constants, but any factor."""
     if shape.rope_scaling is None:
         return
     given = replace(shape.rope_scaling, factor=LLAMA3_ROPE.factor)
@@ -100,7 +100,7 @@ def check_rope_scaling(shape: LlamaShape) -> None:
 def transformer_config(
     shape: LlamaShape, section: OptimizationConfig, config: Config, topology: Topology
 ) -> LlamaConfig:
-    """Llama 2's architecture in Megatron's words.
+    """Return Megatron's configuration of Llama's architecture.
 
     `hidden_dropout` acts on the embeddings and on what each attention and MLP adds to the residual stream,
     `attention_dropout` on the attention probabilities. Llama 2 itself was published without them.
@@ -135,7 +135,7 @@ def transformer_config(
         recompute_method="uniform" if trainer.recompute_granularity == "full" else None,
         recompute_num_layers=1 if trainer.recompute_granularity == "full" else None,
         calculate_per_token_loss=True,  # gradients are divided by counts of the whole global batch
-        # With two stages both neighbours are the same rank: batched sends of the interleaved schedule mix them up.
+        # With two stages both neighbours are the same rank, and batched sends of the interleaved schedule mix them up.
         batch_p2p_comm=False,
         overlap_p2p_comm=parallel.virtual_pipeline_model_parallel_size is not None,
         **backend.settings(),
@@ -147,7 +147,7 @@ def transformer_config(
 def wrap_data_parallel(
     chunks: Sequence[MegatronModule], config: LlamaConfig, topology: Topology
 ) -> list[MegatronModule]:
-    """The chunks with gradient buffers that are summed over data-parallel ranks in fp32."""
+    """Wrap the chunks with gradient buffers that are summed over data-parallel ranks in fp32."""
     parallel = topology.parallel
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -159,15 +159,16 @@ def wrap_data_parallel(
     wrapped = [DistributedDataParallel(config, ddp_config, chunk) for chunk in chunks]
     for chunk in wrapped:
         fuse_gradients(config.backend, chunk)
-    if parallel.overlap_grad_reduce:  # else gradients leave after as many micro batches as the first step had
+    # Without it gradients would be reduced after as many micro batches as the first step had.
+    if parallel.overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in wrapped]
         config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     return wrapped
 
 
 def gather_weights(model: Sequence[MegatronModule]) -> None:
-    """Call before weights are read outside a forward pass: with overlap_param_gather each rank updates its part of
-    them, and gets the others' only when a forward pass needs them."""
+    """Complete every rank's weights before they are read outside a forward pass: with overlap_param_gather a rank
+    updates its part of them, and gets the others' only when a forward pass needs them."""
     for chunk in model:
         if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
             chunk.start_param_sync(force_sync=True)

@@ -17,7 +17,7 @@ from srlm_mega.training.topology import Topology
 def build_optimizer(
     model: Sequence[MegatronModule], section: OptimizationConfig, trainer: TrainerConfig, topology: Topology
 ) -> ChainedOptimizer:
-    """AdamW over the model's chunks; norms are not decayed. Call it after the weights are loaded."""
+    """Return AdamW over the model's chunks; norms are not decayed. Call it after the weights are loaded."""
     adamw.use_without_fused()
     config = OptimizerConfig(
         optimizer="adam",
@@ -35,14 +35,14 @@ def build_optimizer(
     optimizer = get_megatron_optimizer(config, list(model), use_gloo_process_groups=False)
     assert isinstance(optimizer, ChainedOptimizer), f"Megatron built a {type(optimizer).__name__}"
     for part in optimizer.chained_optimizers:
-        part.init_state_fn(part.optimizer, part.config)  # now, so that a checkpoint before the first update has it
+        part.init_state_fn(part.optimizer, part.config)  # now: a checkpoint before the first update needs the state
     return optimizer
 
 
 def update(optimizer: ChainedOptimizer) -> float:
-    """One update with the gradients in the model's buffers, clipped; returns their norm, the same on all ranks.
+    """Update the weights with the gradients in the model's buffers, clipped; return their norm, the same on all ranks.
 
-    Where the norm is no finite number nothing is changed: neither weights nor the optimizer's state.
+    A norm of NaN or inf changes nothing: neither weights nor the optimizer's state.
     """
     assert not optimizer.prepare_grads(), "without a loss scale nothing overflows here"
     norm: float = optimizer.get_grad_norm()
@@ -57,9 +57,9 @@ def update(optimizer: ChainedOptimizer) -> float:
 def build_scheduler(
     optimizer: ChainedOptimizer, section: OptimizationConfig, num_steps: int
 ) -> OptimizerParamScheduler:
-    """Learning rate of step k = 1..num_steps: `lr` at the first step after warm-up, `min_lr` at the last.
+    """Return the schedule of the learning rate: `lr` at the first step after warm-up, `min_lr` at step `num_steps`.
 
-    During W warm-up steps it is lr * k / (W + 1), so that no step is taken with a rate of zero.
+    At step k = 1..W of warm-up it is lr * k / (W + 1), so that no step has a rate of zero.
     """
     last = max(1, num_steps - 1)  # Megatron counts steps from 0
     warmup = min(round(section.lr_warmup_fraction * num_steps), last - 1)

@@ -1,4 +1,4 @@
-"""Log-probabilities of pairs under the model that a round starts from: one forward pass, before the first update."""
+"""Log-probabilities of pairs under a round's starting model: one forward pass, before the first update."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,10 +22,11 @@ from srlm_mega.training.weights import load_weights
 def compute_reference(
     topology: Topology, config: Config, start: Path, pairs: Sequence[PairSequences], report: Report | None = None
 ) -> list[ReferenceLogprobs]:
-    """Summed log-probabilities of the responses, in the order of the pairs, the same list on every rank.
+    """Return the responses' summed log-probabilities (nats) under the model in the Hugging Face folder `start`.
 
-    Dropout is off; with delayed FP8 scales, which no pass has set yet, so is FP8. Pairs longer than `model.seq_length`
-    have no record: training leaves them out too.
+    One record per pair, in their order, the same list on every rank. Dropout is off; with delayed FP8 scales, which no
+    pass has set yet, so is FP8. Pairs longer than `model.seq_length` have no record: training leaves them out too.
+    `report` is called on the main rank after each batch.
     """
     pairs = within(pairs, config.model.seq_length)
     section, shape = config.dpo, read_shape(start)

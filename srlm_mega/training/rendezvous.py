@@ -1,4 +1,4 @@
-"""The rendezvous of the ranks, before there are groups or a watchdog: ranks that do not arrive are named."""
+"""The rendezvous of the ranks, before there are groups or a watchdog; it names ranks that do not arrive."""
 
 import faulthandler
 import socket
@@ -12,8 +12,8 @@ from srlm_mega.errors import StageCrashed
 
 
 def rendezvous(seconds: float) -> tuple[Store, int, int]:
-    """The store, rank and number of processes that torchrun (or srun) gave. StageCrashed, after the stacks of this
-    process, when not all of them are at the store within `seconds`."""
+    """Return the store, this process's rank and the number of processes, as torchrun (or srun) set them. StageCrashed,
+    after the stacks of this process, when not all of them are at the store within `seconds`."""
     store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))
     store.set(key(rank), socket.gethostname())
     wait_for_all(store, size, seconds)
@@ -21,7 +21,7 @@ def rendezvous(seconds: float) -> tuple[Store, int, int]:
 
 
 def wait_for_all(store: Store, size: int, seconds: float) -> None:
-    """Until every rank has said where it is."""
+    """Wait until every rank has stored its host. StageCrashed, which names those that have not, after `seconds`."""
     try:
         store.wait([key(rank) for rank in range(size)], timedelta(seconds=seconds))
     except DistError:
@@ -30,10 +30,10 @@ def wait_for_all(store: Store, size: int, seconds: float) -> None:
         absent = ", ".join(f"rank {rank}" for rank in range(size) if rank not in known)
         there = ", ".join(f"rank {rank} on {store.get(key(rank)).decode()}" for rank in known)
         raise StageCrashed(
-            f"the ranks did not meet in {seconds / 60:g} min. Did not arrive: {absent}. Arrived: {there}"
+            f"ranks did not start in {seconds / 60:g} min. Did not arrive: {absent}. Arrived: {there}"
         ) from None
 
 
 def key(rank: int) -> str:
-    """Where a rank says on which host it is."""
+    """Return the store's key of a rank's host."""
     return f"rendezvous/{rank}"

@@ -16,7 +16,7 @@ REPLAY_LOSS = "eft_replay/loss"  # the metric of a replayed step; `loss` stays t
 
 @dataclass(frozen=True)
 class Turn(Generic[T]):
-    """One optimizer step: whose it is, with which items; `epoch` is how often its data were passed over at its end."""
+    """One optimizer step: its objective and items; `epoch` counts passes over that objective's data at its end."""
 
     objective: T
     indices: list[int]
@@ -26,7 +26,7 @@ class Turn(Generic[T]):
 
 @dataclass(frozen=True)
 class Turns(Generic[T]):
-    """The steps of a training stage: `steps` of `main`, and `replayed` of `other` among them."""
+    """The steps of a training stage: `steps` of `main`, and among them `replayed` steps of `other`."""
 
     main: T
     num_items: int
@@ -37,11 +37,11 @@ class Turns(Generic[T]):
 
     @property
     def total(self) -> int:
-        """All optimizer steps."""
+        """Number of optimizer steps, replayed ones included."""
         return self.steps + self.replayed
 
     def __call__(self, batch_size: int, seed: int) -> Iterator[Turn[T]]:
-        """All steps in order; the first one is `main`'s."""
+        """Yield all steps in order; the first one is `main`'s."""
         order = batch_order(self.num_items, batch_size, seed)
         others = batch_order(self.num_others, batch_size, seed + 1) if self.other is not None else iter(())
         for number in range(1, self.total + 1):
@@ -53,5 +53,5 @@ class Turns(Generic[T]):
 
 
 def num_replayed(steps: int, share: float) -> int:
-    """Steps to add to so many, for them to be that share of all."""
+    """Return how many steps to add to `steps` for them to be `share` of all."""
     return round(steps * share / (1 - share))

@@ -18,28 +18,28 @@ Loss = tuple[Tensor, Tensor, Tensor]
 
 
 class MicroBatch(Protocol):
-    """A part of the global batch that knows its loss."""
+    """A part of the global batch, with its loss."""
 
     @property
     def batch(self) -> Batch:
-        """What the model is given."""
+        """The model's input."""
 
     def loss(self, logps: Tensor) -> Loss:
-        """From log p of each label [N]: the sum to differentiate, the count that the gradient's sum over the global
-        batch is divided by (int), and sums to report [n]."""
+        """Return, from log p of each label [N], the loss summed over items [], the number of items [] (int; the global
+        batch's gradient is divided by their sum), and sums to report [n]."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One rank's share of a global batch; shapes are the same on all ranks. The numbers are the whole batch's."""
+    """One rank's share of a global batch; shapes are the same on all ranks. Its numbers are the whole batch's."""
 
     micro_batches: Sequence[MicroBatch]
     lengths: Sequence[int]  # tokens of each sequence
-    num_positions: int  # that the model computes, padding included
+    num_positions: int  # computed by the model, padding included
 
     @property
     def num_tokens(self) -> int:
-        """Without padding."""
+        """Number of tokens, without padding."""
         return sum(self.lengths)
 
     @property
@@ -49,14 +49,14 @@ class Step:
 
 
 def forward_backward(model: list[MegatronModule], step: Step, num_sums: int, topology: Topology) -> Tensor:
-    """Accumulate the global batch's gradients; returns the losses' reported sums [num_sums] over all ranks, fp64."""
+    """Accumulate the global batch's gradients; return the reported sums [num_sums] over all ranks, fp64."""
 
     def forward_step(micro_batches: Iterator[MicroBatch], chunk: MegatronModule) -> tuple[Tensor, Callable[..., Loss]]:
         micro_batch = next(micro_batches)
 
         def loss(logps: Tensor) -> Loss:
             total, count, sums = micro_batch.loss(logps)
-            # Context-parallel ranks know the same loss, and Megatron adds up their counts.
+            # Context-parallel ranks have the same loss, and Megatron adds up their counts.
             return total, count if topology.cp_rank == 0 else torch.zeros_like(count), sums
 
         return _logps(micro_batch.batch, chunk), loss
@@ -69,7 +69,7 @@ def forward_backward(model: list[MegatronModule], step: Step, num_sums: int, top
 
 
 def forward(model: list[MegatronModule], batches: Sequence[Batch]) -> list[Tensor]:
-    """log p of each label [N] per micro batch on the last pipeline stage; nothing on the others."""
+    """Return log p of each label [N] per micro batch on the last pipeline stage; nothing on the others."""
 
     def forward_step(batches: Iterator[Batch], chunk: MegatronModule) -> tuple[Tensor, Callable[..., Tensor]]:
         return _logps(next(batches), chunk), lambda logps, non_loss_data: logps
@@ -79,7 +79,7 @@ def forward(model: list[MegatronModule], batches: Sequence[Batch]) -> list[Tenso
 
 
 def _logps(batch: Batch, chunk: MegatronModule) -> Tensor:
-    """log p on the last pipeline stage, hidden states before it."""
+    """Return log p [N] on the last pipeline stage, hidden states before it."""
     output: Tensor = chunk(batch.tokens, batch.position_ids, None, labels=batch.labels, packed_seq_params=batch.packed)
     inner = unwrap(chunk)
     if batch.own is None or not inner.post_process:

@@ -16,12 +16,12 @@ from srlm_mega.training.topology import Topology
 
 @dataclass(frozen=True)
 class SftMicroBatch:
-    """Sequences of one forward pass."""
+    """The sequences of one forward pass."""
 
     batch: Batch
 
     def loss(self, logps: Tensor) -> Loss:
-        """Summed -log p of the targets [N], their number, and both to report."""
+        """Return the summed -log p [] of the targets [N], their number [], and both to report [2]."""
         total = -logps.sum()
         count = torch.tensor(len(logps), device=logps.device)
         return total, count.int(), torch.stack([total.detach(), count]).double()
@@ -29,7 +29,7 @@ class SftMicroBatch:
 
 @dataclass(frozen=True)
 class SftObjective:
-    """What the trainer needs to know about supervised training."""
+    """Data, loss and metrics of supervised training."""
 
     items: Sequence[TokenSequence]
     section: OptimizationConfig
@@ -38,15 +38,15 @@ class SftObjective:
     num_sums: ClassVar[int] = 2
 
     def prepare(self, indices: Sequence[int]) -> Step:
-        """This rank's share of a global batch."""
+        """Return this rank's share of the global batch with these items."""
         cut = split([self.items[index] for index in indices], self.section, self.topology)
         micro_batches = [SftMicroBatch(batch) for batch in cut.batches(self.vocab_size)]
         return Step(micro_batches, cut.lengths, cut.num_positions)
 
     def metrics(self, sums: Tensor) -> dict[str, float]:
-        """TRL's metrics, from the reported sums over the world [2]."""
+        """Return TRL's metrics from the sums over all ranks [2]. The loss is in nats per target token."""
         total, count = sums.tolist()
         return {"loss": total / count}
 
     def check_first_step(self, metrics: dict[str, float]) -> None:
-        """Nothing is known about a first supervised loss."""
+        """Check nothing: any first supervised loss is possible."""

@@ -1,7 +1,7 @@
-"""How a global batch is cut into the micro batches of each rank: fixed numbers of items, or packs of equal size.
+"""The split of a global batch into the micro batches of each rank: fixed numbers of items, or packs of equal size.
 
 Every rank knows the whole global batch (its order is a function of the seed), so all agree on shapes and numbers
-without talking.
+without communication.
 """
 
 import math
@@ -16,7 +16,7 @@ from srlm_mega.errors import UserError
 from srlm_mega.training.batch import Batch, TokenSequence, context_part, packed_batch, padded_batch
 from srlm_mega.training.topology import Topology
 
-LENGTH_MULTIPLE = 8  # of a rank's positions: tensor cores like it; FP8 asks for more
+LENGTH_MULTIPLE = 8  # of a rank's positions, for tensor cores; FP8 needs more
 
 
 class Item(Protocol):
@@ -24,11 +24,11 @@ class Item(Protocol):
 
     @property
     def id(self) -> str:
-        """Its name."""
+        """The item's name."""
 
     @property
     def sequences(self) -> tuple[TokenSequence, ...]:
-        """What must be in one forward pass."""
+        """The sequences that must be in one forward pass."""
 
 
 ItemT = TypeVar("ItemT", bound=Item)
@@ -36,7 +36,7 @@ ItemT = TypeVar("ItemT", bound=Item)
 
 @dataclass(frozen=True)
 class Split:
-    """A global batch, cut. All micro batches of all ranks have the shape [num_rows, length]."""
+    """A global batch in micro batches. All of them, on all ranks, have the shape [num_rows, length]."""
 
     items: Sequence[Item]  # the global batch
     micro_batches: list[list[int]]  # this rank's: places in the global batch; some may be empty
@@ -68,8 +68,8 @@ class Split:
 
 
 def split(items: Sequence[Item], section: OptimizationConfig, topology: Topology) -> Split:
-    """Cut a global batch for this rank."""
-    # Megatron's interleaved schedule wants a multiple of the pipeline's stages.
+    """Split a global batch, for this rank."""
+    # Megatron's interleaved schedule needs a multiple of the pipeline's stages.
     stages = topology.pp_size if topology.parallel.virtual_pipeline_model_parallel_size else 1
     multiple = math.lcm(LENGTH_MULTIPLE * topology.tp_size * topology.cp_size, topology.length_multiple)
     capacity = section.packed_sequence_size
@@ -99,21 +99,21 @@ def flat(items: Sequence[Item]) -> list[TokenSequence]:
 
 
 def num_inputs(item: Item) -> int:
-    """Input positions of all its sequences."""
+    """Return the input positions of all the item's sequences."""
     return sum(sequence.num_inputs for sequence in item.sequences)
 
 
 def even_parts(num_items: int, size: int, multiple: int) -> list[list[int]]:
-    """Items in order, in a multiple of `multiple` parts of at most `size`, as equal as can be."""
+    """Split item numbers, in order, into a multiple of `multiple` parts of at most `size`, as equal as possible."""
     num_parts = -(-num_items // (size * multiple)) * multiple
     return [part.tolist() for part in numpy.array_split(numpy.arange(num_items), num_parts)]
 
 
 def packs(weights: Sequence[int], capacity: int, multiple: int) -> list[list[int]]:
-    """Items in the fewest packs, a multiple of `multiple`, that hold `capacity` each: largest first, into the emptiest
-    (Graham's LPT rule), so that packs are nearly equal. Fullest packs first.
+    """Split items of these weights into the fewest packs, a multiple of `multiple`, of at most `capacity` each.
 
-    Dealt out in turn, they also balance the ranks.
+    The largest item goes first, each into the emptiest pack (Graham's LPT rule), so that packs are nearly equal. The
+    fullest pack comes first: dealt out in turn, packs also balance the ranks.
     """
     assert max(weights) <= capacity, f"an item of {max(weights)} positions does not fit a pack of {capacity}"
     largest_first = sorted(range(len(weights)), key=lambda place: -weights[place])
@@ -131,12 +131,12 @@ def packs(weights: Sequence[int], capacity: int, multiple: int) -> list[list[int
 
 
 def within(items: Sequence[ItemT], seq_length: int) -> list[ItemT]:
-    """The items whose sequences have no more than `seq_length` tokens. Too long ones are left out whole, never cut."""
+    """Return the items whose sequences have at most `seq_length` tokens. Longer ones are left out whole, never cut."""
     return [item for item in items if all(len(sequence.tokens) <= seq_length for sequence in item.sequences)]
 
 
 def num_steps(section: OptimizationConfig, num_items: int) -> int:
-    """Optimiser steps of a stage. UserError when the data do not fill one batch."""
+    """Return the number of optimizer steps of a stage. UserError when the data do not fill one batch."""
     steps = section.train_iters
     if steps is None:
         assert section.epochs is not None, "one of train_iters and epochs is set"
@@ -150,7 +150,7 @@ def num_steps(section: OptimizationConfig, num_items: int) -> int:
 
 
 def batch_order(num_items: int, batch_size: int, seed: int) -> Iterator[list[int]]:
-    """Endless batches of item numbers: one shuffled pass after another, each differently shuffled.
+    """Yield batches of item numbers without end: one shuffled pass after another, each shuffled differently.
 
     Passes follow each other without a gap, so a batch may hold the end of one and the start of the next.
     """

@@ -1,9 +1,9 @@
-"""How fast training is: tokens, floating point operations (FLOP) and the share of what the device could do (MFU).
+"""Rates of training: tokens/s, floating point operations (FLOP) per second, and their share of the peak (MFU).
 
 FLOP are those of the model, forward and backward, by the causal convention: attention costs a token half the sequence
-(a = 1 in config/model_sizes.py; a = 2 counts what a causal mask throws away). Nothing is counted for padding,
-nor for what activation recompute does again; the output layer is counted for every input. Rates and MFU of different
-conventions cannot be compared, so the keys name this one: `TFLOP/s/GPU_causal`, `MFU_causal`.
+(a = 1 in config/model_sizes.py; a = 2 counts what a causal mask discards). Padding and activation recompute are not
+counted; the output layer is counted for every input. Rates and MFU of different conventions cannot be compared, so the
+keys name this one: `TFLOP/s/GPU_causal`, `MFU_causal`.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from srlm_mega.training.memory_budget import sizes_of
 
 
 def precision_of(trainer: TrainerConfig) -> Precision:
-    """Of the matrix products."""
+    """Return the precision of the matrix products."""
     if trainer.fp8 is not None:
         return "fp8"
     return "bf16" if trainer.bf16 else "fp32"
@@ -25,15 +25,15 @@ def precision_of(trainer: TrainerConfig) -> Precision:
 
 @dataclass(frozen=True)
 class Meter:
-    """Turns what an optimiser step worked on, and its seconds, into metrics. On a CPU a "GPU" is a process."""
+    """The computation of rates and MFU from optimizer steps and their seconds. On a CPU a "GPU" is a process."""
 
     shape: LlamaShape
     world_size: int
     peak_tflops: float | None  # of one device
 
     def measure(self, lengths: Sequence[int], num_positions: int, seconds: float) -> dict[str, float]:
-        """Metrics of one step over the whole global batch: `lengths` are the tokens of each sequence, of which the last
-        is only predicted; `num_positions` is what went through the model, with padding."""
+        """Return one step's metrics: `lengths` are the tokens of each sequence of the global batch, of which the last
+        is only predicted; `num_positions` are computed by the model, padding included."""
         inputs = [length - 1 for length in lengths]
         useful = sum(inputs)
         assert 0 < useful <= num_positions, f"{useful} input tokens in {num_positions} positions"

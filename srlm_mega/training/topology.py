@@ -1,7 +1,7 @@
 """Ranks, groups and devices: the only place that reads RANK and touches Megatron's parallel state.
 
-One `Topology` is started per stage and passed to whoever needs it. The device is the CPU (gloo) or CUDA (NCCL); the
-road is the same, but nothing here has been run on a GPU.
+One `Topology` is started per stage and passed to the functions that need it. The device is the CPU (gloo) or CUDA
+(NCCL). The code is the same for both, but nothing here has been run on a GPU.
 """
 
 import math
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Topology:
-    """This process's place among the others: tensor x pipeline x context x data parallel."""
+    """This process's ranks among the others: tensor x pipeline x context x data parallel."""
 
     rank: int
     world_size: int
@@ -44,8 +44,8 @@ class Topology:
     parallel: ParallelConfig
     cp_rank: int = 0
     cp_size: int = 1
-    length_multiple: int = 1  # what FP8 wants the input positions of a forward pass to be a multiple of
-    # All processes over gloo: objects (whole models among them) go through RAM, not through NCCL's device buffers.
+    length_multiple: int = 1  # the input positions of a forward pass are a multiple of it, for FP8
+    # Processes over gloo: objects (whole models among them) go through RAM, not through NCCL's device buffers.
     cpu_group: dist.ProcessGroup | None = None
     heartbeat: Heartbeat | None = None
 
@@ -54,8 +54,8 @@ class Topology:
     def start(cls, parallel: ParallelConfig, trainer: TrainerConfig, seed: int) -> Iterator["Topology"]:
         """Join the other processes, split them into Megatron's groups and seed the random streams.
 
-        Everything is taken down at the end of the block, so one launch can run several layouts after another
-        (inside one `process_group`). UserError when TP * PP * CP * DP is not the world size.
+        The groups are destroyed at the end of the block, so one launch can run several layouts after another (inside
+        one `process_group`). UserError when TP * PP * CP * DP is not the world size.
         """
         with process_group(trainer) as device:
             check_world_size(parallel, dist.get_world_size())
@@ -90,17 +90,17 @@ class Topology:
 
     @property
     def is_main(self) -> bool:
-        """The one process that writes files and talks to the user."""
+        """True on the one process that writes files and prints."""
         return self.rank == 0
 
     @property
     def is_reporter(self) -> bool:
-        """Whether this process's losses count: the last pipeline stage, once per replica of the model."""
+        """True where this process's losses count: on the last pipeline stage, once per replica of the model."""
         return self.pp_rank == self.pp_size - 1 and self.tp_rank == 0 and self.cp_rank == 0
 
     @property
     def memory_bytes(self) -> int:
-        """What this process can hold: its device's memory, or its share of the RAM that is free on this machine."""
+        """Bytes that this process can use: its device's memory, or its share of this machine's free RAM."""
         if self.device.type == "cuda":
             total: int = torch.cuda.get_device_properties(self.device).total_memory
             return total
@@ -108,42 +108,42 @@ class Topology:
         return available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
     def seed_dropout(self, seed: int) -> None:
-        """Random streams: different per pipeline stage, data- and context-parallel rank; Megatron adds the tensor
-        ranks."""
+        """Seed the random streams: different per pipeline stage, data- and context-parallel rank; Megatron makes them
+        differ per tensor rank."""
         own_seed = seed + 100 * self.pp_rank + 10_000 * self.dp_rank + 10_000_000 * self.cp_rank
         torch.manual_seed(own_seed)
         model_parallel_cuda_manual_seed(own_seed, force_reset_rng=True)
 
     def sum_over_world(self, values: torch.Tensor) -> torch.Tensor:
-        """`values` (any shape, same on every rank) summed over all processes, on the CPU."""
-        summed = values.to(self.device).contiguous()  # ranks add up memory, whatever its strides
+        """Return `values` (any shape, the same on every rank) summed over all processes, on the CPU."""
+        summed = values.to(self.device).contiguous()  # all_reduce adds memory, whatever its strides
         dist.all_reduce(summed)
         return summed.cpu()
 
     def max_over_world(self, value: float) -> float:
-        """The largest value of all processes; NaN when one has a NaN."""
+        """Return the largest value of all processes; NaN when one has a NaN."""
         values = self.all_gather(value)
         return math.nan if any(map(math.isnan, values)) else max(values)
 
     def gather_model(self, shard: T) -> Sequence[T]:
-        """The shards of one replica of the model on rank 0; nothing elsewhere."""
+        """Return the shards of one replica of the model on rank 0; nothing elsewhere."""
         own = shard if self.dp_rank == 0 and self.cp_rank == 0 else None
         shards: list[T | None] | None = [None] * self.world_size if self.is_main else None
         dist.gather_object(own, shards, dst=0, group=self.cpu_group)
         return [] if shards is None else [item for item in shards if item is not None]
 
     def all_gather(self, item: T) -> list[T]:
-        """The item of every process (any that pickles), in the order of ranks, on all of them."""
+        """Return the item of every process (any that pickles), in the order of ranks, on all of them."""
         items: list[T | None] = [None] * self.world_size
         dist.all_gather_object(items, item, group=self.cpu_group)
         return cast(list[T], items)
 
     def any(self, here: bool) -> bool:
-        """Whether it is so on any process: the same answer on all of them."""
+        """Tell whether it is true on any process: the same answer on all of them."""
         return bool(self.sum_over_world(torch.tensor([int(here)])))
 
     def groups(self) -> dict[str, dist.ProcessGroup]:
-        """The processes that this one shares each axis with, by the axis's name; axes of one process are left out."""
+        """Return this process's group of each axis by the axis's name; axes of one process are left out."""
         found = {
             "TP": parallel_state.get_tensor_model_parallel_group(),
             "PP": parallel_state.get_pipeline_model_parallel_group(),
@@ -153,7 +153,7 @@ class Topology:
         return {axis: group for axis, group in found.items() if dist.get_world_size(group) > 1}
 
     def beat(self, phase: Phase, place: str) -> None:
-        """Tell the watchdog, where there is one, how far this process is. All processes pass the same places."""
+        """Record in the watchdog, where there is one, how far this process is. All processes pass the same places."""
         if self.heartbeat is not None:
             self.heartbeat.beat(phase, place)
 
@@ -164,7 +164,7 @@ class Topology:
 
 @contextmanager
 def watched(topology: Topology, trainer: TrainerConfig, stuck: Callable[[str], None]) -> Iterator[Topology]:
-    """The topology with a watchdog; `stuck` is told, on one rank, why it ends all processes."""
+    """Yield the topology with a watchdog; `stuck` is called, on one rank, with why it ends all processes."""
     axes = {"TP": topology.tp_rank, "PP": topology.pp_rank, "CP": topology.cp_rank, "DP": topology.dp_rank}
     place = f"rank {topology.rank} ({', '.join(f'{axis} {rank}' for axis, rank in axes.items())})"
     store = dist.distributed_c10d._get_default_store()
@@ -176,7 +176,7 @@ def watched(topology: Topology, trainer: TrainerConfig, stuck: Callable[[str], N
 
 
 def timeouts(trainer: TrainerConfig) -> dict[Phase, float]:
-    """Seconds that each phase may take."""
+    """Return the seconds that each phase may take."""
     return {
         "start": 60 * trainer.start_timeout_minutes,
         "step": 60 * trainer.step_timeout_minutes,
@@ -187,9 +187,9 @@ def timeouts(trainer: TrainerConfig) -> dict[Phase, float]:
 
 @contextmanager
 def process_group(trainer: TrainerConfig) -> Iterator[torch.device]:
-    """The processes that torchrun (or srun) started, joined; a single process when nobody started several.
+    """Join the processes that torchrun (or srun) started, or start a group of this one alone; yield its device.
 
-    Inside another `process_group` this one changes nothing. Yields this process's device.
+    Inside another `process_group` it changes nothing.
     """
     device = choose_device(trainer.device)
     if device.type == "cpu":
@@ -201,7 +201,8 @@ def process_group(trainer: TrainerConfig) -> Iterator[torch.device]:
         return
     backend = "gloo" if device.type == "cpu" else "nccl"
     own_device = None if device.type == "cpu" else device  # NCCL would guess it from the rank
-    timeout = timedelta(seconds=2 * max(timeouts(trainer).values()))  # the heartbeat speaks first, and knows more
+    # Longer than the watchdog's, whose message says more.
+    timeout = timedelta(seconds=2 * max(timeouts(trainer).values()))
     alone = (dist.HashStore(), 0, 1)
     store, rank, size = rendezvous(timeouts(trainer)["start"]) if "RANK" in os.environ else alone
     store.set_timeout(timeout)
@@ -213,12 +214,12 @@ def process_group(trainer: TrainerConfig) -> Iterator[torch.device]:
 
 
 def started_as() -> int:
-    """This process's rank, before the processes have met."""
+    """Return this process's rank before the rendezvous."""
     return int(os.environ.get("RANK", "0"))
 
 
 def choose_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
-    """`auto` is CUDA where there is one. UserError when CUDA is wanted and absent."""
+    """Return the wanted device; `auto` is CUDA where there is one. UserError when CUDA is wanted and absent."""
     cpu, cuda = torch.device("cpu"), torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     match wanted:
         case "cpu":
@@ -234,7 +235,7 @@ def choose_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
 
 
 def check_world_size(parallel: ParallelConfig, world_size: int) -> None:
-    """UserError, with the arithmetic, unless TP * PP * CP * DP is the number of processes."""
+    """Raise UserError, with the arithmetic, unless TP * PP * CP * DP is the number of processes."""
     dp = parallel.data_parallel_size or max(1, world_size // parallel.model_parallel_size)
     if parallel.model_parallel_size * dp != world_size:
         raise UserError(

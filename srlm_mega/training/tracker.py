@@ -1,4 +1,4 @@
-"""Where metrics go besides metrics.jsonl: TensorBoard, Weights & Biases, MLflow. Only the main rank has trackers."""
+"""Trackers, which get metrics besides metrics.jsonl: TensorBoard, Weights & Biases, MLflow. On the main rank only."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
@@ -11,19 +11,19 @@ from srlm_mega.run.manifest import TRACKING_ID
 
 
 class Tracker(Protocol):
-    """Takes the numbers of each optimiser step, counted from 1."""
+    """A destination of the metrics of each optimizer step, counted from 1."""
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One step's numbers."""
+        """Write one step's metrics."""
 
     def close(self) -> None:
-        """Everything written is safe afterwards."""
+        """Flush what was written, and close."""
 
 
 @contextmanager
 def open_trackers(config: Config, out: Path, first_step: int) -> Iterator[list[Tracker]]:
-    """The configured trackers of the stage that builds `out`. A stage that was killed goes on with the same ones, and
-    writes its steps from `first_step` on again."""
+    """Open the configured trackers of the stage that builds `out`. A stage that was killed resumes with the same ones,
+    and writes its steps from `first_step` on again."""
     tracking = config.tracking
     name = f"{config.run.dir.name}/{out.name.removesuffix('.partial')}"
     with ExitStack() as stack:
@@ -46,7 +46,7 @@ def open_trackers(config: Config, out: Path, first_step: int) -> Iterator[list[T
 
 
 def tracking_id(out: Path) -> str:
-    """What the output's run is called at a server: made once, kept in the output's folder, gone when it is redone."""
+    """Return the id of the stage's run at a server. It is created once and stays in the output's folder."""
     path = out / TRACKING_ID
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)

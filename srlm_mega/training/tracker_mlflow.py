@@ -1,4 +1,4 @@
-"""Metrics to MLflow: a tracking server, or any other store that its URI can name."""
+"""Metrics in MLflow: on a tracking server, or in any other store that its URI can name."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -49,7 +49,7 @@ class MlflowTracker:
 
 
 def find_or_create(client: MlflowClient, name: str, run_id: str, config: Config) -> str:
-    """MLflow's id of the stage's run: the one that a killed attempt began, or a new one."""
+    """Return MLflow's id of the stage's run: the one that a killed attempt started, or a new one."""
     experiment = client.get_experiment_by_name(config.run.dir.name)
     experiment_id: str = (
         client.create_experiment(config.run.dir.name) if experiment is None else experiment.experiment_id

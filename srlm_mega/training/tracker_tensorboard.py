@@ -7,13 +7,13 @@ from torch.utils.tensorboard import SummaryWriter
 
 
 class TensorBoardTracker:
-    """Writes one event file per attempt; TensorBoard hides what an earlier one wrote from `first_step` on."""
+    """One event file per attempt; TensorBoard hides what an earlier attempt wrote from `first_step` on."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
         self._writer = SummaryWriter(str(folder), purge_step=first_step)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One step's numbers."""
+        """Write one step's metrics."""
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
 

@@ -1,4 +1,4 @@
-"""Metrics to Weights & Biases. Its own settings (WANDB_API_KEY, WANDB_MODE=offline, ...) are its environment's."""
+"""Metrics in Weights & Biases. Its environment variables (WANDB_API_KEY, WANDB_MODE=offline, ...) apply."""
 
 from collections.abc import Mapping
 
@@ -9,7 +9,7 @@ from srlm_mega.errors import UserError
 
 
 class WandbTracker:
-    """One run of the project. Its files are in RUN/logs/wandb."""
+    """One run of the project, with its files in RUN/logs/wandb."""
 
     def __init__(self, project: str, name: str, run_id: str, config: Config) -> None:
         logs = config.run.dir / "logs"
@@ -32,9 +32,9 @@ class WandbTracker:
         self._run.define_metric("*", step_metric="step")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One step's numbers; sent in the background, a server that is away stops nothing."""
+        """Write one step's metrics. They are sent in the background: a server that is away does not stop training."""
         self._run.log({"step": step, **metrics})
 
     def close(self) -> None:
-        """Wait until everything is sent (offline: written)."""
+        """Wait until all metrics are sent (offline: written)."""
         self._run.finish()

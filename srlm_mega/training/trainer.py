@@ -1,4 +1,4 @@
-"""The training road: load M(t), take optimiser steps over the data, export M(t+1).
+"""The training loop: load M(t), take optimizer steps over the data, export M(t+1).
 
 SFT and DPO share it; what differs is the objective (`sft.py`, `dpo.py`).
 """
@@ -47,28 +47,28 @@ MAX_SKIPPED = 3  # steps in a row
 
 
 class Objective(Protocol):
-    """What is learnt: data, loss and metrics."""
+    """Data, loss and metrics of a training."""
 
     num_sums: ClassVar[int]
 
     @property
     def items(self) -> Sequence[Item]:
-        """Sequences or pairs."""
+        """Training sequences or pairs."""
 
     def prepare(self, indices: Sequence[int]) -> Step:
-        """This rank's share of the global batch with these items."""
+        """Return this rank's share of the global batch with these items."""
 
     def metrics(self, sums: Tensor) -> dict[str, float]:
-        """Means by TRL's names, from sums over the world [num_sums]."""
+        """Return means by TRL's names, from sums over all ranks [num_sums]."""
 
     def check_first_step(self, metrics: dict[str, float]) -> None:
-        """UserError when the first step shows that something does not belong together."""
+        """Raise UserError when the first step's metrics show that model and data do not belong together."""
 
 
 @dataclass(frozen=True)
 class TrainingSummary:
-    """What a training stage did. `replayed` of its `steps` were EFT replay; `excluded` counts items longer than
-    `model.seq_length`, `verified` the tensors of all ranks that were read back from the export and found equal."""
+    """Counts of a finished training stage. `replayed` of its `steps` were EFT replay; `excluded` items are longer than
+    `model.seq_length`; `verified` tensors of all ranks were read back from the export and found equal."""
 
     steps: int
     replayed: int
@@ -79,8 +79,8 @@ class TrainingSummary:
 
 @dataclass(frozen=True)
 class TrainingPart:
-    """A part of a training: it ends after step `until` and leaves a checkpoint to go on from, and the model of that
-    step in the Hugging Face folder `export`. The learning rate's schedule is that of the whole."""
+    """A part of a training: it ends after step `until` and leaves a checkpoint to resume from, and the model of that
+    step in the Hugging Face folder `export`. The learning rate's schedule is that of the whole training."""
 
     until: int
     export: Path
@@ -88,12 +88,13 @@ class TrainingPart:
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """What SFT and DPO have in common: which model is trained, where, and who is told.
+    """The arguments that SFT and DPO share.
 
+    topology: this process's ranks; config: the run's configuration.
     start: Hugging Face folder of the model to train.
     out: folder that gets `huggingface/`, `metrics.jsonl`, and `megatron/` with the checkpoints to resume from.
-    seed: of the data order and of dropout.
-    report: called on the main rank after each optimiser step.
+    seed: seed of the data order and of dropout.
+    report: called on the main rank after each optimizer step.
     stop_file: training stops when this file appears.
     part: the part to train now; None: all of it.
     """
@@ -109,10 +110,11 @@ class TrainingJob:
 
 
 def train_sft(job: TrainingJob, section: OptimizationConfig, sequences: Sequence[TokenSequence]) -> TrainingSummary:
-    """Train `job.start` on the target tokens of `sequences`, by the settings of `section`.
+    """Train `job.start` on the target tokens of `sequences` with the settings of `section`. All ranks call it.
 
-    Resumes from the newest checkpoint in `out/megatron/`. StopRequested, with a checkpoint, after a stop signal or when
-    `stop_file` appears.
+    It resumes from the newest checkpoint in `out/megatron/`. StopRequested, with a checkpoint, after a stop signal or
+    when `stop_file` appears; CannotContinue, with a checkpoint, after three steps in a row with a loss or gradients of
+    NaN or inf; UserError when data, checkpoint or memory do not fit.
     """
     kept = within(sequences, job.config.model.seq_length)
     objective = SftObjective(kept, section, job.topology, read_shape(job.start).vocab_size)
@@ -126,10 +128,10 @@ def train_dpo(
     reference: Sequence[ReferenceLogprobs],
     replay: Sequence[TokenSequence] = (),
 ) -> TrainingSummary:
-    """Train `job.start` on preference pairs, by the settings of `config.dpo`; `reference` is what `compute_reference`
-    said of them, in their order. `dpo.eft_replay` of the steps train on `replay` by SFT.
+    """Train `job.start` on preference pairs with the settings of `config.dpo`. All ranks call it.
 
-    Resumes and stops as `train_sft` does.
+    `reference` is what `compute_reference` returned for them, in their order. A share `dpo.eft_replay` of the steps
+    train on `replay` by SFT. It resumes, stops and raises as `train_sft` does.
     """
     topology, section, seq_length = job.topology, job.config.dpo, job.config.model.seq_length
     vocab_size, tolerance = read_shape(job.start).vocab_size, first_step_tolerance(job.config.trainer)
@@ -140,7 +142,7 @@ def train_dpo(
     if section.eft_replay > 0:
         examples = within(replay, seq_length)
         if not examples:
-            raise UserError("dpo.eft_replay: there are no EFT examples that fit: set it to 0, or give EFT data")
+            raise UserError("dpo.eft_replay: no EFT example fits model.seq_length: set it to 0, or give EFT data")
         other = SftObjective(examples, section, topology, vocab_size)
         turns = replace(turns, other=other, num_others=len(examples), replayed=num_replayed(steps, section.eft_replay))
     return _train(job, section, turns, excluded=len(pairs) - len(kept))
@@ -168,13 +170,13 @@ def _train(job: TrainingJob, section: OptimizationConfig, turns: Turns[Objective
     topology.barrier()
     verified = verify_export(trainer.model, shape, part.export, topology)
     if topology.is_main and part.until == steps and excluded:
-        print(f"left out {excluded} items longer than {config.model.seq_length} tokens", flush=True)
+        print(f"left out {excluded} items longer than model.seq_length, {config.model.seq_length} tokens", flush=True)
     return TrainingSummary(steps, turns.replayed, turns.num_items, excluded, verified)
 
 
 @dataclass(frozen=True)
 class Trainer:
-    """A model that learns: this rank's chunks with their optimizer and learning rate."""
+    """A model in training: this rank's chunks with their optimizer and learning rate."""
 
     topology: Topology
     section: OptimizationConfig
@@ -188,7 +190,7 @@ class Trainer:
     def build(
         cls, topology: Topology, config: Config, section: OptimizationConfig, start: Path, steps: int
     ) -> "Trainer":
-        """Load `start` and get ready for `steps` optimiser steps."""
+        """Load `start` and prepare `steps` optimizer steps."""
         shape = read_shape(start)
         check_memory(shape, config, topology)
         model_config = transformer_config(shape, section, config, topology)
@@ -207,7 +209,7 @@ class Trainer:
         shape: LlamaShape,
         steps: int,
     ) -> "Trainer":
-        """Gradient buffers, optimizer and schedule around a model that has its weights."""
+        """Add gradient buffers, optimizer and schedule to a model that has its weights."""
         model = wrap_data_parallel(chunks, model_config, topology)
         optimizer = build_optimizer(model, section, config.trainer, topology)
         peak = peak_tflops(device_name(topology.device), precision_of(config.trainer))
@@ -216,11 +218,11 @@ class Trainer:
         return cls(topology, section, model, optimizer, scheduler, meter, shadow)
 
     def resume(self, checkpoints: Checkpoints, newest: Path, seed: int) -> Position:
-        """Go on from a checkpoint: returns where."""
+        """Load a checkpoint; return its position."""
         position = checkpoints.load(newest, self.model, self.optimizer, seed)
         self.scheduler.step(position.step)  # the learning rate is a function of the step
         if self.topology.is_main:
-            print(f"going on from {newest}", flush=True)
+            print(f"resuming from {newest}", flush=True)
         return position
 
     def train(
@@ -233,8 +235,8 @@ class Trainer:
         position: Position,
         stop: StopRequest,
     ) -> None:
-        """Take the steps behind `position`, up to `until`. StopRequested when asked to stop; CannotContinue after three
-        steps in a row whose loss or gradients are no finite numbers. Both leave a checkpoint."""
+        """Take the steps after `position`, up to `until`. StopRequested when asked to stop; CannotContinue after three
+        steps in a row whose loss or gradients are NaN or inf. Both leave a checkpoint."""
         for chunk in self.model:
             chunk.train()
         steps = turns.total
@@ -242,12 +244,12 @@ class Trainer:
             if self.topology.any(stop.made):
                 checkpoints.save_now(self.model, self.optimizer, position)
                 raise StopRequested(
-                    f"stopped after step {position.step} of {steps}. The same command goes on from there"
+                    f"stopped after step {position.step} of {steps}. The same command resumes from there"
                 )
             position = self._step_and_log(turn, position, log)
             if position.skipped_in_a_row >= MAX_SKIPPED:
                 checkpoints.save_now(self.model, self.optimizer, position)
-                raise CannotContinue(no_numbers(position))
+                raise CannotContinue(skipped_steps(position))
             if position.step < steps:
                 checkpoints.save_if_due(self.model, self.optimizer, position)
         if until < steps:
@@ -280,31 +282,31 @@ class Trainer:
         return position
 
     def step(self, objective: Objective, step: Step, number: int) -> dict[str, float]:
-        """One optimiser step: gradients of the global batch, and the update.
+        """Take one optimizer step: gradients of the global batch, and the update. Return its metrics.
 
-        Where the loss or the gradient norm is no finite number there is no update: weights and optimizer state stay as
-        they are, and `grad_norm` is not finite. The learning rate goes on, so that it ends where it should.
+        With a loss or gradient norm of NaN or inf there is no update: weights and optimizer state stay as they are, and
+        `grad_norm` is not finite. The learning rate's schedule advances all the same, so that it ends where it should.
         """
         self.topology.beat("step", f"step {number}, forward and backward")
         for chunk in self.model:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         metrics = objective.metrics(forward_backward(self.model, step, objective.num_sums, self.topology))
-        is_number = math.isfinite(metrics["loss"])
-        if number == 1 and is_number:
+        is_finite = math.isfinite(metrics["loss"])
+        if number == 1 and is_finite:
             objective.check_first_step(metrics)
         self.topology.beat("step", f"step {number}, update")
         learning_rate = self.optimizer.param_groups[0]["lr"]
-        grad_norm = update(self.optimizer) if is_number else math.nan
+        grad_norm = update(self.optimizer) if is_finite else math.nan
         self.scheduler.step(1)
         return {**metrics, "grad_norm": grad_norm, "learning_rate": learning_rate}
 
 
-def no_numbers(position: Position) -> str:
-    """Why training stopped."""
+def skipped_steps(position: Position) -> str:
+    """Return why training stopped after steps that were skipped, and what to do."""
     return (
-        f"steps {position.step - position.skipped_in_a_row + 1} to {position.step}: the loss or the gradients were no "
-        "finite numbers, so these steps were skipped; their items are in metrics.jsonl. Nothing was exported. Look at "
-        "this data, or lower lr or clip_grad, which trains the stage from its start. The checkpoint holds the last "
-        "good weights: the same command goes on behind these steps, and stops if the next one is no number either"
+        f"steps {position.step - position.skipped_in_a_row + 1} to {position.step}: the loss or the gradients were NaN "
+        "or inf, so these steps were skipped; metrics.jsonl names their items. Nothing was exported. Look at this "
+        "data, or lower lr or clip_grad, which trains the stage from its start. The checkpoint has the last good "
+        "weights: the same command resumes after these steps, and stops again if the next one is NaN or inf too"
     )

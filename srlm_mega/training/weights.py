@@ -1,4 +1,4 @@
-"""Hugging Face folders in and out of a model that is split over processes."""
+"""Loading and saving Hugging Face folders with a model that is split over processes."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,17 +18,18 @@ from srlm_mega.training.topology import Topology
 
 
 def load_weights(model: Sequence[MegatronModule], shape: LlamaShape, folder: Path, topology: Topology) -> None:
-    """Fill the model's chunks from a Hugging Face folder; every rank reads only what it holds."""
+    """Fill the model's chunks from a Hugging Face folder; every rank reads only what it holds. UserError when the
+    folder does not have the tensors of this shape."""
     try:
         fill_weights(model, shape, open_weights(folder), topology)
-    except ValueError as error:  # the conversion package knows nothing of ours
+    except ValueError as error:  # checkpoints_conversion does not import UserError
         raise UserError(str(error)) from None
 
 
 def fill_weights(
     model: Sequence[MegatronModule], shape: LlamaShape, weights: Mapping[str, Tensor], topology: Topology
 ) -> None:
-    """Fill the model's chunks from weights by Hugging Face names; a rank asks only for what it holds."""
+    """Fill the model's chunks from weights by Hugging Face names; a rank reads only what it holds."""
     for chunk, placement in zip(model, own_placements(shape, topology), strict=True):
         shard = load_shard(weights, shape, placement)
         parameters = _named(chunk)
@@ -45,8 +46,8 @@ def fill_weights(
 def save_weights(
     model: Sequence[MegatronModule], shape: LlamaShape, folder: Path, start: Path, topology: Topology
 ) -> None:
-    """Write the trained model as a Hugging Face folder, with the tokenizer of `start`. The main rank writes,
-    one tensor after another: it never holds the whole model."""
+    """Write the trained model as a Hugging Face folder, with the tokenizer of `start`. The main rank writes one tensor
+    after another: it never holds the whole model."""
     gather_weights(model)
     own = {
         place.layers: (place.tp_rank, _state(chunk))
@@ -58,7 +59,7 @@ def save_weights(
     for chunk in (place for place in all_placements(shape, topology) if place.tp_rank == 0):
         for held in held_tensors(shape, chunk):
             mine = own.get(chunk.layers)
-            # A copy: pickled, a view takes the whole of its buffer along.
+            # A copy: a view would be pickled with the whole of its buffer.
             shards = topology.gather_model((mine[0], mine[1][held.name].clone()) if mine else None)
             if writer is None:
                 continue
@@ -75,8 +76,8 @@ def save_weights(
 
 
 def verify_export(model: Sequence[MegatronModule], shape: LlamaShape, folder: Path, topology: Topology) -> int:
-    """Read an exported folder back: every rank compares its part bit by bit with what it trained. Returns the number
-    of tensors over all ranks. CannotContinue when one differs."""
+    """Read an exported folder back: every rank compares its part bit by bit with what it trained. Return the number of
+    tensors over all ranks. CannotContinue when one differs."""
     differing = []
     num_tensors = 0
     for chunk, placement in zip(model, own_placements(shape, topology), strict=True):
@@ -89,13 +90,13 @@ def verify_export(model: Sequence[MegatronModule], shape: LlamaShape, folder: Pa
     if everywhere:
         raise CannotContinue(
             f"{folder} does not hold what was trained: {', '.join(everywhere[:3])} differ (of {len(everywhere)}). "
-            "Look at the disk, then start the same command: training goes on from its checkpoint"
+            "Check the disk, then run the same command again: training resumes from its checkpoint"
         )
     return int(topology.sum_over_world(torch.tensor(num_tensors)))
 
 
 def _in_order(shards: Sequence[tuple[int, Tensor] | None], name: str, tp_size: int) -> list[Tensor]:
-    """The tensors of all tensor-parallel ranks, from (rank, tensor) of those that have one."""
+    """Return the tensors of all tensor-parallel ranks in order, from (rank, tensor) of the processes that have one."""
     by_rank = dict(shard for shard in shards if shard is not None)
     assert sorted(by_rank) == list(range(tp_size)), f"{name} came from ranks {sorted(by_rank)}"
     return [by_rank[rank] for rank in range(tp_size)]

@@ -82,7 +82,7 @@ def test_random_states_matter(results: dict[str, Any], out: Path) -> None:
 def test_asked_to_stop(results: dict[str, Any], out: Path, name: str, asked_in: int) -> None:
     """The step at work is the last one; the rest ends in the same bytes."""
     stopped = results["before_kill"][name]
-    assert stopped["ended"] == f"StopRequested: stopped after step {asked_in} of 6. The same command goes on from there"
+    assert stopped["ended"] == f"StopRequested: stopped after step {asked_in} of 6. The same command resumes from there"
     assert [line["step"] for line in stopped["metrics"]] == list(range(1, asked_in + 1))
     assert difference(out, name.replace(" ", "_"), "whole_tp2") == 0
     lines = untimed(results["after_kill"][name]["metrics"])
@@ -144,7 +144,7 @@ def test_an_incomplete_checkpoint_is_passed_over(results: dict[str, Any], out: P
 
 
 def test_the_other_optimizer_is_refused(results: dict[str, Any]) -> None:
-    assert "parallel.use_distributed_optimizer=True: go on" in results["single"]["other optimizer"]["ended"]
+    assert "parallel.use_distributed_optimizer=True: resume" in results["single"]["other optimizer"]["ended"]
 
 
 def test_a_step_that_is_no_number_is_skipped(results: dict[str, Any]) -> None:
@@ -160,7 +160,7 @@ def test_a_step_that_is_no_number_is_skipped(results: dict[str, Any]) -> None:
 
 def test_three_in_a_row_stop_the_run(results: dict[str, Any], out: Path) -> None:
     stopped = results["single"]["three skipped"]
-    assert stopped["ended"].startswith("CannotContinue: steps 2 to 4: the loss or the gradients were no finite numbers")
+    assert stopped["ended"].startswith("CannotContinue: steps 2 to 4: the loss or the gradients were NaN or inf")
     assert [len(line.get("skipped", ())) for line in stopped["metrics"]] == [0, 8, 8, 8]
     assert results["single"]["gone on behind"]["ended"] == "finished"
 

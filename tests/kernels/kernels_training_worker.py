@@ -1,4 +1,4 @@
-"""Run by test_kernels_training.py with TRITON_INTERPRET=1: trains a tiny model on the CPU without and with the kernels.
+"""Run by test_kernels_in_training.py with TRITON_INTERPRET=1: trains a tiny model on the CPU, with kernels or not.
 
 kernels_training_worker.py MODELS OUT
 """

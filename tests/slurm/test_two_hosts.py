@@ -128,7 +128,7 @@ def test_a_cut_cable(pair: list[Host], run: RunDir) -> None:
         run.stop_file.touch()
         assert [bool(process.wait(LONG)) for process in processes] == [True, True]
     texts = [log_of(run, host, 1).read_text() for host in pair]  # c10d decides where the first rank is
-    assert sum(f"going on from {run.partial('M1')}/megatron/iter_{before:07d}" in text for text in texts) == 1, said(
+    assert sum(f"resuming from {run.partial('M1')}/megatron/iter_{before:07d}" in text for text in texts) == 1, said(
         run
     )
-    assert all("The same command goes on from there" in text for text in texts), said(run)
+    assert all("The same command resumes from there" in text for text in texts), said(run)

@@ -17,7 +17,7 @@ def test_who_did_not_come_is_named(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(StageCrashed) as crashed:
         wait_for_all(store, 4, 0.3)
     assert str(crashed.value) == (
-        "the ranks did not meet in 0.005 min. Did not arrive: rank 1, rank 3. Arrived: rank 0 on host0, rank 2 on host2"
+        "ranks did not start in 0.005 min. Did not arrive: rank 1, rank 3. Arrived: rank 0 on host0, rank 2 on host2"
     )
     assert "in wait_for_all" in capfd.readouterr().err
 
