@@ -8,7 +8,7 @@ times say nothing. The GPU side of this file has not run yet.
 
 import gc
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from itertools import groupby
 from math import inf, isnan
@@ -54,65 +54,49 @@ SMOKE_SHAPES = (
 )
 SMOKE_PROVIDERS: tuple[Provider, ...] = ("ours-save", "ours-recompute", "eager", "liger")
 PACKAGES = ("triton", "liger-kernel")
+DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
 # Further than this from fp64, relatively, a loss or gradient is wrong: rounding logits to bf16, as eager code does,
 # moves a margin by some tenths of a nat.
-WRONG = {torch.bfloat16: 0.1, torch.float32: 1e-4}
+WRONG = {"cuda": 0.1, "cpu": 1e-4}
 ALONE = "alone "  # begins the name of every row of one kernel
 FLUSH_BYTES = 256 * 2**20  # several times the L2 cache
 WARMUP_ROUNDS = 3
 Call = Callable[[], object]
 
 
-@dataclass(frozen=True)
-class Device:
-    """The device that samples are taken on, and the dtype of its inputs."""
-
-    torch_device: torch.device
-    dtype: torch.dtype
-
-    @property
-    def on_gpu(self) -> bool:
-        """True where times mean something."""
-        return bool(self.torch_device.type == "cuda")
-
-    @property
-    def name(self) -> str:
-        """The device's name in the record."""
-        return str(torch.cuda.get_device_name(self.torch_device)) if self.on_gpu else "CPU (smoke mode)"
-
-
-def find_device() -> Device:
-    """Return the GPU with bf16, or the CPU with fp32."""
-    if torch.cuda.is_available():
-        return Device(torch.device("cuda"), torch.bfloat16)
-    return Device(torch.device("cpu"), torch.float32)
+def find_device() -> torch.device:
+    """Return the GPU, or the CPU, whose times mean nothing."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def run_benchmark(json: Path | None, rounds: int, only: Sequence[str], sweep: bool) -> None:
     """Measure all shapes (or those named in `only`), print tables, and write the record with raw samples to `json`."""
     device = find_device()
-    known = {shape.name: shape for shape in (SHAPES + SWEEPS if device.on_gpu else SMOKE_SHAPES)}
-    default = [shape.name for shape in SHAPES + (SWEEPS if sweep else ())] if device.on_gpu else list(known)
+    on_gpu = device.type == "cuda"
+    known = {shape.name: shape for shape in (SHAPES + SWEEPS if on_gpu else SMOKE_SHAPES)}
+    default = [shape.name for shape in SHAPES + (SWEEPS if sweep else ())] if on_gpu else list(known)
     if unknown := set(only) - set(known):
         raise UserError(f"no shape is called {', '.join(sorted(unknown))} here: {', '.join(known)}")
     shapes = [known[name] for name in only or default]
     rows = [row for shape in shapes for row in bench_shape(shape, device, rounds)]
     settings = {
-        "on_gpu": device.on_gpu,
-        "dtype": str(device.dtype),
+        "on_gpu": on_gpu,
+        "dtype": str(DTYPES[device.type]),
         "cuda": torch.version.cuda,
         "shapes": [asdict(shape) for shape in shapes],
     }
-    record = make_record("kernels", settings, [*rows, *bench_parts(device, rounds)], PACKAGES, device.name)
+    rows += bench_parts(device, rounds)
+    name = str(torch.cuda.get_device_name(device)) if on_gpu else "CPU (smoke mode)"
+    record = make_record("kernels", settings, rows, PACKAGES, name)
     write_record(record, json)
     print(as_text(record, known))
 
 
-def bench_shape(shape: HeadShape, device: Device, rounds: int) -> list[BenchRow]:
+def bench_shape(shape: HeadShape, device: torch.device, rounds: int) -> list[BenchRow]:
     """Measure the accuracy of every provider, then interleaved times in ms, then memory (on a GPU). A provider that is
     not timed has one row without samples; its label `status` says why."""
-    batch = make_batch(shape, device.torch_device)
-    hidden, weight = make_inputs(shape, device.dtype, device.torch_device)
+    batch = make_batch(shape, device)
+    hidden, weight = make_inputs(shape, DTYPES[device.type], device)
     truth = true_values(hidden, weight, batch)
     heads: dict[str, Head] = {}
     errors: dict[str, dict[str, float]] = {}
@@ -123,7 +107,7 @@ def bench_shape(shape: HeadShape, device: Device, rounds: int) -> list[BenchRow]
         full_name = f"{shape.name} {provider} {name}".rstrip()
         return make_row(full_name, "ms", samples, labels=labels, extra=errors.get(provider, {}) | extra)
 
-    for provider in PROVIDERS if device.on_gpu else SMOKE_PROVIDERS:
+    for provider in PROVIDERS if device.type == "cuda" else SMOKE_PROVIDERS:
         if provider == "liger" and package_version("liger-kernel") is None:
             refused.append(row(provider, "absent", "", ()))
             continue
@@ -133,7 +117,7 @@ def bench_shape(shape: HeadShape, device: Device, rounds: int) -> list[BenchRow]
         except torch.OutOfMemoryError:
             refused.append(row(provider, "out of memory", "", ()))
             continue
-        if largest(errors[provider]) > WRONG[device.dtype]:
+        if largest(errors[provider]) > WRONG[device.type]:
             refused.append(row(provider, "wrong", "", ()))
         else:
             heads[provider] = head
@@ -143,7 +127,7 @@ def bench_shape(shape: HeadShape, device: Device, rounds: int) -> list[BenchRow]
     both = interleaved(passes, device, rounds)
     timed_rows: list[BenchRow] = []
     for name in heads:
-        memory = float(extra_bytes(passes[name], hidden, weight)) if device.on_gpu else None
+        memory = float(extra_bytes(passes[name], hidden, weight)) if device.type == "cuda" else None
         timed_rows += [
             row(name, "ok", "forward", forward[name]),
             row(name, "ok", "forward + backward", both[name], extra_bytes=memory),
@@ -174,13 +158,13 @@ def largest(errors: Mapping[str, float]) -> float:
     return max(inf if isnan(error) else error for error in errors.values())
 
 
-def interleaved(calls: Mapping[str, Call], device: Device, rounds: int) -> dict[str, list[float]]:
+def interleaved(calls: Mapping[str, Call], device: torch.device, rounds: int) -> dict[str, list[float]]:
     """Return milliseconds of every call, once per round, after rounds to warm up; between events on a GPU's stream."""
-    flush = torch.empty(FLUSH_BYTES if device.on_gpu else 0, dtype=torch.int8, device=device.torch_device)
+    flush = torch.empty(FLUSH_BYTES if device.type == "cuda" else 0, dtype=torch.int8, device=device)
 
     def sample(call: Call) -> float:
         flush.zero_()  # what the last call left in the L2 cache must not help this one
-        if not device.on_gpu:
+        if device.type != "cuda":
             return timed(call)[1] * 1e3
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
@@ -204,17 +188,17 @@ def extra_bytes(call: Call, hidden: Tensor, weight: Tensor) -> int:
     return int(torch.cuda.max_memory_allocated() - before - hidden.nbytes - weight.nbytes)
 
 
-def bench_parts(device: Device, rounds: int) -> list[BenchRow]:
+def bench_parts(device: torch.device, rounds: int) -> list[BenchRow]:
     """Time `vp_logprob_` forward and backward, a copy of the logits, and `dpo_loss` of 8 pairs, which makes its
     gradient; each row with the bytes that it cannot avoid moving."""
-    num_rows, columns = (8192, 32000) if device.on_gpu else (32, 101)
-    generator = torch.Generator(device.torch_device).manual_seed(0)
-    options = {"device": device.torch_device, "generator": generator}
-    logits = torch.randn(num_rows, columns, dtype=device.dtype, **options).requires_grad_()
+    num_rows, columns = (8192, 32000) if device.type == "cuda" else (32, 101)
+    generator = torch.Generator(device).manual_seed(0)
+    options = {"device": device, "generator": generator}
+    logits = torch.randn(num_rows, columns, dtype=DTYPES[device.type], **options).requires_grad_()
     other = torch.empty_like(logits)
     target = torch.randint(columns, (num_rows,), **options)
     shape = HeadShape("parts", 8, num_rows // 16, 1, columns)
-    batch = make_batch(shape, device.torch_device)
+    batch = make_batch(shape, device)
     logp = -torch.rand(num_rows, **options).requires_grad_()
 
     def log_probs() -> None:

@@ -131,7 +131,8 @@ def read_record(path: Path) -> BenchRecord:
     except ValueError as error:
         raise UserError(f"{path} is not what `srlm bench ... --json` writes: {error}") from None
     if record.schema_version != SCHEMA_VERSION:
-        raise UserError(f"{path} has schema version {record.schema_version}, this srlm reads {SCHEMA_VERSION}")
+        version = f"schema version {record.schema_version}, this srlm reads {SCHEMA_VERSION}"
+        raise UserError(f"{path} has {version}: measure again, or compare with the srlm that wrote it")
     names = [row.name for row in record.rows]
     for row in record.rows:
         again = make_row(row.name, row.unit, row.samples)

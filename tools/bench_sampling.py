@@ -27,7 +27,7 @@ from srlm_mega.sampling.backends import open_sampler
 from srlm_mega.sampling.huggingface_sampler import automatic_device, left_padded
 from srlm_mega.sampling.sampler import SamplingParams
 from srlm_mega.stages.sample_and_judge import candidates_task, judgements_task
-from srlm_mega.tools.bench_record import BenchRecord, BenchRow, make_record, make_row, write_record
+from srlm_mega.tools.bench_record import BenchRecord, BenchRow, make_record, make_row, markdown, write_record
 from srlm_mega.tools.bench_timing import timed
 
 ONE_BY_ONE, FIXED_BATCHES = "generate, request by request", "generate, fixed batches"
@@ -210,18 +210,16 @@ def part_rows(samples: Sequence[Sample]) -> list[BenchRow]:
 
 def as_text(record: BenchRecord) -> str:
     """Return the record as text for a terminal."""
-    shown = {row.name.removeprefix(f"{RATE} "): row for row in record.rows if row.name.startswith(RATE)}
-    ratio = {row.name.removeprefix(f"{RATIO} "): row for row in record.rows if row.name.startswith(RATIO)}
+    faster = {row.name.removeprefix(f"{RATIO} "): f"{row.median:.2f}" for row in record.rows if row.unit == "ratio"}
+    rows = [("method", "output tokens/s", "srlm is faster by")]
+    for row in record.rows:
+        if row.unit == "tokens/s":
+            name = row.name.removeprefix(f"{RATE} ")
+            rows.append((name, f"{row.median:,.0f}", faster.get(name, "")))
     whole = [row for row in record.rows if row.labels.get("method") == OURS and row.unit == "s"]
     requests, sequences = (sum(int(row.extra[key] or 0) for row in whole) for key in ("requests", "sequences"))
-    width = max(len(name) for name in shown)
-    lines = [
+    return (
         f"{requests} requests for {sequences} completions, {len(whole[0].samples)} repetitions on {record.device}, "
-        f"{record.settings['threads']} thread(s), load {record.load_average[0]:.1f}; medians",
-        f"{'':<{width}}  output tokens/s  srlm is faster by",
-    ]
-    for name, row in shown.items():
-        faster = f"{ratio[name].median:.2f}" if name in ratio else ""
-        lines.append(f"{name:<{width}}  {row.median:>15,.0f}  {faster:>17}")
-    lines.append(f"prefill: {record.settings['prefill_saving']:.2f} times fewer prompt tokens than without reuse")
-    return "\n".join(lines)
+        f"{record.settings['threads']} thread(s), load {record.load_average[0]:.1f}; medians\n\n{markdown(rows)}\n\n"
+        f"prefill: {record.settings['prefill_saving']:.2f} times fewer prompt tokens than without reuse"
+    )

@@ -20,7 +20,7 @@ from srlm_mega.config.training import OptimizationConfig
 from srlm_mega.errors import UserError
 from srlm_mega.records import ReferenceLogprobs
 from srlm_mega.stages.base import shape_of
-from srlm_mega.tools.bench_record import BenchRecord, Better, make_record, make_row, spread, write_record
+from srlm_mega.tools.bench_record import BenchRecord, Better, make_record, make_row, table, write_record
 from srlm_mega.tools.bench_timing import timed
 from srlm_mega.tools.plain_dpo import PlainDpo
 from srlm_mega.tools.time_split import PARTS, Part, TimeSplit
@@ -78,7 +78,7 @@ def measure(config: Config, request: TrainingRequest) -> None:
         memory = peak_memory(topology)
         if topology.is_main:
             record = bench.record(samples, split, memory)
-            print(as_text(record, request), flush=True)
+            print(as_text(record), flush=True)
             write_record(record, request.json)
 
 
@@ -116,17 +116,16 @@ class Bench:
         self.trainer = Trainer.around(chunks, model_config, topology, config, self.section, shape, self.num_steps)
         for chunk in self.trainer.model:
             chunk.train()
-        self.objective = self._objective()
+        self.objective: Objective
+        if request.objective == "sft":
+            sequences = [pair.chosen for pair in self.pairs]
+            self.objective = SftObjective(sequences, self.section, topology, config.model.vocab_size)
+        else:  # the reference is made up, so the first step's margins are not 0
+            data = self.pairs, self.reference, config.dpo, topology, config.model.vocab_size
+            self.objective = DpoObjective(*data, tolerance=None)
         self.plain: PlainDpo | None = None
         if request.baseline and topology.is_main:
             self.plain = PlainDpo.build(shape, weights, config.dpo, topology.device, config.trainer.bf16)
-
-    def _objective(self) -> Objective:
-        vocab_size = self.config.model.vocab_size
-        if self.request.objective == "sft":
-            return SftObjective([pair.chosen for pair in self.pairs], self.section, self.topology, vocab_size)
-        # The reference is made up, so the first step's margins are not 0.
-        return DpoObjective(self.pairs, self.reference, self.config.dpo, self.topology, vocab_size, tolerance=None)
 
     def indices(self, number: int) -> list[int]:
         """Return the items of a step; both are counted from 0."""
@@ -202,14 +201,9 @@ class Bench:
                 make_row(RATIO, "ratio", ratios, "higher"),
                 make_row(DIFFERENCE, "relative", samples.loss_differences, extra={"tolerance": tolerance}),
             ]
-        settings = {
-            "objective": request.objective,
-            "steps": request.steps,
-            "warmup": request.warmup,
-            "baseline_size": request.baseline_size,
-            "threads_per_process": torch.get_num_threads(),
-            **config.model_dump(mode="json", include={"model", "dpo", "sft", "parallel", "trainer"}),
-        }
+        settings = {key: vars(request)[key] for key in ("objective", "steps", "warmup", "baseline_size")}
+        settings["threads_per_process"] = torch.get_num_threads()
+        settings |= config.model_dump(mode="json", include={"model", "dpo", "sft", "parallel", "trainer"})
         device, devices = device_name(self.topology.device), self.topology.world_size
         return make_record("training", settings, rows, OPTIONAL_PACKAGES, device, devices)
 
@@ -236,22 +230,19 @@ def uniform_reference(pair: PairSequences, vocab_size: int) -> ReferenceLogprobs
     return ReferenceLogprobs(pair.id, one * pair.chosen.num_targets, one * pair.rejected.num_targets)
 
 
-def as_text(record: BenchRecord, request: TrainingRequest) -> str:
+def as_text(record: BenchRecord) -> str:
     """Return the record as text for a terminal."""
-    parts = {row.name.removeprefix(f"{PART} "): row.samples[0] for row in record.rows if row.name.startswith(PART)}
+    rows, settings = {row.name: row for row in record.rows}, record.settings
+    parts = {name.removeprefix(f"{PART} "): row.samples[0] for name, row in rows.items() if name.startswith(PART)}
     total = sum(parts.values())
     shares = ", ".join(f"{part} {100 * seconds / total:.0f} %" for part, seconds in parts.items())
-    shown = [row for row in record.rows if not row.name.startswith(PART)]
     lines = [
-        f"{request.steps} {request.objective} steps after {request.warmup}, {record.devices} x {record.device}: "
-        "median [p10, p90]",
-        *(f"{row.name:<34}{f'{row.samples[0]:.2f}' if row.unit == 'GiB' else spread(row)} {row.unit}" for row in shown),
+        f"{settings['steps']} {settings['objective']} steps after {settings['warmup']}: {table(record)}\n",
         f"a step's time, measured apart ({total:.4g} s): {shares}",
     ]
-    if all(row.name != "MFU_causal" for row in shown):
+    if "MFU_causal" not in rows:
         lines.append("no MFU: the peak of this device is not known")
-    if request.baseline:
-        differences = record.row(DIFFERENCE)
-        if max(differences.samples) >= (differences.extra["tolerance"] or 0):
-            lines.append("The losses are NOT THOSE OF THE SAME COMPUTATION: the ratio means nothing")
+    difference = rows.get(DIFFERENCE)
+    if difference is not None and max(difference.samples) >= (difference.extra["tolerance"] or 0):
+        lines.append("The losses are NOT THOSE OF THE SAME COMPUTATION: the ratio means nothing")
     return "\n".join(lines)

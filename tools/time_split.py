@@ -1,16 +1,16 @@
 """Where a training step's time goes: exclusive seconds per part, measured by wrapping functions from outside.
 
-Forward and backward interleave in the pipeline schedule, so Megatron's own step functions are timed, and every call
-into torch.distributed wherever it is made from. A part inside another one is taken out of it: the all-reduces of
-tensor parallelism count as communication, not as forward. Communication contains waiting for other ranks, so it holds
-the pipeline's bubble. On a GPU the device is synchronised around every part, which takes away all overlap: the parts
-then add up to more than an undisturbed step. The GPU's side was never run.
+Forward and backward interleave in the pipeline schedule, so Megatron's own step functions are timed, and every call of
+torch.distributed from anywhere. A part inside another one is taken out of it: the all-reduces of tensor parallelism
+count as communication, not as forward. Communication contains waiting for other ranks, and so the pipeline's bubble.
+On a GPU the device is synchronised around every part, which removes all overlap: the parts then add up to more than an
+undisturbed step. The GPU's side has not run yet.
 """
 
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -48,7 +48,7 @@ class TimeSplit:
 
     @contextmanager
     def part(self, name: Part) -> Iterator[None]:
-        """The block belongs to `name`, apart from parts inside it."""
+        """Charge a block, or each call of a decorated function, to `name`, apart from parts inside it."""
         self._charge()
         self._stack.append(name)
         try:
@@ -58,23 +58,14 @@ class TimeSplit:
             self._stack.pop()
 
     def start(self) -> None:
-        """Forget what was measured."""
+        """Begin to measure; earlier seconds are dropped."""
         self._charge()
         self.seconds.clear()
 
     def stop(self) -> dict[Part, float]:
-        """Seconds since `start`."""
+        """Return the seconds of every part since `start`."""
         self._charge()
         return {part: self.seconds[part] for part in PARTS}
-
-    def timed(self, name: Part, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, belonging to `name`."""
-
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            with self.part(name):
-                return function(*args, **kwargs)
-
-        return wrapper
 
     def _charge(self) -> None:
         if self.device.type == "cuda":
@@ -85,19 +76,19 @@ class TimeSplit:
 
     @contextmanager
     def wrapped(self) -> Iterator[None]:
-        """Inside the block the parts of a training step are timed; `data` is the caller's to mark."""
+        """Time the parts of training steps inside the block; `data` is the caller's to mark."""
         with ExitStack() as stack:
 
             def wrap(holder: Any, attribute: str, part: Part) -> None:
                 function = getattr(holder, attribute)
-                stack.enter_context(patch.object(holder, attribute, self.timed(part, function)))
+                stack.enter_context(patch.object(holder, attribute, self.part(part)(function)))
 
             wrap(schedules, "forward_step", "forward")
             wrap(schedules, "backward_step", "backward")
             wrap(trainer, "update", "optimizer")
             wrap(dist.Work, "wait", "communication")
             collectives = {name: getattr(dist, name) for name in COLLECTIVES}
-            timed = {function: self.timed("communication", function) for function in collectives.values()}
+            timed = {function: self.part("communication")(function) for function in collectives.values()}
             for module in communicating_modules():
                 for attribute, value in list(vars(module).items()):
                     if callable(value) and any(value is function for function in collectives.values()):
@@ -106,6 +97,6 @@ class TimeSplit:
 
 
 def communicating_modules() -> list[Any]:
-    """torch.distributed and what of Megatron is loaded: some of it keeps collectives under names of its own."""
+    """Return torch.distributed and Megatron's loaded modules, some of which keep collectives under their own names."""
     names = [name for name in sys.modules if name.startswith(("torch.distributed", "megatron.core"))]
     return [sys.modules[name] for name in names if isinstance(sys.modules[name], type(sys))]

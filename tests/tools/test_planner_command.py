@@ -19,10 +19,10 @@ from srlm_mega.run.stage_kinds import Estimate
 from srlm_mega.tools.planner.advice import RUN_ADVICE, STEP_ADVICE, kind_of, step_advice
 from srlm_mega.tools.planner.plan_command import PlanRequest, make_plan, planned, predictions, searched
 from srlm_mega.tools.planner.points import CALIBRATION_FILE
-from srlm_mega.tools.planner.requests import Requests, requests_of
 from srlm_mega.tools.planner.search import COUNTS, search
 from srlm_mega.tools.planner.show import MEMORY_PARTS, messages
 from srlm_mega.tools.planner.training_steps import TERMS, Lengths, layout_of, training_job, whole_micro_batches
+from srlm_mega.tools.planner.whole_run import Requests, requests_of
 
 CONFIGS = Path("launch/configs")
 LENGTHS = Lengths()

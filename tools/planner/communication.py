@@ -42,7 +42,7 @@ def pipeline_seconds(job: Job) -> float:
     layout = job.layout
     if layout.pp == 1:
         return 0.0
-    size = job.local_tokens * job.shape.hidden / (layout.tp if layout.sequence_parallel else 1) * ACTIVATION_BYTES
+    size = job.local_tokens * job.shape.hidden / layout.row_shards * ACTIVATION_BYTES
     stride = layout.tp * layout.cp * layout.dp
     return 2 * layout.vpp * size / job.gpu.neighbour_bandwidth(layout.pp, stride)
 

@@ -48,6 +48,11 @@ class ParallelLayout:
         return self.tp * self.pp * self.cp
 
     @property
+    def row_shards(self) -> int:
+        """Ranks that share a token's activations outside of the matrices: TP with sequence parallelism."""
+        return self.tp if self.sequence_parallel else 1
+
+    @property
     def optimizer_shards(self) -> int:
         """Ranks that share the optimizer's state."""
         return self.dp * self.cp if self.distributed_optimizer or self.fsdp > 1 else 1

@@ -80,9 +80,14 @@ def parameters_of(job: Job, stage: int) -> float:
 def _stage(job: Job, stage: int) -> StageMemory:
     layout, parameters = job.layout, parameters_of(job, stage)
     weights, gradients, optimizer = _fsdp_state(job, stage) if layout.fsdp > 1 else _state(job, parameters)
-    head = head_bytes(job) if stage == layout.pp - 1 else 0.0
     activations = layers_in_flight(job, stage) * kept_bytes(job) + working_bytes(job)
-    buffers = communication_bytes(job, parameters), cp_buffer_bytes(job), pp_buffer_bytes(job)
+    head = head_bytes(job) if stage == layout.pp - 1 else 0.0
+    element, tokens, shape = element_bytes(job), job.local_tokens, job.shape
+    # Two blocks of keys and values, and of their gradients, around the ring of context parallelism.
+    cp_buffers = 8 * tokens * shape.kv_size / layout.tp * element if layout.cp > 1 else 0.0
+    # Outputs and gradients in transfer, in and out, of every model chunk.
+    pp_buffers = 4 * layout.vpp * tokens * shape.hidden / layout.row_shards * element if layout.pp > 1 else 0.0
+    buffers = communication_bytes(job, parameters), cp_buffers, pp_buffers
     return StageMemory(stage, parameters, weights, gradients, optimizer, activations, head, *buffers)
 
 
@@ -127,8 +132,7 @@ def layer_bytes(job: Job) -> float:
     """Return the bytes that one layer keeps for its backward pass without recompute: the inputs of both norms and of
     the four products, queries, keys, values, the attention's statistics, and the MLP's first result; unfused also the
     normalised inputs and SwiGLU's gate. Flash attention keeps no scores."""
-    shape, tp = job.shape, job.layout.tp
-    rows = tp if job.layout.sequence_parallel else 1
+    shape, tp, rows = job.shape, job.layout.tp, job.layout.row_shards
     columns = 4 * shape.hidden / rows + (2 * shape.query_size + 2 * shape.kv_size + shape.mlp_inputs + shape.ffn) / tp
     if not job.fused_layers:
         columns += 2 * shape.hidden / rows + shape.ffn / tp
@@ -137,8 +141,7 @@ def layer_bytes(job: Job) -> float:
 
 def kept_bytes(job: Job) -> float:
     """Return the bytes that one layer keeps of one micro batch, by recompute mode."""
-    shape, tp = job.shape, job.layout.tp
-    rows = tp if job.layout.sequence_parallel else 1
+    shape, tp, rows = job.shape, job.layout.tp, job.layout.row_shards
     if job.recompute == "full":
         return job.local_tokens * shape.hidden / rows * element_bytes(job)
     if job.repeated_products == 0:
@@ -171,19 +174,3 @@ def communication_bytes(job: Job, parameters: float) -> float:
     gathered = 2 * job.local_tokens * job.shape.hidden * element_bytes(job) if layout.tp > 1 else 0.0
     buckets = 2 * GRADIENT_BYTES * min(parameters, BUCKET_PARAMETERS) if layout.dp * layout.cp > 1 else 0.0
     return gathered + buckets + (FIXED_BYTES if job.precision != "fp32" else 0.0)
-
-
-def cp_buffer_bytes(job: Job) -> float:
-    """Return the bytes of two blocks of keys and values, and of their gradients."""
-    if job.layout.cp == 1:
-        return 0.0
-    return 8 * job.local_tokens * job.shape.kv_size / job.layout.tp * element_bytes(job)
-
-
-def pp_buffer_bytes(job: Job) -> float:
-    """Return the bytes of outputs and gradients in transfer, in and out, of every model chunk."""
-    layout = job.layout
-    if layout.pp == 1:
-        return 0.0
-    rows = layout.tp if layout.sequence_parallel else 1
-    return 4 * layout.vpp * job.local_tokens * job.shape.hidden / rows * element_bytes(job)

@@ -123,7 +123,7 @@ def read_point(row: Mapping[str, Any], number: int = 0) -> Point:
     given = DEFAULTS | given
     job = _job(given, shape, assumed)
     memory_job = job if "recompute" in given else _with_recompute(job, assumed)
-    if needed_gib(memory_job) >= job.gpu.memory_gib:
+    if not fits_without_margin(memory_job):
         assumed.append("does not fit as published: some recompute or offloading is not told")
     family = str(given.get("family", f"{given['model']}|{job.stack.name}|{job.precision}|{job.seq_length}"))
     ignored = tuple(sorted(set(given) - FIELDS))
@@ -224,7 +224,7 @@ def _likely_micro_batch(job: Job, per_replica: int) -> int:
     if job.layout.pp > 1:
         return max(1, per_replica // job.layout.pp) if job.stack.name == "torchtitan" else 1
     sizes = [size for size in (LARGEST_MICRO_BATCH, 2) if per_replica % size == 0]
-    return next((size for size in sizes if needed_gib(replace(job, micro_batch=size)) < job.gpu.memory_gib), 1)
+    return next((size for size in sizes if fits_without_margin(replace(job, micro_batch=size))), 1)
 
 
 def _likely_chunks(job: Job, stack: str) -> int:
@@ -240,14 +240,12 @@ def _likely_chunks(job: Job, stack: str) -> int:
 
 def _as_it_fitted(job: Job, assumed: list[str]) -> Job:
     """Assume what makes a published run fit its GPU: gradients in bf16, then FP8 weights without a bf16 copy."""
-    for change, words in (
-        ({"gradient_bytes": 2}, "gradients in bf16"),
-        ({"fp8_weights": job.precision == "fp8"}, "no bf16 copy of FP8 weights"),
-    ):
-        if needed_gib(job) < job.gpu.memory_gib or job.layout.fsdp > 1 or not all(change.values()):
-            continue
-        job = replace(job, **change)  # type: ignore[arg-type]
-        assumed.append(words)
+    if not fits_without_margin(job) and job.layout.fsdp == 1:
+        job = replace(job, gradient_bytes=2)
+        assumed.append("gradients in bf16")
+    if not fits_without_margin(job) and job.layout.fsdp == 1 and job.precision == "fp8":
+        job = replace(job, fp8_weights=True)
+        assumed.append("no bf16 copy of FP8 weights")
     return job
 
 
@@ -255,18 +253,15 @@ def _with_recompute(job: Job, assumed: list[str]) -> Job:
     """Return the job with the least recompute that fits, for memory alone: without its time, published speeds are
     predicted better."""
     modes: tuple[Recompute, ...] = ("none", "selective", "full")
-    for mode in modes:
-        changed = replace(job, recompute=mode)
-        if needed_gib(changed) < job.gpu.memory_gib:
-            if mode != "none":
-                assumed.append(f"recompute {mode}, in memory alone")
-            return changed
-    return job
+    mode = next((mode for mode in modes if fits_without_margin(replace(job, recompute=mode))), job.recompute)
+    if mode != "none":
+        assumed.append(f"recompute {mode}, in memory alone")
+    return replace(job, recompute=mode)
 
 
-def needed_gib(job: Job) -> float:
-    """Return the GiB of the fullest stage, without the margin."""
-    return fullest_stage(job).needed / GIB
+def fits_without_margin(job: Job) -> bool:
+    """Tell whether the fullest stage fits its GPU without the margin, as a run that was published did."""
+    return fullest_stage(job).needed / GIB < job.gpu.memory_gib
 
 
 def published_flops_per_token(shape: ModelSizes, seq_length: int, convention: str) -> float:

@@ -107,7 +107,7 @@ def pass_bytes(job: Job) -> float:
     """Return the bytes of a layer's passes over bf16 activations, forward and backward: per token 48 per hidden column
     (norms, residuals), 16 per MLP column (SwiGLU), 8 per query and key column (rotary)."""
     shape, tp = job.shape, job.layout.tp
-    hidden = 48 * shape.hidden / (tp if job.layout.sequence_parallel else 1)
+    hidden = 48 * shape.hidden / job.layout.row_shards
     mlp = 16 * shape.ffn / tp * (1 if shape.gated else 0.75)
     rotary = 8 * (shape.query_size + shape.kv_size) / tp
     return (hidden + mlp + rotary) * job.local_tokens * (1 + 0.4 * job.repeated_products)
