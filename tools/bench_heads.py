@@ -1,6 +1,6 @@
 """The DPO heads that `srlm bench kernels` compares: from hidden states and the vocabulary's matrix to the loss.
 
-All compute the sigmoid loss with beta 0.1 and a reference of 0, which is all that Liger's head can be given.
+All compute the sigmoid loss with beta 0.1 and a reference of 0, the only one that Liger's head accepts.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ Head = Callable[[Tensor, Tensor], Tensor]  # hidden [T, H], weight [V, H] -> los
 
 @dataclass(frozen=True)
 class HeadShape:
-    """2P sequences of equal length, of which the last part is completion; the chosen ones come first."""
+    """2P sequences of equal length, chosen ones first; the last part of each is completion."""
 
     name: str
     num_pairs: int
@@ -38,18 +38,18 @@ class HeadShape:
 
     @property
     def completion_length(self) -> int:
-        """Computed positions of a sequence."""
+        """Positions of a sequence that have to be computed."""
         return round(self.sequence_length * self.completion_fraction)
 
     @property
     def num_rows(self) -> int:
-        """N: positions that have to be computed."""
+        """N: positions of all sequences that have to be computed."""
         return 2 * self.num_pairs * self.completion_length
 
 
 @dataclass(frozen=True)
 class HeadBatch:
-    """The inputs besides hidden states and weight."""
+    """A head's inputs without hidden states and weight."""
 
     shape: HeadShape
     labels: Tensor  # [2P, S], -100 outside the completions
@@ -60,7 +60,7 @@ class HeadBatch:
 
 
 def make_batch(shape: HeadShape, device: torch.device) -> HeadBatch:
-    """Random labels; rows and bounds made on the CPU, as a collator makes them."""
+    """Make random labels; rows and bounds on the CPU, as a collator makes them."""
     generator = torch.Generator().manual_seed(0)
     num_sequences, length = 2 * shape.num_pairs, shape.sequence_length
     labels = torch.randint(shape.vocab_size, (num_sequences, length), generator=generator)
@@ -73,7 +73,7 @@ def make_batch(shape: HeadShape, device: torch.device) -> HeadBatch:
 
 
 def make_inputs(shape: HeadShape, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Hidden states and weight whose logits have a standard deviation of 2."""
+    """Make hidden states [T, H] and a weight [V, H] whose logits have a standard deviation of 2."""
     generator = torch.Generator(device).manual_seed(1)
     hidden = torch.randn(shape.num_positions, shape.hidden_size, generator=generator, device=device)
     weight = torch.randn(shape.vocab_size, shape.hidden_size, generator=generator, device=device)
@@ -82,7 +82,7 @@ def make_inputs(shape: HeadShape, dtype: torch.dtype, device: torch.device) -> t
 
 
 def make_head(provider: Provider, batch: HeadBatch) -> Head:
-    """The provider's head for one batch."""
+    """Return the provider's head for one batch."""
     match provider:
         case "ours-save":
             return lambda hidden, weight: our_loss(hidden, weight, batch, "exp")
@@ -91,7 +91,7 @@ def make_head(provider: Provider, batch: HeadBatch) -> Head:
         case "eager":
             return lambda hidden, weight: eager_loss(hidden, weight, batch.labels)
         case "torch.compile":
-            torch.compiler.reset()  # each shape is compiled for itself, never for sizes that change
+            torch.compiler.reset()  # every shape is compiled alone, never for sizes that change
             compiled = torch.compile(eager_loss, dynamic=False)
             return lambda hidden, weight: compiled(hidden, weight, batch.labels)
         case "liger":
@@ -99,7 +99,7 @@ def make_head(provider: Provider, batch: HeadBatch) -> Head:
 
 
 def our_loss(hidden: Tensor, weight: Tensor, batch: HeadBatch, save: ops.Save) -> Tensor:
-    """This project's head: only completion rows, no [T, V] logits."""
+    """Return the loss by this project's head: only completion rows, no [T, V] logits."""
     all_rows = batch.shape.completion_fraction == 1
     rows = None if all_rows else batch.rows
     target = batch.labels.flatten() if all_rows else batch.labels.flatten()[batch.rows]
@@ -108,19 +108,19 @@ def our_loss(hidden: Tensor, weight: Tensor, batch: HeadBatch, save: ops.Save) -
 
 
 def our_dpo_loss(logp: Tensor, batch: HeadBatch) -> Tensor:
-    """This project's loss of the completion rows' log p [N], summed over pairs."""
+    """Return this project's loss of the completion rows' log p [N], summed over pairs."""
     return ops.dpo_loss(logp, batch.cu_seqlens, batch.pairs, batch.ref_logp, ops.DpoSettings(BETA)).loss
 
 
 def eager_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """PyTorch as it is commonly written: logits of every position, their log softmax in fp32, a mask."""
+    """Return the loss by PyTorch as it is commonly written: logits of every position, log softmax in fp32, a mask."""
     logp = -F.cross_entropy(F.linear(hidden, weight).float(), labels.flatten(), reduction="none")
     chosen, rejected = logp.view(labels.shape).sum(1).chunk(2)
     return -F.logsigmoid(BETA * (chosen - rejected)).mean()
 
 
 def liger_head(batch: HeadBatch) -> Head:
-    """Liger's fused linear DPO loss, a pair at a time (its default); compiled on CUDA, as it is by default."""
+    """Return Liger's fused linear DPO loss, a pair at a time (its default); compiled on CUDA, as it is by default."""
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
     head = LigerFusedLinearDPOLoss(beta=BETA, compiled=batch.labels.is_cuda, use_ref_model=False)
@@ -133,7 +133,7 @@ def liger_head(batch: HeadBatch) -> Head:
 
 
 def true_loss(hidden: Tensor, weight: Tensor, batch: HeadBatch) -> Tensor:
-    """The reference, for inputs in fp64."""
+    """Return the loss by the reference, for inputs in fp64."""
     labels = batch.labels.flatten()
     logp = reference.vp_linear_logprob(
         hidden, weight, labels[batch.rows], batch.rows, vocab_start=0, tp_group=None, sequence_parallel=False

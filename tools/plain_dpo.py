@@ -1,8 +1,8 @@
-"""The slow twin of a DPO step: Hugging Face's LlamaForCausalLM and torch's AdamW in one process, no Megatron.
+"""A plain DPO step to compare with: Hugging Face's LlamaForCausalLM and torch's AdamW in one process, no Megatron.
 
-It does what TRL's DPOTrainer does with precomputed reference log-probabilities: micro batches padded to their own
-longest sequence, chosen above rejected, an attention mask, fp32 weights (bf16 by autocast on a GPU), clipping, fused
-AdamW. TRL itself, with Liger's kernels, is what a GPU should be compared with; that is not written yet.
+It works as TRL's DPOTrainer with precomputed reference log-probabilities: micro batches padded to their own longest
+sequence, chosen above rejected, an attention mask, fp32 weights (bf16 by autocast on a GPU), clipping, fused AdamW.
+On a GPU the comparison should be with TRL itself and Liger's kernels; that is not written yet.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ from srlm_mega.training.batch import PairSequences, TokenSequence
 
 @dataclass
 class PlainDpo:
-    """A policy that learns."""
+    """A policy with its optimizer."""
 
     model: LlamaForCausalLM
     optimizer: torch.optim.AdamW
@@ -33,7 +33,7 @@ class PlainDpo:
     def build(
         cls, shape: LlamaShape, weights: Mapping[str, Tensor], section: DpoConfig, device: torch.device, bf16: bool
     ) -> "PlainDpo":
-        """The model with these weights."""
+        """Build the model with these weights, and its optimizer."""
         with device:
             model = LlamaForCausalLM(LlamaConfig(**shape.to_huggingface()))
         model.load_state_dict(dict(weights))
@@ -44,14 +44,13 @@ class PlainDpo:
             {"params": [tensor for tensor in parameters if tensor.dim() == 1], "weight_decay": 0.0},
         ]
         betas = (section.adam_beta1, section.adam_beta2)
-        return cls(
-            model, torch.optim.AdamW(groups, betas=betas, eps=section.adam_eps, fused=True), section, device, bf16
-        )
+        optimizer = torch.optim.AdamW(groups, betas=betas, eps=section.adam_eps, fused=True)
+        return cls(model, optimizer, section, device, bf16)
 
     def step(
         self, pairs: Sequence[PairSequences], reference: Sequence[ReferenceLogprobs], lr: float, size: int
     ) -> float:
-        """One optimiser step, `size` pairs in a forward pass; returns the loss."""
+        """Take one optimiser step with `size` pairs in a forward pass; returns the loss."""
         self.optimizer.zero_grad()
         total = torch.zeros((), device=self.device)
         for start in range(0, len(pairs), size):
@@ -66,13 +65,13 @@ class PlainDpo:
         return float(total)
 
     def _loss(self, pairs: Sequence[PairSequences], reference: Sequence[ReferenceLogprobs]) -> Tensor:
-        """-log sigmoid(beta * margin) of each pair [p]."""
+        """Return -log sigmoid(beta * margin) of each pair [p]."""
         chosen, rejected = self._logps([p.chosen for p in pairs] + [p.rejected for p in pairs]).chunk(2)
         margins = [record.chosen - record.rejected for record in reference]
         return -F.logsigmoid(self.section.beta * (chosen - rejected - torch.tensor(margins, device=self.device)))
 
     def _logps(self, sequences: Sequence[TokenSequence]) -> Tensor:
-        """Summed log p of the targets of each sequence [b]."""
+        """Return the summed log p of the targets of each sequence [b]."""
         rows = [torch.tensor(sequence.tokens) for sequence in sequences]
         tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.device)
         places = torch.arange(tokens.size(1), device=self.device)
@@ -81,5 +80,5 @@ class PlainDpo:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             logits = self.model(input_ids=tokens, attention_mask=(places < lengths).long(), use_cache=False).logits
         token_nll = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), tokens[:, 1:], reduction="none")
-        learnt = (places >= prompts.clamp(min=1)) & (places < lengths)
-        return -(token_nll * learnt[:, 1:]).sum(1)
+        targets = (places >= prompts.clamp(min=1)) & (places < lengths)
+        return -(token_nll * targets[:, 1:]).sum(1)

@@ -1,7 +1,7 @@
-"""python tools/scripts/compile_kernels.py: every shipped Triton kernel, compiled for GPUs that need not be there.
+"""python tools/scripts/compile_kernels.py: registers, spills and shared memory of every shipped Triton kernel.
 
-Gives registers, spilled bytes and shared memory of each. What Triton compiles here is what it compiles on a machine of
-that architecture with the same version of Triton; no kernel is run.
+The GPUs need not be there: the same version of Triton compiles the same binary on a machine of that architecture. No
+kernel is run.
 """
 
 import json
@@ -35,7 +35,7 @@ TYPES = {
 
 
 def main(
-    json: Annotated[Path, typer.Option(help="The table, by version of Triton.")] = Path(
+    json: Annotated[Path, typer.Option(help="Table to update, by version of Triton.")] = Path(
         "docs/results/kernels_compiled.json"
     ),
 ) -> None:
@@ -45,18 +45,18 @@ def main(
 
 @dataclass(frozen=True)
 class Variant:
-    """A kernel with its types and constants."""
+    """A kernel with its types and constants; `types` are of the arguments that TYPES does not know."""
 
     name: str
     kernel: Any
-    types: dict[str, str]  # of the arguments that `TYPES` does not know
+    types: dict[str, str]
     constants: dict[str, Any]
     num_warps: int
 
 
 @dataclass(frozen=True)
 class KernelResources:
-    """What a compiled kernel takes: registers per thread, spilled bytes per thread, shared memory per program."""
+    """Resources of a compiled kernel: registers and spilled bytes per thread, shared memory per program."""
 
     registers: int
     spilled_bytes: int
@@ -64,7 +64,7 @@ class KernelResources:
 
 
 def shipped_variants() -> Iterator[Variant]:
-    """All that `kernels/` can launch, in training in bf16 and in fp32."""
+    """Yield all that `kernels/` can launch, in training in bf16 and in fp32."""
     for config in row_kernels.SHIPPED_CONFIGS:
         yield from row_variants(config)
     for loss_type, per_pair in (*((name, False) for name in LOSS_TYPES), ("sigmoid", True)):
@@ -74,7 +74,7 @@ def shipped_variants() -> Iterator[Variant]:
 
 
 def row_variants(config: row_kernels.RowConfig) -> Iterator[Variant]:
-    """The row kernels with one configuration."""
+    """Yield the row kernels with one configuration."""
     size = f"block {config.block}, {config.num_warps} warps"
     for logits, exps in [("fp32", "bf16"), ("fp32", "fp32"), ("fp32", None), ("bf16", None)]:
         types = {"logits": f"*{logits}", "exps": f"*{exps or logits}"}
@@ -95,7 +95,8 @@ def row_variants(config: row_kernels.RowConfig) -> Iterator[Variant]:
 
 
 def compile_variant(variant: Variant, architecture: int) -> KernelResources:
-    """Compile for one architecture, as for aligned tensors and a vocabulary that 16 divides."""
+    """Compile for one architecture, as for aligned tensors and a vocabulary that 16 divides. UserError where Triton
+    would interpret."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise UserError("TRITON_INTERPRET=1 is set: unset it, an interpreted kernel cannot be compiled")
     types = TYPES | variant.types
@@ -114,7 +115,7 @@ def compile_variant(variant: Variant, architecture: int) -> KernelResources:
 
 
 def registers_and_spills(cubin: bytes) -> tuple[int, int]:
-    """Registers and bytes of local memory and stack per thread, as cuobjdump reads them from the binary."""
+    """Return registers, and bytes of local memory and stack, per thread, as cuobjdump reads them from the binary."""
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -128,20 +129,17 @@ def registers_and_spills(cubin: bytes) -> tuple[int, int]:
 
 
 def compile_all(architecture: int) -> dict[str, KernelResources]:
-    """Every shipped variant, by its name."""
+    """Compile every shipped variant; returns its resources by its name."""
     return {variant.name: compile_variant(variant, architecture) for variant in shipped_variants()}
 
 
 def update_table(path: Path) -> str:
-    """Compile everything, put it into the JSON table under this version of Triton, and say what was found."""
+    """Compile everything, put it into the JSON table under this version of Triton, and return a line about it."""
     found = {f"sm_{architecture}": compile_all(architecture) for architecture in ARCHITECTURES}
     table = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    table[triton.__version__] = {
-        name: {variant: asdict(resources) for variant, resources in compiled.items()}
-        for name, compiled in found.items()
-    }
+    table[triton.__version__] = found
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(table, indent=1, sort_keys=True, default=asdict) + "\n", encoding="utf-8")
     everything = [resources for compiled in found.values() for resources in compiled.values()]
     most = max(resources.registers for resources in everything)
     spilling = sum(resources.spilled_bytes > 0 for resources in everything)

@@ -1,4 +1,4 @@
-"""python tools/scripts/plot_bench.py FILE IMAGE: what `srlm bench kernels` or `training` wrote with --sweep --json.
+"""python tools/scripts/plot_bench.py FILE IMAGE: draws a record of `srlm bench kernels` or `training` with --sweep.
 
 Kernels: time and memory of every provider against tokens and against vocabulary. Training: speed, step time and memory
 against the value that was swept.
@@ -22,7 +22,7 @@ SWEEP_LINES = ("tokens/s/GPU", "useful_tokens/s/GPU")
 
 
 def main(
-    json: Annotated[Path, typer.Argument(help="What `srlm bench kernels` or `training` wrote with --sweep --json.")],
+    json: Annotated[Path, typer.Argument(help="A record of `srlm bench kernels` or `training` with --sweep.")],
     image: Annotated[Path, typer.Argument(help="For example kernels.svg.")],
 ) -> None:
     """Draw a sweep: time and memory against tokens and vocabulary (kernels), or the swept setting (training)."""
@@ -30,7 +30,7 @@ def main(
 
 
 def draw(json: Path) -> Figure:
-    """The figure of a record. UserError where it is no sweep, or of a benchmark without a plot."""
+    """Draw a record. UserError where it is no sweep, or of a benchmark without a plot."""
     record = read_record(json)
     match record.bench:
         case "kernels":
@@ -46,7 +46,7 @@ def draw(json: Path) -> Figure:
 
 
 def draw_providers(record: BenchRecord) -> Figure:
-    """Four panels: time and memory, against tokens and against vocabulary."""
+    """Draw four panels: time and memory, against tokens and against vocabulary."""
     timed = [row for row in record.rows if row.labels.get("pass") == "forward + backward"]
     figure = Figure(figsize=(10, 7), layout="constrained")
     panels = figure.subplots(2, 2)
@@ -62,7 +62,7 @@ def draw_providers(record: BenchRecord) -> Figure:
 
 
 def draw_provider_lines(axes: Axes, rows: Sequence[BenchRow], value: str) -> None:
-    """One line per provider; nothing where it was not measured."""
+    """Draw one line per provider; nothing where it was not measured."""
     for provider in dict.fromkeys(row.labels["provider"] for row in rows):
         own = sorted(
             (int(row.labels["shape"].rpartition("-")[2]), number)
@@ -75,7 +75,7 @@ def draw_provider_lines(axes: Axes, rows: Sequence[BenchRow], value: str) -> Non
 
 
 def measured(row: BenchRow, value: str) -> float | None:
-    """Median ms, or GB."""
+    """Return one of PROVIDER_VALUES: the median in ms, or GB."""
     if value == PROVIDER_VALUES[0]:
         return row.median
     extra = row.extra["extra_bytes"]
@@ -83,7 +83,7 @@ def measured(row: BenchRow, value: str) -> float | None:
 
 
 def draw_sweep(record: BenchRecord) -> Figure:
-    """Three panels. A line is the medians, its band from the 10th to the 90th percentile."""
+    """Draw three panels. A line is the medians, its band from the 10th to the 90th percentile."""
     values = record.settings["sweep"]["values"]
     figure = Figure(figsize=(12, 3.8), layout="constrained")
     speed, step, memory = figure.subplots(1, 3)
@@ -103,12 +103,12 @@ def draw_sweep(record: BenchRecord) -> Figure:
 
 
 def rows_of(record: BenchRecord, what: str) -> list[BenchRow]:
-    """A figure's rows, one per value."""
+    """Return the rows of one figure, one per value of the sweep."""
     return [row for row in record.rows if row.labels.get("what") == what]
 
 
 def draw_band(axes: Axes, rows: Sequence[BenchRow], values: Sequence[str], label: str) -> None:
-    """One line with its band."""
+    """Draw one line with its band."""
     places = [values.index(row.labels["at"]) for row in rows]
     low, median, high = np.array([(row.p10, row.median, row.p90) for row in rows], dtype=float).T
     axes.fill_between(places, low, high, alpha=0.2)
