@@ -1,5 +1,5 @@
-"""Every `srlm ...` line in a shell block of README.md and docs/ is one that the program has: its commands, options,
-keys of the configuration, presets."""
+"""What README.md, CONTRIBUTING.md and docs/ say is there: the commands, options, keys and presets of every `srlm ...`
+line in a shell block, the pages and headings that links lead to, tests and scripts, the files of the tree."""
 
 import re
 import shlex
@@ -19,6 +19,9 @@ PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").gl
 ENDS = {"|", "||", "&&", ";", "&", ">", "<"}
 OVERRIDE = re.compile(r"([a-z]\w*(?:\.\w+)+)=")
 PLACE_HOLDERS = {"section.key", "health.KEY.stop"}
+LINK = re.compile(r"\]\(([^)\s]*)\)")
+PATH = re.compile(r"(?<![\w/])(?:tests|tools|launch|docs|kernels|srlm_mega|checkpoints_conversion)/[\w./*-]*\w")
+WRITTEN_LATER = re.compile(r"docs/results/kernels_h200\.\w+")  # on the first machine with a GPU
 
 
 def command_lines(page: str) -> Iterator[list[str]]:
@@ -105,3 +108,66 @@ def test_the_plans_of_the_cluster_page_are_what_the_program_prints() -> None:
         config = ROOT / "launch/configs" / f"{preset}.yaml"
         request = PlanRequest(config, (), "h100", None, Lengths(120, 350, 140), 2.5)
         assert f"The run: {promised}" in planned(request, json=False, figure=None).splitlines()
+
+
+def text_of(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def anchors(page: str) -> set[str]:
+    """The names that GitHub gives to a page's headings."""
+    headings = re.findall(r"(?m)^#+ (.*)$", re.sub(r"(?ms)^```.*?^```$", "", text_of(page)))
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def broken_links(page: str, text: str) -> list[str]:
+    """Links of a page's text that lead to no file, or to no heading of it. Those to other sites are not followed."""
+    found = []
+    for link in LINK.findall(text):
+        name, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / name if name else ROOT / page
+        if "://" not in link and not (target.exists() and (not anchor or anchor in anchors(str(target)))):
+            found.append(link)
+    return found
+
+
+def absent_paths(text: str) -> set[str]:
+    return {path for path in PATH.findall(text) if not any(ROOT.glob(path)) and not WRITTEN_LATER.match(path)}
+
+
+@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md"])
+def test_links_and_files_of_the_page_are_there(page: str) -> None:
+    assert broken_links(page, text_of(page)) == []
+    assert absent_paths(text_of(page)) == set()
+
+
+def test_a_broken_link_and_an_absent_file_are_seen() -> None:
+    page = "docs/report.md"
+    assert broken_links(page, "[a](data.md) [b](protocol.md#words) [c](#no-heading)") == ["#no-heading"]
+    assert broken_links(page, "[a](date.md) [b](data.md#word)") == ["date.md", "data.md#word"]
+    assert absent_paths("`tests/test_oracle.py`, `docs/images/*.png`, docs/repotr.md") == {
+        "tests/test_oracle.py",
+        "docs/repotr.md",
+    }
+
+
+def listed_files(page: str) -> Iterator[str]:
+    """Python files of the tree on the architecture page, by their folders."""
+    [tree] = [block for block in re.findall(r"(?ms)^```\n(.*?)^```$", page) if block.startswith("srlm_mega/\n")]
+    folders: list[str] = []
+    for line in tree.splitlines():
+        name, depth = line.split()[0], (len(line) - len(line.lstrip())) // 2
+        folders = folders[:depth]
+        if name.endswith("/"):
+            folders.append(name)
+        else:
+            yield "".join(folders) + name
+
+
+def test_the_tree_of_the_architecture_page_has_each_file_once_and_no_other() -> None:
+    listed = list(listed_files(text_of("docs/architecture.md")))
+    assert len(listed) == len(set(listed))
+    rooms = ("srlm_mega", "kernels", "checkpoints_conversion", "launch", "tools")
+    code = [path.relative_to(ROOT) for room in rooms for path in (ROOT / room).rglob("*.py")]
+    there = {str(path) for path in code if path.name != "__init__.py"}
+    assert set(listed) == there | {"srlm_mega/config/__init__.py"}
