@@ -1,5 +1,5 @@
-"""What README.md, CONTRIBUTING.md and docs/ say is there: the commands, options, keys and presets of every `srlm ...`
-line in a shell block, the pages and headings that links lead to, tests and scripts, the files of the tree."""
+"""README.md, CONTRIBUTING.md, CHANGELOG.md and docs/ name only what exists: commands, options, keys and presets in the
+`srlm ...` lines of shell blocks; the pages and headings of links; paths of files; the files of the tree."""
 
 import re
 import shlex
@@ -135,7 +135,7 @@ def absent_paths(text: str) -> set[str]:
     return {path for path in PATH.findall(text) if not any(ROOT.glob(path)) and not WRITTEN_LATER.match(path)}
 
 
-@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md"])
+@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md", "CHANGELOG.md"])
 def test_links_and_files_of_the_page_are_there(page: str) -> None:
     assert broken_links(page, text_of(page)) == []
     assert absent_paths(text_of(page)) == set()
