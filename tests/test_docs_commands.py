@@ -151,6 +151,13 @@ def test_a_broken_link_and_an_absent_file_are_seen() -> None:
     }
 
 
+def test_every_page_says_on_top_for_whom_it_is() -> None:
+    pages = [
+        page for page in PAGES if page not in ("README.md", "docs/paper.md")
+    ]  # the second is printed by the program
+    assert [page for page in pages if not text_of(page).split("\n\n")[1].startswith("For ")] == []
+
+
 def listed_files(page: str) -> Iterator[str]:
     """Python files of the tree on the architecture page, by their folders."""
     [tree] = [block for block in re.findall(r"(?ms)^```\n(.*?)^```$", page) if block.startswith("srlm_mega/\n")]
