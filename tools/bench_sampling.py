@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from srlm_mega.chat import Chat
 from srlm_mega.config import Config
-from srlm_mega.config.file import apply_overrides, parse_config, read_yaml
+from srlm_mega.config.file import load_config
 from srlm_mega.config.runtime import SamplerConfig
 from srlm_mega.run.plan import find_stage
 from srlm_mega.run.progress import Progress
@@ -75,7 +75,7 @@ def measure(
 ) -> None:
     """Measure with the first `prompts` prompts of a run's round 1, print, and write the record to `json`."""
     run = RunDir(run_folder)
-    config = parse_config(apply_overrides(read_yaml(run.config_file), overrides), str(run.config_file))
+    config = load_config(run.config_file, overrides)
     parts = requests_of(run, config, prompts)
     samples = list(take_samples(parts, methods(run, config, batch_sizes), repetitions))
     result = summed_up(run, config, parts, samples)

@@ -12,6 +12,7 @@ RENAMED = {
     f"runtime.sampler.{key}": f"sampler.{key}"
     for key in ("python", "container", "mounts", "num_devices", "devices_per_node", "slurm", "take_over_seconds")
 }
+FORMER_SECTIONS = frozenset(old.rpartition(".")[0] for old in RENAMED)
 # A knob that is gone -> its last default, as JSON. With that value it is ignored, any other is refused.
 REMOVED: dict[str, Any] = {}
 
@@ -44,17 +45,36 @@ def recorded(key: str, values: Mapping[str, Any]) -> Any:
 
 
 def rename_old_keys(raw: dict[str, Any], source: str) -> None:
-    """Rename the keys of a configuration file to their present names, in place, and print so once; drop removed keys
-    that have their last default. A key left under an old name is an error, for which `former` has the words."""
+    """Rename the keys of a configuration to their present names, in place, and print so once; drop removed keys that
+    have their last default. A key left under an old name is an error, for which `former` has the words."""
     given = flat(raw)
-    found = {old: new for old, new in RENAMED.items() if old in given and new not in given}
-    for old, new in found.items():
-        put(raw, new, take(raw, old))
-    if found:
-        print_once(f"{source}: " + ", ".join(f"{old} is now {new}" for old, new in found.items()))
+    rename(raw, {old: new for old, new in RENAMED.items() if old in given and new not in given}, source)
     for key, default in REMOVED.items():
         if key in given and given[key] == default:
             take(raw, key)
+    for section in FORMER_SECTIONS:
+        outer, _, name = section.rpartition(".")
+        if isinstance(raw.get(outer), dict) and raw[outer].get(name) == {}:
+            take(raw, section)
+
+
+def rename(raw: dict[str, Any], names: Mapping[str, str], source: str) -> None:
+    """Move values to other keys, in place, and print so once."""
+    for old, new in names.items():
+        put(raw, new, take(raw, old))
+    if names:
+        print_once(f"{source}: " + ", ".join(f"{old} is now {new}" for old, new in names.items()))
+
+
+def prefer_override(merged: dict[str, Any], key: str, override: str) -> None:
+    """Let an override that has just been put into `merged`, under old or present names, win over the file's value
+    under the other name. `key` is the override's: a knob's, or a section's."""
+    given = flat(merged)
+    mine = [name for name in given if name == key or name.startswith(f"{key}.")]
+    rename(merged, {name: RENAMED[name] for name in mine if name in RENAMED}, f"override {override!r}")
+    for old, new in RENAMED.items():
+        if new in mine and old in given:
+            take(merged, old)
 
 
 def former(key: str, value: Any) -> list[str]:
@@ -69,6 +89,12 @@ def former(key: str, value: Any) -> list[str]:
         if old in REMOVED
     ]
     return renamed + removed
+
+
+def unknown(key: str, value: Any) -> list[str]:
+    """Return the unknown keys that no version knew: the key itself or, of a section of older versions, those in it."""
+    inside = flat(value, f"{key}.") if key in FORMER_SECTIONS and isinstance(value, dict) else {key: value}
+    return [name for name in inside if name not in RENAMED and not former(name, inside[name])]
 
 
 def put(values: dict[str, Any], key: str, value: Any) -> None:

@@ -13,7 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from srlm_mega.config import Config
-from srlm_mega.config.compatibility import RENAMED, former, print_once, put, rename_old_keys
+from srlm_mega.config.compatibility import former, prefer_override, put, rename_old_keys, unknown
 from srlm_mega.config.knobs import flat, knobs
 from srlm_mega.errors import UserError
 
@@ -23,7 +23,14 @@ PRESETS = Path(__file__).parent.parent / "launch" / "configs"
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Return the resolved configuration; UserError lists everything that is wrong with it."""
-    return parse_config(apply_overrides(read_yaml(path), overrides), str(path))
+    return parse_config(merged_sections(path, overrides), str(path))
+
+
+def merged_sections(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """Return a file's sections with overrides, under the keys' present names, not validated."""
+    merged = apply_overrides(read_yaml(path), overrides)
+    rename_old_keys(merged, str(path))
+    return merged
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -35,7 +42,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not YAML: {error}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path} must hold sections such as `run:` and `model:`, got {type(raw).__name__}")
-    rename_old_keys(raw, str(path))
     return raw
 
 
@@ -61,8 +67,10 @@ def apply_overrides(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[st
         key = key.replace("-", "_")
         if key in Config.model_fields:  # a whole section, such as pretrain=null
             merged[key] = scalar(text, override)
-            continue
-        put(merged, full_key(key, override), scalar(text, override))
+        else:
+            key = full_key(key, override)
+            put(merged, key, scalar(text, override))
+        prefer_override(merged, key, override)
     return merged
 
 
@@ -79,10 +87,8 @@ def scalar(text: str, override: str) -> Any:
 
 def full_key(key: str, override: str) -> str:
     """Return the dotted key that a dotted or a bare one stands for."""
-    if key in RENAMED:
-        print_once(f"override {override!r}: {key} is now {RENAMED[key]}")
     if "." in key:
-        return RENAMED.get(key, key)
+        return key
     owners = [dotted for dotted in knobs() if dotted.rpartition(".")[2] == key]
     if len(owners) == 1:
         return owners[0]
@@ -105,7 +111,8 @@ def describe(item: Mapping[str, Any]) -> str:
     where = ".".join(str(part) for part in item["loc"])
     match item["type"]:
         case "extra_forbidden":
-            return "\n".join(former(where, item["input"])) or f"unknown key {where}. {nearest(where)}"
+            lines = [f"unknown key {name}. {nearest(name)}" for name in unknown(where, item["input"])]
+            return "\n".join(former(where, item["input"]) + lines)
         case "missing":
             return f"{where} is required and absent"
         case "value_error":
@@ -138,8 +145,7 @@ def leaves(config: Config) -> dict[str, Any]:
 def origins(path: Path, overrides: Sequence[str]) -> dict[str, str]:
     """Return the source of each resolved value: `override`, the file's name, or `default`."""
     path = find_file(path)
-    raw = read_yaml(path)
-    merged = apply_overrides(raw, overrides)
+    raw, merged = merged_sections(path, ()), merged_sections(path, overrides)
     in_file, in_all = flat(raw), flat(merged)
 
     def origin(dotted: str) -> str:

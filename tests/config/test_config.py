@@ -158,15 +158,46 @@ def test_former_names_are_understood_and_say_their_new_ones(tmp_path: Path, caps
     assert load_config(file, ["sampler.num_devices=4"]).sampler.num_devices == 4
     assert origins(file, [])["sampler.num_devices"] == "old.yaml"
     assert capsys.readouterr().err.splitlines() == [
-        f"{file}: runtime.sampler.num_devices is now sampler.num_devices, runtime.sampler.slurm is now sampler.slurm",
         "override 'runtime.sampler.take_over_seconds=60': runtime.sampler.take_over_seconds is now "
         "sampler.take_over_seconds",
+        f"{file}: runtime.sampler.num_devices is now sampler.num_devices, runtime.sampler.slurm is now sampler.slurm",
+        f"{file}: runtime.sampler.slurm is now sampler.slurm",  # where the other one is overridden
     ]
     file.write_text(file.read_text().replace("\nsampler: {", "\nsampler: {num_devices: 2, batch: 1, "))
     with pytest.raises(UserError, match="2 problem") as error:
         load_config(file)
     assert "runtime.sampler.num_devices is now sampler.num_devices, which is given too" in str(error.value)
     assert "unknown key sampler.batch." in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("file_has", "override", "as_if"),
+    [
+        ("sampler: {num_devices: 3, slurm: true}", "runtime.sampler={num_devices: 4}", "num_devices=4"),
+        ("sampler: {num_devices: 3}", "runtime={sampler: {num_devices: 4}}", "num_devices=4"),
+        ("sampler: {num_devices: 3}", "runtime={progress_timeout_minutes: 240}", "progress_timeout_minutes=240"),
+        ("sampler: {num_devices: 3}", "sampler.num_devices=4", "num_devices=4"),
+        ("sampler: {}", "seed=0", "seed=0"),
+    ],
+)
+def test_sections_under_their_former_names(file_has: str, override: str, as_if: str, tmp_path: Path) -> None:
+    """An override wins, whichever names the file has; a whole section replaces that section, as it always did."""
+    file = tmp_path / "old.yaml"
+    file.write_text(f"{TOY.read_text()}runtime: {{{file_has}}}\n")
+    assert load_config(file, [override]) == load_config(TOY, [as_if])
+
+
+def test_a_whole_section_replaces_no_keys_that_came_from_another_one(tmp_path: Path) -> None:
+    """`runtime.sampler` is a section of its own in a file that has it."""
+    file = tmp_path / "old.yaml"
+    file.write_text(f"{TOY.read_text()}runtime: {{sampler: {{num_devices: 3, slurm: true}}}}\n")
+    sampler = load_config(file, ["sampler={backend: huggingface, num_devices: 2}"]).sampler
+    assert (sampler.num_devices, sampler.slurm, sampler.batch_size) == (2, True, 64)
+    assert load_config(TOY, ["runtime.sampler={num_devices: 4}"]).sampler.batch_size == 256, "the rest of sampler stays"
+    with pytest.raises(
+        UserError, match=r"unknown key runtime\.sampler\.nun_devices\. Did you mean sampler\.num_devices"
+    ):
+        load_config(TOY, ["runtime.sampler.nun_devices=4"])
 
 
 @pytest.mark.parametrize(
