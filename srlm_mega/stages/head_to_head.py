@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import orjson
 
@@ -124,14 +125,30 @@ def begin(folder: Path, identity: Mapping[str, object]) -> None:
     if folder.exists():
         if not (folder / IDENTITY).is_file():
             raise UserError(f"{folder} exists and was not made by this command: give another folder")
-        begun, wanted = orjson.loads((folder / IDENTITY).read_bytes()), orjson.loads(orjson.dumps(identity))
-        if changed(begun.pop("settings"), wanted.pop("settings")) or begun != wanted:
+        wanted = orjson.loads(orjson.dumps(identity))
+        if not same_identity(read_identity(folder / IDENTITY), wanted):
             raise UserError(
                 f"{folder} is of other models, prompts, settings or another judge ({IDENTITY} there): give another "
                 "folder, or remove this one"
             )
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / IDENTITY, orjson.dumps(identity))
+
+
+def read_identity(file: Path) -> Any:
+    """Return what a folder's identity file holds; None where it is not JSON."""
+    try:
+        return orjson.loads(file.read_bytes())
+    except orjson.JSONDecodeError:
+        return None
+
+
+def same_identity(begun: Any, wanted: Mapping[str, Any]) -> bool:
+    """Tell whether a folder was begun for the same models, prompts and judge, with settings that answer alike."""
+    if not isinstance(begun, dict) or not isinstance(begun.get("settings"), dict):
+        return False
+    alike = not changed(begun["settings"], wanted["settings"])
+    return alike and begun | {"settings": None} == {**wanted, "settings": None}
 
 
 def print_progress(what: str, done: int, total: int, note: str) -> None:

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from srlm_mega.cli.main import app
 from srlm_mega.config.file import load_config, to_yaml
 from srlm_mega.data.toy_world.word_tokenizer import toy_tokenizer
+from srlm_mega.errors import UserError
 from srlm_mega.evaluation.results import Comparison
 from srlm_mega.records import Candidate, Prompt, parse_line, read_jsonl, write_jsonl
 from srlm_mega.run.run_dir import RunDir
@@ -68,6 +69,19 @@ def test_a_folder_of_something_else_is_refused(models: tuple[Path, Path, Path], 
     config_file.write_text(to_yaml(load_config(config_file, ["sampler.batch_size=32"])))
     code, _, error = call(models, tmp_path / "out", "--judge", str(tmp_path / "judge"))
     assert code != 0 and "is of other models, prompts, settings" in str(error)
+
+
+@pytest.mark.parametrize(
+    "identity", [b'["M1", {}, {}]', b'{"ours": "M1"}', b'{"settings": [1]}', b"", b'{"settings": {']
+)
+def test_a_folder_of_another_command_is_refused(
+    models: tuple[Path, Path, Path], tmp_path: Path, identity: bytes
+) -> None:
+    write_always_a(tmp_path / "judge")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/identity.json").write_bytes(identity)
+    code, _, error = call(models, tmp_path / "out", "--judge", str(tmp_path / "judge"))
+    assert code != 0 and isinstance(error, UserError) and "is of other models, prompts, settings" in str(error)
 
 
 def test_by_m1_where_no_judge_is_named(models: tuple[Path, Path, Path], tmp_path: Path) -> None:
