@@ -33,8 +33,8 @@ def this_node(
 ) -> ThisNode:
     """Fill in from Slurm's variables (one task per node) what options leave open. UserError when that is not enough."""
     own_name = environment.get("SLURMD_NODENAME", socket.gethostname())
-    count = nodes or int(environment.get("SLURM_STEP_NUM_NODES", environment.get("SLURM_NNODES", "1")))
-    own = rank if rank is not None else int(environment.get("SLURM_PROCID", "0"))
+    count = nodes or number_in(environment, "SLURM_STEP_NUM_NODES", "SLURM_NNODES", default=1)
+    own = rank if rank is not None else number_in(environment, "SLURM_PROCID", default=0)
     if not 0 <= own < count:
         raise UserError(f"node rank {own} of {count} nodes: ranks go from 0 to {count - 1}; start one task per node")
     listed = environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_JOB_NODELIST", ""))
@@ -45,9 +45,21 @@ def this_node(
     address = head or environment.get("MASTER_ADDR") or (names[0] if named else None)
     if count > 1 and own > 0 and address is None:
         raise UserError(f"{own_name} does not know where node 0 is: give --master-addr (or MASTER_ADDR)")
-    return ThisNode(
-        own, tuple(names), named, address or "127.0.0.1", port or port_of(int(environment.get("SLURM_JOB_ID", "0")))
-    )
+    job = number_in(environment, "SLURM_JOB_ID", default=0)
+    return ThisNode(own, tuple(names), named, address or "127.0.0.1", port or port_of(job))
+
+
+def number_in(environment: Mapping[str, str], *names: str, default: int) -> int:
+    """Return the number in the first of these variables that is set. UserError where it is none."""
+    for name in names:
+        if name in environment:
+            try:
+                return int(environment[name])
+            except ValueError:
+                raise UserError(
+                    f"{name} must be a number, got {environment[name]!r}: unset it, or correct it"
+                ) from None
+    return default
 
 
 def expand(compact: str) -> list[str]:
@@ -65,6 +77,8 @@ def expand(compact: str) -> list[str]:
 
 
 def expand_range(part: str) -> list[str]:
-    """Expand a range: `08-10` is 08, 09, 10."""
+    """Expand a range: `08-10` is 08, 09, 10. UserError where it is none."""
     first, _, last = part.partition("-")
+    if not (first.isdecimal() and (last or first).isdecimal()):
+        raise UserError(f"Slurm's list of nodes has the range [{part}], which is not one of numbers such as 08-10")
     return [f"{number:0{len(first)}d}" for number in range(int(first), int(last or first) + 1)]

@@ -355,6 +355,20 @@ def test_an_unclear_place_is_refused(rank: int, nodes: int, said: str) -> None:
         this_node({}, rank, nodes, None, None)
 
 
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"SLURM_JOB_NODELIST": "n[a-b]", "SLURM_NNODES": "2", "SLURM_PROCID": "1"}, r"has the range \[a-b\]"),
+        ({"SLURM_PROCID": "first"}, "SLURM_PROCID must be a number, got 'first'"),
+        ({"SLURM_NNODES": ""}, "SLURM_NNODES must be a number, got ''"),
+        ({"SLURM_JOB_ID": "12+3"}, "SLURM_JOB_ID must be a number"),
+    ],
+)
+def test_variables_that_cannot_be_read_are_named(variables: dict[str, str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        this_node(variables, None, None, None, None)
+
+
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as server:
         return int(server.getsockname()[1])
