@@ -3,6 +3,7 @@
 Usage: rerun.py RESULTS, the file that `pytest --junitxml` wrote. tests/conftest.py notes in it which tests are marked.
 """
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -39,7 +40,9 @@ def main(results: Path) -> int:
         print(f"no second try: {len(timing)} tests with the marker `timing` failed", file=sys.stderr)
         return 1
     print("these failed, have the marker `timing`, and run once more, alone:", *timing, sep="\n  ", flush=True)
-    return subprocess.run([Path(sys.executable).with_name("pytest"), "-n", "0", *timing], check=False).returncode
+    pytest = Path(sys.executable).with_name("pytest")
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # as `make test-all` has it: ranks share the cores
+    return subprocess.run([pytest, "-n", "0", *timing], env=one_thread, check=False).returncode
 
 
 if __name__ == "__main__":
