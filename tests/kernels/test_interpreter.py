@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kernels_cases import CASES, DPO_BOUND, DPO_LOSSES, LOGP_BOUND, ONE_RANK_CASES
+from kernels_cases import CASES, CERTAIN_GRADIENT_BOUND, DPO_BOUND, DPO_LOSSES, LOGP_BOUND, ONE_RANK_CASES
 from places import ROOT
 
 WORLD_SIZES = (1, 2, 3)
@@ -79,7 +79,7 @@ def test_large_logits_and_a_gradient_in_place(results: Results, world_size: int)
     """Logits of +-1e4: log p to the bound plus fp32's spacing at its size; the gradient in the logits' place."""
     found = results[world_size]["large logits"]
     assert found["largest"] > 1e4, "a target far from the maximum is among them"
-    assert found["logp"] <= LOGP_BOUND and found["gradient"] <= LOGP_BOUND and found["elsewhere"] == 0
+    assert found["logp"] <= LOGP_BOUND and found["gradient"] <= CERTAIN_GRADIENT_BOUND and found["elsewhere"] == 0
 
 
 def test_a_second_backward_pass_is_right_or_refused(results: Results) -> None:

@@ -67,8 +67,11 @@ CONSISTENCY = (0.8, 0.3)  # of run_dpo's pairs
 EPS = 2.0**-23  # of fp32
 # log p is below 16 here, where fp32 numbers are 8 eps apart. A logit adds up 16 products below 8, and each addition
 # rounds by up to 2 eps. Log p subtracts the maximum and the logarithm of a sum, itself rounded: 4 eps each. 44 eps in
-# all.
+# all, and half as much again for another CPU's exp and log. The same bounds the relative error of a gradient: that of
+# p = exp(log p) is the error of log p.
 LOGP_BOUND = 64 * EPS
+# Where logits are so far apart that every p is 0 or 1, the gradient p - 1 is rounded a few times and no more.
+CERTAIN_GRADIENT_BOUND = 16 * EPS
 # Relative. A dozen operations, exp and log of a GPU among them, which are right to 2 eps; e^x carries |x| eps over from
 # x = beta * margin, here up to 2, and robust DPO multiplies by 1 / (1 - 2 * 0.1).
 DPO_BOUND = 32 * EPS
