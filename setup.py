@@ -8,5 +8,5 @@ from setuptools import find_namespace_packages, setup
 
 setup(
     packages=find_namespace_packages(include=["srlm_mega*"], exclude=["*.__pycache__*", "srlm_mega.tools.scripts*"]),
-    package_data={"": ["*"]},  # every file beside a module is part of its package: a list would forget one
+    package_data={"": ["*"]},  # every file next to a module is part of its package: a list would forget one
 )

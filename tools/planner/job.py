@@ -78,7 +78,7 @@ class Job:
     current_scaling: bool = False  # FP8 scales from the tensor itself: one more pass over it
     frozen: bool = False  # LoRA: no gradients of the weights
     gradient_bytes: int = 4
-    fp8_weights: bool = False  # Megatron's fp8_param_gather: no bf16 copy of the weights beside the FP8 ones
+    fp8_weights: bool = False  # Megatron's fp8_param_gather: no bf16 copy of the weights next to the FP8 ones
     attended_length: int | None = None  # packed sequences see only themselves; None: seq_length
     head_rows: float = 1.0  # share of the positions whose log-probabilities are wanted
     fused_layers: bool = True  # Transformer Engine; plain PyTorch keeps what norms and SwiGLU make on the way
