@@ -111,8 +111,8 @@ def allocation_for(nodes: int) -> Allocation:
 
 def current_allocation(variables: Mapping[str, str]) -> Allocation:
     """Read the allocation from Slurm's variables. UserError outside of one."""
-    job, nodes = variables.get("SLURM_JOB_ID"), variables.get("SLURM_JOB_NODELIST")
-    if job is None or nodes is None:
+    nodes = variables.get("SLURM_JOB_NODELIST")
+    if nodes is None or "SLURM_JOB_ID" not in variables:
         raise UserError(
             "launch.launcher=slurm, but this is not a Slurm allocation (no SLURM_JOB_ID): `srlm launch slurm CONFIG "
             "--submit` makes one, or give launch.launcher=torchrun on one node"
@@ -120,7 +120,21 @@ def current_allocation(variables: Mapping[str, str]) -> Allocation:
     listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=False)
     if listed.returncode:
         raise UserError(f"scontrol show hostnames {nodes}: {listed.stderr.strip()}")
-    return Allocation(int(job), int(variables.get("SLURM_RESTART_COUNT", "0")), tuple(listed.stdout.split()))
+    attempt = number_in(variables, "SLURM_RESTART_COUNT", default=0)
+    return Allocation(number_in(variables, "SLURM_JOB_ID", default=0), attempt, tuple(listed.stdout.split()))
+
+
+def number_in(environment: Mapping[str, str], *names: str, default: int) -> int:
+    """Return the number in the first of these variables that is set. UserError where it is none."""
+    for name in names:
+        if name in environment:
+            try:
+                return int(environment[name])
+            except ValueError:
+                raise UserError(
+                    f"{name} must be a number, got {environment[name]!r}: unset it, or correct it"
+                ) from None
+    return default
 
 
 def check_resolves(host: str) -> None:

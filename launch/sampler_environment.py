@@ -9,7 +9,7 @@ from pathlib import Path
 from srlm_mega.config import Config
 from srlm_mega.errors import UserError
 from srlm_mega.launch.child_process import SETTINGS
-from srlm_mega.launch.ranks import gpu_request, pyxis
+from srlm_mega.launch.ranks import gpu_request, number_in, pyxis
 
 
 def check_sampler_environment(config: Config) -> None:
@@ -67,7 +67,7 @@ def srun_replica(config: Config) -> list[str]:
     mpi = config.sampler.traits.needs_mpi
     nodes = -(-devices // sampler.devices_per_node)
     tasks = devices if mpi else 1
-    cpus = max(1, int(os.environ.get("SLURM_CPUS_ON_NODE", "1")) // sampler.devices_per_node)
+    cpus = max(1, number_in(os.environ, "SLURM_CPUS_ON_NODE", default=1) // sampler.devices_per_node)
     argv = [
         "srun", "--exact", f"--nodes={nodes}", f"--ntasks={tasks}", f"--ntasks-per-node={-(-tasks // nodes)}",
         f"--cpus-per-task={cpus}", "--mem=0", "--kill-on-bad-exit=1", "--export=ALL",

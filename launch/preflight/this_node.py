@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from srlm_mega.errors import UserError
-from srlm_mega.launch.ranks import port_of
+from srlm_mega.launch.ranks import number_in, port_of
 
 TOP_LEVEL_COMMA = re.compile(r",(?![^\[]*\])")
 
@@ -47,19 +47,6 @@ def this_node(
         raise UserError(f"{own_name} does not know where node 0 is: give --master-addr (or MASTER_ADDR)")
     job = number_in(environment, "SLURM_JOB_ID", default=0)
     return ThisNode(own, tuple(names), named, address or "127.0.0.1", port or port_of(job))
-
-
-def number_in(environment: Mapping[str, str], *names: str, default: int) -> int:
-    """Return the number in the first of these variables that is set. UserError where it is none."""
-    for name in names:
-        if name in environment:
-            try:
-                return int(environment[name])
-            except ValueError:
-                raise UserError(
-                    f"{name} must be a number, got {environment[name]!r}: unset it, or correct it"
-                ) from None
-    return default
 
 
 def expand(compact: str) -> list[str]:

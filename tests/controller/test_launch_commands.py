@@ -258,3 +258,6 @@ def test_hosts_come_from_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     variables = {"SLURM_JOB_ID": "12", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_RESTART_COUNT": "3"}
     assert current_allocation(variables) == Allocation(12, 3, ("n1", "n2"))
+    for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"):
+        with pytest.raises(UserError, match=f"{name} must be a number, got 'x'"):
+            current_allocation(variables | {name: "x"})
