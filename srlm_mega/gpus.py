@@ -2,12 +2,11 @@
 
 import re
 from dataclasses import dataclass
-from typing import Literal, assert_never
+from typing import assert_never
 
 from srlm_mega.config.model_sizes import GIB
+from srlm_mega.config.training import Precision
 from srlm_mega.errors import UserError
-
-Precision = Literal["fp32", "bf16", "fp8"]
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,6 @@ from srlm_mega.training.dpo import DpoObjective
 from srlm_mega.training.model import build_model, check_memory, transformer_config
 from srlm_mega.training.schedule import Step
 from srlm_mega.training.sft import SftObjective
-from srlm_mega.training.throughput import precision_of
 from srlm_mega.training.topology import Topology, process_group
 from srlm_mega.training.trainer import Objective, Trainer
 from srlm_mega.training.weights import fill_weights
@@ -195,7 +194,7 @@ class Bench:
         config, request = self.config, self.request
         if request.baseline:
             ratios = [plain / ours for ours, plain in zip(samples.seconds, samples.baseline_seconds, strict=True)]
-            tolerance = AGREEMENT[precision_of(config.trainer)]
+            tolerance = AGREEMENT[config.trainer.precision]
             rows += [
                 make_row("plain step", "s", samples.baseline_seconds),
                 make_row(RATIO, "ratio", ratios, "higher"),

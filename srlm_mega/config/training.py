@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 from srlm_mega.config.model_sizes import ModelSizes
 from srlm_mega.config.section import Decides, Section
 
+Precision = Literal["fp32", "bf16", "fp8"]
+
 
 class ModelConfig(Section, decides="output"):
     """The base model M0 and its shape (Llama: RMSNorm, SwiGLU, RoPE, GQA, no biases)."""
@@ -213,6 +215,13 @@ class TrainerConfig(Section, decides="output"):
     export_timeout_minutes: Annotated[float, Decides("layout")] = Field(
         60.0, gt=0, description="Longest time to write the Hugging Face folder, in minutes."
     )
+
+    @property
+    def precision(self) -> Precision:
+        """Precision of the matrix products."""
+        if self.fp8 is not None:
+            return "fp8"
+        return "bf16" if self.bf16 else "fp32"
 
 
 class TrackingConfig(Section, decides="nothing"):

@@ -183,7 +183,7 @@ def anchor_stages(config: Config, t: int) -> tuple[Stage, ...]:
 
 def previous_judge(config: Config, t: int) -> tuple[Stage, ...]:
     """Plan M(t-1)'s judgements of the round's candidates, where pairs are weighed by consistency; none in round 1."""
-    if not config.pairs.consistency or t == 1:
+    if not config.pairs.weighs_consistency(t):
         return ()
     inputs = (kinds.CANDIDATES.of(t), "seed", *loaded(config, model_name(t - 1)))
     return (Stage(kinds.PREVIOUS_JUDGEMENTS, t, inputs, (*SAMPLER, *JUDGING)),)

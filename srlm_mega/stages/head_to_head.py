@@ -17,15 +17,13 @@ from srlm_mega.evaluation.results import Comparison
 from srlm_mega.records import Prompt, read_jsonl
 from srlm_mega.run.files import write_atomic
 from srlm_mega.run.identity import responding
-from srlm_mega.run.manifest import file_hash
+from srlm_mega.run.manifest import IDENTITY, file_hash
 from srlm_mega.run.run_dir import RunDir
 from srlm_mega.stages.compare_responses import compare, matches_of
 from srlm_mega.stages.judges import open_judge, open_m1
 from srlm_mega.stages.pairwise_judge import OpenJudge
 from srlm_mega.stages.responses import Writer, held_out, respond
 from srlm_mega.stages.sampler_weights import require_verified
-
-IDENTITY = "identity.json"
 
 
 @dataclass(frozen=True)

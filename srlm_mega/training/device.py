@@ -4,9 +4,8 @@ import resource
 
 import torch
 
+from srlm_mega.config.model_sizes import GIB
 from srlm_mega.training.topology import Topology
-
-GIB = 2**30
 
 
 def device_name(device: torch.device) -> str | None:

@@ -11,16 +11,7 @@ from dataclasses import dataclass
 
 from srlm_mega.checkpoints_conversion.llama import LlamaShape
 from srlm_mega.config.model_sizes import train_flops
-from srlm_mega.config.training import TrainerConfig
-from srlm_mega.gpus import Precision
 from srlm_mega.training.memory_budget import sizes_of
-
-
-def precision_of(trainer: TrainerConfig) -> Precision:
-    """Return the precision of the matrix products."""
-    if trainer.fp8 is not None:
-        return "fp8"
-    return "bf16" if trainer.bf16 else "fp32"
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from srlm_mega.training.replay import REPLAY_LOSS, Turn, Turns, num_replayed
 from srlm_mega.training.schedule import Step, forward_backward
 from srlm_mega.training.sft import SftObjective
 from srlm_mega.training.split import Item, num_steps, within
-from srlm_mega.training.throughput import Meter, precision_of
+from srlm_mega.training.throughput import Meter
 from srlm_mega.training.topology import Topology
 from srlm_mega.training.weights import load_weights, save_weights, verify_export
 
@@ -212,7 +212,7 @@ class Trainer:
         """Add gradient buffers, optimizer and schedule to a model that has its weights."""
         model = wrap_data_parallel(chunks, model_config, topology)
         optimizer = build_optimizer(model, section, config.trainer, topology)
-        peak = peak_tflops(device_name(topology.device), precision_of(config.trainer))
+        peak = peak_tflops(device_name(topology.device), config.trainer.precision)
         meter = Meter(shape, topology.world_size, peak)
         scheduler, shadow = build_scheduler(optimizer, section, steps), Shadow.of(config.trainer, section)
         return cls(topology, section, model, optimizer, scheduler, meter, shadow)

@@ -7,7 +7,7 @@ from srlm_mega.config.model_sizes import attention_flops, linear_flops_per_token
 from srlm_mega.config.training import TrainerConfig
 from srlm_mega.gpus import peak_tflops
 from srlm_mega.training.memory_budget import sizes_of
-from srlm_mega.training.throughput import Meter, precision_of
+from srlm_mega.training.throughput import Meter
 
 TINY = LlamaShape(
     num_layers=1,
@@ -63,9 +63,9 @@ def test_padding_is_no_work() -> None:
 
 
 def test_precision_is_that_of_the_matrix_products() -> None:
-    assert precision_of(TrainerConfig()) == "fp32"
-    assert precision_of(TrainerConfig(bf16=True)) == "bf16"
-    assert precision_of(TrainerConfig(bf16=True, fp8="hybrid")) == "fp8"
+    assert TrainerConfig().precision == "fp32"
+    assert TrainerConfig(bf16=True).precision == "bf16"
+    assert TrainerConfig(bf16=True, fp8="hybrid").precision == "fp8"
 
 
 def test_no_mfu_for_what_is_not_known() -> None:

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from srlm_mega.config.model_sizes import ModelSizes
-from srlm_mega.gpus import GpuModel, Precision
+from srlm_mega.config.training import Precision
+from srlm_mega.gpus import GpuModel
 
 Recompute = Literal["none", "selective", "full"]
 

@@ -13,8 +13,9 @@ from typing import Any
 import orjson
 
 from srlm_mega.config.model_sizes import GIB, ModelSizes, flops_per_token
+from srlm_mega.config.training import Precision
 from srlm_mega.errors import UserError
-from srlm_mega.gpus import Precision, find_gpu
+from srlm_mega.gpus import find_gpu
 from srlm_mega.tools.planner.job import MEGATRON, Job, ParallelLayout, Recompute, Stack
 from srlm_mega.tools.planner.memory import fullest_stage, stage_memory
 from srlm_mega.tools.planner.shapes import find_shape

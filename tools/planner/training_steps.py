@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from srlm_mega.config import Config
 from srlm_mega.config.model_sizes import flops_per_token
 from srlm_mega.config.training import DpoConfig, OptimizationConfig
-from srlm_mega.gpus import GpuModel, Precision
+from srlm_mega.gpus import GpuModel
 from srlm_mega.tools.planner.job import Job, ParallelLayout, Stack
 from srlm_mega.tools.planner.step_time import FITTED, NAMES, Quantities, step_parts
 
@@ -79,7 +79,7 @@ def training_job(
         config.model.sizes,
         gpu,
         layout,
-        precision_of(config),
+        config.trainer.precision,
         micro_batch,
         whole_micro_batches(rows, micro_batch, layout),
         length,
@@ -103,13 +103,6 @@ def memory_job(config: Config, job: Job) -> Job:
     """Return the job with rows as long as they may get, all of them trained on."""
     longest = job if job.attended_length is not None else replace(job, seq_length=config.model.seq_length)
     return replace(longest, head_rows=1.0)
-
-
-def precision_of(config: Config) -> Precision:
-    """Return the precision of the matrix products."""
-    if config.trainer.fp8 is not None:
-        return "fp8"
-    return "bf16" if config.trainer.bf16 else "fp32"
 
 
 def measure(job: Job, tokens: float, factors: Quantities = FITTED) -> StepTime:
