@@ -59,10 +59,11 @@ class Chat:
         self._tokenizer.encode_special_tokens = True  # "</s>" in a text is five characters, not the end token
         self.bos_id = self._special_id(BOS)
         self.eos_id = self._special_id(EOS)
-        self._unk_id = self._special_id(UNK)
+        self.end_ids = (self.eos_id,)
+        self.unk_id = self._special_id(UNK)
         self._special_ids = {
             token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special
-        } | {self.bos_id, self.eos_id, self._unk_id}
+        } | {self.bos_id, self.eos_id, self.unk_id}
         self._open = self._marker(OPEN_USER)
         self._close = self._marker(CLOSE_USER)
 
@@ -115,11 +116,11 @@ class Chat:
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True)).strip()
 
     def _spelled_out(self, token_id: int) -> tuple[int, ...]:
-        if token_id not in self._special_ids or token_id == self._unk_id:
+        if token_id not in self._special_ids or token_id == self.unk_id:
             return (token_id,)
         characters = str(self._tokenizer.id_to_token(token_id))
         ids = (self._tokenizer.token_to_id(character) for character in characters)
-        return tuple(self._unk_id if plain is None else plain for plain in ids)
+        return tuple(self.unk_id if plain is None else plain for plain in ids)
 
     def _marker(self, marker: str) -> tuple[int, ...]:
         token_id = self._tokenizer.token_to_id(marker)
