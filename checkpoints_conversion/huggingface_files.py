@@ -18,6 +18,7 @@ from srlm_mega.checkpoints_conversion.safetensors_file import FileTensor, lay_ou
 
 KIND = "huggingface"
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+GENERATION = "generation_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -25,7 +26,7 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
-    "generation_config.json",  # names the end tokens that stop generation
+    GENERATION,  # names the end tokens that stop generation
 )
 LLAMA_IDS = {"bos_token_id": 1, "eos_token_id": 2}
 MAX_SHARD_BYTES = 5 * 1000**3
@@ -69,10 +70,12 @@ def files_by_tensor(folder: Path) -> dict[str, str]:
 
 
 def special_ids(tokenizer_from: Path | None) -> dict[str, Any]:
-    """Return the ids of special tokens in a folder's config; Llama's own where there is none."""
-    if tokenizer_from is None or not (tokenizer_from / CONFIG).is_file():
+    """Return a folder's ids of special tokens, from its config.json or generation_config.json, else Llama's."""
+    files = [] if tokenizer_from is None else [tokenizer_from / CONFIG, tokenizer_from / GENERATION]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
         return LLAMA_IDS
-    source = read_json(tokenizer_from / CONFIG)
+    source = read_json(file)
     return {key: source[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in source}
 
 

@@ -10,10 +10,11 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from srlm_mega.chat import Chat, write_tokenizer
+from srlm_mega.chat import Chat
 from srlm_mega.checkpoints_conversion.tokenizer import tokenizer_from_sentencepiece
 from srlm_mega.data.toy_world.word_tokenizer import toy_tokenizer
 from srlm_mega.errors import UserError
+from srlm_mega.tokenizer_files import write_tokenizer
 
 TOY = Chat(toy_tokenizer())
 SPECIAL = {toy_tokenizer().token_to_id(token) for token in ("<s>", "</s>", "[INST]", "[/INST]")}
@@ -32,7 +33,7 @@ def test_a_document_has_real_turns_but_only_where_we_wrote_them() -> None:
     document = TOY.document("Expert: [INST] list 4 [/INST] yes")
     assert document[0] == ids("<s>") and document[-1] == ids("</s>")
     assert document[2:6] == (ids("[INST]"), ids("list"), ids("4"), ids("[/INST]"))
-    assert TOY.document("list 4", end=False) == (ids("<s>"), ids("list"), ids("4"))
+    assert TOY.running_text("list 4") == (ids("<s>"), ids("list"), ids("4"))
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -68,8 +69,8 @@ def test_llamas_tokenizer_gives_sentencepieces_ids(shared_data: Path, tmp_path: 
     assert chat.decode(chat.completion("two  spaces </s> kept")) == "two  spaces </s> kept"
 
 
-def test_a_tokenizer_without_llamas_specials_is_refused() -> None:
-    with pytest.raises(ValueError, match="the tokenizer has no <s>"):
+def test_a_tokenizer_without_any_end_token_is_refused() -> None:
+    with pytest.raises(UserError, match="this tokenizer has no end token"):
         Chat(Tokenizer(WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>")))
 
 

@@ -160,15 +160,15 @@ def origins(path: Path, overrides: Sequence[str]) -> dict[str, str]:
 
 def check_outside_files(config: Config) -> None:
     """Raise UserError with a list of all files that the configuration names and that are missing."""
-    template = config.judge.template
     named = {
         "model.path": config.model.path,
         "model.tokenizer": config.model.tokenizer,
+        "model.chat_template": outside_path(config.model.chat_template),
         "seed_data.path": config.seed_data.path,
         "seed_data.ranked_path": config.seed_data.ranked_path,
-        "prompts.writer": config.prompts.writer if isinstance(config.prompts.writer, Path) else None,
+        "prompts.writer": outside_path(config.prompts.writer),
         "prompts.path": config.prompts.path,
-        "judge.template": template if isinstance(template, Path) else None,
+        "judge.template": outside_path(config.judge.template),
         "sampler.python": config.sampler.python,
     }
     named |= {
@@ -181,6 +181,11 @@ def check_outside_files(config: Config) -> None:
     ]
     if missing:
         raise UserError("files that the configuration names are missing; correct these paths:" + "".join(missing))
+
+
+def outside_path(choice: Path | str) -> Path | None:
+    """Return a value that is a path and not the name of a choice."""
+    return choice if isinstance(choice, Path) else None
 
 
 def check_endpoints(config: Config) -> None:

@@ -21,6 +21,10 @@ class ModelConfig(Section, decides="output"):
     tokenizer: Path | None = Field(
         None, description="SentencePiece .model, tokenizer.json or folder; null: the one in `path`, or the toy's."
     )
+    chat_template: Path | Literal["auto", "llama2", "chatml", "llama3"] = Field(
+        "auto",
+        description="Chat format: auto (that of `path` or `tokenizer`, else llama2), one of these, or a .jinja file.",
+    )
     num_layers: int = Field(ge=1, description="Number of transformer layers; Llama 2 70B: 80.")
     hidden_size: int = Field(ge=1, description="Width of the residual stream; Llama 2 70B: 8192.")
     ffn_hidden_size: int = Field(ge=1, description="Width inside the feed-forward block (SwiGLU); Llama 2 70B: 28672.")

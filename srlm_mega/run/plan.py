@@ -50,7 +50,7 @@ class Stage:
 
 def plan(config: Config) -> list[Stage]:
     """Plan M0, then M1 by supervised training, then a model per self-rewarding round."""
-    tokenizer = ("model.tokenizer", "model.path", "model.vocab_size", "model.seq_length")
+    tokenizer = ("model.tokenizer", "model.path", "model.chat_template", "model.vocab_size", "model.seq_length")
     outside = ("run.seed", "seed_data", "prompts.path", "judge.template", *tokenizer)
     stages = [
         Stage(kinds.SEED, 0, (), outside),

@@ -1,7 +1,6 @@
 """Stages M0 (without pre-training) and prompt_writer: models that are given, or made of random weights."""
 
 import os
-import shutil
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -16,11 +15,13 @@ from srlm_mega.config.training import ModelConfig
 from srlm_mega.errors import UserError
 from srlm_mega.run.work import Done, Work
 from srlm_mega.seeds import derive_seed
+from srlm_mega.stages.chat_format import chosen_template
 from srlm_mega.stages.sampler_weights import require_verified
+from srlm_mega.tokenizer_files import TokenizerFolder, link_model
 
 
 def make_base(work: Work) -> Done:
-    """Make `M0/huggingface`: a link to model.path, or random weights with the seed's tokenizer."""
+    """Make `M0/huggingface`: links to the files of model.path, or random weights with the seed's tokenizer."""
     model = work.config.model
     if model.path is not None:
         link_folder(model, model.path, work.out / "huggingface")
@@ -52,8 +53,8 @@ def require_model_folder(option: str, folder: Path) -> None:
 
 
 def link_folder(model: ModelConfig, source: Path, target: Path) -> None:
-    """Make `target` a link to the user's model folder. UserError unless it holds every tensor of the configured shape
-    and, if it was converted, its proof (unless model.allow_unverified)."""
+    """Make `target` a folder of links to the user's model, with the run's chat template. UserError unless the model
+    holds every tensor of the configured shape and, if it was converted, its proof (unless model.allow_unverified)."""
     require_model_folder("model.path", source)
     try:
         if not model.allow_unverified:
@@ -62,7 +63,9 @@ def link_folder(model: ModelConfig, source: Path, target: Path) -> None:
         found = asdict(read_shape(source))
     except ValueError as error:
         raise UserError(f"model.path: {error}") from None
-    Chat.from_folder(source)
+    given = TokenizerFolder.read(source)
+    template = chosen_template(model.chat_template, given)
+    chat = Chat(given.tokenizer, given.special, template, given.eos_ids, str(source))
     wanted = asdict(shape_of(model))
     differing = [f"{key} is {found[key]}, configured {wanted[key]}" for key in wanted if found[key] != wanted[key]]
     if differing:
@@ -70,15 +73,15 @@ def link_folder(model: ModelConfig, source: Path, target: Path) -> None:
             f"{source}/config.json does not have the configured shape: {'; '.join(differing)}. Set the keys "
             "of the model section to the folder's values, or give another model.path"
         )
-    os.symlink(source.resolve(), target)
+    link_model(source, target, template, chat.end_ids)
 
 
 def write_random(work: Work, target: Path) -> None:
     """Write a Hugging Face folder with random weights of the configured shape and the seed's tokenizer."""
     model, shape = work.config.model, shape_of(work.config.model)
     generator = torch.Generator().manual_seed(derive_seed(work.config.run.seed, "M0"))
-    shutil.copytree(work.read("seed", "tokenizer"), target)
-    write_folder(target, shape, random_weights(shape, model.init_method_std, generator), tokenizer_from=None)
+    weights = random_weights(shape, model.init_method_std, generator)
+    write_folder(target, shape, weights, tokenizer_from=work.read("seed", "tokenizer"))
 
 
 def shape_of(model: ModelConfig) -> LlamaShape:

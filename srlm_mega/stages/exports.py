@@ -96,7 +96,7 @@ def take_turn(
     order. UserError when a prompt leaves no room for an answer."""
     length = min(MT_BENCH_TOKENS, model.config.candidates.max_new_tokens)
     prompts = {
-        number: one.token_ids + chat.prompt(one.question.turns[turn])
+        number: one.token_ids + (chat.next_prompt if turn else chat.prompt)(one.question.turns[turn])
         for number, one in enumerate(conversations)
         if turn < len(one.question.turns) and one.question.temperature == temperature
     }

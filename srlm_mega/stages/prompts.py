@@ -127,7 +127,7 @@ def sample_drafts(
         shots = rng.sample(seeds, num_ift) + rng.sample(generated, num_generated)
         rng.shuffle(shots)
         request = few_shot_prompt(shots)
-        ids = by.chat.document(request, end=False)
+        ids = by.chat.running_text(request)
         if len(ids) <= longest:  # a request is never cut
             requests.append((request, ids))
     names = [f"r{work.round}-w{wave:05d}-{number:02d}" for number in range(len(requests))]

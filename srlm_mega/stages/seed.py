@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import orjson
-from tokenizers import Tokenizer
 
-from srlm_mega.chat import Chat, write_tokenizer
+from srlm_mega.chat import Chat
+from srlm_mega.checkpoints_conversion.tokenizer import tokenizer_from_sentencepiece
 from srlm_mega.config.training import ModelConfig
 from srlm_mega.data.formats import read_jsonl_sets
 from srlm_mega.data.oasst import read_oasst
@@ -17,6 +17,8 @@ from srlm_mega.judging.template import load_template
 from srlm_mega.records import write_jsonl
 from srlm_mega.run.work import Done, Work
 from srlm_mega.seeds import derive_seed
+from srlm_mega.stages.chat_format import chosen_template
+from srlm_mega.tokenizer_files import LLAMA_TOKENS, TokenizerFolder, write_tokenizer
 
 
 def make_seed(work: Work) -> Done:
@@ -38,36 +40,37 @@ def make_seed(work: Work) -> Done:
         prompts = read_prompts(config.prompts.path, quarantine=work.out / "prompts_quarantine.jsonl")
         rows["prompts.jsonl"] = write_jsonl(work.out / "prompts.jsonl", prompts)
     if config.model.path is None:
-        write_tokenizer(load_tokenizer(config.model), work.out / "tokenizer", config.model.seq_length)
+        write_own_tokenizer(config.model, work.out / "tokenizer")
     return Done(sum(rows.values()), {**rows, **data.counts})
 
 
-def load_tokenizer(model: ModelConfig) -> Tokenizer:
-    """Load model.tokenizer: a SentencePiece .model, a tokenizer.json or a folder that holds one; without one, the toy
-    world's. UserError when it cannot be read or has more pieces than model.vocab_size."""
-    path = model.tokenizer
-    if path is None:
-        tokenizer = toy_tokenizer()
-    else:
-        path = path / "tokenizer.json" if path.is_dir() else path
-        wanted = "give a SentencePiece .model or a tokenizer.json"
-        if not path.is_file():
-            raise UserError(f"model.tokenizer {path} does not exist: {wanted}")
-        try:
-            tokenizer = read_tokenizer(path)
-        except Exception as error:  # the readers raise bare Exception and RuntimeError for a broken file
-            raise UserError(f"model.tokenizer {path} cannot be read ({error}): {wanted}") from None
-    needed = Chat(tokenizer).vocab_size
-    if needed > model.vocab_size:
-        raise UserError(f"the tokenizer has {needed} pieces, model.vocab_size is {model.vocab_size}: raise it to that")
-    return tokenizer
+def write_own_tokenizer(model: ModelConfig, folder: Path) -> None:
+    """Write the tokenizer of a model that is made here, with its chat template. UserError when model.tokenizer cannot
+    be read, or has more pieces than model.vocab_size."""
+    given = toy() if model.tokenizer is None else load_tokenizer(model.tokenizer)
+    template = chosen_template(model.chat_template, given)
+    chat = Chat(given.tokenizer, given.special, template, given.eos_ids, f"model.tokenizer {model.tokenizer}")
+    if chat.vocab_size > model.vocab_size:
+        raise UserError(
+            f"the tokenizer has {chat.vocab_size} pieces, model.vocab_size is {model.vocab_size}: raise it to that"
+        )
+    write_tokenizer(given.tokenizer, folder, model.seq_length, given.special, template, chat.end_ids)
 
 
-def read_tokenizer(path: Path) -> Tokenizer:
-    """Read a SentencePiece .model or a tokenizer.json."""
+def toy() -> TokenizerFolder:
+    """Return the toy world's tokenizer."""
+    return TokenizerFolder(toy_tokenizer(), LLAMA_TOKENS, None, ())
+
+
+def load_tokenizer(path: Path) -> TokenizerFolder:
+    """Load a SentencePiece .model of Llama's, a tokenizer.json or a folder that holds one. UserError when it cannot be
+    read."""
+    wanted = "give a SentencePiece .model or a tokenizer.json"
+    if not path.exists():
+        raise UserError(f"model.tokenizer {path} does not exist: {wanted}")
     if path.suffix != ".model":
-        return Tokenizer.from_file(str(path))
-    # transformers takes seconds to import, and nothing else of this stage needs it.
-    from srlm_mega.checkpoints_conversion.tokenizer import tokenizer_from_sentencepiece
-
-    return tokenizer_from_sentencepiece(path)
+        return TokenizerFolder.read(path)
+    try:
+        return TokenizerFolder(tokenizer_from_sentencepiece(path), LLAMA_TOKENS, None, ())
+    except Exception as error:  # the reader raises bare RuntimeError for a broken file
+        raise UserError(f"model.tokenizer {path} cannot be read ({error}): {wanted}") from None

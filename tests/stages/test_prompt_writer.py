@@ -91,7 +91,7 @@ def test_a_writer_with_fewer_positions_is_asked_what_it_can_answer(tmp_path: Pat
     write_jsonl(work.run.output("seed") / "ift.jsonl", shown)
     assert write_prompts(work).rows == 3
     drafts = list(read_jsonl(work.out / "drafts_00000.jsonl", PromptDraft))
-    lengths = [len(Chat.from_folder(folder).document(draft.request, end=False)) for draft in drafts]
+    lengths = [len(Chat.from_folder(folder).running_text(draft.request)) for draft in drafts]
     assert 0 < len(drafts) < 64 and max(lengths) <= 40
 
 

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from itertools import islice
 from math import ceil
 
-from srlm_mega.chat import CLOSE_USER
 from srlm_mega.config.data import SeedDataConfig
 from srlm_mega.data.seed_sets import SeedSets
 from srlm_mega.data.toy_world.authors import EVERYBODY, Author, faulty_answer, review
 from srlm_mega.data.toy_world.truth import quality
-from srlm_mega.data.toy_world.world import LIST_LENGTHS, LIST_OPENING, Instruction, all_instructions
+from srlm_mega.data.toy_world.world import END_OF_PROMPT, LIST_LENGTHS, LIST_OPENING, Instruction, all_instructions
 from srlm_mega.errors import UserError
 from srlm_mega.judging.template import JudgeTemplate, load_template
 from srlm_mega.records import Prompt, RankedReplies, RankedReply, SftExample
@@ -130,4 +129,4 @@ def _document(pool: Sequence[Instruction], judge: JudgeTemplate, mixture: Mixtur
         completion = review(instruction, response, author.care(rng), rng)
     else:
         prompt, completion = instruction.render(), faulty_answer(instruction, author.care(rng).fault, rng)
-    return f"{author.name} {prompt} {CLOSE_USER} {completion}"
+    return f"{author.name} {prompt} {END_OF_PROMPT} {completion}"

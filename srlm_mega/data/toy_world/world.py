@@ -30,6 +30,7 @@ VERDICTS = (
     ("styled", "unstyled"),
     ("closed", "unclosed"),
 )
+END_OF_PROMPT = "[/INST]"  # where an answer begins in Llama 2's chat template
 LIST_OPENING = "Come up with a series of tasks:"
 LIST_LENGTHS = (3, 6)
 

@@ -1,0 +1,161 @@
+"""The files of a tokenizer in a Hugging Face folder: special tokens, chat template, end tokens."""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+from tokenizers import Tokenizer
+
+from srlm_mega.chat_template import shipped_template, without_clock
+from srlm_mega.errors import UserError
+
+TOKENIZER, SETTINGS, TOKENS, TEMPLATE = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+GENERATION, CONFIG = "generation_config.json", "config.json"
+GENERATED = ("bos_token", "eos_token", "pad_token")  # whose ids are in a generation_config.json
+MODEL_FILES = (".json", ".safetensors", ".jinja", ".model")
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """Texts of a tokenizer's special tokens; None for one that it does not have."""
+
+    bos_token: str | None = None
+    eos_token: str | None = None
+    unk_token: str | None = None
+    pad_token: str | None = None
+
+    @property
+    def given(self) -> dict[str, str]:
+        """Those that there are, by transformers' names."""
+        return {name: token for name, token in asdict(self).items() if token is not None}
+
+
+LLAMA_TOKENS = SpecialTokens("<s>", "</s>", "<unk>")
+
+
+@dataclass(frozen=True)
+class TokenizerFolder:
+    """A tokenizer with what its folder says of it. `template`: Jinja text, None for a folder without one. `eos_ids`:
+    end tokens of the model's generation_config.json, else of its config.json."""
+
+    tokenizer: Tokenizer
+    special: SpecialTokens
+    template: str | None
+    eos_ids: tuple[int, ...]
+
+    @classmethod
+    def read(cls, path: Path) -> "TokenizerFolder":
+        """Read a folder, or a tokenizer.json and what is next to it. UserError when there is no tokenizer.json, or a
+        file cannot be read."""
+        path, folder = (path / TOKENIZER, path) if path.is_dir() else (path, path.parent)
+        if not path.is_file():
+            raise UserError(
+                f"no tokenizer.json in {folder}: save the model's tokenizer there in its fast form, "
+                f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
+            )
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the reader raises bare Exception for a broken file
+            raise UserError(f"{path} cannot be read ({error}): download it again") from None
+        settings, ends = read_object(folder / SETTINGS), read_object(folder / GENERATION)
+        tokens = {**read_object(folder / TOKENS), **settings}
+        special = SpecialTokens(**{name: _content(tokens.get(name)) for name in asdict(SpecialTokens())})
+        if not special.given:
+            special = SpecialTokens(
+                **{
+                    name: token
+                    for name, token in LLAMA_TOKENS.given.items()
+                    if tokenizer.token_to_id(token) is not None
+                }
+            )
+        eos = ends.get("eos_token_id", read_object(folder / CONFIG).get("eos_token_id"))
+        eos_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+        return cls(tokenizer, special, _template(folder, settings), eos_ids)
+
+    def check_has(self, tokens: Iterable[str], template: str) -> None:
+        """Raise UserError when the tokenizer lacks some of the control tokens that a template is made of."""
+        lacking = [token for token in tokens if self.tokenizer.token_to_id(token) is None]
+        if lacking:
+            raise UserError(
+                f"model.chat_template={template} needs the tokens {', '.join(lacking)}, which the tokenizer does not "
+                "have: choose a template that it was made for, or llama2"
+            )
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a file's JSON object; an empty one where there is no file. UserError when it is not JSON."""
+    if not path.is_file():
+        return {}
+    try:
+        content = orjson.loads(path.read_bytes())
+    except orjson.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON ({error}): download it again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds {type(content).__name__}, not an object: download it again")
+    return content
+
+
+def write_tokenizer(
+    tokenizer: Tokenizer,
+    folder: Path,
+    model_max_length: int,
+    special: SpecialTokens = LLAMA_TOKENS,
+    template: str | None = None,
+    end_ids: Sequence[int] = (),
+) -> None:
+    """Write `tokenizer.json`, and what transformers reads with it: special tokens, chat template (None: Llama 2's), and
+    the ids that end a completion (none given: the end token's)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / TOKENIZER))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **special.given,
+        "model_max_length": model_max_length,
+        "clean_up_tokenization_spaces": False,
+    }
+    write_object(folder / SETTINGS, settings)
+    ids = {f"{name}_id": tokenizer.token_to_id(token) for name, token in special.given.items() if name in GENERATED}
+    write_object(folder / GENERATION, ids | ({"eos_token_id": list(end_ids)} if end_ids else {}))
+    (folder / TEMPLATE).write_text(shipped_template("llama2") if template is None else template, encoding="utf-8")
+
+
+def link_model(source: Path, target: Path, template: str, end_ids: Sequence[int]) -> None:
+    """Make a folder of links to a model's files, with this chat template and these end tokens in place of its own."""
+    target.mkdir()
+    for file in sorted(source.iterdir()):
+        if file.is_file() and file.suffix in MODEL_FILES and file.name not in (TEMPLATE, SETTINGS, GENERATION):
+            os.symlink(file.resolve(), target / file.name)
+    settings = read_object(source / SETTINGS) or {"tokenizer_class": "PreTrainedTokenizerFast"}
+    settings = TokenizerFolder.read(source).special.given | settings
+    write_object(target / SETTINGS, {key: value for key, value in settings.items() if key != "chat_template"})
+    write_object(target / GENERATION, read_object(source / GENERATION) | {"eos_token_id": list(end_ids)})
+    (target / TEMPLATE).write_text(template, encoding="utf-8")
+
+
+def write_object(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON object, indented."""
+    path.write_bytes(orjson.dumps(content, option=orjson.OPT_INDENT_2))
+
+
+def _content(token: Any) -> str | None:
+    """Return a special token's text, which files hold as text or as an object with its flags."""
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else None
+
+
+def _template(folder: Path, settings: Mapping[str, Any]) -> str | None:
+    """Return a folder's chat template, in a file of its own or (older) in tokenizer_config.json."""
+    if (folder / TEMPLATE).is_file():
+        return without_clock((folder / TEMPLATE).read_text(encoding="utf-8"))
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # several by name
+        template = {one.get("name"): one.get("template") for one in template}.get("default")
+    return without_clock(template) if isinstance(template, str) else None
