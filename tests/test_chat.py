@@ -11,10 +11,10 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from srlm_mega.chat import Chat
+from srlm_mega.chat.tokenizer_files import write_tokenizer
 from srlm_mega.checkpoints_conversion.tokenizer import tokenizer_from_sentencepiece
 from srlm_mega.data.toy_world.word_tokenizer import toy_tokenizer
 from srlm_mega.errors import UserError
-from srlm_mega.tokenizer_files import write_tokenizer
 
 TOY = Chat(toy_tokenizer())
 SPECIAL = {toy_tokenizer().token_to_id(token) for token in ("<s>", "</s>", "[INST]", "[/INST]")}

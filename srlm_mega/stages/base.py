@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from srlm_mega.chat import Chat
+from srlm_mega.chat.tokenizer_files import TokenizerFolder, link_model
 from srlm_mega.checkpoints_conversion.huggingface import open_weights, read_shape, write_folder
 from srlm_mega.checkpoints_conversion.llama import LlamaShape
 from srlm_mega.checkpoints_conversion.random_weights import random_weights
@@ -17,7 +18,6 @@ from srlm_mega.run.work import Done, Work
 from srlm_mega.seeds import derive_seed
 from srlm_mega.stages.chat_format import chosen_template
 from srlm_mega.stages.sampler_weights import require_verified
-from srlm_mega.tokenizer_files import TokenizerFolder, link_model
 
 
 def make_base(work: Work) -> Done:

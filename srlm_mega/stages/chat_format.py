@@ -3,9 +3,9 @@
 import re
 from pathlib import Path
 
-from srlm_mega.chat_template import shipped_template, without_clock
+from srlm_mega.chat.chat_template import shipped_template, without_clock
+from srlm_mega.chat.tokenizer_files import TokenizerFolder
 from srlm_mega.errors import UserError
-from srlm_mega.tokenizer_files import TokenizerFolder
 
 CONTROL_TOKEN = re.compile(r"<\|\w+\|>")
 

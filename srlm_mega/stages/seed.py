@@ -5,6 +5,7 @@ from pathlib import Path
 import orjson
 
 from srlm_mega.chat import Chat
+from srlm_mega.chat.tokenizer_files import LLAMA_TOKENS, TokenizerFolder, write_tokenizer
 from srlm_mega.checkpoints_conversion.tokenizer import tokenizer_from_sentencepiece
 from srlm_mega.config.training import ModelConfig
 from srlm_mega.data.formats import read_jsonl_sets
@@ -18,7 +19,6 @@ from srlm_mega.records import write_jsonl
 from srlm_mega.run.work import Done, Work
 from srlm_mega.seeds import derive_seed
 from srlm_mega.stages.chat_format import chosen_template
-from srlm_mega.tokenizer_files import LLAMA_TOKENS, TokenizerFolder, write_tokenizer
 
 
 def make_seed(work: Work) -> Done:

@@ -7,6 +7,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from srlm_mega.chat import Chat
+from srlm_mega.chat.tokenizer_files import write_tokenizer
 from srlm_mega.config.data import SeedDataConfig
 from srlm_mega.data.seed_sets import SeedSets
 from srlm_mega.data.toy_world.authors import CAREFUL, CARELESS, Care, faulty_answer, review
@@ -15,7 +16,6 @@ from srlm_mega.data.toy_world.truth import Criteria, criteria, quality
 from srlm_mega.data.toy_world.word_tokenizer import toy_tokenizer
 from srlm_mega.data.toy_world.world import LIST_OPENING, all_instructions, parse_instruction
 from srlm_mega.errors import UserError
-from srlm_mega.tokenizer_files import write_tokenizer
 
 INSTRUCTION = "list 3 animals upper open sure close thanks"
 RIGHT = "sure CAT DOG LION thanks"

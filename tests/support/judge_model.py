@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
+from srlm_mega.chat.tokenizer_files import write_tokenizer
 from srlm_mega.checkpoints_conversion.huggingface import write_folder
 from srlm_mega.checkpoints_conversion.llama import LlamaShape
 from srlm_mega.checkpoints_conversion.random_weights import random_weights
-from srlm_mega.tokenizer_files import write_tokenizer
 
 UNK, BOS, EOS, OPEN_USER, CLOSE_USER = "<unk>", "<s>", "</s>", "[INST]", "[/INST]"
 WORDS = (UNK, BOS, EOS, OPEN_USER, CLOSE_USER, "Verdict", ":", "A")

@@ -9,6 +9,7 @@ import torch
 from places import ROOT
 from tokenizers import Tokenizer
 
+from srlm_mega.chat.tokenizer_files import write_tokenizer
 from srlm_mega.checkpoints_conversion.huggingface import write_folder
 from srlm_mega.checkpoints_conversion.random_weights import random_weights
 from srlm_mega.config import Config
@@ -18,7 +19,6 @@ from srlm_mega.records import Prompt, write_jsonl
 from srlm_mega.run.manifest import Identity
 from srlm_mega.run.run_dir import RunDir
 from srlm_mega.stages.base import shape_of
-from srlm_mega.tokenizer_files import write_tokenizer
 
 CANDIDATES, JUDGEMENTS = "round_1/candidates", "round_1/judgements"
 

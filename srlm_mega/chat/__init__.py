@@ -14,9 +14,9 @@ from pathlib import Path
 import orjson
 from tokenizers import AddedToken, Tokenizer
 
-from srlm_mega.chat_template import Part, shipped_template, text_markers, turn_layout
+from srlm_mega.chat.chat_template import Part, shipped_template, text_markers, turn_layout
+from srlm_mega.chat.tokenizer_files import LLAMA_TOKENS, SpecialTokens, TokenizerFolder
 from srlm_mega.errors import UserError
-from srlm_mega.tokenizer_files import LLAMA_TOKENS, SpecialTokens, TokenizerFolder
 
 MAX_CHARACTER_BYTES = 4  # in UTF-8
 SPACE = "\u2581"  # SentencePiece's

@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 from tokenizers import Tokenizer
 
-from srlm_mega.chat_template import shipped_template, without_clock
+from srlm_mega.chat.chat_template import shipped_template, without_clock
 from srlm_mega.errors import UserError
 
 TOKENIZER, SETTINGS, TOKENS, TEMPLATE = (

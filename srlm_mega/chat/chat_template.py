@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jinja2 import TemplateError
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from srlm_mega.errors import UserError
 
-SHIPPED_TEMPLATES = Path(__file__).with_name("chat_templates")
+SHIPPED_TEMPLATES = Path(__file__).with_name("templates")
 # Without transformers' clock a template writes its own fixed date, and a prompt has the same tokens on every day.
 NO_CLOCK = "{%- set strftime_now = no_clock -%}"
 BLANKS = "\t \n"
@@ -72,6 +71,8 @@ def turn_layout(template: str, special_tokens: Mapping[str, str], origin: str) -
     `special_tokens` are the tokenizer's, by transformers' names (`bos_token`, ...). UserError, with `origin`, for a
     template that raises, that drops or changes a text, or that does not write where the assistant's turn begins.
     """
+    # It takes a second to import, and most who import this file render nothing.
+    from transformers.utils.chat_template_utils import render_jinja_template
 
     def render(messages: Sequence[tuple[str, str]]) -> str:
         conversation = [{"role": role, "content": text} for role, text in messages]
@@ -85,7 +86,7 @@ def turn_layout(template: str, special_tokens: Mapping[str, str], origin: str) -
 
     def split(*roles: str) -> tuple[list[str], list[Slot]]:
         """Return the literal texts around the texts of a conversation's turns, and the places of those."""
-        marks = [f"\ue000{number}\ue001" for number in range(len(roles))]
+        marks = [f"\ue000Text{number}\ue001" for number in range(len(roles))]
         text = render(list(zip(roles, marks, strict=True)))
         padded = render([(role, f"{BLANKS}{mark}{BLANKS}") for role, mark in zip(roles, marks, strict=True)])
         literals, slots = [], []
