@@ -15,7 +15,13 @@ TOY = CONFIGS / "toy_cpu.yaml"
 
 @pytest.mark.parametrize(
     ("name", "world", "dp"),
-    [("toy_cpu", 2, 1), ("llama2_7b_8gpu", 8, 2), ("llama2_70b_64gpu", 64, 2), ("oasst_cpu", 2, 1)],
+    [
+        ("toy_cpu", 2, 1),
+        ("llama2_7b_8gpu", 8, 2),
+        ("llama2_70b_64gpu", 64, 2),
+        ("oasst_cpu", 2, 1),
+        ("smollm2_cpu", 2, 2),
+    ],
 )
 def test_presets_are_valid(name: str, world: int, dp: int) -> None:
     config = load_config(CONFIGS / f"{name}.yaml")
@@ -114,7 +120,9 @@ def test_a_preset_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     assert load_config(Path("toy_cpu")) == load_config(TOY)
     assert origins(Path("toy_cpu"), [])["dpo.train_iters"] == "toy_cpu.yaml"
-    with pytest.raises(UserError, match=r"no configuration file toy\.yaml.* presets are .*oasst_cpu, toy_cpu"):
+    with pytest.raises(
+        UserError, match=r"no configuration file toy\.yaml.* presets are .*oasst_cpu, smollm2_cpu, toy_cpu"
+    ):
         load_config(Path("toy.yaml"))
     Path("toy_cpu").write_text("run: {dir: [\n")
     with pytest.raises(UserError, match="toy_cpu is not YAML"):  # a file of that name comes first
