@@ -41,7 +41,7 @@ class LocalJudge:
         seq_length: int | None = None,
     ) -> "LocalJudge":
         """Load the model of a Hugging Face folder. `loaded`: the folder that the sampler loads in its place (FP8, an
-        engine); `seq_length`: the limit of an engine. UserError when the tokenizer lacks Llama 2's special tokens."""
+        engine); `seq_length`: the limit of an engine. UserError when its tokenizer or chat template cannot be used."""
         chat, positions = Chat.from_folder(folder), ModelLimits.of_folder(folder).max_positions
         if seq_length is not None:
             positions = min(positions, seq_length)
