@@ -32,6 +32,13 @@ TINYLLAMA = (
     "{% elif message['role'] == 'assistant' %}\n{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n{% endif %}"
     "\n{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
 )
+# As SmolLM3 and others mark what is trained on, with a loop's controls.
+GENERATION = (
+    "{%- for m in messages -%}{%- if m.role == 'tool' -%}{%- continue -%}{%- endif -%}{{ '<|im_start|>' + m.role + "
+    "'\n' }}{%- if m.role == 'assistant' -%}{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
+    "{%- else -%}{{ m.content + '<|im_end|>\n' }}{%- endif -%}{%- endfor -%}{{ '<|im_start|>assistant\n' if "
+    "add_generation_prompt else '' }}{%- set x = {'a': 'é'} | tojson -%}"
+)
 ALPACA = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '### Instruction:\n' + m.content + '\n\n' }}"
     "{% else %}{{ '### Response:\n' + m.content + eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}"
@@ -98,6 +105,7 @@ FORMATS = {
     "llama3": shipped_template("llama3"),
     "chatml": shipped_template("chatml"),
     "smollm2": SMOLLM2,
+    "generation": GENERATION,
 }
 
 

@@ -1,15 +1,20 @@
-"""Chat templates: Jinja rendered as transformers renders it, with marks in place of the contents.
+"""Chat templates: Jinja, rendered as transformers renders it, with marks in place of the contents.
 
 So a template's own text and the texts of a conversation are known apart, whatever the texts contain.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple, NoReturn
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from srlm_mega.errors import UserError
 
@@ -19,6 +24,28 @@ NO_CLOCK = "{%- set strftime_now = no_clock -%}"
 BLANKS = "\t \n"
 IN_BRACKETS, BARE_WORDS = re.compile(r"[\[<]\S*\w\S*[\]>]"), re.compile(r"[\w\s]*")
 REMEDY = "give another one by model.chat_template (llama2, chatml, llama3 or a .jinja file)"
+
+
+class GenerationTag(Extension):
+    """The tag by which templates mark an answer for transformers; its content is all that is rendered."""
+
+    tags: ClassVar = {"generation"}
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """Return the statements between the tags."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def raise_exception(message: str) -> NoReturn:
+    """End the rendering: the function by which a template refuses a conversation."""
+    raise TemplateError(message)
+
+
+# As transformers' apply_chat_template has it. It is a sandbox: a template from the hub is not trusted.
+JINJA = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols])
+JINJA.globals["raise_exception"] = raise_exception
+JINJA.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
 
 
 class Slot(NamedTuple):
@@ -71,18 +98,13 @@ def turn_layout(template: str, special_tokens: Mapping[str, str], origin: str) -
     `special_tokens` are the tokenizer's, by transformers' names (`bos_token`, ...). UserError, with `origin`, for a
     template that raises, that drops or changes a text, or that does not write where the assistant's turn begins.
     """
-    # It takes a second to import, and most who import this file render nothing.
-    from transformers.utils.chat_template_utils import render_jinja_template
 
     def render(messages: Sequence[tuple[str, str]]) -> str:
-        conversation = [{"role": role, "content": text} for role, text in messages]
+        values = {"messages": [{"role": role, "content": text} for role, text in messages], **special_tokens}
         try:
-            ((text,), _) = render_jinja_template(
-                [conversation], chat_template=template, add_generation_prompt=True, **special_tokens
-            )
+            return JINJA.from_string(template).render(values, add_generation_prompt=True, tools=None, documents=None)
         except (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
             raise UserError(f"the chat template of {origin} cannot be rendered ({error}): {REMEDY}") from None
-        return str(text)
 
     def split(*roles: str) -> tuple[list[str], list[Slot]]:
         """Return the literal texts around the texts of a conversation's turns, and the places of those."""

@@ -22,11 +22,12 @@ from srlm_mega.run.run_dir import RunDir
 STAND_IN = ROOT / "tests/support/tensorrt_llm_stand_in"
 # What docs/sampling.md tells to install, and what that brings with it.
 LIGHT = (
-    "numpy", "orjson", "psutil", "pydantic", "rapidfuzz", "rich", "tenacity", "tokenizers", "typer", "xxhash", "yaml"
+    "jinja2", "numpy", "orjson", "psutil", "pydantic", "rapidfuzz", "rich", "tenacity", "tokenizers", "typer", "xxhash",
+    "yaml",
 )  # fmt: skip
 THEIRS = (
-    "annotated_doc", "annotated_types", "click", "markdown_it", "mdurl", "pydantic_core", "pygments", "shellingham",
-    "typing_extensions", "typing_inspection",
+    "annotated_doc", "annotated_types", "click", "markdown_it", "markupsafe", "mdurl", "pydantic_core", "pygments",
+    "shellingham", "typing_extensions", "typing_inspection",
 )  # fmt: skip
 
 
