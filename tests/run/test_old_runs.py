@@ -14,7 +14,7 @@ import pytest
 from places import ROOT
 
 from srlm_mega.config import Config
-from srlm_mega.config.compatibility import REMOVED, RENAMED
+from srlm_mega.config.compatibility import REMOVED, RENAMED, changed
 from srlm_mega.config.file import load_config
 from srlm_mega.config.knobs import knobs
 from srlm_mega.controller.loop import check_finished
@@ -104,6 +104,14 @@ def test_a_section_that_was_absent_is_not_its_defaults(run: RunDir) -> None:
     """Early stopping was off: each of its keys that is read now is another value, default or not."""
     with pytest.raises(UserError, match=r"early_stopping\.eval_interval: was None, now 200\n"):
         resume(run, configured(run, "early_stopping.judge.model=j"))
+
+
+def test_a_model_from_outside_was_asked_in_llama_2s_format() -> None:
+    """There was no other, whatever template its folder has: the format of a run may not change within it."""
+    old: dict[str, Any] = {"model.path": "models/x"}
+    assert changed(old, {**old, "model.chat_template": "auto"}) == {"model.chat_template": ("llama2", "auto")}
+    assert changed(old, {**old, "model.chat_template": "llama2"}) == {}
+    assert changed({"model.path": None}, {"model.path": None, "model.chat_template": "auto"}) == {}
 
 
 def test_removed_and_renamed_options(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
