@@ -73,6 +73,9 @@ class HealthConfig(Section, decides="limit"):
 
     parse_failure: Limit = Field(Limit(warn=0.05), description="Share of judgements without a readable score, at most.")
     truncation: Limit = Field(Limit(warn=0.01), description="Share of candidates cut off at the length limit, at most.")
+    judge_truncation: Limit = Field(
+        Limit(warn=0.05), description="Share of judgements cut off at the token limit, which have no score, at most."
+    )
     tie_rate: Limit = Field(Limit(warn=0.5), description="Share of prompts whose candidates score the same, at most.")
     score_entropy: Limit = Field(Limit(warn=0.8), description="Entropy of the scores in bits, at least.")
     duplicates: Limit = Field(Limit(warn=0.25), description="Share of near-duplicate candidates, at most.")

@@ -64,6 +64,7 @@ def round_health(
     figures = {
         "parse_failure": figure(ratio(counts.unparsed, counts.judgements), limits.parse_failure),
         "truncation": figure(ratio(counts.truncated, counts.candidates), limits.truncation),
+        "judge_truncation": figure(ratio(counts.judgements_truncated, counts.judgements), limits.judge_truncation),
         "tie_rate": figure(ratio(counts.tied, counts.prompts - counts.too_few), limits.tie_rate),
         "score_entropy": figure(entropy, limits.score_entropy, low_is_bad=True),
         "duplicates": figure(ratio(counts.duplicates, counts.candidates), limits.duplicates),

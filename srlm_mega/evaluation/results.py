@@ -92,6 +92,17 @@ class Comparison:
 
 @with_config(STRICT)
 @dataclass(frozen=True, slots=True)
+class JudgementCounts:
+    """Number of a model's judgements of EFT-eval's replies, of those without a score, and of those that were cut at the
+    token limit, which have none either."""
+
+    judgements: int
+    unparsed: int
+    truncated: int
+
+
+@with_config(STRICT)
+@dataclass(frozen=True, slots=True)
 class Measured:
     """Measurements of a model, kept while a judge compares its samples."""
 
@@ -101,6 +112,8 @@ class Measured:
     """Number of prompts left out because they do not fit."""
     judged: tuple[JudgedBy, ...]
     """Metrics by means of `judge.n` judgements, by single ones, and by `evaluation.judge_means`."""
+    judgements: JudgementCounts | None = None
+    """Counts of the judgements behind the metrics."""
 
 
 @with_config(STRICT)
@@ -128,3 +141,5 @@ class ModelEvaluation:
     """Comparison with M1's sampled responses by a judge; None unless configured."""
     lengths: LengthStatistics | None = None
     """Lengths of the sampled responses."""
+    judgements: JudgementCounts | None = None
+    """Counts of the judgements behind the judge's metrics."""

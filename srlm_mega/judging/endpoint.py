@@ -18,6 +18,7 @@ from srlm_mega.errors import CannotContinue, UserError
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 1.0, 60.0
 WRONG_KEY, WRONG_NAME = (401, 403), 404
 TRANSIENT = (408, 409, 429)  # and 5xx: a retry may succeed
+CUT = ("length", "content_filter")  # reasons to end an answer before it is whole
 QUOTED = 200  # characters of a response that an error quotes
 
 
@@ -51,7 +52,7 @@ class Endpoint:
         self._sleep = sleep
 
     def ask(self, question: str) -> tuple[str, bool]:
-        """Return the answer, and whether it was cut off by `max_new_tokens`. Raise RequestFailed when all attempts
+        """Return the answer, and whether `max_new_tokens` or a filter cut it off. Raise RequestFailed when all attempts
         failed, CannotContinue when the endpoint cannot be reached, UserError for a wrong key or model."""
         try:
             return self._retrying()(self._ask_once, question)
@@ -100,7 +101,7 @@ class Endpoint:
     def _answer_in(self, response: httpx.Response) -> tuple[str, bool]:
         try:
             choice: Any = response.json()["choices"][0]
-            content, cut = choice["message"]["content"], choice.get("finish_reason") == "length"
+            content, cut = choice["message"]["content"], choice.get("finish_reason") in CUT
         except (ValueError, LookupError, TypeError, AttributeError):
             content, cut = None, False
         if not isinstance(content, str):

@@ -21,6 +21,7 @@ class PairCounts:
     """Counts of a round. Each prompt is in exactly one of pairs, tied, small_gap, identical, too_few, long_chosen; each
     candidate in exactly one of scored, truncated, unscored.
 
+    judgements_truncated: judgements cut at the token limit; they have no score, so they are among `unparsed`.
     duplicates: candidates whose text an earlier one of the same prompt has. score_entropy: bits, of the judgements'
     scores rounded to integers, 0 to log2(6) = 2.58. The means are over pairs: the gap in score, and characters of
     chosen and rejected responses. consistency is CREAM's C, 1 when it is not configured.
@@ -45,6 +46,7 @@ class PairCounts:
     mean_chosen_length: float = 0.0
     mean_rejected_length: float = 0.0
     mean_consistency: float = 1.0
+    judgements_truncated: int = 0
 
 
 @dataclass

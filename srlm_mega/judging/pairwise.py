@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from srlm_mega.judging.template import Template
+from srlm_mega.records import FinishReason
 
 Verdict = Literal["first", "second", "tie"]
 Outcome = Literal["win", "tie", "loss"]
@@ -17,6 +18,12 @@ def pairwise_template() -> Template:
     path = Path(__file__).with_name("pairwise.txt")
     text = path.read_text(encoding="utf-8").rstrip("\n")
     return Template.from_text(text, str(path), ("instruction", "first", "second"))
+
+
+def verdict_of(text: str, finish_reason: FinishReason) -> Verdict | None:
+    """Return the verdict of a sampled comparison. None when there is none to read (`parse_verdict`), or when the token
+    limit cut it off: "Verdict: A and B are alike" may lose all after its A."""
+    return parse_verdict(text) if finish_reason == "stop" else None
 
 
 def parse_verdict(text: str) -> Verdict | None:

@@ -4,6 +4,8 @@ import math
 import re
 from collections.abc import Sequence
 
+from srlm_mega.records import FinishReason
+
 MAX_SCORE = 5.0
 
 # "Score:" with something that begins like a number after it, on the same line; bold around any part is allowed.
@@ -16,6 +18,12 @@ NUMBER = re.compile(
     r"(?![ \t*_]*(?:[-+*/=:x×^–—]|to|or|and)[ \t*_]*[0-9])",
     re.IGNORECASE,
 )
+
+
+def score_of(text: str, finish_reason: FinishReason) -> float | None:
+    """Return the score of a sampled judgement. None when there is none to read (`parse_score`), or when the token limit
+    cut the judgement off: "Score: 10" without its last token reads 1."""
+    return parse_score(text) if finish_reason == "stop" else None
 
 
 def parse_score(text: str) -> float | None:

@@ -70,7 +70,8 @@ def describe(run: RunDir, number: int, pair: PreferencePair) -> Iterator[str]:
         yield f"{role} {candidate.id}{score} ({origin})"
         yield f"  {candidate.text}"
         for judgement in judgements.get(candidate.id, []):
-            shown = "no score" if judgement.score is None else f"{judgement.score:g}"
+            reason = "no score" if judgement.finish_reason == "stop" else "cut off, no score"
+            shown = reason if judgement.score is None else f"{judgement.score:g}"
             yield f"  judged {shown}: {judgement.text}  (seed {judgement.seed}, model {judgement.model_hash})"
 
 

@@ -99,6 +99,7 @@ def render(run: Path) -> str:
             explorer=explorer(rounds),
             samples=side_by_side(samples),
             judge_metrics=JUDGE_METRICS,
+            cut_judgements={name: cut_judgements(folder, name) for name in summary.models},
             judgements_each=config.judge.n,
             outcomes=get_args(Outcome),
             prompts_per_page=PROMPTS_PER_PAGE,
@@ -178,6 +179,14 @@ def facts(config: Config) -> dict[str, str]:
         "Judge": f"{judge.n} judgements per candidate, T {judge.temperature:g}, template {judge.template}",
         "DPO": f"beta {config.dpo.beta:g}, lr {config.dpo.lr:g}, batch {config.dpo.global_batch_size}",
     }
+
+
+def cut_judgements(folder: RunDir, model: str) -> int | None:
+    """Return how many of a model's judgements of EFT-eval were cut off; None where an older version evaluated it."""
+    manifest = folder.manifest(EVALUATION.of(model))
+    assert manifest is not None, "the summary has the models whose evaluation is finished"
+    cut = manifest.counts.get("judgements_truncated")
+    return None if cut is None else int(cut)
 
 
 def metric(value: float | None, name: str) -> str:

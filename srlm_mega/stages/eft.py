@@ -1,8 +1,9 @@
 """Stage eft: the SFT baseline judges ranked replies; M1 is trained on the judgements that agree with the ranking."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 
 from srlm_mega.data.eft_selection import (
     EftYield,
@@ -16,7 +17,7 @@ from srlm_mega.data.eft_selection import (
 from srlm_mega.errors import CannotContinue
 from srlm_mega.records import Judgement, RankedReplies, SftExample, read_jsonl, write_jsonl
 from srlm_mega.run.work import Done, Work
-from srlm_mega.sampling.sampler import Completion, SamplingParams
+from srlm_mega.sampling.sampler import SamplingParams
 from srlm_mega.seeds import derive_seed
 from srlm_mega.stages.sampling_task import SampledBy, SamplingRequest, SamplingTask, judge_template, judgements_of
 from srlm_mega.stages.sharded import sample_in_shards
@@ -55,6 +56,7 @@ def build_eft(work: Work) -> Done:
     seed = derive_seed(work.config.run.seed, work.stage.name)
     capped = cap_modal_score(scores, seed)  # else M1 would be trained to give one score to almost everything
     kept = [accepted[index][0] for index in sample_in_order(capped, work.config.seed_data.num_eft, seed)]
+    everything = [judgement for one in judged for tries in one.judgements for judgement in tries]
     result = yields([(one.ranks, one.scores) for one in judged])
     print(in_words(result, settings.attempts), flush=True)
     if len(kept) < settings.min_examples:
@@ -66,7 +68,8 @@ def build_eft(work: Work) -> Done:
         **asdict(result),
         "replies_too_long": too_long,
         "sets_incomplete": incomplete,
-        "unparsed": sum(score is None for one in judged for tries in one.scores for score in tries),
+        "unparsed": sum(judgement.score is None for judgement in everything),
+        "truncated": sum(judgement.finish_reason == "length" for judgement in everything),
         "accepted": len(accepted),
         "after_cap": len(capped),
         "examples": len(examples),
@@ -96,12 +99,7 @@ def eft_task(work: Work) -> tuple[SamplingTask[str], int]:
         for index, reply in enumerate(ranked.replies):
             text = template.fill(ranked.prompt, reply.text)
             requests.append(SamplingRequest(reply_id(ranked, index), text, by.chat.prompt(text)))
-
-    def records(request: SamplingRequest[str], completions: Sequence[Completion]) -> Iterator[Judgement]:
-        for judgement in judgements_of(by, "j", request, completions):
-            whole = judgement.finish_reason == "stop"  # a judgement that was cut off is no example of judging
-            yield judgement if whole else replace(judgement, score=None)
-
+    records = partial(judgements_of, by, "j")
     return SamplingTask(MODEL, requests, params, records, JUDGEMENTS, "replies").fitting(work.config)
 
 

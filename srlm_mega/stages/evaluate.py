@@ -13,9 +13,16 @@ from srlm_mega.data.toy_world.truth import quality
 from srlm_mega.errors import UserError
 from srlm_mega.evaluation.judge_metrics import judge_metrics, with_ranks
 from srlm_mega.evaluation.lengths import length_statistics
-from srlm_mega.evaluation.results import Comparison, EvaluationSample, JudgedBy, Measured, ModelEvaluation
+from srlm_mega.evaluation.results import (
+    Comparison,
+    EvaluationSample,
+    JudgedBy,
+    JudgementCounts,
+    Measured,
+    ModelEvaluation,
+)
 from srlm_mega.evaluation.win_rates import HeadToHead, head_to_head
-from srlm_mega.judging.scores import mean_score, parse_score
+from srlm_mega.judging.scores import mean_score, score_of
 from srlm_mega.records import Prompt, RankedReplies, read_jsonl, write_jsonl
 from srlm_mega.run.stage_kinds import EVALUATION
 from srlm_mega.run.work import Done, Work
@@ -51,9 +58,15 @@ def evaluate(work: Work) -> Done:
         against_m1=against,
         pairwise=by_judge,
         lengths=length_statistics([sample.sampled for sample in samples], measured.lengths),
+        judgements=measured.judgements,
     )
     (work.out / "evaluation.json").write_bytes(orjson.dumps(evaluation, option=orjson.OPT_INDENT_2))
     counts: dict[str, float] = {"too_long": measured.too_long} | ({} if against is None else asdict(against))
+    if measured.judgements is not None:
+        counts |= {
+            "judgements_unparsed": measured.judgements.unparsed,
+            "judgements_truncated": measured.judgements.truncated,
+        }
     if by_judge is not None:
         counts |= pairwise_counts(by_judge)
     work.progress.update(2, 2, "parts")
@@ -72,7 +85,8 @@ def measure(work: Work, model: str, keep: bool) -> tuple[list[EvaluationSample],
     work.progress.update(0, 2, "parts", "responses")
     samples, lengths, too_long = make_samples(work, chat, sampler)
     work.progress.update(1, 2, "parts", "judgements")
-    measured = Measured(tuple(lengths), too_long, tuple(measure_judge(work, chat, sampler)))
+    judged, judgements = measure_judge(work, chat, sampler)
+    measured = Measured(tuple(lengths), too_long, tuple(judged), judgements)
     sampler.close()
     if keep:
         write_durably(measured_file, partial(write_jsonl, records=[measured]))
@@ -119,14 +133,14 @@ def make_samples(work: Work, chat: Chat, sampler: RetryingSampler) -> tuple[list
     return samples, lengths, len(given) - len(prompts)
 
 
-def measure_judge(work: Work, chat: Chat, sampler: RetryingSampler) -> list[JudgedBy]:
+def measure_judge(work: Work, chat: Chat, sampler: RetryingSampler) -> tuple[list[JudgedBy], JudgementCounts]:
     """Measure how well the model's scores agree with ranked replies, for means of judge.n judgements, single judgements
     and means of each size in evaluation.judge_means. All share evaluation.judge_replicates replicates, of which smaller
-    sizes take the first judgements."""
+    sizes take the first judgements. Return the metrics of each size, and counts of the judgements."""
     judge, evaluation = work.config.judge, work.config.evaluation
     sets = list(read_jsonl(work.read("seed", "eft_eval.jsonl"), RankedReplies))
     most = max(judge.n, *evaluation.judge_means)
-    scores = score_replies(work, chat, sampler, sets, most * evaluation.judge_replicates)
+    scores, counts = score_replies(work, chat, sampler, sets, most * evaluation.judge_replicates)
 
     def metrics(size: int) -> JudgedBy:
         min_valid = min(judge.min_valid, size)
@@ -139,13 +153,14 @@ def measure_judge(work: Work, chat: Chat, sampler: RetryingSampler) -> list[Judg
 
     sizes = (judge.n, 1, *evaluation.judge_means)
     by_size = {size: metrics(size) for size in set(sizes)}  # a size may be configured twice
-    return [by_size[size] for size in sizes]
+    return [by_size[size] for size in sizes], counts
 
 
 def score_replies(
     work: Work, chat: Chat, sampler: RetryingSampler, sets: Sequence[RankedReplies], judgements: int
-) -> list[list[list[float | None]]]:
-    """Return scores[set][reply][judgement], None where none can be read; an empty list for a reply that is too long."""
+) -> tuple[list[list[list[float | None]]], JudgementCounts]:
+    """Return scores[set][reply][judgement], None where there is none, with an empty list for a reply that is too long;
+    and counts of the judgements."""
     judge = work.config.judge
     template, longest = judge_template(work), work.config.longest_prompt(judge.max_new_tokens)
     requests = [
@@ -160,8 +175,10 @@ def score_replies(
     answers = none_failed(sampler.sample(names, [ids for _, _, ids in requests], params))
     scores: list[list[list[float | None]]] = [[[] for _ in ranked.replies] for ranked in sets]
     for (number, index, _), completions in zip(requests, answers, strict=True):
-        scores[number][index] = [parse_score(chat.decode(completion.token_ids)) for completion in completions]
-    return scores
+        scores[number][index] = [score_of(chat.decode(one.token_ids), one.finish_reason) for one in completions]
+    given = [score for one in scores for replies in one for score in replies]
+    cut = sum(one.finish_reason == "length" for completions in answers for one in completions)
+    return scores, JudgementCounts(len(given), sum(score is None for score in given), cut)
 
 
 def against_m1(work: Work, samples: Sequence[EvaluationSample]) -> HeadToHead | None:

@@ -16,6 +16,7 @@ from srlm_mega.run.work import Done, Work
 MEANINGS = {
     "parse_failure": ("of the judgements have no readable score", "read judgements.jsonl; train on (more) EFT data"),
     "truncation": ("of the candidates were cut", "raise candidates.max_new_tokens"),
+    "judge_truncation": ("of the judgements were cut", "raise judge.max_new_tokens"),
     "tie_rate": (
         "of the prompts have no best and worst candidate",
         "raise judge.n or candidates.n, or replay EFT data",

@@ -16,7 +16,7 @@ from srlm_mega.judging.meta import (
     most_pairs,
     position_weights,
 )
-from srlm_mega.judging.pairwise import parse_verdict
+from srlm_mega.judging.pairwise import verdict_of
 from srlm_mega.judging.rewards import reward_of
 from srlm_mega.judging.scored_candidates import judgements_by_candidate, score_candidate
 from srlm_mega.records import Candidate, Judgement, Message, MetaJudgement, PreferencePair, read_jsonl, write_jsonl
@@ -52,6 +52,7 @@ def judge_judgements(work: Work) -> Done:
         "pairs": len(pairs),
         "responses": len(contests),
         "unparsed": sum(one.verdict is None for one in judged),
+        "truncated": sum(one.finish_reason == "length" for one in judged),
         "first_wins": sum(one.verdict == "first" for one in judged),
         "second_wins": sum(one.verdict == "second" for one in judged),
         "too_long": too_long,
@@ -88,7 +89,7 @@ def comparisons_task(work: Work) -> tuple[SamplingTask[JudgementComparison], int
                 candidate_id=request.source.candidate_id,
                 first_id=request.source.first.id,
                 second_id=request.source.second.id,
-                verdict=parse_verdict(fields["text"]),
+                verdict=verdict_of(fields["text"], fields["finish_reason"]),
                 cumulative_logprob=completion.cumulative_logprob,
                 **fields,
             )

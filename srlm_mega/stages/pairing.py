@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from srlm_mega.errors import CannotContinue
 from srlm_mega.judging.agreement import SCORE_TOLERANCE
@@ -34,7 +34,9 @@ def select_pairs(work: Work) -> Done:
     earlier = PREVIOUS_JUDGEMENTS if settings.weighs_consistency(work.round) else None
     prompts = scored(work, CANDIDATES, JUDGEMENTS, earlier)
     write_jsonl(work.out / "pairs.jsonl", pairs_of(prompts, settings, work.round, seed, counter, anchors))
-    counts = counter.counts()
+    judged = work.run.manifest(JUDGEMENTS.of(work.round))
+    assert judged is not None, "judgements are an input, so they are finished"
+    counts = replace(counter.counts(), judgements_truncated=int(judged.counts.get("truncated", 0)))
     if work.config.round.method == "dpo" and counts.pairs < settings.min_pairs:
         raise CannotContinue(too_few_pairs(work, counts))
     return Done(counts.pairs, asdict(counts))
@@ -87,7 +89,8 @@ def too_few_pairs(work: Work, counts: PairCounts) -> str:
     return (
         f"{counts.pairs} preference pairs from {counts.prompts} prompts, needed {work.config.pairs.min_pairs} "
         f"(pairs.min_pairs).\n"
-        f"  judge {judge}: {counts.unparsed} of {counts.judgements} judgements have no `Score: x` that can be read\n"
+        f"  judge {judge}: {counts.unparsed} of {counts.judgements} judgements have no `Score: x` that can be read, "
+        f"{counts.judgements_truncated} of them cut at judge.max_new_tokens\n"
         f"  candidates: {counts.scored} of {counts.candidates} scored, {counts.truncated} truncated, "
         f"{counts.unscored} without a score\n"
         f"  prompts: {counts.tied} tied, {counts.small_gap} with too small a gap, {counts.identical} with identical "

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from srlm_mega.judging.pairwise import parse_verdict
+from srlm_mega.judging.pairwise import verdict_of
 from srlm_mega.records import PairwiseJudgement
 from srlm_mega.sampling.shards import Answered, Shard
 from srlm_mega.stages.sampling_task import CompletionFields
@@ -24,7 +24,7 @@ def judgement_of(question: PairwiseQuestion, fields: CompletionFields) -> Pairwi
     return PairwiseJudgement(
         prompt_id=question.prompt_id,
         ours_first=question.ours_first,
-        verdict=parse_verdict(fields["text"]),
+        verdict=verdict_of(fields["text"], fields["finish_reason"]),
         **fields,
     )
 

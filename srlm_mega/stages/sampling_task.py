@@ -6,7 +6,7 @@ from typing import Generic, TypedDict, TypeVar
 
 from srlm_mega.chat import Chat
 from srlm_mega.config import Config
-from srlm_mega.judging.scores import parse_score
+from srlm_mega.judging.scores import score_of
 from srlm_mega.judging.template import JudgeTemplate
 from srlm_mega.records import (
     Candidate,
@@ -129,7 +129,7 @@ def judgements_of(
         yield Judgement(
             id=f"{request.id}-{letter}{number}",
             candidate_id=request.id,
-            score=parse_score(fields["text"]),
+            score=score_of(fields["text"], fields["finish_reason"]),
             cumulative_logprob=completion.cumulative_logprob,
             **fields,
         )

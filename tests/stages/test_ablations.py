@@ -24,7 +24,16 @@ from srlm_mega.judging.agreement import consistency
 from srlm_mega.judging.pairwise import Verdict
 from srlm_mega.judging.scores import mean_score
 from srlm_mega.judging.template import Template
-from srlm_mega.records import Candidate, Judgement, MetaJudgement, PreferencePair, Prompt, PromptDraft, read_jsonl
+from srlm_mega.records import (
+    Candidate,
+    FinishReason,
+    Judgement,
+    MetaJudgement,
+    PreferencePair,
+    Prompt,
+    PromptDraft,
+    read_jsonl,
+)
 from srlm_mega.report.lineage import pair_text
 from srlm_mega.run.plan import find_stage
 from srlm_mega.run.progress import read_progress
@@ -247,13 +256,13 @@ def means(judgements: list[Judgement]) -> dict[str, float]:
 def a_judge_of_judges(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The toy model compares nothing: a prompt of its words, and of every answer a verdict."""
 
-    def verdict(text: str) -> Verdict | None:
+    def verdict(text: str, finish_reason: FinishReason) -> Verdict | None:
         return ("first", "second", None)[len(text.split()) % 3]  # type: ignore[return-value]
 
     short = Template.from_text("{{instruction}} {{response}} {{first}} {{second}}", "test", PLACES)
     with monkeypatch.context() as patch:
         patch.setattr(meta, "meta_template", lambda: short)
-        patch.setattr(meta, "parse_verdict", verdict)
+        patch.setattr(meta, "verdict_of", verdict)
         yield
 
 

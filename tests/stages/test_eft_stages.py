@@ -112,8 +112,8 @@ def test_what_is_accepted_capped_and_counted(tmp_path: Path, monkeypatch: pytest
     counts, examples = built(eft_work(tmp_path))
     yields = {"prompts": 3, "first_try": 1, "any_try": 2, "first_try_strict": 0, "any_try_strict": 2}
     assert counts == yields | {
-        "replies_too_long": 1, "sets_incomplete": 1, "unparsed": 1, "accepted": 5, "after_cap": 4, "examples": 4,
-        "accepted_score_3": 2, "accepted_score_4": 3,
+        "replies_too_long": 1, "sets_incomplete": 1, "unparsed": 1, "truncated": 1, "accepted": 5, "after_cap": 4,
+        "examples": 4, "accepted_score_3": 2, "accepted_score_4": 3,
     }  # fmt: skip
     assert sorted(text for _, text in examples) == ["Score: 3", "Score: 3", "Score: 4", "Score: 4"]
     assert {"eft-agrees-a2-j0", "eft-later-a0-j1"} <= {name for name, _ in examples}

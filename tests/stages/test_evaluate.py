@@ -8,7 +8,7 @@ from places import TOY
 from sampling_run import with_files
 
 from srlm_mega.config.file import load_config, to_yaml
-from srlm_mega.evaluation.results import JudgedBy
+from srlm_mega.evaluation.results import JudgedBy, JudgementCounts
 from srlm_mega.records import Prompt, RankedReplies, RankedReply, write_jsonl
 from srlm_mega.run.plan import find_stage
 from srlm_mega.run.progress import Progress
@@ -21,6 +21,7 @@ SETS = [RankedReplies("e0", "why?", (RankedReply("good", 0), RankedReply("bad", 
 # Of each reply six judgements, two replicates of three. Means of three: 4 against 3, and 2 against 4; single ones (the
 # first of each three): 3 against 3, and 2 against 4; means of two: 4 against 3, and 2 against 4.
 SCORES = [[[3.0, 5.0, 4.0, 2.0, None, 2.0], [3.0, 3.0, 3.0, 4.0, 4.0, 4.0]]]
+COUNTS = JudgementCounts(12, unparsed=1, truncated=0)
 
 
 @pytest.fixture
@@ -35,12 +36,14 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., l
         with_files(run, config, "seed", lambda out: write_jsonl(out / "eft_eval.jsonl", SETS))
         work = Work(run, config, find_stage(config, "M1/evaluation"), tmp_path, Progress(run.root / "p.json"))
 
-        def scores(*arguments: object) -> list[list[list[float | None]]]:
+        def scores(*arguments: object) -> object:
             assert arguments[-1] == asked
-            return SCORES  # type: ignore[return-value]
+            return SCORES, COUNTS
 
         monkeypatch.setattr(evaluate, "score_replies", scores)
-        return evaluate.measure_judge(work, None, None)  # type: ignore[arg-type]
+        found, counts = evaluate.measure_judge(work, None, None)  # type: ignore[arg-type]
+        assert counts == COUNTS
+        return found
 
     return measure
 

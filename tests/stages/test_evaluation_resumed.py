@@ -11,7 +11,7 @@ from srlm_mega.config.file import load_config
 from srlm_mega.data.toy_world.word_tokenizer import toy_tokenizer
 from srlm_mega.errors import CANNOT_CONTINUE
 from srlm_mega.evaluation.judge_metrics import judge_metrics
-from srlm_mega.evaluation.results import EvaluationSample, JudgedBy, ModelEvaluation
+from srlm_mega.evaluation.results import EvaluationSample, JudgedBy, JudgementCounts, ModelEvaluation
 from srlm_mega.records import PairwiseJudgement, parse_line, read_jsonl, write_jsonl
 from srlm_mega.run.plan import find_stage
 from srlm_mega.run.progress import read_progress
@@ -20,6 +20,7 @@ from srlm_mega.stages.run_stages import run_stage
 
 STAGE = "M2/evaluation"
 JUDGED = [JudgedBy(size, judge_metrics([[(0, 5), (1, 3)]])) for size in (3, 1)]
+COUNTS = JudgementCounts(6, unparsed=2, truncated=1)
 
 
 def samples(text: str) -> list[EvaluationSample]:
@@ -45,7 +46,7 @@ def test_only_what_is_missing_is_asked_about_the_same_responses(
 
     monkeypatch.setattr(evaluate, "open_model", lambda *arguments, **more: NoSampler())
     monkeypatch.setattr(evaluate, "make_samples", make_samples)
-    monkeypatch.setattr(evaluate, "measure_judge", lambda *arguments: JUDGED)
+    monkeypatch.setattr(evaluate, "measure_judge", lambda *arguments: (JUDGED, COUNTS))
     units: set[str] = set()
 
     def reply(asked: Asked) -> Reply:
@@ -73,5 +74,6 @@ def test_only_what_is_missing_is_asked_about_the_same_responses(
     assert len(list(read_jsonl(out / "pairwise.jsonl", PairwiseJudgement))) == 20
     evaluation = parse_line(ModelEvaluation, (out / "evaluation.json").read_bytes())
     assert evaluation.judge == JUDGED[0].metrics and evaluation.mean_length == 3
+    assert evaluation.judgements == COUNTS, "kept over the kill"
     manifest = run.manifest(STAGE)
     assert manifest is not None and manifest.counts["too_long"] == 2

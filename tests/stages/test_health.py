@@ -13,7 +13,7 @@ from srlm_mega.judging.pair_counts import PairCounts
 COUNTS = PairCounts(
     prompts=100, pairs=60, tied=36, small_gap=0, identical=0, too_few=4, candidates=400, scored=394, truncated=2,
     unscored=4, judgements=1200, unparsed=24, duplicates=40, score_entropy=2.0, mean_gap=1.5, mean_chosen_length=120.0,
-    mean_rejected_length=100.0,
+    mean_rejected_length=100.0, judgements_truncated=12,
 )  # fmt: skip
 
 
@@ -33,6 +33,7 @@ def test_figures_by_hand() -> None:
         {
             "parse_failure": 0.02,
             "truncation": 0.005,
+            "judge_truncation": 0.01,
             "tie_rate": 36 / 96,
             "score_entropy": 2.0,
             "duplicates": 0.1,
