@@ -10,6 +10,7 @@ from recorded_rates import RecordedRates
 
 from srlm_mega.config import Config
 from srlm_mega.config.file import leaves, load_config
+from srlm_mega.config.rounds import HealthConfig
 from srlm_mega.config.training import OptimizationConfig, ParallelConfig
 from srlm_mega.training.batch import PairSequences, TokenSequence
 from srlm_mega.training.optimizer import build_scheduler
@@ -86,5 +87,7 @@ def test_the_paper_has_no_option_of_later_work() -> None:
     found = values(PAPER)
     assert found["pairs.rho"] == 0 and found["pairs.rejected_from"] == "round" and not found["pairs.consistency"]
     assert not found["meta_judge.enabled"] and found["dpo.eft_replay"] == 0 == found["dpo.rpo_alpha"]
-    assert [value for key, value in found.items() if key.startswith("health.") and key.endswith(".stop")] == [None] * 8
+    assert [value for key, value in found.items() if key.startswith("health.") and key.endswith(".stop")] == [
+        None
+    ] * len(HealthConfig.model_fields)
     assert (PAPER.sft.hidden_dropout, PAPER.dpo.attention_dropout, PAPER.dpo.beta) == (0.1, 0.1, 0.1)
