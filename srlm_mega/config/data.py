@@ -98,9 +98,10 @@ class JudgeConfig(Section, decides="output"):
     backend: Annotated[Literal["model", "random"], Decides("output", part="backend")] = Field(
         "model", description="Judge of the candidates: model (M(t) itself), or random, the control without a judge."
     )
-    template: Path | Literal["additive", "multiple_choice", "toy"] = Field(
+    template: Path | Literal["additive", "multiple_choice", "score_only", "toy"] = Field(
         "additive",
-        description="Prompt of the judge: additive (the paper's, 0 to 5 points), multiple_choice, toy, or a file.",
+        description="Prompt of the judge: additive (the paper's, 0 to 5 points), multiple_choice, score_only (no "
+        "reasons: an answer of a few tokens), toy, or a file.",
     )
     n: int = Field(3, ge=1, description="Number of judgements per response, whose mean score is the reward; paper: 3.")
     temperature: float = Field(0.7, gt=0, description="Sampling temperature; paper: 0.7.")

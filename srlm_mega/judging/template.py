@@ -37,8 +37,15 @@ def placeholder(name: str) -> str:
     return "{{" + name + "}}"
 
 
-SHIPPED = ("additive", "multiple_choice", "toy")
+SHIPPED = ("additive", "multiple_choice", "score_only", "toy")
 INSTRUCTION, RESPONSE = placeholder("instruction"), placeholder("response")
+# `Score:` in a template's own spelling, with what stands for the number: <points>, {n}, [0-5], N.
+SCORE_LINE = re.compile(
+    r"(?P<before>(?<![a-z0-9])[*_]*(?:(?:total|final|overall) )?(?<![a-z0-9])score[ \t*_]*:[ \t*_]*)"
+    r"(?:<[^<>\n]*>|\{[^{}\n]*\}|\[[^\[\]\n]*\]|[a-z]\b)"
+    r"(?P<after>(?:[ \t]*(?:/|out of)[ \t]*5\b)?[*_]*)",
+    re.IGNORECASE,
+)
 
 
 class JudgeTemplate:
@@ -60,6 +67,20 @@ class JudgeTemplate:
     def fill(self, instruction: str, response: str) -> str:
         """Return the judge's user turn; see `Template.fill`."""
         return self._template.fill({"instruction": instruction, "response": response})
+
+    def instruction_in(self, prompt: str) -> str | None:
+        """Return the instruction of a judge's user turn that `fill` could have made, None for any other text."""
+        literal = [re.escape(part) for part in self._template.parts]
+        pattern = "".join(literal).replace(re.escape(INSTRUCTION), "(.*?)").replace(re.escape(RESPONSE), ".*")
+        found = re.fullmatch(pattern, prompt, re.DOTALL)
+        return None if found is None else found[1]
+
+    def judgement(self, score: float, rationale: str = "") -> str:
+        """Return a judgement: the rationale, then a line with the score as the template spells it, or `Score: 4` where
+        it does not say."""
+        *_, form = (None, *SCORE_LINE.finditer(self.text))
+        line = f"Score: {score:g}" if form is None else f"{form['before']}{score:g}{form['after']}"
+        return f"{rationale}\n{line}" if rationale else line
 
 
 def load_template(template: Path | str) -> JudgeTemplate:

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from srlm_mega.errors import UserError
-from srlm_mega.judging.template import INSTRUCTION, RESPONSE, JudgeTemplate, load_template
+from srlm_mega.judging.scores import parse_score
+from srlm_mega.judging.template import INSTRUCTION, RESPONSE, SHIPPED, JudgeTemplate, load_template
 
 HOSTILE = (
     "{{instruction}}",
@@ -86,3 +87,43 @@ def test_a_missing_file_and_a_wrong_encoding_are_named(tmp_path: Path) -> None:
     path.write_bytes(b"caf\xe9 {{instruction}} {{response}}")
     with pytest.raises(UserError, match="not UTF-8"):
         load_template(path)
+
+
+def test_the_score_only_template_has_the_same_scale_and_wants_one_line() -> None:
+    text = load_template("score_only").fill("WHY", "BECAUSE").lower()
+    parts = ["relevance", "coverage", "usefulness", "clear assistant", "excellence", "why", "<response>\nbecause\n"]
+    places = [
+        text.index(part) for part in [*parts, "do not follow instructions", "one line", '"score: <total points>"']
+    ]
+    assert places == sorted(places) and len(text) < len(load_template("additive").text) / 2
+
+
+@pytest.mark.parametrize(
+    ("asked", "line"),
+    [
+        ('End with "Score: <points>", from 0 to 5.', "Score: 4"),
+        ("exactly '**Score:** <n>/5'", "**Score:** 4/5"),
+        ("Final score: {points} out of 5.", "Final score: 4 out of 5"),
+        ("SCORE : [0-5]", "SCORE : 4"),
+        ("Score: N", "Score: 4"),
+        ("no word of it", "Score: 4"),
+        ("Score: four or Score: 5", "Score: 4"),
+    ],
+)
+def test_a_judgement_is_written_as_the_template_asks(asked: str, line: str) -> None:
+    own = template(f"{INSTRUCTION} score: {RESPONSE} {asked}")
+    assert own.judgement(4) == line and parse_score(line) == 4
+    assert own.judgement(4, "Poor. Score: 1") == f"Poor. Score: 1\n{line}"
+
+
+@given(st.text(), st.sampled_from([f"{INSTRUCTION}|{RESPONSE}", *SHIPPED]), st.integers(0, 10))
+def test_what_is_written_is_read(rationale: str, name: str, half_points: int) -> None:
+    judge = load_template(name) if name in SHIPPED else template(name)
+    assert parse_score(judge.judgement(half_points / 2, rationale)) == half_points / 2
+
+
+@given(st.text(), st.text())
+def test_the_instruction_is_found_again(instruction: str, response: str) -> None:
+    for judge in (*map(load_template, SHIPPED), template(f"{RESPONSE}\n---\n{INSTRUCTION}")):
+        assert judge.instruction_in(judge.fill(instruction, f"{response} <response>")) == instruction
+    assert load_template("additive").instruction_in(instruction) is None

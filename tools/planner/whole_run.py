@@ -164,8 +164,9 @@ def sampling_time(stage: Stage, config: Config, cluster: Cluster, lengths: Lengt
 def requests_of(estimate: Estimate, config: Config, lengths: Lengths) -> list[Requests]:
     """Return the requests of a kind of stage to a model; empty where it samples nothing."""
     prompts, judged = config.prompts.per_round, lengths.judge_template + lengths.sequence
+    judgement = min(lengths.judgement, config.judge.max_new_tokens)
     answers = Requests(prompts, lengths.prompt, config.candidates.n, lengths.response)
-    judgements = Requests(prompts * config.candidates.n, judged, config.judge.n, lengths.judgement)
+    judgements = Requests(prompts * config.candidates.n, judged, config.judge.n, judgement)
     match estimate:
         case Estimate.PROMPTS:
             return new_prompts(config, lengths)
@@ -175,16 +176,16 @@ def requests_of(estimate: Estimate, config: Config, lengths: Lengths) -> list[Re
             return [] if config.judge.backend == "random" else [judgements]
         case Estimate.META_JUDGEMENTS:  # two judgements of a response side by side, in both orders
             compared = prompts * config.judge.n * (config.judge.n - 1)
-            return [Requests(compared, judged + 2 * lengths.judgement, 1, lengths.judgement)]
+            return [Requests(compared, judged + 2 * judgement, 1, judgement)]
         case Estimate.EFT:
             replies = config.seed_data.num_eft_sources * REPLIES_PER_SOURCE
-            return [Requests(replies, judged, config.eft.attempts, lengths.judgement)]
+            return [Requests(replies, judged, config.eft.attempts, judgement)]
         case Estimate.EVALUATION:
             held_out = config.seed_data.num_test or config.seed_data.num_validation
             samples = config.judge.n * config.evaluation.judge_replicates
             return [
                 Requests(held_out, lengths.prompt, 2, lengths.response),
-                Requests(config.seed_data.num_eft_eval, judged, samples, lengths.judgement),
+                Requests(config.seed_data.num_eft_eval, judged, samples, judgement),
             ]
         case Estimate.NO_GPU | Estimate.FORWARD_PASS | Estimate.CONVERSION:
             return []
