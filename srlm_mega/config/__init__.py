@@ -80,8 +80,9 @@ class Config(Section, decides="output"):
 
     @property
     def builds_eft(self) -> bool:
-        """True where an SFT baseline is trained to write EFT."""
-        wanted = self.seed_data.source != "toy_world" if self.eft.build is None else self.eft.build
+        """True where EFT is built from ranked replies."""
+        given = self.seed_data.source == "toy_world" or self.seed_data.eft_path is not None
+        wanted = self.eft.mode == "ranks" or not given if self.eft.build is None else self.eft.build
         return self.eft.enabled and wanted
 
     @property

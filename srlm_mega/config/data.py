@@ -17,6 +17,10 @@ class SeedDataConfig(Section, decides="output"):
     )
     path: Path | None = Field(None, description="OpenAssistant's *.trees.jsonl(.gz), or supervised examples (jsonl).")
     ranked_path: Path | None = Field(None, description="File of preferences for EFT and EFT-eval (source=jsonl).")
+    eft_path: Path | None = Field(
+        None,
+        description="Your own examples of judging (JSONL), in place of EFT that is built or comes with the source.",
+    )
     num_documents: int = Field(0, ge=0, description="Pre-training documents of the toy world.")
     num_ift: int = Field(3200, ge=1, description="Largest number of IFT examples; paper: 3200.")
     num_eft: int = Field(1630, ge=0, description="Largest number of EFT examples, each a judged reply; paper: 1630.")
@@ -40,13 +44,15 @@ class EftConfig(Section, decides="output"):
     enabled: bool = Field(True, description="Train M1 on EFT too; false: the ablation, SFT on IFT alone.")
     build: bool | None = Field(
         None,
-        description="Build EFT: an SFT baseline judges ranked replies; false: EFT comes with the seed data; "
-        "null: built unless the seed data has it (toy world).",
+        description="Build EFT from ranked replies, as eft.mode says; false: EFT comes with the seed data; "
+        "null: built unless the seed data has it (toy world, seed_data.eft_path), and always with eft.mode=ranks.",
     )
     attempts: int = Field(8, ge=1, description="Judgements per ranked reply: tries to agree with the ranking.")
-    mode: Literal["no_inversion", "strict"] = Field(
+    mode: Literal["no_inversion", "strict", "ranks"] = Field(
         "no_inversion",
-        description="no_inversion: no worse reply scores higher, the best above the worst; strict: the whole order.",
+        description="Judgements of an SFT baseline that agree with the ranking (no_inversion: no worse reply scores "
+        "higher, the best above the worst; strict: the whole order), or ranks: scores from the ranks, 5 for the best "
+        "to 1 for the worst reply, without reasons and without a baseline.",
     )
     temperature: float = Field(0.7, gt=0, description="Sampling temperature of the SFT baseline's judgements.")
     top_p: float = Field(0.9, gt=0, le=1, description="Nucleus of the SFT baseline's judgements, as probability mass.")

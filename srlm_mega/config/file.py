@@ -166,6 +166,7 @@ def check_outside_files(config: Config) -> None:
         "model.chat_template": outside_path(config.model.chat_template),
         "seed_data.path": config.seed_data.path,
         "seed_data.ranked_path": config.seed_data.ranked_path,
+        "seed_data.eft_path": config.seed_data.eft_path,
         "prompts.writer": outside_path(config.prompts.writer),
         "prompts.path": config.prompts.path,
         "judge.template": outside_path(config.judge.template),

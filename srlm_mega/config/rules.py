@@ -117,11 +117,18 @@ def data_problems(config: "Config") -> Iterator[str]:
         yield "seed_data.source=jsonl needs seed_data.ranked_path: preferences, for EFT-eval and EFT"
     if config.builds_eft and seed_data.num_eft_sources == 0:
         yield (
-            "eft.build needs seed_data.num_eft_sources above 0: the ranked replies that the SFT baseline judges "
-            "(eft.enabled=false trains M1 on IFT alone)"
+            "eft.build needs seed_data.num_eft_sources above 0: the ranked replies that EFT is built from "
+            "(seed_data.eft_path is for your own EFT, eft.enabled=false trains M1 on IFT alone)"
         )
-    if config.eft.enabled and not config.builds_eft and seed_data.source != "toy_world":
-        yield f"eft.build=false: seed_data.source={seed_data.source} has no EFT of its own"
+    if config.builds_eft and seed_data.eft_path is not None:
+        yield (
+            "seed_data.eft_path has the EFT, so none is built: remove it, or "
+            f"eft.build={config.eft.build} and eft.mode={config.eft.mode}"
+        )
+    if seed_data.eft_path is not None and seed_data.num_eft == 0:
+        yield "seed_data.eft_path needs seed_data.num_eft above 0: the largest number of its examples that are used"
+    if config.eft.enabled and not config.builds_eft and seed_data.source != "toy_world" and seed_data.eft_path is None:
+        yield f"eft.build=false: seed_data.source={seed_data.source} has no EFT of its own (seed_data.eft_path)"
     if config.prompts.generator == "file" and config.prompts.path is None:
         yield "prompts.generator=file needs prompts.path"
     if config.model.path is not None and config.model.tokenizer is not None:

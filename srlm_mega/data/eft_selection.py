@@ -1,10 +1,12 @@
-"""Selection of EFT examples: judgements of ranked replies whose scores agree with the ranking. Pure functions.
+"""Selection of EFT examples: judgements of ranked replies whose scores agree with the ranking, or scores that follow
+from the ranks. Pure functions.
 
 A try is one judgement of every reply to a prompt; it is accepted when its scores agree with the human ranking. The
 paper says no more. How agreement is defined, the number of tries, and the cap on the most common score are our choices;
 the strict form of agreement is an option.
 """
 
+import math
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -14,6 +16,7 @@ from typing import Literal
 
 Mode = Literal["no_inversion", "strict"]
 Scores = Sequence[float | None]
+BEST, WORST = 5, 1  # scores of the best and the worst rank
 
 
 def agrees(ranks: Sequence[int], scores: Scores, mode: Mode) -> bool:
@@ -35,6 +38,13 @@ def first_agreement(ranks: Sequence[int], scores: Sequence[Scores], mode: Mode) 
     """Return the index of the first accepted try, None when there is none. `scores` is indexed [reply][try]."""
     tries = zip(*scores, strict=True)
     return next((number for number, one in enumerate(tries) if agrees(ranks, one, mode)), None)
+
+
+def scores_of_ranks(ranks: Sequence[int]) -> list[int]:
+    """Return scores for the replies to one prompt, whose ranks (0 is the best) are not all equal. The best rank has 5,
+    the worst 1, those between follow in even steps, rounded half up to whole numbers; equal ranks have equal scores."""
+    places = {rank: place for place, rank in enumerate(sorted(set(ranks)))}
+    return [math.floor(BEST - (BEST - WORST) * places[rank] / (len(places) - 1) + 0.5) for rank in ranks]
 
 
 def cap_modal_score(scores: Sequence[float], seed: int) -> list[int]:

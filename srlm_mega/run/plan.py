@@ -1,7 +1,7 @@
 """The stages of a run in order, each with the configuration and inputs that decide its bytes."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, assert_never
 
 from srlm_mega.config import Config
 from srlm_mega.config.knobs import keys_of
@@ -51,7 +51,7 @@ class Stage:
 def plan(config: Config) -> list[Stage]:
     """Plan M0, then M1 by supervised training, then a model per self-rewarding round."""
     tokenizer = ("model.tokenizer", "model.path", "model.chat_template", "model.vocab_size", "model.seq_length")
-    outside = ("run.seed", "seed_data", "prompts.path", "judge.template", *tokenizer)
+    outside = ("run.seed", "seed_data", "prompts.path", "judge.template", "eft.min_examples", *tokenizer)
     stages = [
         Stage(kinds.SEED, 0, (), outside),
         base_model(config),
@@ -105,18 +105,27 @@ def base_model(config: Config) -> Stage:
 
 
 def first_model(config: Config) -> list[Stage]:
-    """Plan M1: M0 trained on IFT and EFT. Where EFT is built, M0 trained on IFT alone judges ranked replies first."""
+    """Plan M1: M0 trained on IFT and EFT, which is built first where it does not come with the seed."""
     training_config = (*TRAINER, "sft", "eft.enabled", *(EARLY_STOPPING if stops_early(config, "sft") else ()))
     first = Stage(kinds.SFT, 0, ("M0", *seed_sets(config)), training_config)
-    if not config.builds_eft:
-        return [first]
-    building = (*SAMPLER, "eft", "seed_data.num_eft", "judge.template", "judge.max_new_tokens")
-    return [
-        Stage(kinds.SFT_BASELINE, 0, ("M0", "seed"), (*TRAINER, "sft")),
-        *sampler_weights(config, "sft_baseline"),
-        Stage(kinds.EFT, 0, (*loaded(config, "sft_baseline"), "seed"), building),
-        first,
-    ]
+    return [*(eft(config) if config.builds_eft else ()), first]
+
+
+def eft(config: Config) -> list[Stage]:
+    """Plan EFT: M0 trained on IFT alone judges ranked replies, or their ranks alone score them."""
+    match config.eft.mode:
+        case "ranks":
+            scoring = ("run.seed", "eft.mode", "eft.min_examples", "seed_data.num_eft", "judge.template")
+            return [Stage(kinds.EFT_FROM_RANKS, 0, ("seed",), scoring)]
+        case "no_inversion" | "strict":
+            building = (*SAMPLER, "eft", "seed_data.num_eft", "judge.template", "judge.max_new_tokens")
+            return [
+                Stage(kinds.SFT_BASELINE, 0, ("M0", "seed"), (*TRAINER, "sft")),
+                *sampler_weights(config, "sft_baseline"),
+                Stage(kinds.EFT, 0, (*loaded(config, "sft_baseline"), "seed"), building),
+            ]
+        case other:
+            assert_never(other)
 
 
 def eft_source(config: Config) -> str:

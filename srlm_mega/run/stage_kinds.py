@@ -104,6 +104,7 @@ EFT = StageKind(
     "eft", "srlm_mega.stages.eft:build_eft", Part.OTHER, Estimate.EFT,
     samples=True, requests="srlm_mega.stages.eft:eft_task", resumable=True,
 )
+EFT_FROM_RANKS = StageKind("eft", "srlm_mega.stages.eft:score_by_rank", Part.OTHER, Estimate.NO_GPU)
 SFT = training("M1", "srlm_mega.stages.train:supervised", Part.TRAINING, Estimate.SFT)
 PROMPT_WRITER = StageKind("prompt_writer", "srlm_mega.stages.base:take_writer", Part.OTHER, Estimate.NO_GPU)
 

@@ -1,4 +1,5 @@
-"""Stage eft: the SFT baseline judges ranked replies; M1 is trained on the judgements that agree with the ranking."""
+"""Stage eft: the SFT baseline judges ranked replies; M1 is trained on the judgements that agree with the ranking. Or,
+without a baseline, it is trained on scores that follow from the ranks."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from srlm_mega.data.eft_selection import (
     cap_modal_score,
     first_agreement,
     sample_in_order,
+    scores_of_ranks,
     yields,
 )
 from srlm_mega.errors import CannotContinue
@@ -45,37 +47,60 @@ class JudgedSet:
 
 
 def build_eft(work: Work) -> Done:
-    """Sample judgements, accept those that agree with a ranking, and write `eft_train.jsonl` from them, with the most
-    common score thinned out. CannotContinue when fewer than eft.min_examples remain."""
+    """Sample judgements, and write `eft_train.jsonl` from those that agree with a ranking. CannotContinue when fewer
+    than eft.min_examples remain."""
     settings = work.config.eft
+    assert settings.mode != "ranks", "scores that follow from ranks need no judgements"
     task, too_long = eft_task(work)
     sample_in_shards(work, task)
     judged, incomplete = judged_sets(work)
     accepted = accepted_judgements(judged, settings.mode)
-    scores = [score for _, score in accepted]
-    seed = derive_seed(work.config.run.seed, work.stage.name)
-    capped = cap_modal_score(scores, seed)  # else M1 would be trained to give one score to almost everything
-    kept = [accepted[index][0] for index in sample_in_order(capped, work.config.seed_data.num_eft, seed)]
     everything = [judgement for one in judged for tries in one.judgements for judgement in tries]
     result = yields([(one.ranks, one.scores) for one in judged])
     print(in_words(result, settings.attempts), flush=True)
-    if len(kept) < settings.min_examples:
-        raise CannotContinue(too_few(work, len(kept), result))
     prompts = {request.id: request.source for request in task.requests}
-    examples = [SftExample(f"eft-{one.id}", "eft", prompts[one.candidate_id], one.text, MODEL) for one in kept]
-    write_jsonl(work.out / "eft_train.jsonl", examples)
+    examples = [SftExample(f"eft-{one.id}", "eft", prompts[one.candidate_id], one.text, MODEL) for one, _ in accepted]
     counts: dict[str, float] = {
         **asdict(result),
         "replies_too_long": too_long,
         "sets_incomplete": incomplete,
         "unparsed": sum(judgement.score is None for judgement in everything),
         "truncated": sum(judgement.finish_reason == "length" for judgement in everything),
-        "accepted": len(accepted),
-        "after_cap": len(capped),
-        "examples": len(examples),
     }
-    counts |= {f"accepted_score_{score:g}": count for score, count in sorted(Counter(scores).items())}
-    return Done(len(examples), counts)
+    return write_examples(work, examples, [score for _, score in accepted], counts, too_few(work, result))
+
+
+def score_by_rank(work: Work) -> Done:
+    """Write `eft_train.jsonl` without any model: the score of each ranked reply follows from its rank. CannotContinue
+    when fewer than eft.min_examples remain."""
+    template, given = judge_template(work), sources(work)
+    ordered = [one for one in given if len({reply.rank for reply in one.replies}) > 1]
+    examples, scores = list[SftExample](), list[float]()
+    for ranked in ordered:
+        for index, score in enumerate(scores_of_ranks([reply.rank for reply in ranked.replies])):
+            prompt = template.fill(ranked.prompt, ranked.replies[index].text)
+            name = f"eft-{reply_id(ranked, index)}"
+            examples.append(SftExample(name, "eft", prompt, template.judgement(score), "ranks"))
+            scores.append(score)
+    counts: dict[str, float] = {"prompts": len(ordered), "sets_without_order": len(given) - len(ordered)}
+    advice = f"There are {len(ordered)} rankings: raise seed_data.num_eft_sources, or give more preferences"
+    return write_examples(work, examples, scores, counts, advice)
+
+
+def write_examples(
+    work: Work, examples: Sequence[SftExample], scores: Sequence[float], counts: dict[str, float], advice: str
+) -> Done:
+    """Write `eft_train.jsonl` from accepted examples, with the most common score thinned out, and count them.
+    CannotContinue, with `advice`, when fewer than eft.min_examples remain."""
+    needed, seed = work.config.eft.min_examples, derive_seed(work.config.run.seed, work.stage.name)
+    capped = cap_modal_score(scores, seed)  # else M1 would be trained to give one score to almost everything
+    kept = [examples[index] for index in sample_in_order(capped, work.config.seed_data.num_eft, seed)]
+    if len(kept) < needed:
+        raise CannotContinue(f"{len(kept)} EFT examples, needed {needed} (eft.min_examples). {advice}")
+    write_jsonl(work.out / "eft_train.jsonl", kept)
+    totals = {"accepted": len(examples), "after_cap": len(capped), "examples": len(kept)}
+    by_score = {f"accepted_score_{score:g}": count for score, count in sorted(Counter(scores).items())}
+    return Done(len(kept), {**counts, **totals, **by_score})
 
 
 def accepted_judgements(judged: Sequence[JudgedSet], mode: Mode) -> list[tuple[Judgement, float]]:
@@ -136,10 +161,10 @@ def in_words(result: EftYield, attempts: int) -> str:
     )
 
 
-def too_few(work: Work, examples: int, result: EftYield) -> str:
-    """Return the message for too few examples: the figures, and what to do."""
+def too_few(work: Work, result: EftYield) -> str:
+    """Return what a message about too few examples says besides their number: the figures, and what to do."""
     return (
-        f"{examples} EFT examples, needed {work.config.eft.min_examples} (eft.min_examples). "
         f"{in_words(result, work.config.eft.attempts)}. Read {work.out / JUDGEMENTS}; train the baseline longer (sft), "
-        "raise eft.attempts or seed_data.num_eft_sources, or do without EFT (eft.enabled=false)"
+        "raise eft.attempts or seed_data.num_eft_sources, score by the ranks alone (eft.mode=ranks), give EFT of your "
+        "own (seed_data.eft_path), or do without EFT (eft.enabled=false)"
     )

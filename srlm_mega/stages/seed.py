@@ -9,11 +9,12 @@ from srlm_mega.chat.tokenizer_files import LLAMA_TOKENS, TokenizerFolder, write_
 from srlm_mega.checkpoints_conversion.tokenizer import tokenizer_from_sentencepiece
 from srlm_mega.config.training import ModelConfig
 from srlm_mega.data.formats import read_jsonl_sets
+from srlm_mega.data.judge_examples import with_judge_examples
 from srlm_mega.data.oasst import read_oasst
 from srlm_mega.data.self_instruct import read_prompts
 from srlm_mega.data.toy_world.seed_data import make_toy_world
 from srlm_mega.data.toy_world.word_tokenizer import toy_tokenizer
-from srlm_mega.errors import UserError
+from srlm_mega.errors import CannotContinue, UserError
 from srlm_mega.judging.template import load_template
 from srlm_mega.records import write_jsonl
 from srlm_mega.run.work import Done, Work
@@ -23,7 +24,7 @@ from srlm_mega.stages.chat_format import chosen_template
 
 def make_seed(work: Work) -> Done:
     """Write the seed sets, the judge template, the given prompts and the tokenizer of a model that is made here."""
-    config = work.config
+    config, template = work.config, load_template(work.config.judge.template)
     seed = derive_seed(config.run.seed, "seed")
     match config.seed_data.source:
         case "toy_world":
@@ -32,10 +33,18 @@ def make_seed(work: Work) -> Done:
             data = read_oasst(config.seed_data, seed, quarantine=work.out / "quarantine.jsonl")
         case "jsonl":
             data = read_jsonl_sets(config.seed_data, seed, quarantine=work.out / "quarantine.jsonl")
+    if config.seed_data.eft_path is not None:
+        data = with_judge_examples(data, config.seed_data, template, seed, work.out / "eft_quarantine.jsonl")
+        if len(data.eft_train) < config.eft.min_examples:
+            raise CannotContinue(
+                f"{len(data.eft_train)} EFT examples, needed {config.eft.min_examples} (eft.min_examples): "
+                f"{config.seed_data.eft_path} has {data.counts['judge_examples']}, of which "
+                f"{data.counts['judge_examples_held_out']} are about held-out prompts or similar ones. Give others"
+            )
     sets = {f"{name}.jsonl": records for name, records in vars(data).items() if name != "counts"}
     rows = {name: write_jsonl(work.out / name, records) for name, records in sets.items()}
     (work.out / "counts.json").write_bytes(orjson.dumps(dict(data.counts), option=orjson.OPT_INDENT_2))
-    (work.out / "judge_template.txt").write_text(load_template(config.judge.template).text, encoding="utf-8")
+    (work.out / "judge_template.txt").write_text(template.text, encoding="utf-8")
     if config.prompts.path is not None:
         prompts = read_prompts(config.prompts.path, quarantine=work.out / "prompts_quarantine.jsonl")
         rows["prompts.jsonl"] = write_jsonl(work.out / "prompts.jsonl", prompts)

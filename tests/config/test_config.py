@@ -63,6 +63,10 @@ def test_megatron_flag_spelling() -> None:
         ("seed_data.source=oasst", ["needs seed_data.path", "eft.build needs seed_data.num_eft_sources above 0"]),
         ("seed_data.source=jsonl", ["needs seed_data.path", "needs seed_data.ranked_path"]),
         ("eft.build=true", ["eft.build needs seed_data.num_eft_sources above 0", "eft.enabled=false"]),
+        ("eft.mode=ranks", ["eft.build needs seed_data.num_eft_sources above 0", "seed_data.eft_path"]),
+        ("eft.mode=ranks num_eft_sources=9 eft_path=x", ["eft_path has the EFT, so none is built", "eft.mode=ranks"]),
+        ("eft.build=true num_eft_sources=9 eft_path=x", ["eft_path has the EFT, so none is built", "eft.build=True"]),
+        ("seed_data.eft_path=x seed_data.num_eft=0", ["seed_data.eft_path needs seed_data.num_eft above 0"]),
         ("dpo.lr", ["section.key=value"]),
         ("parallel.tensor_model_parallel_size=3", ["2 is not divisible by TP * PP 6", "2 = 0 * 6 + 2"]),
         ("parallel.data_parallel_size=4", ["TP 1 * PP 2 * DP 4 = 8, but the world size is 2"]),
@@ -231,6 +235,12 @@ def test_replicas_that_cannot_be(overrides: list[str], said: str) -> None:
         (["eft.build=true", "eft.enabled=false"], False),
         (["seed_data.source=oasst", "seed_data.path=x", "seed_data.num_eft_sources=9"], True),
         (["seed_data.source=oasst", "seed_data.path=x", "eft.enabled=false"], False),
+        (["seed_data.source=oasst", "seed_data.path=x", "seed_data.eft_path=y"], False),
+        (["seed_data.source=oasst", "seed_data.path=x", "seed_data.eft_path=y", "eft.build=false"], False),
+        (["seed_data.eft_path=y"], False),
+        (["eft.mode=ranks", "seed_data.num_eft_sources=9"], True),
+        (["eft.mode=ranks", "eft.build=false"], False),
+        (["eft.mode=ranks", "eft.enabled=false", "seed_data.eft_path=y"], False),
     ],
 )
 def test_eft_is_built_where_it_does_not_come_with_the_source(overrides: list[str], builds: bool) -> None:

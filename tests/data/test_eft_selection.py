@@ -8,7 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from srlm_mega.data.eft_selection import agrees, cap_modal_score, first_agreement, sample_in_order, yields
+from srlm_mega.data.eft_selection import (
+    agrees,
+    cap_modal_score,
+    first_agreement,
+    sample_in_order,
+    scores_of_ranks,
+    yields,
+)
 
 
 @pytest.mark.parametrize(
@@ -101,3 +108,27 @@ def test_chance_agrees_as_often_as_counting_says() -> None:
     tries = [[[float(rng.randint(0, 5)) for _ in range(8)] for _ in range(2)] for _ in range(400)]
     met = yields([([0, 1], scores) for scores in tries])
     assert met.any_try == met.any_try_strict > 380 > 200 > met.first_try  # 1 - (21 / 36)^8 = 0.987; 15 / 36 = 0.417
+
+
+@pytest.mark.parametrize(
+    ("ranks", "scores"),
+    [
+        ([0, 1], [5, 1]),
+        ([2, 0, 1], [1, 5, 3]),
+        ([0, 1, 2, 3], [5, 4, 2, 1]),  # 5, 3.67, 2.33, 1
+        ([0, 1, 2, 3, 4], [5, 4, 3, 2, 1]),
+        ([0, 1, 2, 3, 4, 5], [5, 4, 3, 3, 2, 1]),  # 5, 4.2, 3.4, 2.6, 1.8, 1
+        ([0, 1, 2, 3, 4, 5, 6, 7, 8], [5, 5, 4, 4, 3, 3, 2, 2, 1]),  # halves are rounded up
+        ([0, 0, 1], [5, 5, 1]),
+        ([7, 3, 3, 1], [1, 3, 3, 5]),  # gaps do not count
+    ],
+)
+def test_scores_that_follow_from_ranks(ranks: list[int], scores: list[int]) -> None:
+    assert scores_of_ranks(ranks) == scores
+
+
+@given(st.lists(st.integers(0, 30), min_size=2).filter(lambda ranks: len(set(ranks)) > 1))
+def test_scores_of_ranks_never_contradict_them(ranks: list[int]) -> None:
+    scores = scores_of_ranks(ranks)
+    assert (min(scores), max(scores)) == (1, 5) and agrees(ranks, scores, "no_inversion")
+    assert agrees(ranks, scores, "strict") or len(set(ranks)) > 5

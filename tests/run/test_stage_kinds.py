@@ -54,6 +54,7 @@ def test_every_kind_is_in_some_plan() -> None:
     options = (
         [],
         ["eft.build=true", "seed_data.num_eft_sources=100"],
+        ["eft.mode=ranks", "seed_data.num_eft_sources=100"],
         ["pairs.rejected_from=M1", "pairs.consistency=true", "meta_judge.enabled=true"],
         ["round.method=positives_sft"],
         ["sampler.backend=trtllm_engine", "prompts.writer=/models/writer"],

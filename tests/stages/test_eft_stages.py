@@ -1,6 +1,7 @@
 """EFT built through the real stages: SFT baseline, judged replies, M1 on what agrees with the ranking."""
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,11 @@ from sampling_run import TEMPLATE, with_files, write_model
 from test_main_road import Finished, small_run, srlm
 
 from srlm_mega.chat import Chat
-from srlm_mega.config.file import load_config
+from srlm_mega.config.file import check_outside_files, load_config
 from srlm_mega.data.eft_selection import agrees
 from srlm_mega.data.toy_world.word_tokenizer import toy_tokenizer
 from srlm_mega.data.toy_world.world import all_instructions
-from srlm_mega.errors import CannotContinue
+from srlm_mega.errors import CannotContinue, UserError
 from srlm_mega.judging.scores import parse_score
 from srlm_mega.records import Judgement, RankedReplies, RankedReply, SftExample, read_jsonl, write_jsonl
 from srlm_mega.run.plan import find_stage, plan
@@ -23,8 +24,9 @@ from srlm_mega.run.progress import Progress
 from srlm_mega.run.run_dir import RunDir
 from srlm_mega.run.work import Work
 from srlm_mega.sampling.sampler import Completion
-from srlm_mega.stages.eft import build_eft
+from srlm_mega.stages.eft import build_eft, score_by_rank
 from srlm_mega.stages.sampling_task import SamplingTask
+from srlm_mega.stages.seed import make_seed
 
 BUILD = ("eft.build=true", "seed_data.num_eft_sources=60")
 
@@ -81,13 +83,13 @@ def completion(chat: Chat, text: str, whole: bool) -> Completion:
     return Completion((*ids, chat.eos_id) if whole else ids, "stop" if whole else "length", seed=1)
 
 
-def eft_work(tmp_path: Path, *overrides: str) -> Work:
+def eft_work(tmp_path: Path, *overrides: str, sets: Sequence[RankedReplies] = SETS) -> Work:
     """A run whose SFT baseline is about to judge."""
     config = load_config(TOY, [f"run.dir={tmp_path / 'run'}", *BUILD, "eft.attempts=2", *overrides])
     run = RunDir(tmp_path / "run")
 
     def seed(out: Path) -> None:
-        write_jsonl(out / "eft_sources.jsonl", SETS)
+        write_jsonl(out / "eft_sources.jsonl", sets)
         (out / "judge_template.txt").write_text(TEMPLATE)
 
     with_files(run, config, "seed", seed)
@@ -128,6 +130,81 @@ def test_the_strict_mode_waits_for_the_whole_order(tmp_path: Path, monkeypatch: 
     assert {name.rpartition("-j")[2] for name, _ in examples} == {"1"}, "by the second try"
 
 
+def test_ranks_alone_score_and_nothing_is_sampled(tmp_path: Path) -> None:
+    """Scores 5 3 1, 1 5, 5 1 and 5 1: the cap drops none, as 5 and 1 are equally common."""
+    one_rank = RankedReplies("equal", "list 6 animals", (RankedReply("a", 0), RankedReply("b", 0)))
+    work = eft_work(tmp_path, "eft.mode=ranks", sets=[*SETS, one_rank])
+    assert [stage.name for stage in plan(work.config)][:5] == ["seed", "M0", "eft", "M1", "M1/evaluation"]
+    assert (work.stage.inputs, work.stage.kind.samples) == (("seed",), False)
+    assert find_stage(work.config, "M1").inputs == ("M0", "seed", "eft")
+    done = score_by_rank(work)
+    assert done.counts == {
+        "prompts": 4, "sets_without_order": 1, "accepted": 9, "after_cap": 9, "examples": 9,
+        "accepted_score_1": 4, "accepted_score_3": 1, "accepted_score_5": 4,
+    }  # fmt: skip
+    examples = list(read_jsonl(work.out / "eft_train.jsonl", SftExample))
+    assert done.rows == len(examples) == 9
+    first = SftExample(
+        "eft-agrees-a0", "eft", "review list 2 animals <response> reply of rank 0 </response>", "Score: 5", "ranks"
+    )
+    assert examples[0] == first
+    assert [one.completion for one in examples[1:5]] == ["Score: 3", "Score: 1", "Score: 1", "Score: 5"]
+
+
+def test_the_cap_and_the_limits_hold_for_ranks_too(tmp_path: Path) -> None:
+    """Scores 5 5 1, four times: the cap leaves as many 5s as 1s."""
+    sets = [RankedReplies(f"s{n}", f"list {n} animals", replies(0, 0, 1)) for n in range(2, 6)]
+    counts = dict(score_by_rank(eft_work(tmp_path / "a", "eft.mode=ranks", sets=sets)).counts)
+    assert (counts["accepted"], counts["after_cap"], counts["examples"]) == (12, 8, 8)
+    few = eft_work(tmp_path / "b", "eft.mode=ranks", "seed_data.num_eft=3", "eft.min_examples=4", sets=sets)
+    with pytest.raises(CannotContinue, match=r"3 EFT examples, needed 4 \(eft\.min_examples\)\. There are 4 rankings"):
+        score_by_rank(few)
+
+
+def judged_file(path: Path, *, readable: int, unreadable: int = 0) -> Path:
+    rows = [
+        {"instruction": f"show {n} fruits upper", "response": "sure", "score": n % 6, "rationale": "relevant"}
+        for n in range(readable)
+    ] + [{"prompt": "review", "completion": "relevant"}] * unreadable
+    path.write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
+    return path
+
+
+def seed_work(tmp_path: Path, path: Path, *overrides: str) -> Work:
+    small = ("seed_data.num_documents=50", "seed_data.num_ift=20", "seed_data.num_validation=10")
+    given = (f"run.dir={tmp_path / 'run'}", f"seed_data.eft_path={path}", *small, *overrides)
+    config, run = load_config(TOY, given), RunDir(tmp_path / "run")
+    work = Work(run, config, find_stage(config, "seed"), run.partial("seed"), Progress(tmp_path / "progress.json"))
+    work.out.mkdir(parents=True)
+    return work
+
+
+def test_eft_from_a_file_takes_the_place_of_the_sources_own(tmp_path: Path) -> None:
+    work = seed_work(tmp_path, judged_file(tmp_path / "judged.jsonl", readable=8))
+    names = [stage.name for stage in plan(work.config)]
+    assert names[:3] == ["seed", "M0", "M1"] and "eft" not in names
+    assert make_seed(work).counts["eft_train.jsonl"] == 8
+    examples = list(read_jsonl(work.out / "eft_train.jsonl", SftExample))
+    assert examples[3].prompt == "review show 3 fruits upper <response> sure </response>"
+    assert examples[3].completion == "relevant\nScore: 3"
+    counts = orjson.loads((work.out / "counts.json").read_bytes())
+    assert counts["judge_examples"] == counts["judge_examples_used"] == 8 and counts["bad_judge_examples"] == 0
+
+
+def test_eft_whose_scores_cannot_be_read_stops_the_seed(tmp_path: Path) -> None:
+    work = seed_work(tmp_path / "a", judged_file(tmp_path / "judged.jsonl", readable=8, unreadable=2))
+    with pytest.raises(UserError, match=r"2 of the 10 lines of .*judged\.jsonl .*line 9: no `Score: x` from 0 to 5"):
+        make_seed(work)
+    few = seed_work(tmp_path / "b", judged_file(tmp_path / "few.jsonl", readable=8), "eft.min_examples=9")
+    with pytest.raises(CannotContinue, match=r"8 EFT examples, needed 9 \(eft\.min_examples\): .*few\.jsonl has 8"):
+        make_seed(few)
+
+
+def test_a_file_that_is_not_there_is_named_before_anything_runs(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"seed_data\.eft_path: there is no .*absent\.jsonl"):
+        check_outside_files(load_config(TOY, [f"seed_data.eft_path={tmp_path / 'absent.jsonl'}"]))
+
+
 def test_a_baseline_that_gives_no_scores_stops_the_run(tmp_path: Path) -> None:
     """Random weights: nothing can be read, and no score is made up."""
     with pytest.raises(CannotContinue, match=r"0 EFT examples, needed 1 .* agree with 0 at once and 0 within 2 tries"):
@@ -163,6 +240,22 @@ def test_eft_is_built_and_learnt(tmp_path: Path) -> None:
     alone = orjson.loads((folder / "sft_baseline/manifest.json").read_bytes())["rows"]
     assert with_both == alone + len(examples)
     assert RunDir(folder).digest("sft_baseline") != RunDir(folder).digest("M1")
+
+
+@pytest.mark.extra
+@pytest.mark.parametrize("mode", ["ranks", "file"])
+def test_eft_without_a_baseline_is_learnt(tmp_path: Path, mode: str) -> None:
+    """Through the real commands as far as M1: no baseline is trained, and M1 has IFT and these examples."""
+    folder, judged = tmp_path / "run", judged_file(tmp_path / "judged.jsonl", readable=30)
+    ranks = ("eft.mode=ranks", "seed_data.num_eft_sources=20", "seed_data.num_eft=40")
+    options = ranks if mode == "ranks" else (f"seed_data.eft_path={judged}",)
+    done = srlm(*small_run(folder, *options, "run.rounds=0"))
+    assert done.code == 0, done.output
+    assert not (folder / "sft_baseline").exists() and (folder / "eft").exists() == (mode == "ranks")
+    source = folder / ("eft" if mode == "ranks" else "seed") / "eft_train.jsonl"
+    examples, ift = list(read_jsonl(source, SftExample)), list(read_jsonl(folder / "seed/ift.jsonl", SftExample))
+    assert 20 <= len(examples) <= 40
+    assert orjson.loads((folder / "M1/manifest.json").read_bytes())["rows"] == len(ift) + len(examples)
 
 
 @pytest.mark.extra
