@@ -1,21 +1,39 @@
 """Read any checkpoint as rows of Hugging Face's tensors, with a few blocks in memory at a time."""
 
 import os
-from collections import OrderedDict, defaultdict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from srlm_mega.checkpoints_conversion.bits import Bits, DType, is_finite, largest_magnitude
 from srlm_mega.checkpoints_conversion.llama import LlamaShape, huggingface_shapes
 from srlm_mega.checkpoints_conversion.patches import Matrix, Patch, matrix_size
 
 CACHED_BLOCKS = 4
+
+
+class Encoding(Protocol):
+    """A form in which a file holds numbers that are read as float32, such as GGUF's quantised blocks."""
+
+    @property
+    def name(self) -> str:
+        """Name of the form, such as Q4_K."""
+        ...
+
+    def nbytes(self, count: int) -> int:
+        """Return the size of so many numbers of a row, in bytes."""
+        ...
+
+    def decode(self, rows: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Return the numbers of rows of bytes."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -28,21 +46,25 @@ class Stored:
     dtype: DType
     matrix: Matrix
     scale: float | None = None
+    encoding: Encoding | None = None  # with it, `dtype` is float32
 
     @property
     def row_bytes(self) -> int:
-        """Size of one row, in bytes."""
+        """Size of one row in the file, in bytes."""
+        if self.encoding is not None:
+            return self.encoding.nbytes(self.matrix.columns)
         return self.matrix.columns * self.dtype.itemsize
 
     @property
     def nbytes(self) -> int:
-        """Size of all rows, in bytes."""
+        """Size of all rows in the file, in bytes."""
         return self.matrix.rows * self.row_bytes
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model on disk. `config` is its config.json in Hugging Face's keys, `dtype` the format of unscaled tensors."""
+    """A model on disk. `config` is its config.json in Hugging Face's keys, `dtype` the format in which unscaled tensors
+    are read, `kept` the one that a conversion keeps where that is narrower."""
 
     folder: Path
     kind: str
@@ -50,6 +72,7 @@ class Checkpoint:
     config: dict[str, Any]
     dtype: DType
     stored: tuple[Stored, ...]
+    kept: DType | None = None
 
     @cached_property
     def sources(self) -> dict[str, "TensorSource"]:
@@ -86,8 +109,13 @@ class Checkpoint:
 
     @property
     def num_bytes(self) -> int:
-        """Size of all stored matrices, in bytes."""
-        return sum(stored.nbytes for stored in self.stored)
+        """Size of all stored matrices as they are read, in bytes."""
+        return sum(item.matrix.rows * item.matrix.columns * item.dtype.itemsize for item in self.stored)
+
+    @property
+    def formats(self) -> dict[str, int]:
+        """Number of stored matrices of each format, by its name in the file."""
+        return dict(Counter(item.encoding.name if item.encoding else item.dtype.value for item in self.stored))
 
     def check(self) -> "Checkpoint":
         """Return the checkpoint. ValueError when a file is missing or too short, or a tensor lacks a part."""
@@ -220,7 +248,10 @@ class Reader(ExitStack):
         if stored.file not in self._files:
             self._files[stored.file] = os.open(self._checkpoint.folder / stored.file, os.O_RDONLY)
             self.callback(os.close, self._files[stored.file])
-        block = memory.take(count, stored.matrix.columns, stored.dtype)
+        if stored.encoding is None:
+            block = memory.take(count, stored.matrix.columns, stored.dtype)
+        else:
+            block = np.empty((count, stored.row_bytes), np.uint8)
         rest = block.view(np.uint8).reshape(-1).data
         position = stored.offset + row * stored.row_bytes
         while rest:
@@ -230,4 +261,4 @@ class Reader(ExitStack):
                     f"{self._checkpoint.folder / stored.file} ends within {stored.name}: download or convert it again"
                 )
             rest, position = rest[number:], position + number
-        return block
+        return block if stored.encoding is None else stored.encoding.decode(block).view(stored.dtype.storage)
