@@ -5,7 +5,7 @@ Only Megatron's checkpoints need torch: everything else starts without it.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ class Kind(StrEnum):
     HUGGINGFACE = huggingface_files.KIND
     MEGATRON = "megatron"
     TRTLLM = trtllm.KIND
+    GGUF = "gguf"  # read, never written
 
 
 @dataclass(frozen=True)
@@ -57,16 +58,19 @@ class Record:
     num_bytes: int
     is_fp8: bool
     model: dict[str, Any]
+    source_formats: dict[str, int] = field(default_factory=dict)  # number of matrices of each, such as Q4_K
 
 
 def recognise(folder: Path) -> Kind:
     """Return the kind of a checkpoint. ValueError for a folder that is none."""
+    if folder.is_file():
+        return Kind.GGUF
     if (folder / DISTRIBUTED).is_file():
         return Kind.MEGATRON
     if not (folder / CONFIG).is_file():
         raise ValueError(
             f"{folder} is no checkpoint: it has neither {CONFIG} (Hugging Face, TensorRT-LLM) nor {DISTRIBUTED} "
-            "(Megatron): give a folder that has one"
+            "(Megatron): give a folder that has one, or a GGUF file"
         )
     return Kind.TRTLLM if "mapping" in read_json(folder / CONFIG) else Kind.HUGGINGFACE
 
@@ -84,6 +88,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             model = read_json(folder / RECORD)["model"] if (folder / RECORD).is_file() else {}
             checkpoint = trtllm.open_checkpoint(folder, tied=model.get("tie_word_embeddings", False))
             return replace(checkpoint, config=checkpoint.config | model)
+        case Kind.GGUF:
+            from srlm_mega.checkpoints_conversion import gguf_model
+
+            return gguf_model.open_checkpoint(folder)
 
 
 def make_plan(source: Checkpoint, wish: Wish, bar: Bar) -> Plan:
@@ -92,7 +100,7 @@ def make_plan(source: Checkpoint, wish: Wish, bar: Bar) -> Plan:
         raise ValueError(f"{source.folder} is FP8, which is not undone: convert the model it was made from")
     if wish.tp < 1 or wish.pp < 1:
         raise ValueError(f"--tp {wish.tp} --pp {wish.pp}: give positive numbers")
-    dtype = wish.dtype or source.dtype
+    dtype = wish.dtype or source.kept or source.dtype
     if wish.amax is not None:
         return _fp8_plan(source, wish, dtype, wish.amax, bar)
     match wish.to:
@@ -106,6 +114,8 @@ def make_plan(source: Checkpoint, wish: Wish, bar: Bar) -> Plan:
             return torch_dist.plan(source.shape, source.config, dtype, wish.tp, wish.pp)
         case Kind.TRTLLM:
             return trtllm.plan(source.shape, trtllm.RankSplit(wish.tp, wish.pp), dtype)
+        case Kind.GGUF:
+            raise ValueError("GGUF files are read and not written: llama.cpp's convert_hf_to_gguf.py makes them")
 
 
 def _fp8_plan(source: Checkpoint, wish: Wish, dtype: DType, amax: Amax, bar: Bar) -> Plan:
@@ -138,8 +148,9 @@ def convert(source: Path, destination: Path, wish: Wish, resources: Resources, b
         num_bytes=plan.num_bytes,
         is_fp8=plan.quantizer is not None,
         model=checkpoint.config,
+        source_formats=checkpoint.formats,
     )
-    plan = replace(plan, texts={**plan.texts, RECORD: pretty_json(asdict(record))})
+    plan = replace(plan, texts={**plan.texts, **_tokenizer_texts(source), RECORD: pretty_json(asdict(record))})
     with building(checkpoint, plan, destination, resources.block_bytes) as (work, done):
         left = [(number, task) for number, task in enumerate(plan.tasks()) if number not in done]
         total = sum(stored.nbytes for _, task in left for stored in task)
@@ -147,6 +158,15 @@ def convert(source: Path, destination: Path, wish: Wish, resources: Resources, b
             jobs.run(work, left, resources.jobs, report)
         copy_tokenizer(source, work.folder)
     return record
+
+
+def _tokenizer_texts(source: Path) -> dict[str, bytes]:
+    """Rebuild the tokenizer's files where the source has it in another form."""
+    if recognise(source) is not Kind.GGUF:
+        return {}
+    from srlm_mega.checkpoints_conversion import gguf_tokenizer
+
+    return gguf_tokenizer.tokenizer_files(source)
 
 
 def read_record(folder: Path) -> Record:

@@ -98,7 +98,7 @@ def prove(source: Path, destination: Path, bar: Bar = no_bar) -> Proof:
         num_bytes=second.num_bytes,
         xxh3=whole.hexdigest(),
         seconds=time.monotonic() - started,
-        file_sizes={item.file: (destination / item.file).stat().st_size for item in second.stored},
+        file_sizes={item.file: (second.folder / item.file).stat().st_size for item in second.stored},
     )
 
 

@@ -39,7 +39,8 @@ def convert(
     logits: Annotated[bool, typer.Option("--logits", help="With verify: compare logits too.")] = False,
 ) -> None:
     """Convert a checkpoint, or verify that two hold the same model. Formats are Hugging Face, Megatron (torch_dist) and
-    TensorRT-LLM. Started again after a kill, a conversion resumes."""
+    TensorRT-LLM; SRC may be a GGUF file, whose quantised weights become float32 unless --dtype says otherwise. Started
+    again after a kill, a conversion resumes."""
     with user_errors():
         if words[0] == "verify" and len(words) == 3:
             verify(Path(words[1]), Path(words[2]), logits)
@@ -49,7 +50,7 @@ def convert(
             )
         else:
             from srlm_mega.checkpoints_conversion.bar import progress_bar
-            from srlm_mega.checkpoints_conversion.bits import dtype_named
+            from srlm_mega.checkpoints_conversion.bits import DType, dtype_named
             from srlm_mega.checkpoints_conversion.build import Resources
             from srlm_mega.checkpoints_conversion.convert import Kind, Wish
             from srlm_mega.checkpoints_conversion.convert import convert as run
@@ -63,15 +64,21 @@ def convert(
             wish = Wish(Kind(to), tp, pp, dtype_named(dtype) if dtype else None, amax)
             record = run(source, destination, wish, Resources(jobs, parse_bytes(max_memory)), progress_bar)
             print(f"{destination}: {record.kind}, {record.dtype}, {record.num_bytes:,} bytes")
+            plain = {item.value for item in DType}
+            quantised = [f"{count} {name}" for name, count in record.source_formats.items() if name not in plain]
+            if quantised:
+                print(f"dequantised to {record.dtype}: {', '.join(quantised)} tensors")
 
 
 def activation_ranges(source: Path, calibration: Path) -> "Amax":
     """Read FP8 ranges from `amax.json`, or measure them on prompts, which leaves an `amax.json` next to these."""
-    from srlm_mega.checkpoints_conversion.convert import open_checkpoint
+    from srlm_mega.checkpoints_conversion.convert import Kind, open_checkpoint, recognise
     from srlm_mega.checkpoints_conversion.fp8 import Amax
 
     if calibration.suffix == ".json":
         return Amax.load(calibration, open_checkpoint(source).shape)
+    if (kind := recognise(source)) is not Kind.HUGGINGFACE:
+        raise UserError(f"{source} is {kind}, and prompts calibrate a Hugging Face folder: convert it to one first")
     from srlm_mega.checkpoints_conversion.calibrate import calibrate, read_prompts
 
     amax = calibrate(source, read_prompts(calibration, source))
