@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 
-from srlm_mega.evaluation.results import JudgeMetrics
+from srlm_mega.evaluation.results import JudgedPrompt, JudgeMetrics
 from srlm_mega.judging.agreement import kendall_tau, spearman
 from srlm_mega.records import RankedReplies
 
@@ -28,10 +28,13 @@ def with_ranks(ranked: RankedReplies, scores: Sequence[float | None]) -> list[Ra
 
 def judge_metrics(prompts: Iterable[Sequence[RankedScore]]) -> JudgeMetrics:
     """Return all metrics over prompts with ranked and scored replies, iterated once. Replicates count separately."""
-    sums = MetricSums()
-    for prompt in prompts:
-        sums.add(prompt)
-    return sums.metrics()
+    return MetricSums.of(prompts).metrics()
+
+
+def judged_prompt(prompt_id: str, judgements: int, replicates: Iterable[Sequence[RankedScore]]) -> JudgedPrompt:
+    """Return the pairs of one prompt, scored in several replicates by means of so many judgements."""
+    orders = MetricSums.of(replicates).orders
+    return JudgedPrompt(prompt_id, judgements, pairs=orders.total(), right=orders[1], tied=orders[0])
 
 
 @dataclass
@@ -49,6 +52,14 @@ class MetricSums:
     fives: Counter[bool] = field(default_factory=Counter)
     spearman: list[float] = field(default_factory=list)
     kendall: list[float] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, prompts: Iterable[Sequence[RankedScore]]) -> "MetricSums":
+        """Count all prompts."""
+        sums = cls()
+        for prompt in prompts:
+            sums.add(prompt)
+        return sums
 
     def add(self, prompt: Sequence[RankedScore]) -> None:
         """Count one prompt's replies."""

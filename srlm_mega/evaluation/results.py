@@ -1,5 +1,5 @@
-"""Records of one model's evaluation: `evaluation.json`, `samples.jsonl`, and `measured.json` when a judge compares the
-samples."""
+"""Records of one model's evaluation: `evaluation.json`, `samples.jsonl`, `judge_prompts.jsonl`; and `measured.json`
+when a judge compares the samples."""
 
 from dataclasses import dataclass
 
@@ -8,6 +8,8 @@ from pydantic import with_config
 from srlm_mega.evaluation.lengths import LengthControlled, LengthStatistics
 from srlm_mega.evaluation.win_rates import HeadToHead
 from srlm_mega.records import STRICT
+
+JUDGED_PROMPTS = "judge_prompts.jsonl"
 
 
 @with_config(STRICT)
@@ -60,6 +62,19 @@ class EvaluationSample:
     sampled: str
     quality_greedy: int | None
     quality_sampled: int | None
+
+
+@with_config(STRICT)
+@dataclass(frozen=True, slots=True)
+class JudgedPrompt:
+    """Pairs of one EFT-eval prompt's replies, summed over the replicates, where a score is the mean of `judgements`
+    judgements: all of them, those in the right order, and those with equal scores."""
+
+    prompt_id: str
+    judgements: int
+    pairs: int
+    right: int
+    tied: int
 
 
 @with_config(STRICT)

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from srlm_mega.config.file import load_config
+from srlm_mega.evaluation.intervals import Interval, estimate, of_score, read_accuracy_shares
 from srlm_mega.evaluation.lengths import LengthStatistics, pair_lengths
 from srlm_mega.evaluation.paper import NO_CLAIM, is_llama2_70b
 from srlm_mega.evaluation.results import Comparison, JudgeMetrics, ModelEvaluation
@@ -56,21 +57,31 @@ def run_as_markdown(folder: Path) -> str:
         f"{folder}: judging on EFT-eval",
         "",
         "| model | judgements | pairwise accuracy untied / half / strict | ties | 5-best (of) | exact match "
-        "| spearman drop / zero | kendall drop / zero | parse failures |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| spearman drop / zero | kendall drop / zero | parse failures | half: 95 % interval (prompts); chance 50 |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     compared = []  # none unless a judge compares the models
     for number, evaluation in evaluations(run):
-        lines += [judge_line(model_name(number), one.judgements, one.metrics) for one in evaluation.judge_means]
+        folder = run.output(EVALUATION.of(model_name(number)))
+        for one in evaluation.judge_means:
+            by_prompt = read_accuracy_shares(folder, one.judgements)
+            interval = None if by_prompt is None else estimate(by_prompt)
+            lines.append(judge_line(model_name(number), one.judgements, one.metrics, interval))
         compared += [] if evaluation.pairwise is None else [evaluation.pairwise]
     if compared:
-        lines += ["", "Head-to-head, both orders", "", "| models | judge | win / tie / loss % | prompts |"]
-        lines += ["| --- | --- | --- | --- |", *map(comparison_line, compared)]
+        lines += [
+            "",
+            "Head-to-head, both orders",
+            "",
+            "| models | judge | win / tie / loss % | prompts | score (95 %) |",
+        ]
+        lines += ["| --- | --- | --- | --- | --- |", *map(comparison_line, compared)]
     return "\n".join([*lines, "", NO_CLAIM])
 
 
-def judge_line(model: str, judgements: int, metrics: JudgeMetrics) -> str:
-    """Return a row of the paper's table of reward modelling, by every convention."""
+def judge_line(model: str, judgements: int, metrics: JudgeMetrics, half: Interval | None) -> str:
+    """Return a row of the paper's table of reward modelling, by every convention; `half` has the interval of pairwise
+    accuracy with ties as halves."""
     cells = (
         model,
         str(judgements),
@@ -81,6 +92,7 @@ def judge_line(model: str, judgements: int, metrics: JudgeMetrics) -> str:
         f"{decimal(metrics.spearman_drop)} / {decimal(metrics.spearman_zero)}",
         f"{decimal(metrics.kendall_drop)} / {decimal(metrics.kendall_zero)}",
         percent(metrics.parse_failure),
+        "unknown" if half is None else f"{bounds(half)} ({half.n})",
     )
     return f"| {' | '.join(cells)} |"
 
@@ -94,7 +106,15 @@ def comparison_line(comparison: Comparison) -> str:
         else " / ".join(percent(share) for share in (result.win_rate, result.tie_rate, result.loss_rate))
     )
     prompts = 0 if result is None else result.prompts
-    return f"| {comparison.ours} vs {comparison.theirs} | {comparison.judge} | {shares} | {prompts} |"
+    score = "–" if result is None else f"{percent(result.score)} ({bounds(of_score(result))})"
+    return f"| {comparison.ours} vs {comparison.theirs} | {comparison.judge} | {shares} | {prompts} | {score} |"
+
+
+def bounds(interval: Interval | None) -> str:
+    """Return the ends of a share's interval as percentages; 'unknown' without them."""
+    if interval is None or interval.low is None or interval.high is None:
+        return "unknown"
+    return f"{percent(interval.low)} to {percent(interval.high)}"
 
 
 def percent(share: float | None) -> str:

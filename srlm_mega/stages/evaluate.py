@@ -4,6 +4,7 @@ that reads the toy world's ground truth."""
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
+from itertools import chain
 from statistics import fmean
 
 import orjson
@@ -11,9 +12,10 @@ import orjson
 from srlm_mega.chat import Chat
 from srlm_mega.data.toy_world.truth import quality
 from srlm_mega.errors import UserError
-from srlm_mega.evaluation.judge_metrics import judge_metrics, with_ranks
+from srlm_mega.evaluation.judge_metrics import RankedScore, judge_metrics, judged_prompt, with_ranks
 from srlm_mega.evaluation.lengths import length_statistics
 from srlm_mega.evaluation.results import (
+    JUDGED_PROMPTS,
     Comparison,
     EvaluationSample,
     JudgedBy,
@@ -37,7 +39,7 @@ from srlm_mega.stages.sampling_task import judge_template
 
 
 def evaluate(work: Work) -> Done:
-    """Write `evaluation.json` and `samples.jsonl` of the stage's model."""
+    """Write `evaluation.json`, `samples.jsonl` and `judge_prompts.jsonl` of the stage's model."""
     model = work.stage.model
     is_compared = work.config.evaluation.pairwise and model != "M1"
     samples, measured = measure(work, model, keep=is_compared)
@@ -136,24 +138,30 @@ def make_samples(work: Work, chat: Chat, sampler: RetryingSampler) -> tuple[list
 def measure_judge(work: Work, chat: Chat, sampler: RetryingSampler) -> tuple[list[JudgedBy], JudgementCounts]:
     """Measure how well the model's scores agree with ranked replies, for means of judge.n judgements, single judgements
     and means of each size in evaluation.judge_means. All share evaluation.judge_replicates replicates, of which smaller
-    sizes take the first judgements. Return the metrics of each size, and counts of the judgements."""
+    sizes take the first judgements. Return the metrics of each size, and counts of the judgements. Write
+    `judge_prompts.jsonl`: the metrics' counts by prompt, for intervals."""
     judge, evaluation = work.config.judge, work.config.evaluation
     sets = list(read_jsonl(work.read("seed", "eft_eval.jsonl"), RankedReplies))
     most = max(judge.n, *evaluation.judge_means)
     scores, counts = score_replies(work, chat, sampler, sets, most * evaluation.judge_replicates)
 
-    def metrics(size: int) -> JudgedBy:
-        min_valid = min(judge.min_valid, size)
-        prompts = [
-            with_ranks(ranked, [mean_score(one[first : first + size], min_valid) for one in replies])
-            for first in range(0, most * evaluation.judge_replicates, most)
-            for ranked, replies in zip(sets, scores, strict=True)
-        ]
-        return JudgedBy(size, judge_metrics(prompts))
+    def replicates(size: int, ranked: RankedReplies, replies: list[list[float | None]]) -> list[list[RankedScore]]:
+        min_valid, starts = min(judge.min_valid, size), range(0, most * evaluation.judge_replicates, most)
+        means = [[mean_score(one[first : first + size], min_valid) for one in replies] for first in starts]
+        return [with_ranks(ranked, scored) for scored in means]
 
     sizes = (judge.n, 1, *evaluation.judge_means)
-    by_size = {size: metrics(size) for size in set(sizes)}  # a size may be configured twice
-    return [by_size[size] for size in sizes], counts
+    by_size = {  # a size may be configured twice
+        size: [replicates(size, ranked, replies) for ranked, replies in zip(sets, scores, strict=True)]
+        for size in dict.fromkeys(sizes)
+    }
+    records = [
+        judged_prompt(ranked.id, size, scored)
+        for size, by_prompt in by_size.items()
+        for ranked, scored in zip(sets, by_prompt, strict=True)
+    ]
+    write_durably(work.out / JUDGED_PROMPTS, partial(write_jsonl, records=records))
+    return [JudgedBy(size, judge_metrics(chain.from_iterable(by_size[size]))) for size in sizes], counts
 
 
 def score_replies(

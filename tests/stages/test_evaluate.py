@@ -8,8 +8,8 @@ from places import TOY
 from sampling_run import with_files
 
 from srlm_mega.config.file import load_config, to_yaml
-from srlm_mega.evaluation.results import JudgedBy, JudgementCounts
-from srlm_mega.records import Prompt, RankedReplies, RankedReply, write_jsonl
+from srlm_mega.evaluation.results import JUDGED_PROMPTS, JudgedBy, JudgedPrompt, JudgementCounts
+from srlm_mega.records import Prompt, RankedReplies, RankedReply, read_jsonl, write_jsonl
 from srlm_mega.run.plan import find_stage
 from srlm_mega.run.progress import Progress
 from srlm_mega.run.run_dir import RunDir
@@ -57,6 +57,17 @@ def test_means_of_as_many_judgements_as_asked_for(measured: Callable[..., list[J
     assert (one.pair_acc_untied, one.tie_rate) == (0, 0.5)
     assert (two.pair_acc_untied, two.tie_rate) == (0.5, 0)
     assert {one.prompts for one in (loop, single, two)} == {2}, "two replicates"
+
+
+def test_the_pairs_of_each_prompt_are_kept_by_the_size_of_the_mean(
+    measured: Callable[..., list[JudgedBy]], tmp_path: Path
+) -> None:
+    """Both replicates together: means of three are right, then inverted; single judgements tied, then inverted."""
+    measured(6, "judge.n=3", "evaluation.judge_means=[1,3]")
+    assert list(read_jsonl(tmp_path / JUDGED_PROMPTS, JudgedPrompt)) == [
+        JudgedPrompt("e0", judgements=3, pairs=2, right=1, tied=0),
+        JudgedPrompt("e0", judgements=1, pairs=2, right=0, tied=1),
+    ]
 
 
 def test_more_judgements_are_sampled_where_a_mean_needs_them(measured: Callable[..., list[JudgedBy]]) -> None:

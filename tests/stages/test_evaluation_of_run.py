@@ -10,7 +10,7 @@ from sampling_run import with_files
 from srlm_mega.config.file import load_config, to_yaml
 from srlm_mega.evaluation.judge_metrics import judge_metrics
 from srlm_mega.evaluation.lengths import length_statistics
-from srlm_mega.evaluation.results import Comparison, JudgedBy, ModelEvaluation
+from srlm_mega.evaluation.results import JUDGED_PROMPTS, Comparison, JudgedBy, JudgedPrompt, ModelEvaluation
 from srlm_mega.evaluation.run_tables import length_lines, run_as_markdown
 from srlm_mega.evaluation.win_rates import head_to_head_of
 from srlm_mega.records import Message, PreferencePair, write_jsonl
@@ -49,6 +49,8 @@ def run(tmp_path: Path, request: pytest.FixtureRequest) -> RunDir:
         with_files(
             found, config, f"{model}/evaluation", lambda out, c=content: (out / "evaluation.json").write_bytes(c)
         )
+    records = [JudgedPrompt(f"e{number}", 3, pairs=2, right=1, tied=1) for number in range(8)]
+    write_jsonl(found.output("M2/evaluation") / JUDGED_PROMPTS, records)
     sides = [(Message("assistant", text),) for text in ("long", "s")]
     pair = PreferencePair("p", (), sides[0], sides[1], "c", "r", 5, 1, (1,), (1, 2), (1,))
     with_files(found, config, "round_1/pairs", lambda out: write_jsonl(out / "pairs.jsonl", [pair]))
@@ -70,11 +72,11 @@ def test_lengths_of_models_and_rounds(run: RunDir) -> None:
 @pytest.mark.parametrize("run", ["llama2_70b_64gpu.yaml"], indirect=True)
 def test_a_70b_run_in_the_papers_form(run: RunDir) -> None:
     shown = run_as_markdown(run.root)
-    assert "| M2 | 3 | 100.0 / 75.0 / 50.0 | 50.0 | 100.0 (1) | 0.0 | 0.866 / 0.433 | 0.816 / 0.408 | 0.0 |" in shown
-    assert (
-        "| M2 vs M1 | some-judge | 50.0 / 25.0 / 25.0 | 4 |" in shown
-        and "a match on one convention is no match" in shown
-    )
+    row = "| 3 | 100.0 / 75.0 / 50.0 | 50.0 | 100.0 (1) | 0.0 | 0.866 / 0.433 | 0.816 / 0.408 | 0.0 |"
+    assert f"| M2 {row} 75.0 to 75.0 (8) |" in shown and f"| M1 {row} unknown |" in shown
+    # Wilson's interval of 5 of 8 halves, over 4 prompts, by hand: (0.625 + 0.480 -+ 0.675) / 1.960
+    assert "| M2 vs M1 | some-judge | 50.0 / 25.0 / 25.0 | 4 | 62.5 (21.9 to 90.8) |" in shown
+    assert "a match on one convention is no match" in shown
 
 
 @pytest.mark.parametrize("run", ["llama2_7b_8gpu.yaml"], indirect=True)
