@@ -4,52 +4,71 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
+from srlm_mega.evaluation.intervals import Interval
+from srlm_mega.report.headlines import ACCURACY, QUALITY, Scale, findings
 from srlm_mega.report.summary import ModelSummary, build_summary
 from srlm_mega.tools.bench_record import markdown
 
 HEADER = (
-    "run", "model", "sampled", "greedy", "win / tie / loss vs M1", "judge acc.", "untied", "ties", "parsed", "pairs"
+    "run", "model", "sampled", "greedy", "win / tie / loss vs M1", "score", "judge acc.", "untied", "ties", "parsed",
+    "prompts", "pairs",
 )  # fmt: skip
+SHARE = Scale(1, 3, "")
 
 
 def comparison(runs: Sequence[Path]) -> str:
-    """Return one row per run and model, then the mean change over the runs from the first model to the last."""
-    tables = {run.name: build_summary(run).models for run in runs}
-    rows = [(run, name, *cells(row)) for run, models in tables.items() for name, row in models.items()]
-    ends = [(next(iter(models.values())), list(models.values())[-1]) for models in tables.values() if models]
-    quality = mean_gain([(first.quality_sampled, last.quality_sampled) for first, last in ends])
-    judge = mean_gain([(first.judge.pair_acc_half, last.judge.pair_acc_half) for first, last in ends])
-    return (
-        f"{markdown([HEADER, *rows])}\n\n"
-        f"First to last model, mean of {len(ends)} run(s): sampled quality {quality}, judge accuracy {judge}."
+    """Return one row per run and model, each run's findings, and the mean change over the runs from the first model to
+    the last."""
+    tables = {run.name: build_summary(run) for run in runs}
+    rows = [(run, name, *cells(row)) for run, table in tables.items() for name, row in table.models.items()]
+    newest = [list(table.models.values())[-1].intervals for table in tables.values() if table.models]
+    quality = mean_gain([one.quality_change for one in newest], QUALITY)
+    judge = mean_gain([one.judge_accuracy_change for one in newest], ACCURACY)
+    return "\n\n".join(
+        [
+            markdown([HEADER, *rows]),
+            "In brackets: 95 % intervals over prompts (of responses / of the judge). Chance is .500 for both shares.",
+            *(f"{run}: {' '.join(findings(table))}" for run, table in tables.items() if table.models),
+            f"First to last model, mean of {len(newest)} run(s): sampled quality {quality}, judge accuracy {judge}.",
+        ]
     )
 
 
-def mean_gain(ends: Sequence[tuple[float | None, float | None]]) -> str:
-    """Return the mean change over the runs where both ends were measured, or a dash."""
-    gains = [last - first for first, last in ends if first is not None and last is not None]
-    return f"{fmean(gains):+.3f}" if gains else "-"
+def mean_gain(changes: Sequence[Interval | None], scale: Scale) -> str:
+    """Return the mean change over the runs that measured it with its range, or a dash. Several seeds show how much one
+    run's figure depends on its seed, which the interval over prompts does not."""
+    gains = [change.value for change in changes if change is not None]
+    if not gains:
+        return "-"
+    spread = f" (runs {scale.number(min(gains), '+')} to {scale.number(max(gains), '+')})" if len(gains) > 1 else ""
+    return f"{scale.number(fmean(gains), '+')}{scale.change_unit}{spread}"
 
 
 def cells(row: ModelSummary) -> tuple[str, ...]:
     """Return the figures of one model as text; a dash where nothing was measured."""
     against = [share(value) for value in (row.win_vs_m1, row.tie_vs_m1, row.loss_vs_m1)]
-    failures = row.judge.parse_failure
+    failures, found = row.judge.parse_failure, row.intervals
+    over = (found.quality_sampled, found.judge_accuracy)
     return (
-        number(row.quality_sampled),
-        number(row.quality_greedy),
+        bracketed(found.quality_sampled, QUALITY),
+        bracketed(found.quality_greedy, QUALITY),
         " / ".join(against) if row.win_vs_m1 is not None else "-",
-        share(row.judge.pair_acc_half),
+        bracketed(found.score_vs_m1, SHARE),
+        bracketed(found.judge_accuracy, SHARE),
         share(row.judge.pair_acc_untied),
         share(row.judge.tie_rate),
         share(None if failures is None else 1 - failures),
+        " / ".join("-" if one is None or one.n is None else str(one.n) for one in over),
         "-" if row.pairs is None else str(row.pairs),
     )
 
 
-def number(value: float | None) -> str:
-    """Format with two decimals."""
-    return "-" if value is None else f"{value:.2f}"
+def bracketed(interval: Interval | None, scale: Scale) -> str:
+    """Return '3.27 [3.14, 3.40]', '.817 [unknown]', or a dash; shares without the leading zero."""
+    if interval is None:
+        return "-"
+    text = f"{scale.number(interval.value)} [{scale.bounds(interval, ', ')}]"
+    return text.replace("0.", ".") if scale is SHARE else text
 
 
 def share(value: float | None) -> str:

@@ -25,11 +25,12 @@ from srlm_mega.records import read_jsonl
 from srlm_mega.report.costs import SAMPLING_RATES, TRAINING_RATES, StageCost, stage_costs
 from srlm_mega.report.drawing import Plot
 from srlm_mega.report.explorer import PROMPTS_PER_PAGE, explorer
+from srlm_mega.report.headlines import ACCURACY, QUALITY, findings, table_note
 from srlm_mega.report.lineage_sample import Outcome
 from srlm_mega.report.planned import planned_rows
 from srlm_mega.report.plots import dpo_plots, judge_plot, lengths_plot, quality_plot, scores_plot, time_plot
 from srlm_mega.report.round_parts import RoundPart, read_round
-from srlm_mega.report.summary import Summary, build_summary, decimal, findings, percent
+from srlm_mega.report.summary import Summary, build_summary, decimal, percent
 from srlm_mega.report.text import duration, visible
 from srlm_mega.run.files import write_atomic
 from srlm_mega.run.run_dir import RunDir
@@ -90,6 +91,8 @@ def render(run: Path) -> str:
             style=style,
             summary=summary,
             findings=findings(summary),
+            table_note=table_note(summary),
+            scales={"quality": QUALITY, "share": ACCURACY},
             facts=facts(config),
             is_control=config.judge.backend == "random",
             expected=[model_name(number) for number in range(1, config.run.rounds + 2)],

@@ -7,13 +7,16 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from srlm_mega.evaluation.intervals import CHANCE, Interval
 from srlm_mega.report.costs import StageCost
 from srlm_mega.report.drawing import MODEL_COLORS, MUTED, PAPER, RULE, Plot, legend, model_color, plot
+from srlm_mega.report.headlines import ACCURACY, QUALITY, Scale, compared
 from srlm_mega.report.round_parts import DpoStep
-from srlm_mega.report.summary import ModelSummary, movement
+from srlm_mega.report.summary import ModelSummary
 from srlm_mega.run.plan import Stage
 from srlm_mega.run.stage_kinds import Part, model_name, model_number
 
+Figures = Mapping[str, Interval | None]
 SCORES = range(6)
 SMOOTHING_WINDOWS = 12  # a running mean spans a twelfth of a run: 5 of 60 steps
 DRAWN_STEPS = 500  # approximate maximum of a curve's points in the page
@@ -31,36 +34,36 @@ PART_COLORS = {
 
 
 def quality_plot(models: Mapping[str, ModelSummary]) -> Plot:
-    """Plot the mean ground-truth quality per model."""
-    sampled = {name: row.quality_sampled for name, row in models.items() if row.quality_sampled is not None}
-    greedy = {name: row.quality_greedy for name, row in models.items() if row.quality_greedy is not None}
+    """Plot the mean ground-truth quality per model, with its interval."""
+    sampled = {name: row.intervals.quality_sampled for name, row in models.items()}
+    greedy = {name: row.intervals.quality_greedy for name, row in models.items()}
 
     def paint(axes: Axes) -> None:
-        _two_lines(axes, "sampled", sampled, "greedy", greedy, digits=2)
-        axes.set(ylim=(0, 5.25), ylabel="quality (criteria met, 0–5)")
+        _two_lines(axes, "sampled", sampled, "greedy", greedy, QUALITY)
+        axes.set(ylim=(0, 5.6), ylabel="quality (criteria met, 0–5)")
 
-    first, last = _ends(sampled)
-    title = f"Sampled quality {movement(first, last, 2)}"
-    return plot("quality", title, "Mean over the held-out prompts, by ground truth that the loop never sees.", paint)
+    change, evidence = compared(sampled, list(models.values())[-1].intervals.quality_change, QUALITY)
+    note = f"{evidence}. Mean by ground truth, which the loop never sees. Bars: 95% intervals."
+    return plot("quality", f"Sampled quality {change}", note, paint)
 
 
 def judge_plot(models: Mapping[str, ModelSummary]) -> Plot:
-    """Plot the pairwise accuracy of each model as the judge of held-out ranked replies."""
-    half = {name: 100 * row.judge.pair_acc_half for name, row in models.items() if row.judge.pair_acc_half is not None}
+    """Plot the pairwise accuracy of each model as the judge of held-out ranked replies, its interval, and chance."""
+    half = {name: row.intervals.judge_accuracy for name, row in models.items()}
     untied = {
-        name: 100 * row.judge.pair_acc_untied for name, row in models.items() if row.judge.pair_acc_untied is not None
+        name: None if row.judge.pair_acc_untied is None else Interval(row.judge.pair_acc_untied)
+        for name, row in models.items()
     }
 
     def paint(axes: Axes) -> None:
-        _two_lines(axes, "ties count half", half, "untied", untied, digits=1)
-        axes.axhline(50, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
-        axes.text(-0.45, 50.7, "chance", color=MUTED, fontsize=8, va="bottom")
-        axes.set(ylim=(min([45.0, *half.values(), *untied.values()]) - 2, 102), ylabel="pairs in order (%)")
+        lowest = _two_lines(axes, "ties count half", half, "untied", untied, ACCURACY)
+        axes.axhline(100 * CHANCE, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
+        axes.text(-0.45, 100 * CHANCE + 0.7, "chance", color=MUTED, fontsize=8, va="bottom")
+        axes.set(ylim=(min(45.0, lowest) - 2, 102), ylabel="pairs in order (%)")
 
-    first, last = _ends(half)
-    title = f"Judge accuracy {movement(first, last, 1)}%"
-    note = "Pairs of held-out replies with known ranks. Untied: pairs the judge scored equally are left out."
-    return plot("judge", title, note, paint)
+    change, evidence = compared(half, list(models.values())[-1].intervals.judge_accuracy_change, ACCURACY)
+    note = f"{evidence}. Bars: 95% intervals. Untied (drawn without): pairs with equal scores are left out."
+    return plot("judge", f"Judge accuracy {change}", note, paint)
 
 
 def scores_plot(scores: Mapping[int, Mapping[float, int]]) -> Plot:
@@ -79,10 +82,11 @@ def scores_plot(scores: Mapping[int, Mapping[float, int]]) -> Plot:
         axes.tick_params(axis="x", length=0)
         legend(axes)
 
-    means = [
-        sum(score * count for score, count in counted.items()) / sum(counted.values()) for counted in scores.values()
-    ]
-    title = f"The judges' mean score {movement(means[0], means[-1], 2)}"
+    means = {
+        f"round {number}": f"{sum(score * count for score, count in counted.items()) / sum(counted.values()):.2f}"
+        for number, counted in scores.items()
+    }
+    title = f"The judges' mean score is {_first_and_last(means)}"
     return plot("scores", title, "Share of a round's judgements with each score, of those that have one.", paint)
 
 
@@ -105,8 +109,7 @@ def lengths_plot(name: str, what: str, unit: str, lengths: Mapping[str, Mapping[
         axes.grid(axis="x")
         axes.grid(visible=False, axis="y")
 
-    first, last = _ends({model: float(values[2]) for model, values in quantiles.items()})
-    title = f"The median {what} {_lengthening(first, last, unit)}"
+    title = f"The median {what} has {_first_and_last({model: f'{p[2]:g}' for model, p in quantiles.items()})} {unit}"
     return plot(name, title, "Dot: median. Bar: the middle half. Line: from the 5th to the 95th percentile.", paint)
 
 
@@ -194,25 +197,32 @@ def row_of(stage: Stage) -> str:
     return f"round {stage.round}" if stage.round > 0 else "start"
 
 
-def _two_lines(
-    axes: Axes, solid: str, values: Mapping[str, float], dotted: str, others: Mapping[str, float], digits: int
-) -> None:
-    """Draw two values per model, each with its number on the side away from the other value."""
-    names = list({**values, **others})
+def _two_lines(axes: Axes, solid: str, values: Figures, dotted: str, others: Figures, scale: Scale) -> float:
+    """Draw two figures per model with their intervals, each with its number on the side away from the other figure.
+    Return the lowest point drawn."""
+    names, lowest = list({**values, **others}), math.inf
     for label, line, own, other in ((solid, "-", values, others), (dotted, ":", others, values)):
-        at = [(names.index(name), value, name) for name, value in own.items()]
-        axes.plot([x for x, _, _ in at], [y for _, y, _ in at], line, color=MUTED, linewidth=1.2, label=label, zorder=2)
-        for x, y, name in at:
-            color = model_color(model_number(name))
+        at = [(x, figure, other.get(name)) for x, name in enumerate(names) if (figure := own.get(name)) is not None]
+        heights = [scale.factor * figure.value for _, figure, _ in at]
+        axes.plot([x for x, _, _ in at], heights, line, color=MUTED, linewidth=1.2, label=label, zorder=2)
+        for (x, figure, beside), y in zip(at, heights, strict=True):
+            color = model_color(model_number(names[x]))
+            low = high = y
+            if figure.low is not None and figure.high is not None:
+                low, high = scale.factor * figure.low, scale.factor * figure.high
+                axes.errorbar(x, y, ([y - low], [high - y]), color=color, linewidth=1.2, capsize=6, zorder=2)
             axes.plot(x, y, "o", color=color, markerfacecolor=color if line == "-" else PAPER, zorder=3)
-            below = (y, line) < (other.get(name, y), "-:"[line == "-"])
+            below = beside is not None and (figure.value, line) < (beside.value, "-:"[line == "-"])
             axes.annotate(
-                f"{y:.{digits}f}", (x, y), (0, -14 if below else 7), textcoords="offset points", ha="center"
+                scale.number(figure.value), (x, low if below else high), (0, -14 if below else 7),
+                textcoords="offset points", ha="center",
             )  # fmt: skip
+            lowest = min(lowest, low)
     axes.set_xticks(range(len(names)), names)
     axes.set_xlim(-0.5, len(names) - 0.5)
     axes.tick_params(axis="x", length=0)
     legend(axes)
+    return lowest
 
 
 def _curves(
@@ -247,12 +257,7 @@ def _final(curves: Mapping[int, Sequence[float]], digits: int = 2) -> str:
     return ends[0] if len(ends) == 1 else f"{ends[0]} in the first round, {ends[-1]} in the last"
 
 
-def _ends(values: Mapping[str, float]) -> tuple[float, float]:
-    numbers = list(values.values())
-    return numbers[0], numbers[-1]
-
-
-def _lengthening(first: float, last: float, unit: str) -> str:
-    if first == last:
-        return f"has {last:g} {unit}"
-    return f"{'grows' if last > first else 'shrinks'} from {first:g} to {last:g} {unit}"
+def _first_and_last(figures: Mapping[str, str]) -> str:
+    """Return '3.27 (M1) and 3.31 (M3)'. Nothing is compared: the texts of two rounds answer different prompts."""
+    ends = [f"{figure} ({name})" for name, figure in figures.items()]
+    return ends[0] if len(ends) == 1 else f"{ends[0]} and {ends[-1]}"

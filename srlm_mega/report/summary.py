@@ -1,19 +1,44 @@
 """The final table of a run, `summary.json`, built from the stages that are finished."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import orjson
 
 from srlm_mega.config.file import load_config
-from srlm_mega.evaluation.results import JudgeMetrics, ModelEvaluation
-from srlm_mega.records import parse_line
+from srlm_mega.evaluation.intervals import (
+    CHANCE,
+    Interval,
+    PromptShares,
+    estimate,
+    of_score,
+    paired_change,
+    quality_shares,
+    read_accuracy_shares,
+)
+from srlm_mega.evaluation.results import EvaluationSample, JudgeMetrics, ModelEvaluation
+from srlm_mega.records import parse_line, read_jsonl
 from srlm_mega.run.files import write_atomic
-from srlm_mega.run.plan import Stage, plan
+from srlm_mega.run.plan import plan
 from srlm_mega.run.run_dir import RunDir
-from srlm_mega.run.stage_kinds import EVALUATION, PAIRS
+from srlm_mega.run.stage_kinds import EVALUATION, PAIRS, model_name
 
 ABSENT = "–"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelIntervals:
+    """A model's main figures with their 95 % intervals over held-out prompts; None for a figure that it does not have.
+    `judge_accuracy` is pair_acc_half; `score_vs_m1` counts a tie as one half. The changes are from the first model with
+    that figure, on the same prompts, and None for that model itself."""
+
+    quality_sampled: Interval | None
+    quality_greedy: Interval | None
+    score_vs_m1: Interval | None
+    judge_accuracy: Interval | None
+    quality_change: Interval | None
+    judge_accuracy_change: Interval | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,14 +55,17 @@ class ModelSummary:
     judge_single: JudgeMetrics
     mean_length: float
     pairs: int | None
+    intervals: ModelIntervals
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Table of a run: `models` by name, M1 first, and `seconds` by stage, in the order of the loop."""
+    """Table of a run: `models` by name, M1 first, and `seconds` by stage, in the order of the loop. `chance` is the
+    accuracy of a judge that guesses, and the score of a model against its equal."""
 
     models: dict[str, ModelSummary]
     seconds: dict[str, float]
+    chance: float = CHANCE
 
     @property
     def has_ground_truth(self) -> bool:
@@ -45,12 +73,40 @@ class Summary:
         return any(row.quality_sampled is not None for row in self.models.values())
 
 
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """A model's evaluation with its figures by prompt. `judged` is None where an older version kept none."""
+
+    evaluation: ModelEvaluation
+    sampled: PromptShares
+    greedy: PromptShares
+    judged: PromptShares | None
+
+    @classmethod
+    def read(cls, folder: Path, judgements: int) -> "Evaluated":
+        """Read an evaluation's output; the judge's score is the mean of so many judgements."""
+        samples = list(read_jsonl(folder / "samples.jsonl", EvaluationSample))
+        return cls(
+            parse_line(ModelEvaluation, (folder / "evaluation.json").read_bytes()),
+            quality_shares(samples),
+            quality_shares(samples, greedy=True),
+            read_accuracy_shares(folder, judgements),
+        )
+
+
 def build_summary(run: Path) -> Summary:
     """Build the table of everything that is finished in a run folder."""
     folder = RunDir(run)
-    stages = plan(load_config(folder.config_file))
-    finished = {stage: manifest for stage in stages if (manifest := folder.manifest(stage.name)) is not None}
-    models = {stage.model: _model_summary(folder, stage) for stage in finished if stage.kind is EVALUATION}
+    config = load_config(folder.config_file)
+    finished = {stage: manifest for stage in plan(config) if (manifest := folder.manifest(stage.name)) is not None}
+    pairs = {model_name(stage.round + 1): manifest.rows for stage, manifest in finished.items() if stage.kind is PAIRS}
+    evaluated: dict[str, Evaluated] = {}
+    models = {}
+    for stage in finished:
+        if stage.kind is EVALUATION:
+            one = Evaluated.read(folder.output(stage.name), config.judge.n)
+            models[stage.model] = _model_summary(one, list(evaluated.values()), pairs.get(stage.model))
+            evaluated[stage.model] = one
     return Summary(models, {stage.name: manifest.seconds for stage, manifest in finished.items()})
 
 
@@ -61,10 +117,9 @@ def write_summary(run: Path) -> Summary:
     return summary
 
 
-def _model_summary(folder: RunDir, stage: Stage) -> ModelSummary:
-    content = (folder.output(stage.name) / "evaluation.json").read_bytes()
-    evaluation = parse_line(ModelEvaluation, content)
-    pairs = folder.manifest(PAIRS.of(stage.round))
+def _model_summary(one: Evaluated, before: Sequence[Evaluated], pairs: int | None) -> ModelSummary:
+    evaluation = one.evaluation
+    first = next((other for other in before if other.sampled), None)
     return ModelSummary(
         quality_sampled=evaluation.quality_sampled,
         quality_greedy=evaluation.quality_greedy,
@@ -74,40 +129,32 @@ def _model_summary(folder: RunDir, stage: Stage) -> ModelSummary:
         judge=evaluation.judge,
         judge_single=evaluation.judge_single,
         mean_length=evaluation.mean_length,
-        pairs=None if pairs is None else pairs.rows,
+        pairs=pairs,
+        intervals=ModelIntervals(
+            quality_sampled=estimate(one.sampled),
+            quality_greedy=estimate(one.greedy),
+            score_vs_m1=of_score(evaluation.against_m1),
+            judge_accuracy=_judge_accuracy(one),
+            quality_change=None if first is None else paired_change(first.sampled, one.sampled),
+            judge_accuracy_change=_judge_accuracy_change(before, one),
+        ),
     )
 
 
-def findings(summary: Summary) -> list[str]:
-    """Return the main results in sentences; empty before the first evaluation."""
-    if not summary.models:
-        return []
-    rows = list(summary.models.items())
-    (first, m1), (last, newest) = rows[0], rows[-1]
-    sentences = []
-    if newest.quality_sampled is not None and m1.quality_sampled is not None:
-        change = movement(m1.quality_sampled, newest.quality_sampled, 2)
-        sentences.append(f"Sampled quality {change} of 5 by ground truth{_span(first, last)}.")
-    if newest.win_vs_m1 is not None:
-        sentences.append(
-            f"Against M1 on the same prompts, {last} wins {percent(newest.win_vs_m1)}, "
-            f"ties {percent(newest.tie_vs_m1)} and loses {percent(newest.loss_vs_m1)}."
-        )
-    accuracy, before = newest.judge.pair_acc_half, m1.judge.pair_acc_half
-    if accuracy is not None and before is not None:
-        sentences.append(
-            f"Judge accuracy (ties count half) {movement(100 * before, 100 * accuracy, 1)}%{_span(first, last)}; "
-            f"{last} ties {percent(newest.judge.tie_rate)} of the pairs it judges."
-        )
-    return sentences
+def _judge_accuracy(one: Evaluated) -> Interval | None:
+    accuracy = one.evaluation.judge.pair_acc_half
+    return estimate(one.judged) if one.judged is not None else None if accuracy is None else Interval(accuracy)
 
 
-def movement(first: float, last: float, digits: int) -> str:
-    """Return 'rises from 3.27 to 4.68', or 'is 4.68' if the rounded numbers are equal."""
-    before, after = f"{first:.{digits}f}", f"{last:.{digits}f}"
-    if before == after:
-        return f"is {after}"
-    return f"{'rises' if last > first else 'falls'} from {before} to {after}"
+def _judge_accuracy_change(before: Sequence[Evaluated], one: Evaluated) -> Interval | None:
+    last = one.evaluation.judge.pair_acc_half
+    for first in before:
+        accuracy = first.evaluation.judge.pair_acc_half
+        if accuracy is not None and last is not None:
+            if first.judged is None or one.judged is None:
+                return Interval(last - accuracy)
+            return paired_change(first.judged, one.judged)
+    return None
 
 
 def decimal(value: float | None, digits: int = 2) -> str:
@@ -118,7 +165,3 @@ def decimal(value: float | None, digits: int = 2) -> str:
 def percent(share: float | None, digits: int = 0) -> str:
     """Return a share as a percentage, a dash for None."""
     return ABSENT if share is None else f"{100 * share:.{digits}f}%"
-
-
-def _span(first: str, last: str) -> str:
-    return f" ({first})" if first == last else f" ({first} to {last})"

@@ -4,14 +4,19 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from srlm_mega.report.summary import ABSENT, ModelSummary, Summary, decimal, findings, percent
+from srlm_mega.evaluation.intervals import Interval
+from srlm_mega.report.headlines import ACCURACY, QUALITY, Scale, findings, table_note
+from srlm_mega.report.summary import ABSENT, ModelSummary, Summary, decimal, percent
+
+SCORE = Scale(100, 0, "%")
 
 
 def summary_table(summary: Summary) -> Table:
-    """Render one row per model, the newest in bold; columns that need ground truth are left out without it."""
+    """Render one row per model, the newest in bold, with intervals below; columns that need ground truth are left out
+    without it."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, collapse_padding=True, pad_edge=False, header_style="dim")
     table.caption_justify, table.caption_style = "left", ""
-    table.add_column("\nmodel", no_wrap=True)
+    table.add_column("", no_wrap=True)
     truth_columns = (
         ["quality\nsampled", "quality\ngreedy", "win/tie/loss\nvs M1, %"] if summary.has_ground_truth else []
     )
@@ -21,19 +26,37 @@ def summary_table(summary: Summary) -> Table:
     for name, row in summary.models.items():
         newest = name == list(summary.models)[-1]
         table.add_row(Text(name), *_cells(row, summary.has_ground_truth), style="bold" if newest else "")
-    table.caption = Text("\n".join(findings(summary)) or "No model is evaluated yet.")
+    sentences = [table_note(summary), *findings(summary)] if summary.models else ["No model is evaluated yet."]
+    table.caption = Text("\n".join(sentences))
     return table
 
 
 def _cells(row: ModelSummary, has_ground_truth: bool) -> list[Text]:
-    truth = [Text(decimal(row.quality_sampled)), Text(decimal(row.quality_greedy)), _outcomes(row)]
-    judge = (row.judge.pair_acc_half, row.judge.pair_acc_untied, row.judge.tie_rate)
+    found, (accuracy, untied, ties) = (
+        row.intervals,
+        (
+            Text(percent(share, 1).removesuffix("%"))
+            for share in (row.judge.pair_acc_half, row.judge.pair_acc_untied, row.judge.tie_rate)
+        ),
+    )
+    truth = [
+        _with_interval(Text(decimal(row.quality_sampled)), found.quality_sampled, QUALITY),
+        _with_interval(Text(decimal(row.quality_greedy)), found.quality_greedy, QUALITY),
+        _with_interval(_outcomes(row), found.score_vs_m1, SCORE, "score "),
+    ]
     return [
         *(truth if has_ground_truth else []),
-        *(Text(percent(share, 1).removesuffix("%")) for share in judge),
+        _with_interval(accuracy, found.judge_accuracy, ACCURACY),
+        untied,
+        ties,
         Text(decimal(row.mean_length, 1)),
         Text(ABSENT if row.pairs is None else f"{row.pairs}"),
     ]
+
+
+def _with_interval(figure: Text, interval: Interval | None, scale: Scale, label: str = "") -> Text:
+    """Render a figure and, below it, its interval."""
+    return figure if interval is None else Text.assemble(figure, (f"\n{label}{scale.bounds(interval)}", "dim not bold"))
 
 
 def _outcomes(row: ModelSummary) -> Text:

@@ -25,7 +25,7 @@ from srlm_mega.report.drawing import CSS_VARIABLES
 from srlm_mega.report.lineage_sample import LineageSample, PairLeaf, hash_fraction
 from srlm_mega.report.page import render, write_report
 from srlm_mega.report.plots import row_of, running_mean
-from srlm_mega.report.summary import Summary, build_summary, movement, write_summary
+from srlm_mega.report.summary import Summary, build_summary, write_summary
 from srlm_mega.report.terminal import summary_table
 from srlm_mega.report.text import duration, shortened, visible
 from srlm_mega.run.plan import find_stage
@@ -99,13 +99,18 @@ def printed(run: Path, width: int = 80) -> str:
 def test_summary_has_the_keys_of_the_final_table(finished: Path) -> None:
     write_summary(finished)
     content = orjson.loads((finished / "summary.json").read_bytes())
-    assert list(content) == ["models", "seconds"]
+    assert list(content) == ["models", "seconds", "chance"] and content["chance"] == 0.5
     assert list(content["models"]) == ["M1", "M2", "M3"]
     for row in content["models"].values():
         assert set(row) == {
             *("quality_sampled", "quality_greedy", "win_vs_m1", "tie_vs_m1", "loss_vs_m1"),
-            *("judge", "judge_single", "mean_length", "pairs"),
+            *("judge", "judge_single", "mean_length", "pairs", "intervals"),
         }
+        assert set(row["intervals"]) == {
+            *("quality_sampled", "quality_greedy", "score_vs_m1", "judge_accuracy"),
+            *("quality_change", "judge_accuracy_change"),
+        }
+        assert set(row["intervals"]["judge_accuracy"]) == {"value", "low", "high", "n"}
         assert {"pair_acc_untied", "pair_acc_half", "tie_rate", "parse_failure"} <= set(row["judge"])
     assert [row["quality_sampled"] for row in content["models"].values()] == [3.27, 4.28, 4.68]
     assert [row["win_vs_m1"] for row in content["models"].values()] == [None, 0.66, 0.66]
@@ -145,10 +150,16 @@ def test_page_has_every_part(page: str) -> None:
     found, text = Tags(page), words(page)
     assert found.tags["svg"] == 10 and found.tags["h1"] == 1 and found.tags["table"] == 6
     for part in (
-        "Sampled quality rises from 3.27 to 4.68 of 5 by ground truth (M1 to M3).",
-        "Against M1 on the same prompts, M3 wins 66%, ties 24% and loses 10%.",
-        "Judge accuracy (ties count half) rises from 81.5 to 84.5% (M1 to M3); M3 ties 18% of the pairs it judges.",
-        "M2 4.28 4.43 66% 24% 10% 83.0% 87.0% 18.0% 0.66 0.0% 7.9 20",
+        "Sampled quality by ground truth rises from 3.27 to 4.68 of 5 (M1 to M3: +1.41, 95% interval +1.31 to +1.51, "
+        "100 prompts).",
+        "Against M1 on the same 100 prompts, M3 wins 66%, ties 24% and loses 10%. With ties as halves its score is "
+        "78.0%, above one half (95% interval 68.9 to 85.0%).",
+        "Judge accuracy (ties count half) rises from 81.5 to 84.5% (M1 to M3: +3.0 points, 95% interval +2.7 to +3.3, "
+        "100 prompts). The accuracy of M3 is above chance, 50%; M3 ties 18% of the pairs it judges.",
+        "M2 4.28 4.19–4.37 4.43 4.33–4.53 66% 24% 10% 78.0% 68.9–85.0 83.0% 82.8–83.2 87.0% 18.0% 0.66 0.0% 7.9 20",
+        "Below a figure: its 95% interval over prompts, 100 (quality and score) and 100 (judge). Chance is 50%",
+        "one judgement alone. Chance is 50% for pairs in order",
+        "M1 to M3: +1.41, 95% interval +1.31 to +1.51, 100 prompts. Mean by ground truth",
         "pairs in order, a tie counting half 81.5% 81.5% 83.0% 83.0% 84.5% 84.5%",
         "Kendall's tau-b, undefined left out 0.580 0.580",
         "made a pair 20 66.7% 20 66.7%",
@@ -208,7 +219,8 @@ def test_any_number_of_rounds(tmp_path: Path, rounds: int) -> None:
 def test_terminal_table_fits_eighty_columns(finished: Path) -> None:
     text = printed(finished)
     assert max(len(line) for line in text.splitlines()) <= 80 and "…" not in text
-    assert "M3        4.68     4.83      66/24/10    84.5    88.5    18.0     8.1     20" in text
+    assert "M3       4.68       4.83      66/24/10       84.5    88.5    18.0     8.1     20" in text
+    assert "    4.58–4.77  4.75–4.90   score 69–85  84.3–84.7" in text and "Chance is 50%" in text
     assert "…" in printed(finished, width=60), "too narrow is seen"
 
 
@@ -246,12 +258,6 @@ def test_a_loss_that_was_not_finite_is_a_gap(tmp_path: Path) -> None:
     lines[5]["loss"] = None
     write_jsonl(path, lines)
     assert "DPO loss ends at" in words(render(run))
-
-
-def test_sentences_follow_the_rounded_numbers() -> None:
-    assert movement(3.271, 4.679, 2) == "rises from 3.27 to 4.68"
-    assert movement(4.0, 3.99, 2) == "falls from 4.00 to 3.99"
-    assert movement(3.2701, 3.2749, 2) == "is 3.27"
 
 
 def test_durations() -> None:

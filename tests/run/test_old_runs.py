@@ -19,6 +19,9 @@ from srlm_mega.config.file import load_config
 from srlm_mega.config.knobs import knobs
 from srlm_mega.controller.loop import check_finished
 from srlm_mega.errors import UserError
+from srlm_mega.evaluation.intervals import Interval
+from srlm_mega.report.page import render
+from srlm_mega.report.summary import build_summary
 from srlm_mega.run.identity import identity_of
 from srlm_mega.run.manifest import IDENTITY, MANIFEST
 from srlm_mega.run.plan import find_stage, plan
@@ -73,6 +76,17 @@ def test_an_older_run_is_finished_and_its_outputs_stay(run: RunDir, srlm: Path) 
     assert metrics.startswith(begun), "training begins after its checkpoint, not at its first step"
     assert [orjson.loads(line)["step"] for line in metrics.splitlines()] == list(range(1, STEPS + 1))
     assert run.manifest("M2/evaluation") is not None
+
+
+def test_an_older_run_has_a_report_without_intervals_of_its_judge(run: RunDir) -> None:
+    """It kept no pairs by prompt; four prompts are too few for an interval of quality. Give its judge an accuracy."""
+    assert build_summary(run.root).models["M1"].intervals.judge_accuracy is None, "none of its judgements had a score"
+    path = run.output("M1/evaluation") / "evaluation.json"
+    path.write_text(path.read_text().replace('"pair_acc_half": null', '"pair_acc_half": 0.75'))
+    found = build_summary(run.root).models["M1"].intervals
+    assert found.judge_accuracy == Interval(0.75) and found.quality_sampled == Interval(0.0, None, None, 4)
+    page = render(run.root)
+    assert "Judge accuracy (ties count half) is 75.0% (M1, 95% interval unknown)" in page
 
 
 def test_options_that_an_older_version_did_not_have_count_as_their_defaults(run: RunDir) -> None:

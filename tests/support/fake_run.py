@@ -5,12 +5,15 @@ import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from places import TOY
 
 from srlm_mega.config.file import load_config, to_yaml
-from srlm_mega.evaluation.results import EvaluationSample, JudgeMetrics, ModelEvaluation
+from srlm_mega.evaluation.results import EvaluationSample, JudgedPrompt, JudgeMetrics, ModelEvaluation
+from srlm_mega.evaluation.win_rates import head_to_head_of
 from srlm_mega.judging.pair_counts import PairCounts
+from srlm_mega.judging.pairwise import Outcome
 from srlm_mega.records import Candidate, Judgement, Message, PreferencePair, Prompt, write_jsonl
 from srlm_mega.run.manifest import Identity
 from srlm_mega.run.run_dir import RunDir
@@ -20,6 +23,7 @@ HOSTILE = (
 )
 TEXT = "sure apple pear thanks"
 QUALITY = (3.27, 4.28, 4.68, 4.75, 4.8, 4.82)
+PROMPTS = 100  # held-out ones, of quality and of judging
 
 
 class FakeRun:
@@ -36,23 +40,31 @@ class FakeRun:
         self.folder.config_file.write_text(to_yaml(config), encoding="utf-8")
 
     def commit(
-        self, stage: str, files: Mapping[str, Iterable[object]], seconds: float, counts: dict[str, float] | None = None
+        self,
+        stage: str,
+        files: Mapping[str, Iterable[object]],
+        seconds: float,
+        counts: dict[str, float] | None = None,
+        num_rows: int | None = None,
     ) -> None:
         identity = Identity(stage, {}, {})
         partial = self.folder.begin(identity, resumable=False)
         rows = [write_jsonl(partial / name, records) for name, records in files.items()]
-        self.folder.commit(identity, rows[0], seconds, "0.1.0", counts or {})
+        self.folder.commit(identity, rows[0] if num_rows is None else num_rows, seconds, "0.1.0", counts or {})
 
     def model(self, number: int) -> None:
         """M(number): its training curve and its evaluation."""
         steps: list[object] = [{"step": step, "loss": 2.0} for step in range(1, 101)]
         if number > 1:
             steps = [self.dpo_step(step) for step in range(1, 61)]
-        self.commit(f"M{number}", {"metrics.jsonl": steps}, 21.5)
-        samples: list[object] = [self.sample(index, number) for index in range(40)]
-        self.commit(
-            f"M{number}/evaluation", {"samples.jsonl": samples, "evaluation.json": [self.evaluation(number)]}, 4.0
-        )
+        counts, rows = ({"steps": 100, "excluded": 2}, 72) if number == 1 else ({}, 19)
+        self.commit(f"M{number}", {"metrics.jsonl": steps}, 21.5, counts, rows)
+        files: dict[str, list[Any]] = {
+            "samples.jsonl": [self.sample(index, number) for index in range(PROMPTS)],
+            "evaluation.json": [self.evaluation(number)],
+            "judge_prompts.jsonl": [self.judged(index, number) for index in range(PROMPTS)],
+        }
+        self.commit(f"M{number}/evaluation", files, 4.0)
 
     def round(self, number: int) -> None:
         """Judgements, pairs and counts of round `number`."""
@@ -77,19 +89,36 @@ class FakeRun:
 
     def evaluation(self, number: int) -> ModelEvaluation:
         truth = QUALITY[number - 1] if self.ground_truth else None
-        outcomes = (0.66, 0.24, 0.10) if self.ground_truth and number > 1 else (None, None, None)
+        is_compared = self.ground_truth and number > 1
+        outcomes = (0.66, 0.24, 0.10) if is_compared else (None, None, None)
+        won: list[Outcome] = ["win" if index < 66 else "tie" if index < 90 else "loss" for index in range(PROMPTS)]
+        against = head_to_head_of({f"v{index}": one for index, one in enumerate(won)}) if is_compared else None
         half = 0.8 + 0.015 * number
         judge = JudgeMetrics(
             half + 0.04, half, half - 0.05, 0.18, 0.6, 80, 0.3, 0.66, 0.6, 0.58, 0.55, 0.0, 1.0, 200, 190, 800, 2400
         )
         greedy = None if truth is None else truth + 0.15
-        return ModelEvaluation(f"M{number}", greedy, truth, *outcomes, judge, judge, 7.5 + 0.2 * number)
+        length = 7.5 + 0.2 * number
+        return ModelEvaluation(f"M{number}", greedy, truth, *outcomes, judge, judge, length, against_m1=against)
+
+    def judged(self, index: int, number: int) -> JudgedPrompt:
+        """On average the evaluation's accuracy and tie rate; prompts are not equally easy for two models."""
+        ease = (-2, 2)[(index >> (number > 1)) % 2]
+        return JudgedPrompt(f"e{index}", judgements=3, pairs=200, right=142 + 3 * number + ease, tied=36)
 
     def sample(self, index: int, number: int) -> EvaluationSample:
-        truth = self.random.randint(0, 5) if self.ground_truth else None
+        sampled_truth, greedy_truth = (
+            int(mean) + (37 * index % PROMPTS < round(mean % 1 * PROMPTS)) if self.ground_truth else None
+            for mean in (QUALITY[number - 1], QUALITY[number - 1] + 0.15)
+        )
         sampled = self.text + " cat" * self.random.randint(0, number)
         return EvaluationSample(
-            f"v{index}", f"list {index} animals lower open sure close thanks", self.text, sampled, truth, truth
+            f"v{index}",
+            f"list {index} animals lower open sure close thanks",
+            self.text,
+            sampled,
+            greedy_truth,
+            sampled_truth,
         )
 
     def prompt(self, index: int) -> str:

@@ -1,14 +1,34 @@
 """`srlm compare`: several runs in one table."""
 
-import pytest
+from pathlib import Path
 
-from srlm_mega.tools.compare_runs import mean_gain, share
+import pytest
+from fake_run import make_run
+
+from srlm_mega.evaluation.intervals import Interval
+from srlm_mega.report.headlines import ACCURACY, QUALITY
+from srlm_mega.tools.compare_runs import bracketed, comparison, mean_gain, share
 
 
 def test_mean_gain_is_over_the_runs_that_measured_both_ends() -> None:
-    # (0.80 -> 0.84) and (0.90 -> 0.88): +0.04 and -0.02, mean +0.01; the third run has no first value
-    assert mean_gain([(0.80, 0.84), (0.90, 0.88), (None, 0.5)]) == "+0.010"
-    assert mean_gain([(None, 1.0)]) == "-"
+    """0.80 -> 0.84 and 0.90 -> 0.88: +4 and -2 points, mean +1; the third run has no change."""
+    changes = [Interval(0.04), Interval(-0.02), None]
+    assert mean_gain(changes, ACCURACY) == "+1.0 points (runs -2.0 to +4.0)"
+    assert mean_gain(changes[:1], QUALITY) == "+0.04"
+    assert mean_gain([None], ACCURACY) == "-"
+
+
+def test_every_figure_stands_with_its_interval_and_prompts(tmp_path: Path) -> None:
+    text = comparison([make_run(tmp_path / name, rounds=1) for name in ("a", "b")])
+    row = "| M2 | 4.28 [4.19, 4.37] | 4.43 [4.33, 4.53] | .660 / .240 / .100 | .780 [.689, .850] | .830 [.828, .832] |"
+    assert all(f"| {run} {row} .870 | .180 | 1.000 | 100 / 100 | 20 |" in text for run in ("a", "b"))
+    assert "95 % intervals over prompts" in text and "Chance is .500" in text
+    assert "a: Sampled quality by ground truth rises from 3.27 to 4.28" in text
+    assert "mean of 2 run(s): sampled quality +1.01 (runs +1.01 to +1.01), judge accuracy +1.5 points (runs" in text
+
+
+def test_shares_have_no_leading_zero() -> None:
+    assert bracketed(None, QUALITY) == "-" and bracketed(Interval(10.5), QUALITY) == "10.50 [unknown]"
 
 
 @pytest.mark.parametrize(("value", "shown"), [(None, "-"), (0.8513, ".851"), (1.0, "1.000"), (0.0, ".000")])
