@@ -33,8 +33,9 @@ from srlm_mega.report.round_parts import RoundPart, read_round
 from srlm_mega.report.summary import Summary, build_summary, decimal, percent
 from srlm_mega.report.text import duration, visible
 from srlm_mega.run.files import write_atomic
+from srlm_mega.run.plan import eft_source
 from srlm_mega.run.run_dir import RunDir
-from srlm_mega.run.stage_kinds import CANDIDATES, EVALUATION, model_name
+from srlm_mega.run.stage_kinds import CANDIDATES, EVALUATION, SEED, SFT, model_name
 
 SHOWN_PROMPTS = 6
 SHOWN_PAIRS = 2
@@ -93,7 +94,7 @@ def render(run: Path) -> str:
             findings=findings(summary),
             table_note=table_note(summary),
             scales={"quality": QUALITY, "share": ACCURACY},
-            facts=facts(config),
+            facts=facts(folder, config),
             is_control=config.judge.backend == "random",
             expected=[model_name(number) for number in range(1, config.run.rounds + 2)],
             figures=figures(summary, rounds, samples, costs),
@@ -171,12 +172,14 @@ def figures(
     return {"models": models, "pairs": pairs, "dpo": dpo_plots(steps) if steps else [], "speed": speed}
 
 
-def facts(config: Config) -> dict[str, str]:
-    """Return the parts of the configuration that a reader of the figures needs, by their label in the page's head."""
-    model, judge, candidates, seed = config.model, config.judge, config.candidates, config.seed_data
+def facts(run: RunDir, config: Config) -> dict[str, str]:
+    """Return what a reader of the figures needs of the configuration and of the seed data, by their label in the page's
+    head. Numbers of examples are those that there were: the configuration's are limits."""
+    model, judge, candidates = config.model, config.judge, config.candidates
     return {
         "Rounds": f"{config.run.rounds}, seed {config.run.seed}",
-        "Seed data": f"{seed.source}, {seed.num_ift} IFT + {seed.num_eft} EFT",
+        "Seed data": f"{config.seed_data.source}, {seed_counts(run, config)}",
+        "M1": trained_on(run, config),
         "Model": f"{model.num_layers} layers, hidden size {model.hidden_size}, {model.vocab_size} tokens",
         "Candidates": f"{candidates.n} per prompt, T {candidates.temperature:g}, top-p {candidates.top_p:g}",
         "Judge": f"{judge.n} judgements per candidate, T {judge.temperature:g}, template {judge.template}",
@@ -190,6 +193,27 @@ def cut_judgements(folder: RunDir, model: str) -> int | None:
     assert manifest is not None, "the summary has the models whose evaluation is finished"
     cut = manifest.counts.get("judgements_truncated")
     return None if cut is None else int(cut)
+
+
+def seed_counts(run: RunDir, config: Config) -> str:
+    """Return '12 IFT + 60 EFT', the examples that the finished stages found or built."""
+    seed, eft = run.manifest(SEED.of(0)), run.manifest(eft_source(config))
+    ift = "IFT not read yet" if seed is None else f"{seed.counts['ift.jsonl']:,} IFT"
+    if not config.eft.enabled:
+        return f"{ift}, no EFT"
+    if eft is None:
+        return f"{ift}, EFT not built yet"
+    return f"{ift} + {eft.rows if config.builds_eft else eft.counts['eft_train.jsonl']:,} EFT"
+
+
+def trained_on(run: RunDir, config: Config) -> str:
+    """Return the number of examples that M1 was trained on, of those left out, and of its steps."""
+    trained = run.manifest(SFT.of("M1"))
+    if trained is None:
+        return "not trained yet"
+    steps, excluded = trained.counts.get("steps", 0), trained.counts.get("excluded", 0)
+    left_out = f", {excluded:,} too long" if excluded else ""
+    return f"{trained.rows:,} examples{left_out}, {steps:,} steps of {config.sft.global_batch_size}"
 
 
 def metric(value: float | None, name: str) -> str:

@@ -22,7 +22,7 @@ from srlm_mega.records import parse_line, read_jsonl
 from srlm_mega.run.files import write_atomic
 from srlm_mega.run.plan import plan
 from srlm_mega.run.run_dir import RunDir
-from srlm_mega.run.stage_kinds import EVALUATION, PAIRS, model_name
+from srlm_mega.run.stage_kinds import DPO, EVALUATION
 
 ABSENT = "–"
 
@@ -44,7 +44,7 @@ class ModelIntervals:
 @dataclass(frozen=True, slots=True)
 class ModelSummary:
     """One row of the table, with fields of ModelEvaluation. `pairs` is the number of pairs that the model's DPO trained
-    on, None for a model without DPO (M1)."""
+    on, without those that were too long; None for a model without DPO (M1)."""
 
     quality_sampled: float | None
     quality_greedy: float | None
@@ -99,7 +99,7 @@ def build_summary(run: Path) -> Summary:
     folder = RunDir(run)
     config = load_config(folder.config_file)
     finished = {stage: manifest for stage in plan(config) if (manifest := folder.manifest(stage.name)) is not None}
-    pairs = {model_name(stage.round + 1): manifest.rows for stage, manifest in finished.items() if stage.kind is PAIRS}
+    pairs = {stage.model: manifest.rows for stage, manifest in finished.items() if stage.kind is DPO}
     evaluated: dict[str, Evaluated] = {}
     models = {}
     for stage in finished:

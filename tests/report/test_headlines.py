@@ -9,12 +9,12 @@ from pathlib import Path
 
 import orjson
 import pytest
-from fake_run import make_run
+from fake_run import FakeRun, make_run
 from rich.console import Console
 
 from srlm_mega.evaluation.intervals import Interval, paired_change
 from srlm_mega.evaluation.results import EvaluationSample, JudgedPrompt
-from srlm_mega.records import read_jsonl, write_jsonl
+from srlm_mega.records import SftExample, read_jsonl, write_jsonl
 from srlm_mega.report.headlines import ACCURACY, QUALITY, findings, movement, side
 from srlm_mega.report.page import render
 from srlm_mega.report.summary import build_summary
@@ -144,3 +144,31 @@ def test_the_change_is_the_paired_one(finished: Path) -> None:
         for path in (finished / model / "evaluation/judge_prompts.jsonl" for model in ("M1", "M2"))
     ]
     assert build_summary(finished).models["M2"].intervals.judge_accuracy_change == paired_change(*by_prompt)
+
+
+def test_the_page_counts_what_was_trained_on(tmp_path: Path) -> None:
+    """12 + 60 examples where the configuration's limits are 24 + 100."""
+    fake = FakeRun(tmp_path / "run", overrides=["seed_data.num_ift=24", "seed_data.num_eft=100"])
+    fake.model(1)
+    counts: dict[str, float] = {"ift.jsonl": 12, "eft_train.jsonl": 60}
+    fake.commit("seed", {"ift.jsonl": [SftExample("i", "ift", "p", "c", "s")]}, 1.0, counts)
+    text = next(said(fake.folder.root))
+    assert "toy_world, 12 IFT + 60 EFT M1 72 examples, 2 too long, 100 steps of 32" in text
+    assert "24 IFT" not in text and "100 EFT" not in text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "shown"),
+    [
+        (["eft.build=true", "seed_data.num_eft_sources=8"], "12 IFT, EFT not built yet M1 not trained yet"),
+        (["eft.enabled=false"], "12 IFT, no EFT M1"),
+    ],
+)
+def test_the_page_says_what_is_not_there_yet(tmp_path: Path, overrides: list[str], shown: str) -> None:
+    fake = FakeRun(tmp_path / "run", overrides=overrides)
+    fake.commit("seed", {"ift.jsonl": []}, 1.0, {"ift.jsonl": 12, "eft_train.jsonl": 0})
+    text = next(said(fake.folder.root))
+    assert shown in text
+    if "eft.build=true" in overrides:
+        fake.commit("eft", {"eft_train.jsonl": [SftExample("e", "eft", "p", "c", "s")]}, 1.0)
+        assert "12 IFT + 1 EFT" in next(said(fake.folder.root))

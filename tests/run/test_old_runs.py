@@ -87,6 +87,7 @@ def test_an_older_run_has_a_report_without_intervals_of_its_judge(run: RunDir) -
     assert found.judge_accuracy == Interval(0.75) and found.quality_sampled == Interval(0.0, None, None, 4)
     page = render(run.root)
     assert "Judge accuracy (ties count half) is 75.0% (M1, 95% interval unknown)" in page
+    assert "24 IFT + 8 EFT" in page and "32 examples, 2 steps of 4" in page
 
 
 def test_options_that_an_older_version_did_not_have_count_as_their_defaults(run: RunDir) -> None:

@@ -21,7 +21,7 @@ def test_mean_gain_is_over_the_runs_that_measured_both_ends() -> None:
 def test_every_figure_stands_with_its_interval_and_prompts(tmp_path: Path) -> None:
     text = comparison([make_run(tmp_path / name, rounds=1) for name in ("a", "b")])
     row = "| M2 | 4.28 [4.19, 4.37] | 4.43 [4.33, 4.53] | .660 / .240 / .100 | .780 [.689, .850] | .830 [.828, .832] |"
-    assert all(f"| {run} {row} .870 | .180 | 1.000 | 100 / 100 | 20 |" in text for run in ("a", "b"))
+    assert all(f"| {run} {row} .870 | .180 | 1.000 | 100 / 100 | 19 |" in text for run in ("a", "b"))
     assert "95 % intervals over prompts" in text and "Chance is .500" in text
     assert "a: Sampled quality by ground truth rises from 3.27 to 4.28" in text
     assert "mean of 2 run(s): sampled quality +1.01 (runs +1.01 to +1.01), judge accuracy +1.5 points (runs" in text
