@@ -94,7 +94,7 @@ class PromptDraft:
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """One sampled response. Training uses `prompt_token_ids + token_ids` exactly as they were sampled;
-    `token_ids` ends with the end token exactly when `finish_reason` is `stop`. `cumulative_logprob` is the sum over
+    `token_ids` ends with an end token exactly when `finish_reason` is `stop`. `cumulative_logprob` is the sum over
     `token_ids` in nats, where the sampler gives it."""
 
     id: str

@@ -102,10 +102,10 @@ def methods(run: RunDir, config: Config, batch_sizes: Sequence[int]) -> dict[str
     """Return our sampler by batch size and without reuse of prefills; for the transformers backend also `generate`
     with the same model."""
     folder, settings = run.weights("M1"), config.sampler
-    eos_id = Chat.from_folder(folder).eos_id
+    end_ids = Chat.from_folder(folder).end_ids
 
     def ours(sampler_config: SamplerConfig) -> Method:
-        sampler = open_sampler(sampler_config, folder, eos_id)
+        sampler = open_sampler(sampler_config, folder, end_ids)
         return lambda prompts, params: sum(
             len(one.token_ids) for group in sampler.sample(prompts, params) for one in group
         )
@@ -119,9 +119,9 @@ def methods(run: RunDir, config: Config, batch_sizes: Sequence[int]) -> dict[str
         device = torch.device(automatic_device() if settings.device == "auto" else settings.device)
         model = AutoModelForCausalLM.from_pretrained(str(folder), dtype="auto").to(device).eval()
         size = settings.batch_size
-        found[ONE_BY_ONE] = lambda prompts, params: generate(model, eos_id, prompts, params, 1)
+        found[ONE_BY_ONE] = lambda prompts, params: generate(model, end_ids, prompts, params, 1)
         found[FIXED_BATCHES] = lambda prompts, params: generate(
-            model, eos_id, prompts, params, max(1, size // params.n)
+            model, end_ids, prompts, params, max(1, size // params.n)
         )
     return found
 
@@ -131,11 +131,11 @@ def every_copy_alone(prompts: Prompts, params: SamplingParams) -> tuple[Prompts,
     return [prompt for prompt in prompts for _ in range(params.n)], replace(params, n=1)
 
 
-def generate(model: Any, eos_id: int, prompts: Prompts, params: SamplingParams, batch: int) -> int:
+def generate(model: Any, end_ids: tuple[int, ...], prompts: Prompts, params: SamplingParams, batch: int) -> int:
     """Sample with transformers' own loop, `batch` prompts at a time in order; returns the number of output tokens."""
     settings = GenerationConfig(
         do_sample=True, temperature=params.temperature, top_p=params.top_p, top_k=0, num_return_sequences=params.n,
-        max_new_tokens=params.max_new_tokens, eos_token_id=eos_id, pad_token_id=eos_id,
+        max_new_tokens=params.max_new_tokens, eos_token_id=list(end_ids), pad_token_id=end_ids[0],
     )  # fmt: skip
     total = 0
     for first in range(0, len(prompts), batch):
@@ -143,8 +143,8 @@ def generate(model: Any, eos_id: int, prompts: Prompts, params: SamplingParams, 
         with torch.inference_mode():
             rows = model.generate(ids, attention_mask=mask, generation_config=settings)[:, ids.shape[1] :]
         # Tokens up to the first end token, that one included; what follows is padding.
-        ended = (rows == eos_id).int().cumsum(dim=1)
-        total += int((ended - (rows == eos_id).int() == 0).sum())
+        ends = torch.isin(rows, torch.tensor(end_ids, device=rows.device)).int()
+        total += int((ends.cumsum(dim=1) - ends == 0).sum())
     return total
 
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from srlm_mega.records import FinishReason
 from srlm_mega.sampling.sampler import Completion, ModelLimits, SamplingParams
 from srlm_mega.seeds import derive_seed
 
@@ -21,11 +20,11 @@ class HuggingFaceSampler:
     """A `Sampler` of a Hugging Face causal model. `batch_size`: sequences (prompts times n) per forward pass."""
 
     def __init__(
-        self, model_folder: Path, eos_id: int, device: Literal["auto", "cpu", "cuda"], batch_size: int
+        self, model_folder: Path, end_ids: tuple[int, ...], device: Literal["auto", "cpu", "cuda"], batch_size: int
     ) -> None:
         """Load the model. ValueError when the folder lacks some of its weights."""
         self._device = torch.device(automatic_device() if device == "auto" else device)
-        self._eos_id = eos_id
+        self._end_ids = end_ids
         self._batch_size = batch_size
         model, report = AutoModelForCausalLM.from_pretrained(
             str(model_folder), dtype="auto", local_files_only=True, output_loading_info=True
@@ -92,10 +91,8 @@ class HuggingFaceSampler:
             logprobs[active] += logprob_of(chosen, logits)
             for row, token in zip(active.tolist(), chosen.tolist(), strict=True):
                 tokens[row].append(token)
-            unfinished = (chosen != self._eos_id).nonzero()[:, 0]
-            if params.stop is not None:
-                kept = [row for row in unfinished.tolist() if not params.stop.is_end(tokens[active[row]])]
-                unfinished = torch.tensor(kept, dtype=torch.long, device=self._device)
+            kept = [place for place, row in enumerate(active.tolist()) if not self._is_whole(tokens[row], params)]
+            unfinished = torch.tensor(kept, dtype=torch.long, device=self._device)
             if len(unfinished) == 0 or step + 1 == params.max_new_tokens:
                 break
             if len(unfinished) < len(active):  # finished rows cost nothing more
@@ -111,13 +108,12 @@ class HuggingFaceSampler:
             )
             logits = output.logits[:, -1]
         return [
-            Completion(tuple(row), self._finish_reason(row, params), seed, round(logprob, 4))
+            Completion(tuple(row), "stop" if self._is_whole(row, params) else "length", seed, round(logprob, 4))
             for row, seed, logprob in zip(tokens, seeds, logprobs.tolist(), strict=True)
         ]
 
-    def _finish_reason(self, tokens: Sequence[int], params: SamplingParams) -> FinishReason:
-        stopped = params.stop is not None and params.stop.is_end(tokens)
-        return "stop" if stopped or tokens[-1] == self._eos_id else "length"
+    def _is_whole(self, tokens: Sequence[int], params: SamplingParams) -> bool:
+        return tokens[-1] in self._end_ids or (params.stop is not None and params.stop.is_end(tokens))
 
 
 def automatic_device() -> str:

@@ -70,6 +70,8 @@ def none_failed(answers: Sequence[Answer]) -> list[list[Completion]]:
     return completions
 
 
-def open_retrying_sampler(config: SamplerConfig, model_folder: Path, eos_id: int, allowed: int) -> RetryingSampler:
+def open_retrying_sampler(
+    config: SamplerConfig, model_folder: Path, end_ids: tuple[int, ...], allowed: int
+) -> RetryingSampler:
     """Load a model as `open_sampler` does, with the configured number of attempts; `allowed` requests may fail."""
-    return RetryingSampler(open_sampler(config, model_folder, eos_id), config.attempts, allowed)
+    return RetryingSampler(open_sampler(config, model_folder, end_ids), config.attempts, allowed)

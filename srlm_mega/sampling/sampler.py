@@ -21,9 +21,9 @@ class SamplingParams:
     - temperature: the logits are divided by it; 0 takes the likeliest token (greedy), and then n must be 1.
     - top_p: nucleus sampling, in (0, 1]: tokens are drawn from the fewest likeliest ones whose probabilities, after the
       temperature, sum to top_p; 1 keeps the whole vocabulary.
-    - max_new_tokens: longest completion in tokens, the end token included; at least 1.
+    - max_new_tokens: longest completion in tokens, its end token included; at least 1.
     - seed: with a prompt's position and a completion's number it decides all random draws.
-    - stop: strings that end a completion in addition to the end token; None for no such strings.
+    - stop: strings that end a completion in addition to the end tokens; None for no such strings.
     """
 
     n: int
@@ -53,8 +53,8 @@ class SamplingParams:
 class Completion:
     """One sampled continuation of a prompt.
 
-    - token_ids: 1 to max_new_tokens ids, without the prompt. With finish_reason `stop` the last one is the end token or
-      the token that completed the first stop string, and neither occurs earlier.
+    - token_ids: 1 to max_new_tokens ids, without the prompt. With finish_reason `stop` the last one is one of the end
+      tokens or the token that completed the first stop string, and neither occurs earlier.
     - finish_reason: `stop`, or `length` for a completion that max_new_tokens cut off. One that stops exactly at
       max_new_tokens is a `stop`.
     - seed: seed of this completion's own draws; no other completion of the call has the same.
@@ -70,8 +70,8 @@ class Completion:
 
 
 class Sampler(Protocol):
-    """A loaded model that continues prompts. The end token's id is given to the backend when it is opened; a model
-    folder's generation_config is ignored."""
+    """A loaded model that continues prompts. The ids of its end tokens, each of which ends a completion, are given when
+    the backend is opened; a model folder's generation_config is ignored."""
 
     def sample(
         self, prompts: Sequence[tuple[int, ...]], params: SamplingParams, first: int = 0

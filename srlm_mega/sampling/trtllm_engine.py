@@ -17,7 +17,7 @@ from srlm_mega.sampling.sampler import ModelLimits
 from srlm_mega.sampling.trtllm_sampler import TrtllmSampler
 
 
-def open_trtllm_engine(config: SamplerConfig, engine: Path, eos_id: int) -> TrtllmSampler:
+def open_trtllm_engine(config: SamplerConfig, engine: Path, end_ids: tuple[int, ...]) -> TrtllmSampler:
     """Load an engine's folder. UserError when it was not built for these versions and this GPU."""
     try:
         record = check_engine(engine, runtime_here(), None, engine)
@@ -30,7 +30,7 @@ def open_trtllm_engine(config: SamplerConfig, engine: Path, eos_id: int) -> Trtl
         kv_cache_config=KvCacheConfig(enable_block_reuse=True, free_gpu_memory_fraction=config.kv_cache_fraction),
     )
     # An engine gives log-probabilities only when it was built to gather all logits, so none are asked for.
-    return TrtllmSampler(llm, eos_id, ModelLimits(record.limits.max_seq_len, vocabulary), logprobs=False)
+    return TrtllmSampler(llm, end_ids, ModelLimits(record.limits.max_seq_len, vocabulary), logprobs=False)
 
 
 def runtime_here() -> Runtime:

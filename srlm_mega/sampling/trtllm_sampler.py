@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from tensorrt_llm import SamplingParams as TrtllmParams
 from tensorrt_llm.llmapi import LLM, CompletionOutput
 
-from srlm_mega.records import FinishReason
 from srlm_mega.sampling.sampler import Completion, ModelLimits, SamplingParams
 from srlm_mega.seeds import derive_seed
 
@@ -18,9 +17,9 @@ class TrtllmSampler:
     """A `Sampler` of a loaded `LLM`. The n completions of a prompt are one request, whose prompt is computed once; the
     beginning that successive prompts share is reused from the KV cache."""
 
-    def __init__(self, llm: LLM, eos_id: int, limits: ModelLimits, logprobs: bool) -> None:
+    def __init__(self, llm: LLM, end_ids: tuple[int, ...], limits: ModelLimits, logprobs: bool) -> None:
         self._llm = llm
-        self._eos_id = eos_id
+        self._end_ids = end_ids
         self._limits = limits
         self._logprobs = 1 if logprobs else None
 
@@ -56,8 +55,9 @@ class TrtllmSampler:
             top_p=None if greedy else params.top_p,
             top_k=1 if greedy else None,
             seed=seed,
-            end_id=self._eos_id,
-            pad_id=self._eos_id,
+            end_id=self._end_ids[0],
+            pad_id=self._end_ids[0],
+            stop_token_ids=list(self._end_ids[1:]),
             logprobs=self._logprobs,
             detokenize=False,
             add_special_tokens=False,
@@ -65,26 +65,19 @@ class TrtllmSampler:
 
     def _completion(self, output: CompletionOutput, params: SamplingParams, seed: int) -> Completion:
         """Convert an answer. RuntimeError for one that broke off (`timeout`, `cancelled`): a retry may succeed."""
-        tokens = tuple(output.token_ids)
-        # The end token itself is left out of the answer by some versions and kept by others.
-        if output.finish_reason == "stop" and tokens[-1:] != (self._eos_id,):
-            tokens = (*tokens, self._eos_id)
-        reason = self._finish_reason(output, tokens, params)
+        reason, tokens = output.finish_reason, tuple(output.token_ids)
+        # Of a request's n sequences only the one that ends last is given a reason, and the others keep a stop token.
+        if reason not in ("stop", "length", None):
+            raise RuntimeError(f"TensorRT-LLM ended a request with {reason!r}")
+        full = len(tokens) == params.max_new_tokens
+        assert full or reason != "length", f"{len(tokens)} tokens, yet it ended at max_tokens={params.max_new_tokens}"
+        has_end = bool(tokens) and tokens[-1] in self._end_ids
+        if not has_end and (reason == "stop" or not full):  # the end token is left out
+            tokens = (*tokens, self._end_ids[0] if output.stop_reason is None else output.stop_reason)
         # TensorRT-LLM's stop words need its tokenizer and a single tokenisation; a stop string has several.
         cut = None if params.stop is None else params.stop.cut(tokens)
         if cut is not None:
             return Completion(cut, "stop", seed)
         logprob = output.cumulative_logprob  # kept to 1e-4 nats: further digits are rounding of the arithmetic
-        return Completion(tokens, reason, seed, None if logprob is None else round(logprob, 4))
-
-    def _finish_reason(self, output: CompletionOutput, tokens: Sequence[int], params: SamplingParams) -> FinishReason:
-        match output.finish_reason:
-            case "stop":
-                return "stop"
-            case "length":
-                assert len(tokens) == params.max_new_tokens, (
-                    f"{len(tokens)} tokens, yet it ended at max_tokens={params.max_new_tokens}"
-                )
-                return "length"
-            case other:
-                raise RuntimeError(f"TensorRT-LLM ended a request with {other!r}")
+        ended = tokens[-1] in self._end_ids
+        return Completion(tokens, "stop" if ended else "length", seed, None if logprob is None else round(logprob, 4))

@@ -11,7 +11,7 @@ from srlm_mega.sampling.sampler import ModelLimits
 from srlm_mega.sampling.trtllm_sampler import TrtllmSampler
 
 
-def open_trtllm_torch(config: SamplerConfig, model_folder: Path, eos_id: int) -> TrtllmSampler:
+def open_trtllm_torch(config: SamplerConfig, model_folder: Path, end_ids: tuple[int, ...]) -> TrtllmSampler:
     """Load the folder's model on tp_size * pp_size GPUs. UserError when the folder has no config.json."""
     limits = ModelLimits.of_folder(model_folder)
     llm = LLM(
@@ -31,4 +31,4 @@ def open_trtllm_torch(config: SamplerConfig, model_folder: Path, eos_id: int) ->
             dtype=config.kv_cache_dtype,
         ),
     )
-    return TrtllmSampler(llm, eos_id, limits, logprobs=True)
+    return TrtllmSampler(llm, end_ids, limits, logprobs=True)

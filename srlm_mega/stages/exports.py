@@ -61,7 +61,7 @@ def export_mt_bench(model: RunModel, questions: Sequence[MtBenchQuestion], model
     """Write a model's answers to every turn of MT-Bench's questions. UserError when a turn does not fit."""
     chat = Chat.from_folder(model.writer.folder)
     conversations = [Conversation(question, (), ()) for question in questions]
-    with closing(open_retrying_sampler(model.config.sampler, model.writer.folder, chat.eos_id, allowed=0)) as sampler:
+    with closing(open_retrying_sampler(model.config.sampler, model.writer.folder, chat.end_ids, allowed=0)) as sampler:
         for turn in range(max(len(question.turns) for question in questions)):
             for temperature in sorted({question.temperature for question in questions}):
                 conversations = take_turn(model, chat, sampler, conversations, turn, temperature)
@@ -79,7 +79,7 @@ class Conversation:
 
     def answered(self, prompt: tuple[int, ...], completion: Completion, chat: Chat) -> "Conversation":
         """Return the conversation with one more turn; a cut-off answer gets the end token that it lacks."""
-        end = () if completion.token_ids[-1] == chat.eos_id else (chat.eos_id,)
+        end = () if completion.token_ids[-1] in chat.end_ids else chat.end_ids[:1]
         said = chat.decode(completion.token_ids)
         return Conversation(self.question, prompt + completion.token_ids + end, (*self.answers, said))
 

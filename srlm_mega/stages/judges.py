@@ -45,7 +45,7 @@ class LocalJudge:
         chat, positions = Chat.from_folder(folder), ModelLimits.of_folder(folder).max_positions
         if seq_length is not None:
             positions = min(positions, seq_length)
-        ready = open_retrying_sampler(sampler, loaded, chat.eos_id, allowed)
+        ready = open_retrying_sampler(sampler, loaded, chat.end_ids, allowed)
         params = SamplingParams(1, 0.0, 1.0, max_new_tokens, seed=0)
         return cls(name, sampler.shard_size, chat, ready, params, positions - max_new_tokens)
 

@@ -61,7 +61,7 @@ def respond(
     shards = cut_into_shards(requests, config.sampler.shard_size, derive_seed(config.run.seed, "responses"))
     devices = config.sampler.devices_per_replica
     watch = ShardWatch(file.with_name("metrics.jsonl"), on_progress, len(requests), devices, replicas=1)
-    with closing(open_retrying_sampler(config.sampler, writer.folder, chat.eos_id, allowed=0)) as sampler:
+    with closing(open_retrying_sampler(config.sampler, writer.folder, chat.end_ids, allowed=0)) as sampler:
         ask = partial(answer, params, records, sampler)
         run_shards(ShardFiles(shards, file), ask, watch.earlier, watch.finished)
     watch.close()

@@ -32,8 +32,8 @@ MIB = 1 << 20
 def open_model(work: Work, model: str, allowed: int) -> RetryingSampler:
     """Load a model of the run with the configured backend; at most `allowed` requests may fail for good."""
     folder = work.run.weights(model)
-    eos_id = Chat.from_folder(folder).eos_id
-    return open_retrying_sampler(work.config.sampler, loaded_folder(work, model), eos_id, allowed)
+    end_ids = Chat.from_folder(folder).end_ids
+    return open_retrying_sampler(work.config.sampler, loaded_folder(work, model), end_ids, allowed)
 
 
 def loaded_folder(work: Work, model: str) -> Path:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from sampler_contract import EOS, GREEDY, SAMPLED, VOCABULARY, Prompts, make_model, random_prompts
+from sampler_contract import END_IDS, GREEDY, SAMPLED, VOCABULARY, Prompts, make_model, random_prompts
 from transformers import GenerationConfig, LlamaForCausalLM
 
 from srlm_mega.config.runtime import SamplerConfig
@@ -32,7 +32,7 @@ def prompts() -> Prompts:
 
 @pytest.fixture
 def sampler(folder: Path) -> Iterator[HuggingFaceSampler]:
-    sampler = HuggingFaceSampler(folder, EOS, "cpu", batch_size=16)
+    sampler = HuggingFaceSampler(folder, END_IDS, "cpu", batch_size=16)
     yield sampler
     sampler.close()
 
@@ -41,7 +41,7 @@ def test_greedy_is_what_generate_gives_for_each_prompt_alone(
     folder: Path, sampler: HuggingFaceSampler, prompts: Prompts
 ) -> None:
     model = LlamaForCausalLM.from_pretrained(folder)
-    settings = GenerationConfig(do_sample=False, max_new_tokens=20, eos_token_id=EOS, pad_token_id=0)
+    settings = GenerationConfig(do_sample=False, max_new_tokens=20, eos_token_id=list(END_IDS), pad_token_id=0)
     expected = [
         tuple(model.generate(torch.tensor([prompt]), generation_config=settings)[0, len(prompt) :].tolist())
         for prompt in prompts
@@ -62,7 +62,7 @@ def test_padding_without_a_mask_would_be_seen(folder: Path, sampler: HuggingFace
 def test_the_batch_size_does_not_decide(
     folder: Path, sampler: HuggingFaceSampler, prompts: Prompts, batch_size: int
 ) -> None:
-    other = HuggingFaceSampler(folder, EOS, "cpu", batch_size)
+    other = HuggingFaceSampler(folder, END_IDS, "cpu", batch_size)
     assert other.sample(prompts, SAMPLED) == sampler.sample(prompts, SAMPLED)
 
 
@@ -106,11 +106,11 @@ def test_a_folder_without_all_weights_is_refused(folder: Path, tmp_path: Path) -
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj"):
-        HuggingFaceSampler(tmp_path, EOS, "cpu", batch_size=4)
+        HuggingFaceSampler(tmp_path, END_IDS, "cpu", batch_size=4)
 
 
 def test_the_configured_backend_is_opened(folder: Path, prompts: Prompts, sampler: HuggingFaceSampler) -> None:
-    opened = open_sampler(SamplerConfig(device="cpu", batch_size=16), folder, EOS)
+    opened = open_sampler(SamplerConfig(device="cpu", batch_size=16), folder, END_IDS)
     assert opened.sample(prompts, SAMPLED) == sampler.sample(prompts, SAMPLED)
     opened.close()
 
@@ -118,7 +118,7 @@ def test_the_configured_backend_is_opened(folder: Path, prompts: Prompts, sample
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_greedy_on_a_gpu_is_greedy_on_a_cpu(folder: Path, sampler: HuggingFaceSampler, prompts: Prompts) -> None:
-    gpu = HuggingFaceSampler(folder, EOS, "cuda", batch_size=16)
+    gpu = HuggingFaceSampler(folder, END_IDS, "cuda", batch_size=16)
     assert gpu.sample(prompts, GREEDY) == sampler.sample(prompts, GREEDY)
     gpu.close()
 

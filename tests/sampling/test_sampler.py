@@ -31,6 +31,6 @@ def test_the_interface_loads_no_backend() -> None:
 def test_an_unknown_backend_is_an_error_that_names_it() -> None:
     config = SamplerConfig().model_copy(update={"backend": "another"})  # as a half-added backend would be
     with pytest.raises(AssertionError, match="another"):
-        open_sampler(config, Path(), eos_id=0)
+        open_sampler(config, Path(), end_ids=(0,))
     with pytest.raises(AssertionError, match="another"):
         _ = config.traits

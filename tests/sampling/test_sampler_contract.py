@@ -11,7 +11,7 @@ from unittest.mock import patch
 import pytest
 from places import ROOT
 from sampler_contract import *  # noqa: F403
-from sampler_contract import EOS, GREEDY, POSITIONS, SAMPLED, VOCABULARY, Prompts, flat, make_model
+from sampler_contract import END_IDS, EOS, GREEDY, POSITIONS, SAMPLED, VOCABULARY, Prompts, flat, make_model
 
 from srlm_mega.checkpoints_conversion.engine import EngineRecord, Limits, Runtime, write_record
 from srlm_mega.config.runtime import SamplerConfig
@@ -58,14 +58,14 @@ def stand_in() -> Iterator[None]:
 def sampler(request: pytest.FixtureRequest, folder: Path, stand_in: None) -> Iterator[Sampler]:
     backend = request.param.partition(",")[0]
     loaded = folder.parent / "engine" if backend == "trtllm_engine" else folder
-    sampler = open_sampler(SamplerConfig(backend=backend, device="cpu", batch_size=256), loaded, EOS)
+    sampler = open_sampler(SamplerConfig(backend=backend, device="cpu", batch_size=256), loaded, END_IDS)
     yield sampler
     sampler.close()
 
 
 def trtllm(folder: Path, backend: str = "trtllm_torch") -> Sampler:
     loaded = folder.parent / "engine" if backend == "trtllm_engine" else folder
-    return open_sampler(SamplerConfig(backend=backend, batch_size=16), loaded, EOS)  # type: ignore[arg-type]
+    return open_sampler(SamplerConfig(backend=backend, batch_size=16), loaded, END_IDS)  # type: ignore[arg-type]
 
 
 def test_the_stand_in_refuses_what_the_documentation_does_not_have(stand_in: None, folder: Path) -> None:
@@ -103,6 +103,23 @@ def test_the_end_token_is_there_whether_or_not_the_answer_keeps_it(
     without = trtllm(folder, backend).sample(prompts, SAMPLED)
     monkeypatch.setattr(LLM, "keeps_end_token", True)
     assert trtllm(folder, backend).sample(prompts, SAMPLED) == without
+
+
+def test_a_request_whose_sequences_end_at_different_steps_names_the_last_ones_reason_only(
+    stand_in: None, folder: Path, prompts: Prompts
+) -> None:
+    """As 1.2 does; the sampler tells the others' ends by their tokens, and the contract above holds."""
+    from tensorrt_llm import LLM, SamplingParams
+
+    llm = LLM(model=str(folder), skip_tokenizer_init=True)
+    params = SamplingParams(
+        end_id=EOS, stop_token_ids=list(END_IDS[1:]), n=3, temperature=1.0, max_tokens=20, detokenize=False
+    )
+    answers = [answer.outputs for answer in llm.generate([list(prompt) for prompt in prompts], params)]
+    assert {sum(one.finish_reason is None for one in outputs) for outputs in answers} == {2}
+    assert {one.stop_reason for outputs in answers for one in outputs} == {None, END_IDS[1]}
+    for one in (one for outputs in answers for one in outputs if END_IDS[1] in one.token_ids):
+        assert one.finish_reason is None and one.token_ids[-1] == END_IDS[1]
 
 
 def test_one_request_per_prompt_with_n_and_the_seeds_of_its_copies(

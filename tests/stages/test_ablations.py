@@ -345,9 +345,9 @@ def test_dropout_is_off_in_generation(base: Run, tmp_path: Path) -> None:
     candidates = base.rows("round_1/candidates", Candidate)
     prompts = [one.prompt_token_ids for one in candidates[::4]]
     greedy = SamplingParams(1, 0.0, 1.0, 12, seed=0)
-    eos = candidates[0].token_ids[-1]
+    ends = candidates[0].token_ids[-1:]
     texts = [
-        [one.token_ids for (one,) in HuggingFaceSampler(path, eos, "cpu", 16).sample(prompts, greedy)]
+        [one.token_ids for (one,) in HuggingFaceSampler(path, ends, "cpu", 16).sample(prompts, greedy)]
         for path in (base.folder.weights("M1"), folder)
     ]
     assert texts[0] == texts[1]

@@ -2,6 +2,7 @@
 
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import orjson
 import pytest
@@ -14,12 +15,14 @@ from srlm_mega.errors import UserError
 from srlm_mega.evaluation.export_formats import (
     BENCHMARKS,
     AlpacaInstruction,
+    MtBenchQuestion,
     lm_eval_commands,
     read_alpaca_instructions,
     read_mt_bench_questions,
 )
 from srlm_mega.run.run_dir import RunDir
-from srlm_mega.stages.exports import export_mt_bench
+from srlm_mega.sampling.sampler import Completion
+from srlm_mega.stages.exports import Conversation, export_mt_bench
 from srlm_mega.stages.head_to_head import RunModel
 
 QUESTIONS = [
@@ -105,6 +108,13 @@ def test_the_second_turn_sees_the_first(run: RunDir, tmp_path: Path, monkeypatch
     )
     answers = [orjson.loads(line) for line in (tmp_path / "out.jsonl").read_bytes().splitlines()]
     assert middle[-1] == chat.eos_id and chat.decode(middle) == answers[1]["choices"][0]["turns"][0]
+
+
+def test_a_cut_off_answer_is_closed_and_any_end_token_closes_one() -> None:
+    chat, question = SimpleNamespace(end_ids=(2, 7), decode=str), MtBenchQuestion(1, "writing", ("t",))
+    for sampled, kept in (((5, 6), (5, 6, 2)), ((5, 7), (5, 7)), ((5, 2), (5, 2))):
+        answered = Conversation(question, (), ()).answered((1,), Completion(sampled, "stop", 0), chat)  # type: ignore[arg-type]
+        assert answered.token_ids == (1, *kept)
 
 
 def test_a_turn_that_does_not_fit_is_refused(run: RunDir, tmp_path: Path) -> None:

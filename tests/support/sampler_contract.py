@@ -17,6 +17,7 @@ from srlm_mega.chat import StopStrings
 from srlm_mega.sampling.sampler import Completion, Sampler, SamplingParams
 
 VOCABULARY, EOS, POSITIONS = 32, 2, 48
+END_IDS = (EOS, 20)  # the second one is an ordinary token to the tokenizer
 GREEDY = SamplingParams(n=1, temperature=0.0, top_p=1.0, max_new_tokens=20, seed=0)
 SAMPLED = SamplingParams(n=3, temperature=1.0, top_p=0.9, max_new_tokens=20, seed=5)
 
@@ -67,13 +68,14 @@ def flat(completions: list[list[Completion]]) -> list[Completion]:
     return [completion for group in completions for completion in group]
 
 
-def test_the_end_token_ends_exactly_the_stopped(sampler: Sampler, prompts: Prompts) -> None:
+def test_one_of_the_end_tokens_ends_exactly_the_stopped(sampler: Sampler, prompts: Prompts) -> None:
     completions = flat(sampler.sample(prompts, SAMPLED))
+    assert {one.token_ids[-1] for one in completions if one.finish_reason == "stop"} == set(END_IDS)
     assert {completion.finish_reason for completion in completions} == {"stop", "length"}
     for completion in completions:
         stopped = completion.finish_reason == "stop"
-        assert completion.token_ids.count(EOS) == stopped
-        assert (completion.token_ids[-1] == EOS) == stopped
+        assert sum(map(completion.token_ids.count, END_IDS)) == stopped
+        assert (completion.token_ids[-1] in END_IDS) == stopped
         assert stopped or len(completion.token_ids) == SAMPLED.max_new_tokens
         assert len(completion.token_ids) <= SAMPLED.max_new_tokens
         assert all(type(token) is int and 0 <= token < VOCABULARY for token in completion.token_ids)

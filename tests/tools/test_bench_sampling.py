@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from sampler_contract import EOS, GREEDY, SAMPLED, make_model, random_prompts
+from sampler_contract import END_IDS, GREEDY, SAMPLED, make_model, random_prompts
 from sampling_run import CANDIDATES, begin_run, finish_stage
 from transformers import AutoModelForCausalLM
 
@@ -18,14 +18,14 @@ def test_generates_tokens_are_counted_up_to_the_end_token(tmp_path: Path) -> Non
     """Greedy, the baseline and ours give the same tokens, so they must count the same."""
     make_model(tmp_path)
     model, prompts = AutoModelForCausalLM.from_pretrained(tmp_path).eval(), random_prompts()
-    sampler = HuggingFaceSampler(tmp_path, EOS, "cpu", 16)
+    sampler = HuggingFaceSampler(tmp_path, END_IDS, "cpu", 16)
     ours = [len(one.token_ids) for (one,) in sampler.sample(prompts, GREEDY)]
     assert min(ours) < GREEDY.max_new_tokens, "without a stop there is nothing to count wrong"
     one_token = replace(SAMPLED, n=1, temperature=1e-4, top_p=0.01)  # as good as greedy
     for batch in (1, 5):
-        assert generate(model, EOS, prompts, one_token, batch) == sum(ours)
+        assert generate(model, END_IDS, prompts, one_token, batch) == sum(ours)
     torch.manual_seed(0)
-    assert generate(model, EOS, prompts, SAMPLED, 4) < len(prompts) * SAMPLED.n * SAMPLED.max_new_tokens
+    assert generate(model, END_IDS, prompts, SAMPLED, 4) < len(prompts) * SAMPLED.n * SAMPLED.max_new_tokens
 
 
 def test_copies_alone_are_as_many_completions() -> None:

@@ -225,6 +225,13 @@ class LLM:
             raise RequestError(f"{len(ids)} prompt tokens are more than max_num_tokens {self._max_num_tokens}")
         seed = (params.seed or 0) if self._honours_seeds else random.randrange(2**62)
         outputs = [self._sequence(ids, params, seed + copy, copy) for copy in range(params.n)]
+        # The request is done with its last sequence: the others keep neither a reason nor what is done with it.
+        last = max(outputs, key=lambda output: (len(output.token_ids), output.index))
+        for output in outputs:
+            if output is last and output.stop_reason is not None and not params.include_stop_str_in_output:
+                output.token_ids.pop()
+            elif output is not last:
+                output.finish_reason = output.stop_reason = None
         return RequestOutput(next(self._request_ids), ids, outputs)
 
     def _sequence(self, ids: list[int], params: SamplingParams, seed: int, index: int) -> CompletionOutput:
@@ -232,14 +239,17 @@ class LLM:
         draws = random.Random(source)
         tokens: list[int] = []
         reason: FinishReason = "length"
-        while len(tokens) < params.max_tokens:
+        stop_reason = None
+        while len(tokens) < params.max_tokens and reason == "length":
             if draws.random() < STOP_SHARE:
                 reason = "stop"
                 tokens.append(params.end_id)  # type: ignore[arg-type]  # asked for above
                 break
             # Ordinary tokens of a tokenizer whose special ones come first.
             tokens.append(draws.randrange(3, self._vocab_size))
+            if tokens[-1] in (params.stop_token_ids or ()):
+                reason, stop_reason = "stop", tokens[-1]
         logprob = -math.log(self._vocab_size) * len(tokens) if params.logprobs else None
-        if reason == "stop" and not self.keeps_end_token:
+        if reason == "stop" and stop_reason is None and not self.keeps_end_token:
             tokens.pop()
-        return CompletionOutput(index, "", tokens, logprob, [], reason)
+        return CompletionOutput(index, "", tokens, logprob, [], reason, stop_reason)
