@@ -15,6 +15,10 @@ from transformers import AutoModelForCausalLM
 from srlm_mega.sampling.sampler import Completion, ModelLimits, SamplingParams
 from srlm_mega.seeds import derive_seed
 
+# Sorting a whole vocabulary costs more than computing its probabilities, and a nucleus seldom needs it.
+LIKELIEST = 256
+ROUNDING = 1e-9  # more than sums of a vocabulary's probabilities in double precision can differ
+
 
 class HuggingFaceSampler:
     """A `Sampler` of a Hugging Face causal model. `batch_size`: sequences (prompts times n) per forward pass."""
@@ -144,17 +148,36 @@ def choose(logits: Tensor, params: SamplingParams, draws: Tensor) -> Tensor:
     """Return a token id per row (rows), from logits (rows, vocabulary) and draws (rows) in [0, 1).
 
     The nucleus is the fewest likeliest tokens whose probabilities sum to `top_p`. Laid side by side, likeliest first,
-    they divide [0, their sum); the token in whose share the draw times that sum falls is chosen.
+    of equal ones the smallest id first, they divide [0, their sum); the token in whose share the draw times that sum
+    falls is chosen. It is looked for among the LIKELIEST tokens, and in the whole vocabulary where these do not hold
+    the nucleus: the token is the same.
     """
     if params.temperature == 0:
         return logits.argmax(dim=-1)
     probabilities = torch.softmax(logits.double() / params.temperature, dim=-1)
-    ordered, tokens = probabilities.sort(dim=-1, descending=True, stable=True)
-    cumulative = ordered.cumsum(dim=-1)
-    kept = (cumulative - ordered < params.top_p).sum(dim=-1, keepdim=True)
-    mass = cumulative.gather(-1, kept - 1)
-    index = torch.searchsorted(cumulative, draws[:, None] * mass, right=True)
-    return tokens.gather(-1, torch.minimum(index, kept - 1))[:, 0]  # rounding may point one past the nucleus
+    vocabulary = probabilities.shape[-1]
+    size = min(LIKELIEST, vocabulary) if params.top_p < 1 else vocabulary
+    likeliest = probabilities.topk(size).values
+    tokens = choose_in_nucleus(probabilities, likeliest, params.top_p, draws)
+    wide = (likeliest.sum(dim=-1) < params.top_p + ROUNDING).nonzero()[:, 0]
+    if size < vocabulary and len(wide) > 0:
+        likeliest = probabilities[wide].topk(vocabulary).values
+        tokens[wide] = choose_in_nucleus(probabilities[wide], likeliest, params.top_p, draws[wide])
+    return tokens
+
+
+def choose_in_nucleus(probabilities: Tensor, likeliest: Tensor, top_p: float, draws: Tensor) -> Tensor:
+    """Return a token id per row as `choose` does, from probabilities (rows, vocabulary) and the largest of them in
+    descending order (rows, at least the nucleus)."""
+    cumulative = likeliest.cumsum(dim=-1)
+    kept = (cumulative - likeliest < top_p).sum(dim=-1, keepdim=True)
+    place = torch.searchsorted(cumulative, draws[:, None] * cumulative.gather(-1, kept - 1), right=True)
+    place = torch.minimum(place, kept - 1)  # rounding may point one past the nucleus
+    chosen = likeliest.gather(-1, place)
+    # topk leaves the order of equal probabilities open, so the token is found by its number among them.
+    number = place[:, 0] - (likeliest > chosen).sum(dim=-1)
+    rows, ids = (probabilities == chosen).nonzero(as_tuple=True)
+    return ids[torch.searchsorted(rows, torch.arange(len(draws), device=rows.device)) + number]
 
 
 def logprob_of(tokens: Tensor, logits: Tensor) -> Tensor:

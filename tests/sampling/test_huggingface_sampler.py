@@ -5,16 +5,20 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from sampler_contract import END_IDS, GREEDY, SAMPLED, VOCABULARY, Prompts, make_model, random_prompts
 from transformers import GenerationConfig, LlamaForCausalLM
 
 from srlm_mega.config.runtime import SamplerConfig
+from srlm_mega.sampling import huggingface_sampler
 from srlm_mega.sampling.backends import open_sampler
-from srlm_mega.sampling.huggingface_sampler import HuggingFaceSampler, choose
+from srlm_mega.sampling.huggingface_sampler import HuggingFaceSampler, choose, choose_in_nucleus
 from srlm_mega.sampling.sampler import SamplingParams
 
 
@@ -98,6 +102,72 @@ def test_choosing_by_hand() -> None:
     assert choose(logits, replace(plain, temperature=0.5), draws).tolist() == [2, 2, 2, 0, 0, 1]
     assert choose(logits, replace(plain, top_p=1e-9), draws).tolist() == [2] * 6
     assert choose(logits, replace(plain, temperature=0.0), draws).tolist() == [2] * 6
+
+
+def choose_by_sorting(logits: torch.Tensor, params: SamplingParams, draws: torch.Tensor) -> torch.Tensor:
+    """The definition: the whole vocabulary, stably sorted."""
+    probabilities = torch.softmax(logits.double() / params.temperature, dim=-1)
+    ordered, tokens = probabilities.sort(dim=-1, descending=True, stable=True)
+    cumulative = ordered.cumsum(dim=-1)
+    kept = (cumulative - ordered < params.top_p).sum(dim=-1, keepdim=True)
+    place = torch.searchsorted(cumulative, draws[:, None] * cumulative.gather(-1, kept - 1), right=True)
+    return tokens.gather(-1, torch.minimum(place, kept - 1))[:, 0]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    values=st.lists(st.lists(st.integers(-6, 6), min_size=23, max_size=23), min_size=1, max_size=3),
+    vocabulary=st.integers(1, 23),
+    unit=st.sampled_from([0.0, 1e-16, 0.1, 0.693147, 3.0]),
+    temperature=st.sampled_from([0.1, 0.7, 1.0, 5.0]),
+    top_p=st.one_of(st.sampled_from([1e-9, 0.25, 0.5, 0.75, 1 - 1e-12, 1.0]), st.floats(0.01, 1.0)),
+    draw=st.one_of(st.sampled_from([0.0, 0.25, 0.5, 0.75, 1 - 2**-53]), st.floats(0.0, 1.0, exclude_max=True)),
+    likeliest=st.integers(1, 23),
+)
+def test_the_likeliest_tokens_alone_give_what_the_sorted_vocabulary_gives(
+    values: list[list[int]],
+    vocabulary: int,
+    unit: float,
+    temperature: float,
+    top_p: float,
+    draw: float,
+    likeliest: int,
+) -> None:
+    """Whole numbers of a unit make ties within and at the end of the likeliest; unit 0 is a flat distribution. Draws
+    also fall on the limits between tokens."""
+    logits = unit * torch.tensor(values)[:, :vocabulary].float()
+    params = SamplingParams(1, temperature, top_p, max_new_tokens=1, seed=0)
+    probabilities = torch.softmax(logits.double() / temperature, dim=-1)
+    cumulative = probabilities.sort(dim=-1, descending=True).values.cumsum(dim=-1)
+    limits = (cumulative / cumulative[:, -1:] * (1 - 2**-53)).T
+    with patch.object(huggingface_sampler, "LIKELIEST", likeliest):
+        for draws in (torch.full((len(values),), draw, dtype=torch.float64), *limits):
+            chosen = choose(logits, params, draws)
+            assert chosen.tolist() == choose_by_sorting(logits, params, draws).tolist()
+            alone = [choose(one[None], params, own[None]) for one, own in zip(logits, draws, strict=True)]
+            assert torch.cat(alone).tolist() == chosen.tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_large_vocabulary_is_sorted_for_wide_nuclei_only(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    logits = (torch.randn(8, 5000) * torch.tensor([0.1, 1, 2, 3, 4, 5, 6, 7])[:, None]).to(dtype)
+    held = torch.softmax(logits.double(), dim=-1).sort(dim=-1, descending=True).values[:, :256].sum(dim=-1)
+    sizes: list[tuple[int, int]] = []
+
+    def spy(probabilities: torch.Tensor, largest: torch.Tensor, top_p: float, draws: torch.Tensor) -> torch.Tensor:
+        sizes.append((len(largest), largest.shape[-1]))
+        return choose_in_nucleus(probabilities, largest, top_p, draws)
+
+    monkeypatch.setattr(huggingface_sampler, "choose_in_nucleus", spy)
+    for top_p in (0.5, 0.9):
+        wide = int((held < top_p).sum())
+        assert 0 < wide < 8
+        for _ in range(20):
+            draws = torch.rand(8, dtype=torch.float64)
+            params = SamplingParams(1, 1.0, top_p, max_new_tokens=1, seed=0)
+            assert choose(logits, params, draws).tolist() == choose_by_sorting(logits, params, draws).tolist()
+            assert sizes[-2:] == [(8, 256), (wide, 5000)]
 
 
 def test_a_folder_without_all_weights_is_refused(folder: Path, tmp_path: Path) -> None:
