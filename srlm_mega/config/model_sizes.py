@@ -10,6 +10,8 @@ conventions cannot be compared.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from srlm_mega.checkpoints_conversion.llama import LlamaShape
+
 GIB = 1 << 30
 GRADIENT_BYTES = 4  # of each parameter: fp32 whatever the weights are
 CAUSAL = 1.0  # a
@@ -73,6 +75,19 @@ class ModelSizes:
         vocabulary = -(-self.vocab // tp_size) * self.hidden
         output = last and not (first and self.tied)
         return layers * layer + (first + output) * vocabulary + last * self.hidden
+
+
+def sizes_of(shape: LlamaShape) -> ModelSizes:
+    """Return a checkpoint's shape as the record that counts parameters, FLOP and bytes."""
+    return ModelSizes(
+        num_layers=shape.num_layers,
+        hidden=shape.hidden_size,
+        ffn=shape.ffn_hidden_size,
+        heads=shape.num_attention_heads,
+        groups=shape.num_query_groups,
+        vocab=shape.vocab_size,
+        tied=shape.tie_word_embeddings,
+    )
 
 
 def weight_bytes(bf16: bool) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from srlm_mega.checkpoints_conversion.llama import LlamaShape
 from srlm_mega.checkpoints_conversion.megatron import Placement
-from srlm_mega.config.model_sizes import GIB, GRADIENT_BYTES, ModelSizes, optimizer_bytes, weight_bytes
+from srlm_mega.config.model_sizes import GIB, GRADIENT_BYTES, optimizer_bytes, sizes_of, weight_bytes
 from srlm_mega.errors import UserError
 
 
@@ -62,16 +62,3 @@ def num_parameters(shape: LlamaShape, placement: Placement) -> int:
     """Return the number of parameters of one model chunk on one tensor-parallel rank."""
     first, last = placement.first_stage, placement.last_stage
     return int(sizes_of(shape).parameters_on_rank(len(placement.layers), placement.tp_size, first, last))
-
-
-def sizes_of(shape: LlamaShape) -> ModelSizes:
-    """Return a checkpoint's shape as the record that counts parameters, FLOP and bytes."""
-    return ModelSizes(
-        num_layers=shape.num_layers,
-        hidden=shape.hidden_size,
-        ffn=shape.ffn_hidden_size,
-        heads=shape.num_attention_heads,
-        groups=shape.num_query_groups,
-        vocab=shape.vocab_size,
-        tied=shape.tie_word_embeddings,
-    )

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from srlm_mega.checkpoints_conversion.llama import LlamaShape
-from srlm_mega.config.model_sizes import train_flops
-from srlm_mega.training.memory_budget import sizes_of
+from srlm_mega.config.model_sizes import sizes_of, train_flops
 
 
 @dataclass(frozen=True)

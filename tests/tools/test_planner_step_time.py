@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from srlm_mega.checkpoints_conversion.llama import LlamaShape
-from srlm_mega.config.model_sizes import attention_flops, flops_per_token, linear_flops_per_token
+from srlm_mega.config.model_sizes import attention_flops, flops_per_token, linear_flops_per_token, sizes_of
 from srlm_mega.errors import UserError
 from srlm_mega.gpus import GPUS, find_gpu
 from srlm_mega.tools.planner.communication import data_parallel_seconds, tensor_parallel_seconds
@@ -16,7 +16,6 @@ from srlm_mega.tools.planner.memory import fullest_stage, stage_memory
 from srlm_mega.tools.planner.points import CALIBRATION_FILE, Point, published_flops_per_token, read_points
 from srlm_mega.tools.planner.shapes import PUBLISHED, find_shape
 from srlm_mega.tools.planner.step_time import FITTED, exposed, layer_quantities, step_parts, step_quantities
-from srlm_mega.training.memory_budget import sizes_of
 
 LLAMA_70B = PUBLISHED["llama3-70b"]
 H100 = find_gpu("h100")

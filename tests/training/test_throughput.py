@@ -3,10 +3,9 @@
 import pytest
 
 from srlm_mega.checkpoints_conversion.llama import LlamaShape
-from srlm_mega.config.model_sizes import attention_flops, linear_flops_per_token, train_flops
+from srlm_mega.config.model_sizes import attention_flops, linear_flops_per_token, sizes_of, train_flops
 from srlm_mega.config.training import TrainerConfig
 from srlm_mega.gpus import peak_tflops
-from srlm_mega.training.memory_budget import sizes_of
 from srlm_mega.training.throughput import Meter
 
 TINY = LlamaShape(
