@@ -4,6 +4,7 @@ folders that are read (reader.py) and written (build.py)."""
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,19 @@ import orjson
 
 from srlm_mega.checkpoints_conversion.bits import DType
 from srlm_mega.checkpoints_conversion.build import OutputFile, Plan
-from srlm_mega.checkpoints_conversion.llama import LlamaShape, check_names, check_size, huggingface_shapes, is_derived
+from srlm_mega.checkpoints_conversion.llama import (
+    EMBEDDING,
+    OUTPUT,
+    ROTARY_TABLE,
+    LlamaShape,
+    check_names,
+    check_size,
+    huggingface_shapes,
+    is_derived,
+)
 from srlm_mega.checkpoints_conversion.patches import Matrix, whole
 from srlm_mega.checkpoints_conversion.reader import Checkpoint, Stored
-from srlm_mega.checkpoints_conversion.safetensors_file import FileTensor, lay_out, read_header, read_scale
+from srlm_mega.checkpoints_conversion.safetensors_file import FileTensor, lay_out, read_header, read_scale, same_bytes
 
 KIND = "huggingface"
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -53,7 +63,8 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def files_by_tensor(folder: Path) -> dict[str, str]:
-    """Return the file of each tensor of a folder. ValueError when the index names a file that is not there."""
+    """Return the file of each tensor of a folder. ValueError when the index names a file that is not there, or when
+    other readers would take other weights: there are two sets of them, or a tied output that is not the embedding."""
     if (folder / INDEX).is_file():
         files: dict[str, str] = read_json(folder / INDEX)["weight_map"]
     elif (folder / WEIGHTS).is_file():
@@ -66,7 +77,41 @@ def files_by_tensor(folder: Path) -> dict[str, str]:
     for name, file in files.items():
         if not (folder / file).is_file():
             raise ValueError(f"{folder / file} is missing, and {INDEX} says it holds {name}: download the folder again")
+    if (folder / INDEX).is_file() and (folder / WEIGHTS).is_file():
+        check_same_weights(folder, files)
+    if read_json(folder / CONFIG).get("tie_word_embeddings") and {EMBEDDING, OUTPUT} <= files.keys():
+        check_tied_output(folder, files[EMBEDDING], files[OUTPUT])
     return files
+
+
+def check_same_weights(folder: Path, files: Mapping[str, str]) -> None:
+    """ValueError, at the first difference, unless the files of the index hold what `model.safetensors` holds, which
+    transformers reads in their place."""
+    single = read_header(folder / WEIGHTS)
+    headers = {file: read_header(folder / file) for file in dict.fromkeys(files.values())}
+    indexed = {name: headers[file][name] for name, file in files.items() if name in headers[file]}
+    names = [name for name in indexed | single if not name.endswith(ROTARY_TABLE)]
+    kinds = [{name: (tensor.dtype, tensor.shape) for name, tensor in side.items()} for side in (single, indexed)]
+    differing = chain(  # headers first: they are read in no time, and most differences are in them
+        (name for name in names if kinds[0].get(name) != kinds[1].get(name)),
+        (name for name in names if not same_bytes(folder / WEIGHTS, single[name], folder / files[name], indexed[name])),
+    )
+    if (name := next(differing, None)) is not None:
+        raise ValueError(
+            f"{folder} holds two models: {name} differs between {WEIGHTS}, which transformers reads, and "
+            f"{files.get(name, 'the files')} of {INDEX}: remove {WEIGHTS} or {INDEX}, whichever is not the model's"
+        )
+
+
+def check_tied_output(folder: Path, embedding: str, output: str) -> None:
+    """ValueError unless the output layer of a tied model is its embedding. `embedding` and `output` are their files."""
+    first, second = read_header(folder / embedding).get(EMBEDDING), read_header(folder / output).get(OUTPUT)
+    if first and second and not same_bytes(folder / embedding, first, folder / output, second):
+        raise ValueError(
+            f"{folder / CONFIG} has tie_word_embeddings true, and {OUTPUT} in {output} differs from {EMBEDDING} in "
+            f"{embedding}: set tie_word_embeddings to false in {CONFIG} if {OUTPUT} is the trained output layer, or "
+            f"remove {OUTPUT} from {output}"
+        )
 
 
 def special_ids(tokenizer_from: Path | None) -> dict[str, Any]:

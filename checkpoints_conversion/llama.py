@@ -9,6 +9,9 @@ from dataclasses import asdict, dataclass, fields
 from enum import Enum
 from typing import Any
 
+EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"  # in Hugging Face's names
+ROTARY_TABLE = "rotary_emb.inv_freq"  # old checkpoints have it, and nobody reads it
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -168,14 +171,14 @@ def table(shape: LlamaShape) -> tuple[Row, ...]:
     h, ffn, vocab = shape.hidden_size, shape.ffn_hidden_size, shape.vocab_size
     kv = shape.num_query_groups * shape.kv_channels
     hf, mc = "model.layers.{layer}.", "decoder.layers.{layer}."
-    output = "model.embed_tokens.weight" if shape.tie_word_embeddings else "lm_head.weight"
+    output = EMBEDDING if shape.tie_word_embeddings else OUTPUT
     layer = Holder.ITS_LAYER
     return (
         Row(
             "embedding.word_embeddings.weight",
             Layout.VOCABULARY,
             Holder.FIRST_STAGE,
-            {"model.embed_tokens.weight": (vocab, h)},
+            {EMBEDDING: (vocab, h)},
         ),
         Row(mc + "input_layernorm.weight", Layout.REPLICATED, layer, {hf + "input_layernorm.weight": (h,)}),
         Row(
@@ -213,7 +216,7 @@ def huggingface_shapes(shape: LlamaShape) -> dict[str, tuple[int, ...]]:
 
 def is_derived(name: str, shape: LlamaShape) -> bool:
     """Tell whether a tensor of an old checkpoint is unused: a rotary table, or the second name of a tied output."""
-    return name.endswith("rotary_emb.inv_freq") or (shape.tie_word_embeddings and name == "lm_head.weight")
+    return name.endswith(ROTARY_TABLE) or (shape.tie_word_embeddings and name == OUTPUT)
 
 
 def check_names(names: Iterable[str], shape: LlamaShape, where: str) -> None:
@@ -222,6 +225,11 @@ def check_names(names: Iterable[str], shape: LlamaShape, where: str) -> None:
     found = {name for name in names if not is_derived(name, shape)}
     for what, differing in (("has no tensor", wanted - found), ("holds unknown tensors:", found - wanted)):
         if differing:
+            if differing == {OUTPUT} == wanted - found:
+                raise ValueError(
+                    f"{where} has no tensor {OUTPUT}: set tie_word_embeddings to true in its config.json if the "
+                    "embedding is its output layer too, or take the whole model"
+                )
             some = ", ".join(sorted(differing)[:3]) + (f" and {len(differing) - 3} more" if len(differing) > 3 else "")
             raise ValueError(f"{where} {what} {some}: it is not the Llama of its config ({shape.num_layers} layers)")
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 import orjson
 
@@ -15,6 +15,7 @@ from srlm_mega.checkpoints_conversion.bits import DType
 
 ALIGNMENT = 8
 METADATA = {"format": "pt"}  # transformers wants it
+BLOCK_BYTES = 1 << 20
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
@@ -82,6 +83,24 @@ def read_header(path: Path) -> dict[str, FileTensor]:
             )
         tensors[name] = tensor
     return tensors
+
+
+def same_bytes(one: Path, first: FileTensor, other: Path, second: FileTensor) -> bool:
+    """Tell whether two tensors have the same dtype, shape and bytes, which are read up to the first difference."""
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    if first.offset == second.offset and one.samefile(other):
+        return True
+    with one.open("rb") as left, other.open("rb") as right:
+        left.seek(first.offset)
+        right.seek(second.offset)
+        return same_blocks(left, right, first.nbytes)
+
+
+def same_blocks(left: BinaryIO, right: BinaryIO, nbytes: int) -> bool:
+    """Tell whether the next bytes of two open files are the same."""
+    sizes = (min(BLOCK_BYTES, nbytes - start) for start in range(0, nbytes, BLOCK_BYTES))
+    return all(left.read(size) == right.read(size) for size in sizes)
 
 
 def read_scale(path: Path, header: Mapping[str, FileTensor], name: str) -> float:

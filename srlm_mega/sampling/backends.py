@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import assert_never
 
+from srlm_mega.checkpoints_conversion.huggingface_files import INDEX, WEIGHTS, files_by_tensor
 from srlm_mega.config.runtime import SamplerConfig
 from srlm_mega.sampling.sampler import Sampler
 
@@ -11,8 +12,11 @@ def open_sampler(config: SamplerConfig, model_folder: Path, end_ids: tuple[int, 
     """Load a model with the configured backend.
 
     `model_folder` is a Hugging Face folder, or an engine's folder for the backend trtllm_engine; `end_ids` are the end
-    tokens. UserError or ValueError when the folder does not fit the backend; AssertionError names an unknown backend.
+    tokens. UserError or ValueError when the folder does not fit the backend, or holds two models; AssertionError names
+    an unknown backend.
     """
+    if any((model_folder / name).is_file() for name in (WEIGHTS, INDEX)):
+        files_by_tensor(model_folder)  # refuses a folder of which the trainer would read other weights
     # The backends' packages exclude one another, so each is imported only where it was chosen.
     match config.backend:
         case "huggingface":

@@ -1,0 +1,49 @@
+"""Whether a Hugging Face folder from outside can be trained and sampled, without torch: asked before a job is queued
+and when a run takes the folder."""
+
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from srlm_mega.checkpoints_conversion.huggingface_files import CONFIG, read_json, stored_tensors
+from srlm_mega.checkpoints_conversion.llama import LlamaShape
+from srlm_mega.checkpoints_conversion.verify import check_verified
+
+TOKENIZER = "tokenizer.json"
+
+
+def check_model_folder(folder: Path, allow_unverified: bool) -> None:
+    """ValueError, which names the file and what to do, unless a folder has every tensor of its config, one set of
+    weights, a tokenizer whose ids all have an embedding and, if it was converted, its proof (or `allow_unverified`).
+    Headers are read, and bytes only of tensors that are there twice."""
+    shape = LlamaShape.from_huggingface(read_json(folder / CONFIG))
+    if not allow_unverified:
+        check_verified(folder)
+    stored_tensors(folder, shape)
+    check_tokenizer(folder, shape.vocab_size)
+
+
+def check_tokenizer(folder: Path, vocab_size: int) -> None:
+    """ValueError unless a folder has a `tokenizer.json` that can be read and whose ids are all below `vocab_size`."""
+    file = folder / TOKENIZER
+    if not file.is_file():
+        others = [name for name in ("tokenizer.model", "vocab.json") if (folder / name).is_file()]
+        found = f" ({others[0]} alone is not read)" if others else ""
+        make = f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
+        raise ValueError(f"{folder} has no {TOKENIZER}{found}. This line of transformers makes it: {make}")
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the reader raises bare Exception
+        raise ValueError(f"{file} cannot be read ({error}): download it again") from None
+    highest = highest_token_id(tokenizer)
+    if highest >= vocab_size:
+        raise ValueError(
+            f"{file} has {tokenizer.id_to_token(highest)!r} with id {highest}, and the model's embedding ends at id "
+            f"{vocab_size - 1} (vocab_size {vocab_size} in {CONFIG}): take the tokenizer that the model came with, or "
+            "resize_token_embeddings to all ids, train them, and save the model again"
+        )
+
+
+def highest_token_id(tokenizer: Tokenizer) -> int:
+    """Return the highest id that a tokenizer can produce, added tokens included."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
