@@ -1,14 +1,17 @@
 """docs/first_run.md as a reader follows it: every block, in order, in a fresh folder."""
 
-import ast
+from dataclasses import asdict
 from pathlib import Path
 
 import orjson
 import pytest
 import yaml
+from llama_folders import write_config
 from pages import ROOT, Block, blocks, run_block
+from places import TOY
 from pydantic import BaseModel
 
+from srlm_mega.checkpoints_conversion.huggingface import read_shape
 from srlm_mega.config import Config
 from srlm_mega.config.file import load_config
 from srlm_mega.data.formats import parse_example, parse_ranking
@@ -42,14 +45,9 @@ def test_every_command_of_the_page_works(followed: tuple[Path, list[str]]) -> No
     for model in ("mine/M1", "mine/M2", "mine/M3", "mine2/M2"):
         assert (folder / "runs" / model / "manifest.json").is_file(), model
     assert (folder / "runs/mine/report.html").is_file()
-    shown = printed[-1].strip().removeprefix("LlamaShape(").removesuffix(")")
-    shape = dict(item.split("=") for item in shown.split(", "))
-    assert shape.pop("tie_word_embeddings") == "False" and shape.pop("rope_scaling") == "None"
-    ours = yaml.safe_load((folder / "my.yaml").read_text(encoding="utf-8"))["model"]
-    assert ours.keys() - shape.keys() == {"path", "seq_length"}
-    for key, value in shape.items():
-        assert key in Config.model_fields["model"].annotation.model_fields  # type: ignore[union-attr]
-        assert ours.get(key, ast.literal_eval(value)) == ast.literal_eval(value), key
+    shown = dict(line.replace(" ", "").split("=") for line in printed[-1].strip().splitlines())
+    for key, value in asdict(read_shape(folder / "runs/toy/M1/huggingface")).items():
+        assert shown[f"model.{key}"] == f"{'null' if value is None else value}#config.json", key
 
 
 @pytest.mark.extra
@@ -78,11 +76,19 @@ def test_the_rubrics_are_templates(tmp_path: Path) -> None:
         assert "QUESTION" in filled and "ANSWER" in filled and "{{" not in filled
 
 
-def test_the_configuration_is_the_smallest(tmp_path: Path) -> None:
+def test_the_configuration_is_the_smallest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_config(Path("runs/toy/M1/huggingface"), load_config(TOY).model.shape.to_huggingface())
     [block] = [block for block in blocks("docs/first_run.md") if block.language == "yaml"]
     run_block(block, tmp_path)
     load_config(tmp_path / "my.yaml")
-    for key in ("seed_data.num_eft_sources", "prompts.max_new_tokens", "candidates.max_new_tokens", "prompts.path"):
+    for key in (
+        "model.path",
+        "seed_data.num_eft_sources",
+        "prompts.max_new_tokens",
+        "candidates.max_new_tokens",
+        "prompts.path",
+    ):
         section, name = key.split(".")
         fewer = yaml.safe_load(block.text)
         del fewer[section][name]
@@ -130,6 +136,6 @@ def test_the_messages_of_the_table_are_those_of_the_code() -> None:
     table = PAGE.partition("| message | what to do |")[2].partition("\n\n")[0]
     messages = [line.split("`")[1] for line in table.splitlines() if line.startswith("| `")]
     code = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "srlm_mega").rglob("*.py"))
-    assert len(messages) == 12
+    assert len(messages) == 13
     for message in messages:
         assert message in code, f"no message has the words {message!r}: write the present ones into docs/first_run.md"

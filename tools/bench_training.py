@@ -19,7 +19,6 @@ from srlm_mega.config import Config
 from srlm_mega.config.training import OptimizationConfig
 from srlm_mega.errors import UserError
 from srlm_mega.records import ReferenceLogprobs
-from srlm_mega.stages.base import shape_of
 from srlm_mega.tools.bench_record import BenchRecord, Better, make_record, make_row, table, write_record
 from srlm_mega.tools.bench_timing import timed
 from srlm_mega.tools.plain_dpo import PlainDpo
@@ -106,7 +105,7 @@ class Bench:
         num_items = self.num_steps * self.section.global_batch_size
         self.pairs = random_pairs(num_items, config.model.seq_length, config.model.vocab_size)
         self.reference = [uniform_reference(pair, config.model.vocab_size) for pair in self.pairs]
-        shape = shape_of(config.model)
+        shape = config.model.shape
         weights = LazyRandomWeights(shape, config.model.init_method_std, SEED, topology.device)
         check_memory(shape, config, topology)
         model_config = transformer_config(shape, self.section, config, topology)

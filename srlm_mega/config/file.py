@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from srlm_mega.config import Config
 from srlm_mega.config.compatibility import former, prefer_override, put, rename_old_keys, unknown
 from srlm_mega.config.knobs import flat, knobs
+from srlm_mega.config.outside_models import absence, shape_in
 from srlm_mega.errors import UserError
 
 EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
@@ -147,19 +148,24 @@ def origins(path: Path, overrides: Sequence[str]) -> dict[str, str]:
     path = find_file(path)
     raw, merged = merged_sections(path, ()), merged_sections(path, overrides)
     in_file, in_all = flat(raw), flat(merged)
+    config = parse_config(merged, str(path))
+    of_folder = {} if config.model.path is None else flat({"model": shape_in(config.model.path)})
 
     def origin(dotted: str) -> str:
         if "." not in dotted:
             return "override" if raw.get(dotted) is not None else "default"
         if dotted in in_all and (dotted not in in_file or in_all[dotted] != in_file[dotted]):
             return "override"
+        if in_all.get(dotted) is None and dotted in of_folder:
+            return "config.json"
         return path.name if dotted in in_file else "default"
 
-    return {key: origin(key) for key in leaves(parse_config(merged, str(path)))}
+    return {key: origin(key) for key in leaves(config)}
 
 
 def check_outside_files(config: Config) -> None:
-    """Raise UserError with a list of all files that the configuration names and that are missing."""
+    """Raise UserError with a list of all files that the configuration names and that are missing, or because
+    model.path cannot be trained."""
     named = {
         "model.path": config.model.path,
         "model.tokenizer": config.model.tokenizer,
@@ -178,10 +184,20 @@ def check_outside_files(config: Config) -> None:
         if judge.endpoint is None
     }
     missing = [
-        f"\n  - {key}: there is no {path}" for key, path in named.items() if path is not None and not path.exists()
+        f"\n  - {key}: {absence(path) if key == 'model.path' else f'there is no {path}'}"
+        for key, path in named.items()
+        if path is not None and not path.exists()
     ]
     if missing:
         raise UserError("files that the configuration names are missing; correct these paths:" + "".join(missing))
+    if config.model.path is not None:
+        # It loads numpy and tokenizers, which nothing else here needs.
+        from srlm_mega.checkpoints_conversion.model_folder import check_model_folder
+
+        try:
+            check_model_folder(config.model.path, config.model.allow_unverified)
+        except ValueError as error:
+            raise UserError(f"model.path: {error}") from None
 
 
 def outside_path(choice: Path | str) -> Path | None:

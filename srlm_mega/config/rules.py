@@ -45,6 +45,9 @@ def layout_problems(config: "Config") -> Iterator[str]:
         yield "overlap_param_gather needs use_distributed_optimizer and overlap_grad_reduce"
     if model.seq_length > model.max_position_embeddings:
         yield f"seq_length {model.seq_length} is above max_position_embeddings {model.max_position_embeddings}"
+    scaling = model.rope_scaling
+    if scaling is not None and (computed := type(scaling)(factor=scaling.factor)) != scaling:
+        yield f"model.rope_scaling is {scaling!s}, and the trainer computes only {computed!s}, with any factor"
 
 
 def divided(what: str, number: int, by_what: str, by: int) -> Iterator[str]:

@@ -1,20 +1,46 @@
 """The model, its training, and the parallel layout."""
 
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, model_validator
 
-from srlm_mega.config.model_sizes import ModelSizes
+from srlm_mega.checkpoints_conversion.llama import LlamaShape, RopeScaling
+from srlm_mega.config.model_sizes import ModelSizes, sizes_of
+from srlm_mega.config.outside_models import absence, local_folder, shape_in
 from srlm_mega.config.section import Decides, Section
 
 Precision = Literal["fp32", "bf16", "fp8"]
+SHAPE_KEYS = {one.name for one in fields(LlamaShape)}
+NUMBERS = SHAPE_KEYS - {"rope_scaling"}  # of which null is no value
+FROM_FOLDER: Any = None  # the default of a number that the model's folder says, and that must be given without one
+
+
+class RopeScalingConfig(Section, decides="output"):
+    """Llama 3's stretching of RoPE's wavelengths (`rope_type` llama3)."""
+
+    factor: float = Field(ge=1, description="Factor of the longest wavelengths; Llama 3.1: 8, Llama 3.2: 32.")
+    low_freq_factor: float = Field(
+        1.0, gt=0, description="Wavelengths above original_max_position_embeddings / this are stretched in full."
+    )
+    high_freq_factor: float = Field(
+        4.0, gt=0, description="Wavelengths below original_max_position_embeddings / this are left as they are."
+    )
+    original_max_position_embeddings: int = Field(
+        8192, ge=1, description="Number of positions of the model before the stretching."
+    )
 
 
 class ModelConfig(Section, decides="output"):
-    """The base model M0 and its shape (Llama: RMSNorm, SwiGLU, RoPE, GQA, no biases)."""
+    """The base model M0 and its shape (Llama: RMSNorm, SwiGLU, RoPE, GQA, no biases). Keys of the shape that are not
+    given are read from the `config.json` of `path`, those that are given must be equal to it."""
 
-    path: Path | None = Field(None, description="Hugging Face folder of M0; null: random weights of this shape.")
+    path: Path | None = Field(
+        None,
+        description="Hugging Face folder of M0, or the id of a model in the local hub cache, such as org/name; null: "
+        "random weights of this shape.",
+    )
     allow_unverified: bool = Field(
         False, description="Accept a converted `path` that `srlm convert verify` has not verified."
     )
@@ -25,36 +51,68 @@ class ModelConfig(Section, decides="output"):
         "auto",
         description="Chat format: auto (that of `path` or `tokenizer`, else llama2), one of these, or a .jinja file.",
     )
-    num_layers: int = Field(ge=1, description="Number of transformer layers; Llama 2 70B: 80.")
-    hidden_size: int = Field(ge=1, description="Width of the residual stream; Llama 2 70B: 8192.")
-    ffn_hidden_size: int = Field(ge=1, description="Width inside the feed-forward block (SwiGLU); Llama 2 70B: 28672.")
-    num_attention_heads: int = Field(ge=1, description="Number of query heads; Llama 2 70B: 64.")
-    num_query_groups: int = Field(ge=1, description="Number of key/value heads (GQA); Llama 2 70B: 8.")
+    num_layers: int = Field(FROM_FOLDER, ge=1, description="Number of transformer layers; Llama 2 70B: 80.")
+    hidden_size: int = Field(FROM_FOLDER, ge=1, description="Width of the residual stream; Llama 2 70B: 8192.")
+    ffn_hidden_size: int = Field(
+        FROM_FOLDER, ge=1, description="Width inside the feed-forward block (SwiGLU); Llama 2 70B: 28672."
+    )
+    num_attention_heads: int = Field(FROM_FOLDER, ge=1, description="Number of query heads; Llama 2 70B: 64.")
+    num_query_groups: int = Field(FROM_FOLDER, ge=1, description="Number of key/value heads (GQA); Llama 2 70B: 8.")
     vocab_size: int = Field(
-        ge=1, description="Tokens of the vocabulary: rows of embedding and output layer; Llama 2: 32000."
+        FROM_FOLDER, ge=1, description="Tokens of the vocabulary: rows of embedding and output layer; Llama 2: 32000."
     )
     max_position_embeddings: int = Field(
         4096, ge=1, description="Number of positions that the base model was trained for; Llama 2: 4096."
     )
     norm_epsilon: float = Field(1e-5, gt=0, description="Epsilon added to the mean square in RMSNorm.")
     rotary_base: float = Field(10000.0, gt=0, description="Base of RoPE's wavelengths (theta); Llama 2: 10000.")
+    tie_word_embeddings: bool = Field(False, description="Use the embedding as the output layer too (tied).")
+    rope_scaling: RopeScalingConfig | None = Field(None, description="Llama 3's stretching of RoPE; null: none.")
     init_method_std: float = Field(0.02, gt=0, description="Standard deviation of random weights.")
     seq_length: int = Field(4096, ge=8, description="Longest sequence, prompt and response, in tokens.")
     layer_backend: Literal["auto", "transformer_engine", "torch"] = Field(
         "auto", description="Implementation of the layers in training; auto: Transformer Engine on CUDA if installed."
     )
 
+    @model_validator(mode="wrap")
+    @classmethod
+    def _of_folder(cls, given: Any, build: ModelWrapValidatorHandler[Self]) -> Self:
+        if not isinstance(given, dict):
+            return build(given)
+        # null stands for a number that is not given, so that an override can take one out of a preset.
+        given = {key: value for key, value in given.items() if value is not None or key not in NUMBERS}
+        path, found = given.get("path"), dict[str, Any]()
+        if isinstance(path, str | Path):
+            path = given["path"] = local_folder(Path(path))
+            found = shape_in(path)
+        model = build(found | given)
+        values = dict(model)
+        if missing := [key for key in cls.model_fields if key in NUMBERS and values[key] is None]:
+            why = "" if model.path is None else f"{absence(model.path)}; "
+            raise ValueError(
+                f"{why}{', '.join(missing)} are not given. Set model.path to a Hugging Face model folder, whose "
+                "config.json has them, or give them"
+            )
+        used = model.model_dump(include=SHAPE_KEYS)
+        differing = [f"{key} is {found[key]}, configured {used[key]}" for key in found if found[key] != used[key]]
+        if differing:
+            raise ValueError(
+                f"{model.path}/config.json does not have the configured shape: {'; '.join(differing)}. Leave these "
+                "keys out (null in an override), or give another model.path"
+            )
+        return model
+
+    @property
+    def shape(self) -> LlamaShape:
+        """The shape of M0 as the record that checkpoints have. ValueError when heads do not divide."""
+        values = self.model_dump(include=SHAPE_KEYS)
+        scaling = values.pop("rope_scaling")
+        return LlamaShape(**values, rope_scaling=RopeScaling(**scaling) if scaling else None)
+
     @property
     def sizes(self) -> ModelSizes:
         """The sizes from which the number of weights, FLOP and bytes follow."""
-        return ModelSizes(
-            self.num_layers,
-            self.hidden_size,
-            self.ffn_hidden_size,
-            self.num_attention_heads,
-            self.num_query_groups,
-            self.vocab_size,
-        )
+        return sizes_of(self.shape)
 
 
 class OptimizationConfig(Section, decides="output"):

@@ -98,7 +98,8 @@ TABLES = (
 
 def is_llama2_70b(model: ModelConfig) -> bool:
     """Tell whether a configured shape is that of the paper's model."""
-    return model.sizes == ModelSizes(80, 8192, 28672, 64, 8, 32000)
+    plain_rope = model.rope_scaling is None and model.rotary_base == 10000.0
+    return plain_rope and model.sizes == ModelSizes(80, 8192, 28672, 64, 8, 32000)
 
 
 def as_markdown() -> str:

@@ -1,17 +1,15 @@
 """Stages M0 (without pre-training) and prompt_writer: models that are given, or made of random weights."""
 
 import os
-from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
 
 from srlm_mega.chat import Chat
 from srlm_mega.chat.tokenizer_files import TokenizerFolder, link_model
-from srlm_mega.checkpoints_conversion.huggingface import open_weights, read_shape, write_folder
-from srlm_mega.checkpoints_conversion.llama import LlamaShape
+from srlm_mega.checkpoints_conversion.huggingface import write_folder
+from srlm_mega.checkpoints_conversion.model_folder import check_model_folder
 from srlm_mega.checkpoints_conversion.random_weights import random_weights
-from srlm_mega.checkpoints_conversion.verify import check_verified
 from srlm_mega.config.training import ModelConfig
 from srlm_mega.errors import UserError
 from srlm_mega.run.work import Done, Work
@@ -53,37 +51,23 @@ def require_model_folder(option: str, folder: Path) -> None:
 
 
 def link_folder(model: ModelConfig, source: Path, target: Path) -> None:
-    """Make `target` a folder of links to the user's model, with the run's chat template. UserError unless the model
-    holds every tensor of the configured shape and, if it was converted, its proof (unless model.allow_unverified)."""
+    """Make `target` a folder of links to the user's model, with the run's chat template. UserError unless it can be
+    trained, and was verified if it was converted (or model.allow_unverified). Its shape was compared when the
+    configuration was loaded."""
     require_model_folder("model.path", source)
     try:
-        if not model.allow_unverified:
-            check_verified(source)
-        open_weights(source)  # a missing or misshapen tensor is reported before anything is trained
-        found = asdict(read_shape(source))
+        check_model_folder(source, model.allow_unverified)
     except ValueError as error:
         raise UserError(f"model.path: {error}") from None
     given = TokenizerFolder.read(source)
     template = chosen_template(model.chat_template, given)
     chat = Chat(given.tokenizer, given.special, template, given.eos_ids, str(source))
-    wanted = asdict(shape_of(model))
-    differing = [f"{key} is {found[key]}, configured {wanted[key]}" for key in wanted if found[key] != wanted[key]]
-    if differing:
-        raise UserError(
-            f"{source}/config.json does not have the configured shape: {'; '.join(differing)}. Set the keys "
-            "of the model section to the folder's values, or give another model.path"
-        )
     link_model(source, target, template, chat.end_ids)
 
 
 def write_random(work: Work, target: Path) -> None:
     """Write a Hugging Face folder with random weights of the configured shape and the seed's tokenizer."""
-    model, shape = work.config.model, shape_of(work.config.model)
+    model, shape = work.config.model, work.config.model.shape
     generator = torch.Generator().manual_seed(derive_seed(work.config.run.seed, "M0"))
     weights = random_weights(shape, model.init_method_std, generator)
     write_folder(target, shape, weights, tokenizer_from=work.read("seed", "tokenizer"))
-
-
-def shape_of(model: ModelConfig) -> LlamaShape:
-    """Return the configured shape, with an output layer of its own (untied)."""
-    return LlamaShape(**model.model_dump(include={one.name for one in fields(LlamaShape)}), tie_word_embeddings=False)

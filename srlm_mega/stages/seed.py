@@ -6,6 +6,7 @@ import orjson
 
 from srlm_mega.chat import Chat
 from srlm_mega.chat.tokenizer_files import LLAMA_TOKENS, TokenizerFolder, write_tokenizer
+from srlm_mega.checkpoints_conversion.model_folder import highest_token_id
 from srlm_mega.checkpoints_conversion.tokenizer import tokenizer_from_sentencepiece
 from srlm_mega.config.training import ModelConfig
 from srlm_mega.data.formats import read_jsonl_sets
@@ -55,14 +56,13 @@ def make_seed(work: Work) -> Done:
 
 def write_own_tokenizer(model: ModelConfig, folder: Path) -> None:
     """Write the tokenizer of a model that is made here, with its chat template. UserError when model.tokenizer cannot
-    be read, or has more pieces than model.vocab_size."""
+    be read, or has ids beyond model.vocab_size."""
     given = toy() if model.tokenizer is None else load_tokenizer(model.tokenizer)
     template = chosen_template(model.chat_template, given)
     chat = Chat(given.tokenizer, given.special, template, given.eos_ids, f"model.tokenizer {model.tokenizer}")
-    if chat.vocab_size > model.vocab_size:
-        raise UserError(
-            f"the tokenizer has {chat.vocab_size} pieces, model.vocab_size is {model.vocab_size}: raise it to that"
-        )
+    highest = highest_token_id(given.tokenizer)
+    if highest >= model.vocab_size:
+        raise UserError(f"the tokenizer has ids up to {highest}: raise model.vocab_size {model.vocab_size} above that")
     write_tokenizer(given.tokenizer, folder, model.seq_length, given.special, template, chat.end_ids)
 
 

@@ -39,6 +39,8 @@ def test_only_llama_2_70b_stands_beside_it() -> None:
     assert paper.is_llama2_70b(load_config(CONFIGS / "llama2_70b_64gpu.yaml").model)
     assert not paper.is_llama2_70b(load_config(CONFIGS / "llama2_7b_8gpu.yaml").model)
     assert not paper.is_llama2_70b(load_config(CONFIGS / "toy_cpu.yaml").model)
+    for other in ("tie_word_embeddings=true", "rope_scaling={factor: 8}", "rotary_base=1000000"):
+        assert not paper.is_llama2_70b(load_config(CONFIGS / "llama2_70b_64gpu.yaml", [f"model.{other}"]).model)
 
 
 def test_the_tables_name_the_version() -> None:

@@ -5,7 +5,6 @@ from gpu_runs import SHRUNKEN, WIDE_7B, WIDE_70B, Device, Figures, Size, dpo_ste
 
 from srlm_mega.checkpoints_conversion.megatron import placements
 from srlm_mega.config.model_sizes import GIB
-from srlm_mega.stages.base import shape_of
 from srlm_mega.training import backend
 from srlm_mega.training.memory_budget import MemoryBudget, num_parameters
 
@@ -23,7 +22,7 @@ def test_dpo_step(fp8: str | None, size: Size, device: Device, figures: Figures)
     figures[f"DPO step, {size.name}, {fp8 or 'bf16'}"] = measured
     assert measured["useful_tokens/s/GPU"] > 0
     assert 0 < measured.get("MFU_causal", 0.5) < 1
-    shape = shape_of(config.model)
+    shape = config.model.shape
     (whole,) = placements(shape, 1, 1)
     held = MemoryBudget(num_parameters(shape, whole), bf16=True, optimizer_shards=1).total / GIB
     (peak,) = (value for key, value in measured.items() if key.startswith("memory/"))

@@ -18,7 +18,6 @@ from srlm_mega.data.toy_world.word_tokenizer import toy_tokenizer
 from srlm_mega.records import Prompt, write_jsonl
 from srlm_mega.run.manifest import Identity
 from srlm_mega.run.run_dir import RunDir
-from srlm_mega.stages.base import shape_of
 
 CANDIDATES, JUDGEMENTS = "round_1/candidates", "round_1/judgements"
 
@@ -50,8 +49,8 @@ def write_model(config: Config, folder: Path, tokenizer: Tokenizer, seed: int = 
     """Random weights of the configured shape."""
     generator = torch.Generator().manual_seed(seed)
     write_tokenizer(tokenizer, folder, config.model.seq_length)
-    weights = random_weights(shape_of(config.model), 0.3, generator)
-    write_folder(folder, shape_of(config.model), weights, tokenizer_from=None)
+    weights = random_weights(config.model.shape, 0.3, generator)
+    write_folder(folder, config.model.shape, weights, tokenizer_from=None)
 
 
 def start_stage(run: RunDir, stage: str) -> "subprocess.Popen[bytes]":

@@ -1,0 +1,59 @@
+"""Model folders that a configuration names: by their path, or by the id of a model in the local hub cache."""
+
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants
+
+from srlm_mega.checkpoints_conversion.llama import LlamaShape
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def local_folder(path: Path) -> Path:
+    """Return a model's folder: the path or, where there is none and it has the form org/name, the snapshot of this
+    model in the local hub cache, without asking the network. The path itself where there is neither."""
+    if path.exists() or not is_cached(path):
+        return path
+    # They take longer to import than all the rest of a configuration.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(path), local_files_only=True))
+    except LocalEntryNotFoundError:  # the download was broken off, or was of another revision
+        return path
+
+
+def is_cached(path: Path) -> bool:
+    """Tell whether the local hub cache knows a model of this id."""
+    cached = Path(constants.HF_HUB_CACHE) / f"models--{str(path).replace('/', '--')}"
+    return HUB_ID.fullmatch(str(path)) is not None and cached.is_dir()
+
+
+def absence(path: Path) -> str:
+    """Say why there is no model at a path, and how to get it into the hub cache where it may be its id."""
+    if path.exists():
+        return f"{path} has no config.json"
+    if HUB_ID.fullmatch(str(path)) is None:
+        return f"there is no {path}"
+    cache = constants.HF_HUB_CACHE
+    return f"there is no {path}, nor a whole model of this id in the hub cache {cache} (hf download {path})"
+
+
+def shape_in(folder: Path) -> dict[str, Any]:
+    """Return the shape of the model in a folder, as keys of the model section; nothing where it has no config.json.
+    ValueError, which names the file, for anything but a plain Llama."""
+    file = folder / "config.json"
+    if not file.is_file():
+        return {}
+    # It loads numpy, which no configuration without a folder needs.
+    from srlm_mega.checkpoints_conversion.huggingface_files import read_json
+
+    config = read_json(file)
+    try:
+        return asdict(LlamaShape.from_huggingface(config))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
