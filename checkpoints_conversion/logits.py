@@ -1,4 +1,8 @@
-"""The logits of two checkpoints for the same tokens, computed by transformers, with a negative control."""
+"""The logits of two checkpoints for the same tokens, computed by transformers, with a negative control.
+
+transformers loads Hugging Face folders itself, so that what our reader takes for a model is compared with what
+everybody else takes for it. Other kinds, and FP8 folders, it cannot load: our reader fills them into its model.
+"""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,41 +18,51 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from srlm_mega.checkpoints_conversion.bits import DType, to_float32
 from srlm_mega.checkpoints_conversion.build import MAX_BLOCK_BYTES
 from srlm_mega.checkpoints_conversion.convert import open_checkpoint
+from srlm_mega.checkpoints_conversion.huggingface_files import KIND
 from srlm_mega.checkpoints_conversion.reader import Checkpoint, Reader
 from srlm_mega.checkpoints_conversion.verify import check_shapes
 
 PROMPTS, LENGTH, SEED = 4, 32, 20401
+TORCH_DTYPES = {DType.FLOAT32: torch.float32, DType.FLOAT16: torch.float16, DType.BFLOAT16: torch.bfloat16}
 MARGIN = 10  # how much closer the two sides must be than a model with swapped queries and keys
 
 
 @dataclass(frozen=True)
 class LogitsProof:
-    """Differences over all positions of the fixed prompts: KL in nats, of the second side and the negative control."""
+    """Differences over all positions of the fixed prompts, KL in nats: of the destination from the source, from the
+    source rounded to the destination's dtype, and of the negative control from that."""
 
     max_abs_difference: float
     kl: float
+    unrounded_kl: float
     control_kl: float
 
 
 def compare_logits(source: Path, destination: Path) -> LogitsProof:
-    """Compare two checkpoints' logits. ValueError unless the destination's distributions are ten times nearer to the
-    source's than those of the same model with queries and keys of the first layer swapped."""
+    """Compare two checkpoints' logits. ValueError unless the destination's distributions are ten times nearer to those
+    of the source, rounded to the destination's dtype, than those of the same model with queries and keys of its first
+    layer swapped. What rounding alone changes is no fault, and can be more than the swap in an untrained model."""
     first, second = open_checkpoint(source), open_checkpoint(destination)
     check_shapes(first, second)
     _check_memory(first)
     tokens = fixed_tokens(first.shape.vocab_size, first.shape.max_position_embeddings)
-    model = _empty_model(first)
-    fill(model, first)
-    want = _logits(model, tokens)
+    dtype = torch.float32 if first.dtype is DType.FLOAT32 else torch.bfloat16
+    model = load(first, dtype)
+    want = rounded = _logits(model, tokens)
+    if second.dtype is not first.dtype:
+        round_weights(model, second.dtype)
+        rounded = _logits(model, tokens)
     swap_queries_and_keys(model)
     control = _logits(model, tokens)
-    fill(model, second)
-    found = _logits(model, tokens)
-    proof = LogitsProof(float((found - want).abs().max()), _kl(want, found), _kl(want, control))
-    if proof.kl * MARGIN > proof.control_kl or proof.control_kl <= 0:
+    del model  # there is one in memory at a time
+    found = _logits(load(second, dtype), tokens)
+    difference = float((found - want).abs().max())
+    proof = LogitsProof(difference, _kl(want, found), _kl(rounded, found), _kl(rounded, control))
+    if proof.unrounded_kl * MARGIN > proof.control_kl or proof.control_kl <= 0:
         raise ValueError(
-            f"{destination} does not compute what {source} does: KL {proof.kl:.3g}, with swapped queries and keys it "
-            f"would be {proof.control_kl:.3g}, and it must be {MARGIN} times less. Convert it again"
+            f"{destination} does not compute what {source} does: KL {proof.unrounded_kl:.3g} without the rounding to "
+            f"{second.dtype.torch_name}, with swapped queries and keys it would be {proof.control_kl:.3g}, and it must "
+            f"be {MARGIN} times less. Convert it again"
         )
     return proof
 
@@ -57,6 +71,28 @@ def fixed_tokens(vocab_size: int, max_positions: int) -> Tensor:
     """Return [4, up to 32] token ids, the same for every model with this vocabulary."""
     generator = torch.Generator().manual_seed(SEED)
     return torch.randint(vocab_size, (PROMPTS, min(LENGTH, max_positions)), generator=generator)
+
+
+def load(checkpoint: Checkpoint, dtype: torch.dtype) -> LlamaForCausalLM:
+    """Load a checkpoint of any kind into transformers' model, to compute in `dtype`."""
+    if checkpoint.kind == KIND and not checkpoint.is_fp8:
+        folder = str(checkpoint.folder)
+        return LlamaForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        model = LlamaForCausalLM(LlamaConfig(**checkpoint.config)).eval()
+    finally:
+        torch.set_default_dtype(before)
+    fill(model, checkpoint)
+    return model
+
+
+def round_weights(model: LlamaForCausalLM, dtype: DType) -> None:
+    """Round all weights to the numbers of another format, as a conversion to it does."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(TORCH_DTYPES[dtype]))
 
 
 def fill(model: LlamaForCausalLM, checkpoint: Checkpoint) -> None:
@@ -92,15 +128,6 @@ def swap_queries_and_keys(model: LlamaForCausalLM) -> None:
         attention.q_proj.weight[: len(keys)] = keys
 
 
-def _empty_model(checkpoint: Checkpoint) -> LlamaForCausalLM:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32 if checkpoint.dtype is DType.FLOAT32 else torch.bfloat16)
-    try:
-        return LlamaForCausalLM(LlamaConfig(**checkpoint.config)).eval()
-    finally:
-        torch.set_default_dtype(before)
-
-
 def _check_memory(checkpoint: Checkpoint) -> None:
     due, free = checkpoint.num_bytes * 3 // 2, psutil.virtual_memory().available
     if due > free:
@@ -117,6 +144,6 @@ def _logits(model: LlamaForCausalLM, tokens: Tensor) -> Tensor:
 
 
 def _kl(want: Tensor, found: Tensor) -> float:
-    return float(
-        F.kl_div(found.log_softmax(-1), want.log_softmax(-1), reduction="none", log_target=True).sum(-1).mean()
-    )
+    # In fp64: an untrained model's KL is as small as the rounding of fp32.
+    logs = (logits.double().log_softmax(-1) for logits in (found, want))
+    return float(F.kl_div(*logs, reduction="none", log_target=True).sum(-1).mean())

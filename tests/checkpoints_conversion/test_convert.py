@@ -17,11 +17,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from llama_folders import PLAIN, save_model
 from model_weights import weights_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from srlm_mega.checkpoints_conversion import build
+from srlm_mega.checkpoints_conversion import build, huggingface_files
 from srlm_mega.checkpoints_conversion.bar import no_bar
 from srlm_mega.checkpoints_conversion.bits import DType
 from srlm_mega.checkpoints_conversion.build import Report, Resources
@@ -30,6 +31,7 @@ from srlm_mega.checkpoints_conversion.huggingface import open_weights, read_shap
 from srlm_mega.checkpoints_conversion.layout import column_shard, row_shard, vocabulary_shard
 from srlm_mega.checkpoints_conversion.llama import LlamaShape, RopeScaling
 from srlm_mega.checkpoints_conversion.logits import compare_logits
+from srlm_mega.checkpoints_conversion.reader import Stored
 from srlm_mega.checkpoints_conversion.verify import check_verified, prove
 
 ODD_VOCABULARY = 21
@@ -463,6 +465,61 @@ def test_logits_and_their_negative_control(tmp_path: Path) -> None:
     assert same.max_abs_difference == 0 and same.kl == 0 and same.control_kl > 1e-3
     cast = compare_logits(source, there(source, tmp_path / "cast", Kind.TRTLLM, 2, dtype=DType.BFLOAT16))
     assert 0 < cast.kl < cast.control_kl / 10
+
+
+def test_a_right_cast_of_an_untrained_model_passes_and_a_wrong_one_does_not(tmp_path: Path) -> None:
+    """Its attention is nearly uniform, so that rounding changes more than swapped queries and keys do."""
+    source = save_model(tmp_path / "model", PLAIN, std=0.02)
+    before = (source / "model.safetensors").read_bytes()
+    for kind in Kind:
+        cast = there(source, tmp_path / kind, kind, dtype=DType.BFLOAT16)
+        proof = compare_logits(source, cast)
+        assert proof.kl > proof.control_kl / 10 and proof.unrounded_kl < proof.control_kl / 1000
+    assert (source / "model.safetensors").read_bytes() == before, "the control changed a copy"
+    weights = dict(open_weights(tmp_path / "huggingface"))
+    weights[UP] = weights[UP].roll(1, 0)
+    write_folder(tmp_path / "wrong", read_shape(source), weights, tokenizer_from=None)
+    with pytest.raises(ValueError, match=r"does not compute what .* without the rounding to bfloat16"):
+        compare_logits(source, tmp_path / "wrong")
+
+
+def swap_gate_and_up(stored: list[Stored]) -> list[Stored]:
+    places = {item.name: number for number, item in enumerate(stored)}
+    gate, up = stored[places[UP.replace("up", "gate")]], stored[places[UP]]
+    mixed = list(stored)
+    mixed[places[gate.name]] = replace(gate, file=up.file, offset=up.offset)
+    mixed[places[UP]] = replace(up, file=gate.file, offset=gate.offset)
+    return mixed
+
+
+def test_a_wrong_reader_of_hugging_face_folders_fails_the_comparison(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it takes for the model is consistent everywhere; transformers reads another one."""
+    source, right = model(tmp_path / "model"), huggingface_files.stored_tensors
+    monkeypatch.setattr(huggingface_files, "stored_tensors", lambda *args: swap_gate_and_up(right(*args)))
+    wrong = there(source, tmp_path / "wrong", Kind.MEGATRON)
+    prove(source, wrong, no_bar)
+    with pytest.raises(ValueError, match="does not compute what"):
+        compare_logits(source, wrong)
+
+
+def test_an_output_taken_for_the_embedding_fails_the_comparison(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, right = model(tmp_path / "model"), LlamaShape.from_huggingface
+    monkeypatch.setattr(LlamaShape, "from_huggingface", lambda config: replace(right(config), tie_word_embeddings=True))
+    wrong = there(source, tmp_path / "wrong", Kind.MEGATRON)
+    prove(source, wrong, no_bar)
+    with pytest.raises(ValueError, match="does not compute what"):
+        compare_logits(source, wrong)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_comparison_knows_every_shape(tmp_path: Path, shape: str) -> None:
+    source = model(tmp_path / "model", SHAPES[shape])
+    for kind in Kind:
+        assert compare_logits(source, there(source, tmp_path / kind, kind)).unrounded_kl < 1e-9
 
 
 def test_swapped_queries_and_keys_fail_the_proofs(tmp_path: Path) -> None:
