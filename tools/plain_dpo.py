@@ -36,7 +36,9 @@ class PlainDpo:
         """Build the model with these weights, and its optimizer."""
         with device:
             model = LlamaForCausalLM(LlamaConfig(**shape.to_huggingface()))
-        model.load_state_dict(dict(weights))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():  # a tied output is not among them
+                parameter.copy_(weights[name])
         model.train()
         parameters = list(model.parameters())
         groups = [

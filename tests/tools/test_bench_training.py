@@ -85,9 +85,10 @@ def bench(srlm: Path, out: Path, *overrides: str) -> BenchRecord:
 
 
 @pytest.mark.slow
-def test_one_process_beside_the_baseline(srlm: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shape", [(), ("model.tie_word_embeddings=true", "model.rope_scaling={factor: 32}")])
+def test_one_process_beside_the_baseline(srlm: Path, tmp_path: Path, shape: tuple[str, ...]) -> None:
     """Both do the same computation: their losses agree after every step."""
-    record = bench(srlm, tmp_path / "result.json", "--baseline", *ONE)
+    record = bench(srlm, tmp_path / "result.json", "--baseline", *ONE, *shape)
     difference, ratio = record.row("difference of losses"), record.row("plain / ours")
     assert max(difference.samples) < 1e-4 < (difference.extra["tolerance"] or 0)
     ours, plain = record.row("step").samples, record.row("plain step").samples
