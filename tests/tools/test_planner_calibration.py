@@ -239,6 +239,8 @@ def test_what_the_cache_holds_by_hand() -> None:
     free = 79.6 * 2**30 * 0.95 - replica.weight_bytes
     assert replica.cache_tokens == pytest.approx(0.9 * free / 524_288)
     assert replica.batch(2000.0) == replica.cache_tokens / 2000 // 1
+    tied = Replica(PUBLISHED["llama3-1b"], find_gpu("h100"), 1, fp8=True, fp8_cache=False)
+    assert tied.weight_bytes == 1_235_814_400 + 128256 * 2048, "a byte per weight, and two in the one embedding"
     assert Replica(PUBLISHED["llama2-70b"], find_gpu("h100"), 1, False, False).seconds(1, 10, 10, 1, 10) == float("inf")
 
 

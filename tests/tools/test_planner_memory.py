@@ -75,10 +75,15 @@ def test_layers_in_flight_by_hand() -> None:
 
 @pytest.mark.parametrize(("tp", "pp", "dp"), [(1, 1, 1), (8, 4, 2), (4, 2, 8), (2, 16, 1)])
 @pytest.mark.parametrize("bf16", [True, False])
-def test_the_trainer_refuses_by_the_same_bytes(tp: int, pp: int, dp: int, bf16: bool) -> None:
-    """Weights, gradients, optimizer of every stage equal training/memory_budget.py's."""
-    shape = LlamaShape(80, 8192, 28672, 64, 8, 32000, 4096, 1e-5, 10000.0)
-    job = Job(PUBLISHED["llama2-70b"], H100, ParallelLayout(tp, pp, 1, dp), "bf16" if bf16 else "fp32", 1, 8, 4096)
+@pytest.mark.parametrize("name", ["llama2-70b", "llama3-1b"])
+def test_the_trainer_refuses_by_the_same_bytes(tp: int, pp: int, dp: int, bf16: bool, name: str) -> None:
+    """Weights, gradients, optimizer of every stage equal training/memory_budget.py's. The second model is tied: one
+    embedding, or with a pipeline a copy on the last stage."""
+    shape = {
+        "llama2-70b": LlamaShape(80, 8192, 28672, 64, 8, 32000, 4096, 1e-5, 10000.0),
+        "llama3-1b": LlamaShape(16, 2048, 8192, 32, 8, 128256, 131072, 1e-5, 500000.0, tie_word_embeddings=True),
+    }[name]
+    job = Job(PUBLISHED[name], H100, ParallelLayout(tp, pp, 1, dp), "bf16" if bf16 else "fp32", 1, 8, 4096)
     for stage, part in zip(stage_memory(job), placements(shape, tp, pp)[::tp], strict=True):
         budget = MemoryBudget(num_parameters(shape, part), bf16, dp)
         assert stage.parameters == budget.parameters == parameters_of(job, stage.stage)

@@ -30,7 +30,7 @@ class Replica:
     @property
     def weight_bytes(self) -> float:
         """Bytes of the whole model; embeddings and head stay in 16 bits."""
-        vocabulary = 2 * self.shape.vocab * self.shape.hidden
+        vocabulary = (1 if self.shape.tied else 2) * self.shape.vocab * self.shape.hidden
         return (self.shape.parameters - vocabulary) * (1 if self.fp8 else 2) + vocabulary * 2
 
     @property
