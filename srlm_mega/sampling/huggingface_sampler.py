@@ -97,7 +97,10 @@ class HuggingFaceSampler:
                 tokens[row].append(token)
             kept = [place for place, row in enumerate(active.tolist()) if not self._is_whole(tokens[row], params)]
             unfinished = torch.tensor(kept, dtype=torch.long, device=self._device)
-            if len(unfinished) == 0 or step + 1 == params.max_new_tokens:
+            is_last = len(unfinished) == 0 or step + 1 == params.max_new_tokens
+            if params.on_finished is not None and (is_last or len(unfinished) < len(active)):
+                params.on_finished(len(active) if is_last else len(active) - len(unfinished))
+            if is_last:
                 break
             if len(unfinished) < len(active):  # finished rows cost nothing more
                 cache.batch_select_indices(unfinished)

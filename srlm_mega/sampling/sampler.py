@@ -1,7 +1,7 @@
 """The sampler's interface: token ids in, sampled token ids out. Every backend keeps the contract written here
 (tests/support/sampler_contract.py tests it); backends.py opens the configured one."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -24,6 +24,8 @@ class SamplingParams:
     - max_new_tokens: longest completion in tokens, its end token included; at least 1.
     - seed: with a prompt's position and a completion's number it decides all random draws.
     - stop: strings that end a completion in addition to the end tokens; None for no such strings.
+    - on_finished: function that is called with the number of completions that were finished since its last call, by
+      backends that can tell; it is for progress alone.
     """
 
     n: int
@@ -32,6 +34,7 @@ class SamplingParams:
     max_new_tokens: int
     seed: int
     stop: StopStrings | None = None
+    on_finished: Callable[[int], None] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if self.n < 1 or self.max_new_tokens < 1:

@@ -83,16 +83,16 @@ def self_instruct(work: Work) -> Done:
     accepted: list[Prompt] = []
     no_room = 0
     for wave in count():  # a task that passes is shown to the writer in later waves, so they come one after the other
-        if wave * REQUESTS_PER_WAVE >= settings.max_requests:
+        asked = wave * REQUESTS_PER_WAVE
+        if asked >= settings.max_requests:
             raise CannotContinue(
-                f"{wave * REQUESTS_PER_WAVE} requests (prompts.max_requests) gave {len(accepted)} of "
+                f"{settings.max_requests} requests (prompts.max_requests) gave {len(accepted)} of "
                 f"{settings.per_round} prompts; rejected: {dict(task_filter.rejected)}, too long to answer: {no_room}. "
                 f"Lower prompts.per_round, loosen the filters, or read {work.out} to see what the writer wrote."
             )
-        generated = [*earlier, *(prompt.text for prompt in accepted)]
         path = work.out / f"drafts_{wave:05d}.jsonl"
         if not path.exists():  # else a killed attempt got this far
-            drafts = sample_drafts(work, wave, seeds, generated, by, sampler)
+            drafts = sample_drafts(work, wave, seeds, earlier, accepted, by, sampler)
             write_durably(path, partial(write_jsonl, records=drafts))
         for draft in read_jsonl(path, PromptDraft):
             for task in parse_tasks(draft.text, truncated=draft.finish_reason == "length"):
@@ -106,14 +106,22 @@ def self_instruct(work: Work) -> Done:
             break
     sampler.close()
     write_jsonl(work.out / "prompts.jsonl", accepted)
-    return Done(len(accepted), {**task_filter.rejected, "no_room": no_room, "requests": (wave + 1) * REQUESTS_PER_WAVE})
+    requests = min((wave + 1) * REQUESTS_PER_WAVE, settings.max_requests)
+    return Done(len(accepted), {**task_filter.rejected, "no_room": no_room, "requests": requests})
 
 
 def sample_drafts(
-    work: Work, wave: int, seeds: Sequence[str], generated: Sequence[str], by: SampledBy, sampler: RetryingSampler
+    work: Work,
+    wave: int,
+    seeds: Sequence[str],
+    earlier: Sequence[str],
+    accepted: Sequence[Prompt],
+    by: SampledBy,
+    sampler: RetryingSampler,
 ) -> list[PromptDraft]:
-    """Sample one wave of requests, each of which shows IFT tasks and, once there are enough, generated ones."""
-    settings = work.config.prompts
+    """Sample one wave of requests, each of which shows IFT tasks and, once there are enough, generated ones: of earlier
+    rounds, and those `accepted` so far. The last wave is as short as prompts.max_requests makes it."""
+    settings, generated = work.config.prompts, [*earlier, *(prompt.text for prompt in accepted)]
     seed = derive_seed(work.config.run.seed, work.stage.name, wave)
     rng = random.Random(seed)
     num_generated = settings.shots_generated if len(generated) >= settings.shots_generated else 0
@@ -123,7 +131,7 @@ def sample_drafts(
     ).max_positions  # those of a model from outside may be few
     longest = min(work.config.model.seq_length, positions) - settings.max_new_tokens
     requests: list[tuple[str, tuple[int, ...]]] = []
-    for _ in range(REQUESTS_PER_WAVE):
+    for _ in range(min(REQUESTS_PER_WAVE, settings.max_requests - wave * REQUESTS_PER_WAVE)):
         shots = rng.sample(seeds, num_ift) + rng.sample(generated, num_generated)
         rng.shuffle(shots)
         request = few_shot_prompt(shots)
@@ -131,7 +139,17 @@ def sample_drafts(
         if len(ids) <= longest:  # a request is never cut
             requests.append((request, ids))
     names = [f"r{work.round}-w{wave:05d}-{number:02d}" for number in range(len(requests))]
-    answers = sampler.sample(names, [ids for _, ids in requests], replace(by.params, seed=seed))
+    finished = 0
+
+    def report(more: int) -> None:
+        nonlocal finished
+        finished = min(finished + more, len(requests))  # those of a batch that is tried again are counted twice
+        note = f"wave {wave + 1}: {finished} of {len(requests)} requests answered"
+        work.progress.update(len(accepted), settings.per_round, "prompts", note)
+
+    report(0)
+    params = replace(by.params, seed=seed, on_finished=report)
+    answers = sampler.sample(names, [ids for _, ids in requests], params)
     return [
         PromptDraft(id=name, request=request, cumulative_logprob=completion.cumulative_logprob, **by.fields(completion))
         for name, (request, _), completions in zip(names, requests, answers, strict=True)

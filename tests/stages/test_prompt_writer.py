@@ -11,7 +11,7 @@ from srlm_mega.chat import Chat
 from srlm_mega.config import Config
 from srlm_mega.config.file import load_config
 from srlm_mega.data.toy_world.word_tokenizer import toy_tokenizer
-from srlm_mega.errors import UserError
+from srlm_mega.errors import CannotContinue, UserError
 from srlm_mega.records import Prompt, PromptDraft, RankedReplies, RankedReply, SftExample, read_jsonl, write_jsonl
 from srlm_mega.run.plan import find_stage, plan
 from srlm_mega.run.progress import Progress
@@ -114,3 +114,48 @@ def test_no_prompt_repeats_seed_data(tmp_path: Path) -> None:
     done = write_prompts(work)
     assert sorted(prompt.text for prompt in read_jsonl(work.out / "prompts.jsonl", Prompt)) == sorted(fresh)
     assert done.counts == {"repeated": 1, "no_room": 0, "in_seed_data": 6}
+
+
+class Recorded(Progress):
+    """A progress file that remembers every state."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.notes: list[str] = []
+
+    def update(self, done: int, total: int, unit: str, note: str = "") -> None:
+        self.notes.append(note)
+
+
+@pytest.mark.parametrize(("limit", "waves"), [(10, [10]), (64, [64]), (70, [64, 6])])
+def test_no_more_requests_than_max_requests(tmp_path: Path, limit: int, waves: list[int]) -> None:
+    work = begin(tmp_path, "round_1/prompts", f"prompts.max_requests={limit}", "prompts.max_new_tokens=8")
+    with pytest.raises(CannotContinue, match=rf"^{limit} requests \(prompts\.max_requests\) gave"):
+        write_prompts(work)
+    files = sorted(work.out.glob("drafts_*.jsonl"))
+    assert [len(file.read_bytes().splitlines()) for file in files] == waves
+
+
+def test_a_shorter_wave_is_the_beginning_of_a_whole_one(tmp_path: Path) -> None:
+    """The same requests with the same draws, so the seed alone decides them."""
+    drafts = []
+    for limit in (10, 64):
+        name = f"of {limit}"
+        work = begin(tmp_path / name, "round_1/prompts", f"prompts.max_requests={limit}", "prompts.max_new_tokens=8")
+        with pytest.raises(CannotContinue):
+            write_prompts(work)
+        drafts.append(list(read_jsonl(work.out / "drafts_00000.jsonl", PromptDraft)))
+    few, many = drafts
+    assert [(one.request, one.token_ids) for one in few] == [(one.request, one.token_ids) for one in many[:10]]
+
+
+def test_progress_is_shown_within_a_wave(tmp_path: Path) -> None:
+    progress = Recorded(tmp_path / "recorded.json")
+    sizes = ("prompts.max_requests=10", "prompts.max_new_tokens=30", "sampler.batch_size=4")
+    work = replace(begin(tmp_path, "round_1/prompts", *sizes), progress=progress)
+    with pytest.raises(CannotContinue):
+        write_prompts(work)
+    answered = [int(note.split()[2]) for note in progress.notes if note.startswith("wave 1: ")]
+    assert answered == sorted(answered) and (answered[0], answered[-1]) == (0, 10)
+    assert len(set(answered)) >= 4, "the start, and three batches"
+    assert all(note.endswith(" of 10 requests answered") for note in progress.notes if note)
