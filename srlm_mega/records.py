@@ -25,13 +25,15 @@ BUFFER = 1024**2  # bytes: lines have a few thousand, and a system call for each
 @dataclass(frozen=True, slots=True)
 class SftExample:
     """One supervised example. `ift` and `eft` are a user turn and the assistant's; in a `document` (pre-training
-    text of the toy world) `prompt` is empty and every token of `completion` is trained on."""
+    text of the toy world) `prompt` is empty and every token of `completion` is trained on. `system` is the message
+    before the user's turn, empty without one."""
 
     id: str
     kind: Literal["ift", "eft", "document"]
     prompt: str
     completion: str
     source: str
+    system: str = ""
 
 
 @with_config(STRICT)
@@ -46,7 +48,8 @@ class RankedReply:
 @with_config(STRICT)
 @dataclass(frozen=True, slots=True)
 class RankedReplies:
-    """A prompt and its ranked replies, on which the judge is measured (EFT-eval)."""
+    """A prompt, with its system message in it (`one_text`), and its ranked replies, on which the judge is measured
+    (EFT-eval)."""
 
     id: str
     prompt: str
@@ -56,11 +59,18 @@ class RankedReplies:
 @with_config(STRICT)
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """An instruction to answer. `source` names where it came from (`generated`, a seed file, ...)."""
+    """An instruction to answer. `source` names where it came from (`generated`, a seed file, ...); `system` is the
+    message before it, empty without one."""
 
     id: str
     text: str
     source: str
+    system: str = ""
+
+    @property
+    def question(self) -> str:
+        """The system message and the instruction as one text, which a judge is shown."""
+        return one_text(self.text, self.system)
 
 
 @with_config(STRICT)
@@ -108,6 +118,12 @@ class Candidate:
     token_ids: tuple[int, ...]
     cumulative_logprob: float | None = None
     decoding: Decoding | None = None
+    system: str = ""
+
+    @property
+    def question(self) -> str:
+        """The system message and the prompt as one text, which a judge is shown."""
+        return one_text(self.prompt, self.system)
 
 
 @with_config(STRICT)
@@ -223,6 +239,14 @@ class ReferenceLogprobs:
     pair_id: str
     chosen: float
     rejected: float
+
+
+def one_text(prompt: str, system: str) -> str:
+    """Return a user's turn after its system message as one text, for judges and comparisons; without one, the turn."""
+    if not system:
+        return prompt
+    # A conversation of several turns, flattened, names its speakers already.
+    return f"System: {system}\n\n{prompt if prompt.startswith('User: ') else f'User: {prompt}'}"
 
 
 @cache

@@ -62,7 +62,7 @@ def test_the_example_lines_are_read_as_what_they_are(tmp_path: Path) -> None:
     rows = [line.split(" | ")[-1].split("`")[1] for line in PAGE.splitlines() if line.startswith("|") and '`{"' in line]
     prompt, example, preference = rows
     (tmp_path / "prompts.jsonl").write_text(prompt, encoding="utf-8")
-    assert len(read_prompts(tmp_path / "prompts.jsonl", tmp_path / "quarantine.jsonl")) == 1
+    assert len(list(read_prompts(tmp_path / "prompts.jsonl", tmp_path / "quarantine.jsonl"))) == 1
     assert parse_example(Path("examples.jsonl"), 1, orjson.loads(example)).target is not None
     assert parse_ranking(Path("preferences.jsonl"), 1, orjson.loads(preference)).first_turn is not None
 

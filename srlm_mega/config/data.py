@@ -71,7 +71,9 @@ class PromptsConfig(Section, decides="output"):
     writer: Path | Literal["base", "current"] = Field(
         "base", description="Model that writes: base (M0), current (M(t)), or the Hugging Face folder of another one."
     )
-    path: Path | None = Field(None, description="JSONL of prompts, with `instruction` or `text` (generator=file).")
+    path: Path | None = Field(
+        None, description="JSONL of prompts, with `instruction` (and `input`) or `text` (generator=file)."
+    )
     per_round: int = Field(5000, ge=1, description="Number of prompts that a round needs, after filters.")
     shots_ift: int = Field(6, ge=0, description="IFT prompts among the few-shot examples; paper: 6.")
     shots_generated: int = Field(2, ge=0, description="Generated prompts among the few-shot examples; paper: 2.")

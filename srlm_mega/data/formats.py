@@ -1,20 +1,24 @@
 """Readers of JSONL with supervised examples and preferences in the field's dialects, and seed data from such files.
 
-Supervised: `messages`; `prompt` and `completion`. Preferences: `prompt`, `chosen`, `rejected` (TRL; the prompt may be
+Supervised: `messages`; `prompt` and `completion`; `instruction`, `input` and `output` (Alpaca, Self-Instruct's seed
+tasks). Preferences: `prompt`, `chosen`, `rejected` (TRL; the prompt may be
 the beginning that both share); `messages` and `rejected_response` (ms-swift); `context` and `completions` with ranks
 (NeMo-RL); `prompt`, `chosen_response`, `rejected_response` (NeMo-Aligner). Prompts and answers are text or lists of
-messages.
+messages. A system message is the first of the messages, or a field `system`.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any, Literal
 
 from srlm_mega.config.data import SeedDataConfig
-from srlm_mega.data.quarantine import UserLines, text_field
+from srlm_mega.data.quarantine import UserLines, optional_text, text_field
 from srlm_mega.data.seed_sets import SeedItem, SeedSets, draw_sets
-from srlm_mega.records import Message, RankedReplies, RankedReply
+from srlm_mega.data.self_instruct import first_instance, task_of
+from srlm_mega.records import Message, RankedReplies, RankedReply, one_text
 
 SOURCE = "jsonl"
 SPEAKERS: dict[str, Literal["system", "user", "assistant"]] = {
@@ -22,11 +26,19 @@ SPEAKERS: dict[str, Literal["system", "user", "assistant"]] = {
     "user": "user",
     "assistant": "assistant",
 }
-SFT_DIALECTS = "`messages`, or `prompt` and `completion`"
+SFT_DIALECTS = "`messages`; `prompt` and `completion`; or `instruction` and `output`"
 PREFERENCE_DIALECTS = (
     "`prompt`, `chosen` and `rejected`; `messages` and `rejected_response`; `context` and `completions`; or `prompt`, "
     "`chosen_response` and `rejected_response`"
 )
+
+
+@dataclass(frozen=True)
+class Question:
+    """What an answer answers: the prompt, several turns flattened, and the system message, empty without one."""
+
+    prompt: str
+    system: str = ""
 
 
 def read_jsonl_sets(section: SeedDataConfig, seed: int, quarantine: Path) -> SeedSets:
@@ -53,46 +65,50 @@ def read_jsonl_sets(section: SeedDataConfig, seed: int, quarantine: Path) -> See
 def parse_example(path: Path, number: int, fields: dict[str, Any]) -> SeedItem:
     """Parse a line of a file of supervised examples. Raise ValueError when it is not one."""
     if "messages" in fields:
-        prompt, target = question_and_answer(messages(fields["messages"], "messages"))
+        asked, target = question_and_answer(messages(fields["messages"], "messages"))
     elif "prompt" in fields and "completion" in fields:
-        prompt = question(fields, "prompt")
-        target = answer_to(prompt, fields, "completion")
+        asked = question(fields, "prompt")
+        target = answer_to(asked, fields, "completion")
+    elif "instruction" in fields and ("output" in fields or "instances" in fields):
+        asked, target = Question(task_of(fields)), text_field(first_instance(fields), "output")
     else:
         raise ValueError(f"not a supervised example: it needs {SFT_DIALECTS}; it has {keys(fields)}")
-    return SeedItem(line_name(path, number), prompt, target, ())
+    return SeedItem(line_name(path, number), asked.prompt, target, (), asked.system or optional_text(fields, "system"))
 
 
 def parse_ranking(path: Path, number: int, fields: dict[str, Any]) -> SeedItem:
     """Parse a line of a file of preferences. Raise ValueError when it is not one, or prefers no answer."""
-    prompt, replies = ranking(fields)
+    asked, replies = ranking(fields)
     if len({text for text, _ in replies}) < len(replies):
         raise ValueError("two of the ranked answers are the same")
     if len({rank for _, rank in replies}) < 2:
         raise ValueError("no answer is ranked above another")
     ranked = tuple(RankedReply(text, rank) for text, rank in sorted(replies, key=lambda reply: reply[1]))
     name = line_name(path, number)
-    return SeedItem(name, prompt, None, (RankedReplies(f"{SOURCE}-{name}", prompt, ranked),))
+    system = asked.system or optional_text(fields, "system")
+    replies_to = RankedReplies(f"{SOURCE}-{name}", one_text(asked.prompt, system), ranked)
+    return SeedItem(name, asked.prompt, None, (replies_to,), system)
 
 
-def ranking(fields: dict[str, Any]) -> tuple[str, list[tuple[str, int]]]:
-    """Return the prompt of a preference, and its answers with their ranks (0 is the best)."""
+def ranking(fields: dict[str, Any]) -> tuple[Question, list[tuple[str, int]]]:
+    """Return the question of a preference, and its answers with their ranks (0 is the best)."""
     if "chosen_response" in fields:
-        prompt = question(fields, "prompt")
+        asked = question(fields, "prompt")
         better, worse = text_field(fields, "chosen_response"), text_field(fields, "rejected_response")
     elif "rejected_response" in fields:
-        prompt, better = question_and_answer(messages(fields.get("messages"), "messages"))
+        asked, better = question_and_answer(messages(fields.get("messages"), "messages"))
         worse = text_field(fields, "rejected_response")
     elif "completions" in fields:
         return question(fields, "context"), [ranked_completion(one) for one in listed(fields["completions"])]
     elif "chosen" in fields and "rejected" in fields:
         if "prompt" in fields:
-            prompt = question(fields, "prompt")
+            asked = question(fields, "prompt")
         else:
-            prompt, _ = question_and_answer(messages(fields["chosen"], "chosen"))
-        better, worse = answer_to(prompt, fields, "chosen"), answer_to(prompt, fields, "rejected")
+            asked, _ = question_and_answer(messages(fields["chosen"], "chosen"))
+        better, worse = answer_to(asked, fields, "chosen"), answer_to(asked, fields, "rejected")
     else:
         raise ValueError(f"not a preference: it needs {PREFERENCE_DIALECTS}; it has {keys(fields)}")
-    return prompt, [(better, 0), (worse, 1)]
+    return asked, [(better, 0), (worse, 1)]
 
 
 def ranked_completion(value: Any) -> tuple[str, int]:
@@ -105,17 +121,17 @@ def ranked_completion(value: Any) -> tuple[str, int]:
     return answer_to(None, value, "completion"), rank
 
 
-def question(fields: dict[str, Any], name: str) -> str:
+def question(fields: dict[str, Any], name: str) -> Question:
     """Return the prompt in a field that holds text, or messages of which the last is the user's."""
     if isinstance(fields.get(name), list):
         turns = messages(fields[name], name)
         if turns[-1].role != "user":
             raise ValueError(f"the last message of `{name}` is the {turns[-1].role}'s, not the user's")
-        return flattened(turns)
-    return text_field(fields, name)
+        return question_of(turns)
+    return Question(text_field(fields, name))
 
 
-def answer_to(prompt: str | None, fields: dict[str, Any], name: str) -> str:
+def answer_to(to: Question | None, fields: dict[str, Any], name: str) -> str:
     """Return the answer in a field that holds text, or messages that end with the assistant's, after the prompt's."""
     if not isinstance(fields.get(name), list):
         return text_field(fields, name)
@@ -123,16 +139,27 @@ def answer_to(prompt: str | None, fields: dict[str, Any], name: str) -> str:
     if len(turns) == 1 and turns[0].role == "assistant":
         return turns[0].content
     asked, answer = question_and_answer(turns)
-    if asked != prompt:
+    if asked != to:
         raise ValueError(f"the messages before the answer in `{name}` are not those of the prompt")
     return answer
 
 
-def question_and_answer(turns: Sequence[Message]) -> tuple[str, str]:
+def question_and_answer(turns: Sequence[Message]) -> tuple[Question, str]:
     """Split a conversation before the assistant's turn that ends it."""
     if len(turns) < 2 or turns[-1].role != "assistant" or turns[-2].role != "user":
         raise ValueError("the conversation does not end with a user's and an assistant's message")
-    return flattened(turns[:-1]), turns[-1].content
+    return question_of(turns[:-1]), turns[-1].content
+
+
+def question_of(turns: Sequence[Message]) -> Question:
+    """Return a conversation that ends with the user's message, apart from the system messages that begin it."""
+    asked = list(dropwhile(is_system, turns))
+    return Question(flattened(asked), "\n\n".join(turn.content for turn in turns[: len(turns) - len(asked)]))
+
+
+def is_system(turn: Message) -> bool:
+    """Tell whether a message is the system's."""
+    return turn.role == "system"
 
 
 def flattened(turns: Sequence[Message]) -> str:

@@ -80,6 +80,13 @@ def text_field(fields: dict[str, Any], name: str) -> str:
     return value.strip()
 
 
+def optional_text(fields: dict[str, Any], name: str) -> str:
+    """Return a field's text without surrounding white space, empty when it is missing, null or empty."""
+    value = fields.get(name)
+    is_empty = value is None or (isinstance(value, str) and not value.strip())
+    return "" if is_empty else text_field(fields, name)
+
+
 def json_object(line: bytes) -> dict[str, Any]:
     """Parse a line as a JSON object. Raise ValueError when it is anything else."""
     try:

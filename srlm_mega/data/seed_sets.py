@@ -20,7 +20,7 @@ from pydantic import ConfigDict, with_config
 from srlm_mega.config.data import SeedDataConfig
 from srlm_mega.data.rouge import RougePool
 from srlm_mega.errors import UserError
-from srlm_mega.records import Prompt, RankedReplies, SftExample, parse_line
+from srlm_mega.records import Prompt, RankedReplies, SftExample, one_text, parse_line
 
 
 @dataclass(frozen=True)
@@ -46,17 +46,24 @@ class SeedSets:
 @dataclass(frozen=True, slots=True)
 class SeedItem:
     """Usable content of a message tree or a line of JSONL. `target` is the answer for IFT, None without one; `ranked`
-    holds the ranked replies to `prompt` first, then those to later turns of its conversation."""
+    holds the ranked replies to `prompt` first, then those to later turns of its conversation. `system` is the message
+    before `prompt`, empty without one: many items may share it, so it does not count when items are compared."""
 
     id: str
     prompt: str
     target: str | None
     ranked: tuple[RankedReplies, ...]
+    system: str = ""
 
     @property
     def first_turn(self) -> RankedReplies | None:
         """Ranked replies to the prompt itself."""
-        return self.ranked[0] if self.ranked and self.ranked[0].prompt == self.prompt else None
+        is_first = bool(self.ranked) and self.ranked[0].prompt == one_text(self.prompt, self.system)
+        return self.ranked[0] if is_first else None
+
+    def compared(self, ranked: RankedReplies) -> str:
+        """Return the text by which one of its rankings is compared with other items."""
+        return self.prompt if ranked == self.first_turn else ranked.prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +204,7 @@ def draw(drawing: SeededDraw, number: int, suitable: Callable[[Entry], bool]) ->
 def draw_prompts(drawing: SeededDraw, number: int, source: str) -> tuple[Prompt, ...]:
     """Draw the prompts of up to `number` items of any kind."""
     items = draw(drawing, number, lambda entry: True)
-    return tuple(Prompt(f"{source}-{item.id}", item.prompt, source) for item in items)
+    return tuple(Prompt(f"{source}-{item.id}", item.prompt, source, item.system) for item in items)
 
 
 def draw_eft_sources(drawing: SeededDraw, number: int) -> tuple[RankedReplies, ...]:
@@ -206,9 +213,9 @@ def draw_eft_sources(drawing: SeededDraw, number: int) -> tuple[RankedReplies, .
     if number:
         for item in drawing.take(lambda entry: entry.has_ranking):
             # Turns of one conversation resemble each other: they are compared with earlier items only.
-            usable = [one for one in item.ranked if not drawing.is_near_duplicate(one.prompt)]
+            usable = [one for one in item.ranked if not drawing.is_near_duplicate(item.compared(one))]
             drawn += usable[: number - len(drawn)]
-            drawing.exclude(item.prompt, *(one.prompt for one in usable))
+            drawing.exclude(item.prompt, *(item.compared(one) for one in usable))
             if len(drawn) == number:
                 break
     return tuple(drawn)
@@ -219,7 +226,7 @@ def draw_ift(drawing: SeededDraw, number: int, source: str) -> tuple[SftExample,
     drawn: list[SftExample] = []
     for item in draw(drawing, number, has_target):
         assert item.target is not None, f"{item.id}: its entry has a target"
-        drawn.append(SftExample(f"{source}-{item.id}", "ift", item.prompt, item.target, source))
+        drawn.append(SftExample(f"{source}-{item.id}", "ift", item.prompt, item.target, source, item.system))
     return tuple(drawn)
 
 

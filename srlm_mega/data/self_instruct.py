@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from srlm_mega.data.quarantine import UserLines, text_field
+from srlm_mega.data.quarantine import UserLines, optional_text, text_field
 from srlm_mega.data.rouge import RougePool
 from srlm_mega.records import Prompt
 
@@ -21,6 +21,7 @@ BLANK_LINE = re.compile(r"\n[ \t]*\n")
 # Tasks that a text-only model cannot do.
 KEYWORDS = re.compile(r"\b(?:images?|graphs?|pictures?|files?|maps?|draw|plot|go to)\b", re.IGNORECASE)
 PROGRAM_START = "write a program"
+NO_INPUT = "<noinput>"  # as Self-Instruct's and Alpaca's prompts write it
 
 RejectReason = Literal[
     "too_short", "too_long", "keyword", "program", "starts_with_punctuation", "starts_non_ascii", "duplicate", "similar"
@@ -122,14 +123,33 @@ def normalised(text: str) -> str:
     return one_line(text).casefold()
 
 
-def read_prompts(path: Path, quarantine: Path) -> list[Prompt]:
-    """Read prompts from a JSONL with `instruction` (Self-Instruct's seed tasks) or `text` per line. The file's name is
-    their `source`, the line number their id. For broken lines see `UserLines`."""
+def read_prompts(path: Path, quarantine: Path) -> UserLines[Prompt]:
+    """Return the prompts of a JSONL with `instruction` (Self-Instruct's seed tasks, Alpaca) or `text` per line, and
+    maybe `system`. The file's name is their `source`, the line number their id."""
 
     def parse(number: int, fields: dict[str, Any]) -> Prompt:
-        name = "instruction" if "instruction" in fields else "text"
-        if name not in fields:
+        if "instruction" not in fields and "text" not in fields:
             raise ValueError("the fields `instruction` and `text` are both missing")
-        return Prompt(id=f"{path.name.partition('.')[0]}-{number:06d}", text=text_field(fields, name), source=path.name)
+        text = task_of(fields) if "instruction" in fields else text_field(fields, "text")
+        name = f"{path.name.partition('.')[0]}-{number:06d}"
+        return Prompt(name, text, path.name, optional_text(fields, "system"))
 
-    return list(UserLines(path, parse, quarantine))
+    return UserLines(path, parse, quarantine)
+
+
+def task_of(fields: dict[str, Any]) -> str:
+    """Return a task's instruction and, after a blank line, its input, where it has one: what it is about."""
+    given = optional_text(first_instance(fields), "input")
+    instruction = text_field(fields, "instruction")
+    return instruction if given.casefold() in ("", NO_INPUT) else f"{instruction}\n\n{given}"
+
+
+def first_instance(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the object with a task's input and output: the first of its `instances`, or, as in Alpaca, the task."""
+    match fields.get("instances"):
+        case None | []:
+            return fields
+        case [dict(first), *_]:
+            return first
+        case _:
+            raise ValueError("`instances` is not a list of objects")

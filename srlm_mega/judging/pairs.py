@@ -113,7 +113,7 @@ def preference_pair(chosen: Ranked, rejected: Ranked, weight: float) -> Preferen
     assert best.prompt_token_ids == worst.prompt_token_ids, f"{best.id}, {worst.id}: one prompt in different token ids"
     return PreferencePair(
         id=f"{best.prompt_id}-pair",
-        prompt=(Message("user", best.prompt),),
+        prompt=(*((Message("system", best.system),) if best.system else ()), Message("user", best.prompt)),
         chosen=(Message("assistant", best.text),),
         rejected=(Message("assistant", worst.text),),
         chosen_id=best.id,

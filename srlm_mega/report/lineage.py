@@ -55,7 +55,7 @@ def describe(run: RunDir, number: int, pair: PreferencePair) -> Iterator[str]:
     for judgement in read(run, JUDGEMENTS.of(number), "judgements.jsonl", Judgement):
         judgements.setdefault(judgement.candidate_id, []).append(judgement)
     yield f"pair {pair.id}   {round_folder(number)}"
-    yield f"prompt {prompt.id} ({prompt.source}): {prompt.text}"
+    yield f"prompt {prompt.id} ({prompt.source}): {prompt.question}"
     for path in sorted(run.output(PROMPTS.of(number)).glob("drafts_*.jsonl")):  # none when prompts came from a file
         for draft in read_jsonl(path, PromptDraft):
             if prompt.source == f"self_instruct/{draft.id}":

@@ -9,6 +9,7 @@ from typing import Any
 
 import orjson
 
+from srlm_mega.records import one_text
 from srlm_mega.report.costs import read_metrics
 from srlm_mega.report.lineage_sample import LineageSample, PairLeaf
 from srlm_mega.run.run_dir import RunDir
@@ -52,7 +53,7 @@ def read_round(run: RunDir, number: int, max_bytes: int) -> RoundPart:
     """Read one round, with as many of its texts as fit into `max_bytes`."""
     lineage = LineageSample(max_bytes)  # drops prompts while it grows, so parents are added before their children
     for prompt in lines(run, PROMPTS.of(number), "prompts.jsonl"):
-        lineage.add_prompt(prompt["id"], prompt["text"])
+        lineage.add_prompt(prompt["id"], one_text(prompt["text"], prompt.get("system", "")))
     lengths: Counter[int] = Counter()
     for one in lines(run, CANDIDATES.of(number), "candidates.jsonl"):
         lengths[len(one["token_ids"])] += 1

@@ -99,7 +99,7 @@ def matches_of(ours: Path, theirs: Path) -> list[Match]:
     """Read the responses of two models to the prompts that both answered, from two files of candidates."""
     other = {candidate.prompt_id: candidate.text for candidate in read_jsonl(theirs, Candidate)}
     return [
-        Match(candidate.prompt_id, candidate.prompt, candidate.text, other[candidate.prompt_id])
+        Match(candidate.prompt_id, candidate.question, candidate.text, other[candidate.prompt_id])
         for candidate in read_jsonl(ours, Candidate)
         if candidate.prompt_id in other
     ]

@@ -115,10 +115,10 @@ def make_samples(work: Work, chat: Chat, sampler: RetryingSampler) -> tuple[list
     settings, length = work.config.evaluation, work.config.candidates.max_new_tokens
     given = list(read_jsonl(held_out(work.run), Prompt))
     longest = work.config.longest_prompt(length)
-    prompts = [prompt for prompt in given if len(chat.prompt(prompt.text)) <= longest]
+    prompts = [prompt for prompt in given if len(chat.prompt(prompt.text, prompt.system)) <= longest]
     if not prompts:
         raise UserError(f"no held-out prompt has {longest} tokens or fewer: lower candidates.max_new_tokens")
-    ids = [chat.prompt(prompt.text) for prompt in prompts]
+    ids = [chat.prompt(prompt.text, prompt.system) for prompt in prompts]
     # The same draws for every model, so that differences come from the models alone.
     seed = derive_seed(work.config.run.seed, "evaluation", "responses")
     names = [prompt.id for prompt in prompts]
@@ -130,7 +130,7 @@ def make_samples(work: Work, chat: Chat, sampler: RetryingSampler) -> tuple[list
     for prompt, *answers in zip(prompts, greedy, sampled, strict=True):
         texts = [chat.decode(completion.token_ids) for (completion,) in answers]
         qualities = [quality(prompt.text, text) if has_truth else None for text in texts]
-        samples.append(EvaluationSample(prompt.id, prompt.text, texts[0], texts[1], *qualities))
+        samples.append(EvaluationSample(prompt.id, prompt.question, texts[0], texts[1], *qualities))
     lengths = [len(completion.token_ids) for (completion,) in sampled]
     return samples, lengths, len(given) - len(prompts)
 

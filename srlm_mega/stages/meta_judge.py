@@ -68,7 +68,7 @@ def comparisons_task(work: Work) -> tuple[SamplingTask[JudgementComparison], int
 
     def request(contest: Contest, first: Judgement, second: Judgement) -> SamplingRequest[JudgementComparison]:
         values = {
-            "instruction": contest.candidate.prompt,
+            "instruction": contest.candidate.question,
             "response": contest.candidate.text,
             "first": first.text,
             "second": second.text,
@@ -137,7 +137,7 @@ def judgement_pairs(work: Work, contests: Sequence[Contest], judged: Sequence[Me
         if found is None:
             continue
         best, worst = found
-        prompt = template.fill(contest.candidate.prompt, contest.candidate.text)
+        prompt = template.fill(contest.candidate.question, contest.candidate.text)
         pair = PreferencePair(
             id=f"{contest.candidate.id}-meta",
             prompt=(Message("user", prompt),),

@@ -36,10 +36,10 @@ def take_from_file(work: Work) -> Done:
     settings = work.config.prompts
     given = list(read_jsonl(work.read("seed", "prompts.jsonl"), Prompt))
     # The order is seeded by the run alone, so that the slices of its rounds are disjoint.
-    prompts = list({prompt.text: prompt for prompt in reversed(given)}.values())  # keep the first of equal texts
+    prompts = list({prompt.question: prompt for prompt in reversed(given)}.values())  # keep the first of equal texts
     random.Random(derive_seed(work.config.run.seed, "prompts")).shuffle(prompts)
     chat, known = answering_chat(work), KnownTexts(settings.rouge_l_max, seed_prompts(work))
-    fitting = [prompt for prompt in prompts if fits(work, chat, prompt.text)]
+    fitting = [prompt for prompt in prompts if fits(work, chat, prompt.text, prompt.system)]
     usable = [prompt for prompt in fitting if known.repeated_by(prompt.text) is None]
     size = settings.per_round
     mine = usable[(work.round - 1) * size : work.round * size]
@@ -184,6 +184,6 @@ def seed_prompts(work: Work) -> list[str]:
     return prompts
 
 
-def fits(work: Work, chat: Chat, text: str) -> bool:
+def fits(work: Work, chat: Chat, text: str, system: str = "") -> bool:
     """Return True when a prompt leaves room for a whole response."""
-    return len(chat.prompt(text)) <= work.config.longest_prompt(work.config.candidates.max_new_tokens)
+    return len(chat.prompt(text, system)) <= work.config.longest_prompt(work.config.candidates.max_new_tokens)

@@ -51,7 +51,7 @@ def respond(
     """
     length = config.candidates.max_new_tokens
     chat = Chat.from_folder(writer.folder)
-    asked = [SamplingRequest(prompt.id, prompt, chat.prompt(prompt.text)) for prompt in prompts]
+    asked = [SamplingRequest(prompt.id, prompt, chat.prompt(prompt.text, prompt.system)) for prompt in prompts]
     requests = fitting_requests(config, asked, length)
     if not requests:
         longest = config.longest_prompt(length)

@@ -70,7 +70,7 @@ def candidates_task(work: Work) -> tuple[SamplingTask[Prompt], int]:
     writer, letter = (work.config.pairs.rejected_from, "a") if is_anchor else (model_name(work.round), "c")
     by = SampledBy.of_run(work, writer, params_of(work.config.candidates))
     prompts = read_jsonl(work.read(PROMPTS.of(work.round), "prompts.jsonl"), Prompt)
-    requests = [SamplingRequest(prompt.id, prompt, by.chat.prompt(prompt.text)) for prompt in prompts]
+    requests = [SamplingRequest(one.id, one, by.chat.prompt(one.text, one.system)) for one in prompts]
     records = partial(candidates_of, by, letter)
     return SamplingTask(writer, requests, by.params, records, "candidates.jsonl", "prompts").fitting(work.config)
 
@@ -82,7 +82,7 @@ def judgements_task(work: Work) -> tuple[SamplingTask[Candidate], int]:
     judge, letter = (model_name(work.round - 1), "p") if is_previous else (model_name(work.round), "j")
     by, template = SampledBy.of_run(work, judge, params_of(work.config.judge)), judge_template(work)
     requests = [
-        SamplingRequest(candidate.id, candidate, by.chat.prompt(template.fill(candidate.prompt, candidate.text)))
+        SamplingRequest(candidate.id, candidate, by.chat.prompt(template.fill(candidate.question, candidate.text)))
         for candidate in read_candidates(work)
     ]
     records = partial(judgements_of, by, letter)

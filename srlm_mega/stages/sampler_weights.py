@@ -105,7 +105,7 @@ def calibration_prompts(work: Work, source: Path) -> list[list[int]]:
     examples = list(read_jsonl(work.read("seed", "ift.jsonl"), SftExample))
     rng = random.Random(derive_seed(work.config.run.seed, "calibration"))
     chosen = rng.sample(examples, min(work.config.sampler.calibration_size, len(examples)))
-    return [[*chat.prompt(one.prompt), *chat.completion(one.completion)] for one in chosen]
+    return [[*chat.prompt(one.prompt, one.system), *chat.completion(one.completion)] for one in chosen]
 
 
 def link_engine(work: Work, checkpoint: Path) -> None:

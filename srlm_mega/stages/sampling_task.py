@@ -114,6 +114,7 @@ def candidates_of(
             id=f"{request.id}-{letter}{number}",
             prompt_id=request.id,
             prompt=request.source.text,
+            system=request.source.system,
             prompt_token_ids=request.token_ids,
             cumulative_logprob=completion.cumulative_logprob,
             **by.fields(completion),

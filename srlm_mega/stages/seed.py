@@ -1,6 +1,8 @@
 """Stage seed: everything that comes from outside, read once and kept in the run folder."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import orjson
 
@@ -42,16 +44,20 @@ def make_seed(work: Work) -> Done:
                 f"{config.seed_data.eft_path} has {data.counts['judge_examples']}, of which "
                 f"{data.counts['judge_examples_held_out']} are about held-out prompts or similar ones. Give others"
             )
-    sets = {f"{name}.jsonl": records for name, records in vars(data).items() if name != "counts"}
-    rows = {name: write_jsonl(work.out / name, records) for name, records in sets.items()}
-    (work.out / "counts.json").write_bytes(orjson.dumps(dict(data.counts), option=orjson.OPT_INDENT_2))
-    (work.out / "judge_template.txt").write_text(template.text, encoding="utf-8")
+    sets: dict[str, Sequence[Any]] = {
+        f"{name}.jsonl": records for name, records in vars(data).items() if name != "counts"
+    }
+    counts = dict(data.counts)
     if config.prompts.path is not None:
-        prompts = read_prompts(config.prompts.path, quarantine=work.out / "prompts_quarantine.jsonl")
-        rows["prompts.jsonl"] = write_jsonl(work.out / "prompts.jsonl", prompts)
+        lines = read_prompts(config.prompts.path, work.out / "prompts_quarantine.jsonl")
+        sets["prompts.jsonl"] = list(lines)
+        counts |= {"prompts": lines.good, "bad_prompts": lines.bad}
+    rows = {name: write_jsonl(work.out / name, records) for name, records in sets.items()}
+    (work.out / "counts.json").write_bytes(orjson.dumps(counts, option=orjson.OPT_INDENT_2))
+    (work.out / "judge_template.txt").write_text(template.text, encoding="utf-8")
     if config.model.path is None:
         write_own_tokenizer(config.model, work.out / "tokenizer")
-    return Done(sum(rows.values()), {**rows, **data.counts})
+    return Done(sum(rows.values()), rows | counts)
 
 
 def write_own_tokenizer(model: ModelConfig, folder: Path) -> None:

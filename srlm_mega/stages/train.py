@@ -124,7 +124,7 @@ def tokenized(examples: Iterable[SftExample], chat: Chat) -> Iterable[TokenSeque
             case "document":
                 yield TokenSequence(example.id, chat.document(example.completion), num_prompt=1)
             case "ift" | "eft":
-                prompt = chat.prompt(example.prompt)
+                prompt = chat.prompt(example.prompt, example.system)
                 yield TokenSequence(example.id, prompt + chat.completion(example.completion), len(prompt))
             case _:
                 assert_never(example.kind)

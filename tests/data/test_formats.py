@@ -29,18 +29,64 @@ SYSTEM = {"role": "system", "content": "Be brief."}
         ({"messages": turns("Hi?", "Hello.")}, "Hi?", "Hello."),
         ({"prompt": "Hi?", "completion": "Hello."}, "Hi?", "Hello."),
         ({"prompt": turns("Hi?"), "completion": turns("Hello.", first="assistant")}, "Hi?", "Hello."),
-        ({"messages": [SYSTEM, *turns("Hi?", "Hello.")]}, "System: Be brief.\n\nUser: Hi?", "Hello."),
         (
             {"messages": turns("Hi?", "Hello.", "And?", "Bye.")},
             "User: Hi?\n\nAssistant: Hello.\n\nUser: And?",
             "Bye.",
         ),
         ({"messages": turns("Hi?", "Hello."), "source": "x", "id": 7}, "Hi?", "Hello."),
+        ({"instruction": "Hi?", "output": "Hello."}, "Hi?", "Hello."),
+        ({"instruction": "Add.", "input": "1 and 2", "output": "3"}, "Add.\n\n1 and 2", "3"),
+        (
+            {"instruction": "Add.", "instances": [{"input": "1\n2", "output": "3"}, {"output": "4"}]},
+            "Add.\n\n1\n2",
+            "3",
+        ),
+        ({"instruction": "Hi?", "instances": [{"input": "", "output": "Hello."}]}, "Hi?", "Hello."),
+        ({"instruction": "Hi?", "input": "<noinput>", "output": "Hello."}, "Hi?", "Hello."),
+        ({"instruction": "Hi?", "input": None, "output": "Hello."}, "Hi?", "Hello."),
     ],
 )
 def test_supervised_examples(line: dict[str, Any], prompt: str, target: str) -> None:
     item = parse_example(FILE, 12, line)
     assert (item.id, item.prompt, item.target, item.ranked) == ("file-0000012", prompt, target, ())
+
+
+@pytest.mark.parametrize(
+    ("line", "system", "prompt"),
+    [
+        ({"messages": [SYSTEM, *turns("Hi?", "Hello.")]}, "Be brief.", "Hi?"),
+        ({"messages": [SYSTEM, SYSTEM, *turns("Hi?", "Hello.")]}, "Be brief.\n\nBe brief.", "Hi?"),
+        (
+            {"messages": [SYSTEM, *turns("Hi?", "Yes?", "Well.", "Bye.")]},
+            "Be brief.",
+            "User: Hi?\n\nAssistant: Yes?\n\nUser: Well.",
+        ),
+        ({"prompt": [SYSTEM, *turns("Hi?")], "completion": "Hello."}, "Be brief.", "Hi?"),
+        ({"system": "Be brief.", "prompt": "Hi?", "completion": "Hello."}, "Be brief.", "Hi?"),
+        ({"system": "Be long.", "messages": [SYSTEM, *turns("Hi?", "Hello.")]}, "Be brief.", "Hi?"),
+        ({"system": None, "instruction": "Hi?", "output": "Hello."}, "", "Hi?"),
+        ({"system": " ", "messages": turns("Hi?", "Hello.")}, "", "Hi?"),
+    ],
+)
+def test_a_system_message_stays_apart(line: dict[str, Any], system: str, prompt: str) -> None:
+    item = parse_example(FILE, 12, line)
+    assert (item.system, item.prompt) == (system, prompt)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"prompt": [SYSTEM, *turns("Hi?")], "chosen": "Good.", "rejected": "Bad."},
+        {"system": "Be brief.", "prompt": "Hi?", "chosen": "Good.", "rejected": "Bad."},
+        {"messages": [SYSTEM, *turns("Hi?", "Good.")], "rejected_response": "Bad."},
+        {"chosen": [SYSTEM, *turns("Hi?", "Good.")], "rejected": [SYSTEM, *turns("Hi?", "Bad.")]},
+    ],
+)
+def test_a_ranking_has_the_system_message_in_its_prompt(line: dict[str, Any]) -> None:
+    item = parse_ranking(FILE, 3, line)
+    assert (item.system, item.prompt) == ("Be brief.", "Hi?")
+    assert item.first_turn is not None and item.first_turn.prompt == "System: Be brief.\n\nUser: Hi?"
 
 
 CHOSEN, REJECTED = turns("Good.", first="assistant"), turns("Bad.", first="assistant")
@@ -78,7 +124,13 @@ def test_more_than_two_completions_keep_their_ranks() -> None:
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ({"instruction": "Hi?", "output": "Hello."}, "it has `instruction`, `output`"),
+        ({"question": "Hi?", "answer": "Hello."}, "it has `question`, `answer`"),
+        ({"instruction": "Hi?"}, "it has `instruction`"),
+        ({"instruction": "Hi?", "output": ""}, "`output` is empty"),
+        ({"instruction": "Hi?", "input": 3, "output": "Hello."}, "`input` is int"),
+        ({"instruction": "Hi?", "instances": [{"input": "x"}]}, "`output` is missing"),
+        ({"instruction": "Hi?", "instances": {}}, "`instances` is not a list"),
+        ({"system": 3, "prompt": "Hi?", "completion": "Hello."}, "`system` is int"),
         ({}, "it has no fields"),
         ({"prompt": "Hi?", "chosen": "Good.", "rejected": "Bad."}, "not a supervised example"),
         ({"messages": []}, "`messages` is not a list, or it is empty"),
@@ -151,3 +203,30 @@ def test_seed_sets_from_two_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"1 of the 1 lines of .*dpo\.jsonl"):
         read_jsonl_sets(section, 0, tmp_path / "bad.jsonl")
     assert (tmp_path / "ranked_bad.jsonl").exists()
+
+
+def test_one_system_message_for_all_makes_no_two_lines_alike(tmp_path: Path) -> None:
+    """It is longer than the questions, which would be near-duplicates with it in them."""
+    system = " ".join(f"rule{number}" for number in range(60))
+
+    def words(name: str, number: int) -> str:
+        return " ".join(f"{name}{number}{part}" for part in "abcd")
+
+    examples = [{"system": system, "prompt": words("s", n), "completion": "a"} for n in range(8)]
+    rankings = [{"system": system, "prompt": words("p", n), "chosen": "a", "rejected": "b"} for n in range(8)]
+    section = SeedDataConfig(
+        source="jsonl", path=write(tmp_path / "sft.jsonl", examples), num_ift=20, num_validation=3,
+        ranked_path=write(tmp_path / "dpo.jsonl", rankings), num_eft_eval=4, num_eft_sources=4,
+    )  # fmt: skip
+    sets = read_jsonl_sets(section, 0, tmp_path / "bad.jsonl")
+    assert (len(sets.eft_eval), len(sets.eft_sources), len(sets.validation)) == (2, 4, 3)
+    assert len(sets.ift) > 4 and sets.counts["near_duplicates"] == 0
+    assert {one.system for one in (*sets.ift, *sets.validation)} == {system}
+    assert all(one.prompt.startswith("System: rule0") for one in (*sets.eft_eval, *sets.eft_sources))
+
+
+def test_the_real_seed_tasks_are_examples_with_their_input(shared_data: Path) -> None:
+    lines = (shared_data / "self_instruct_seed_tasks.jsonl").read_bytes().splitlines()
+    items = [parse_example(FILE, number, orjson.loads(line)) for number, line in enumerate(lines)]
+    assert len(items) == 175 and all(item.target for item in items)
+    assert sum("\n\n" in item.prompt for item in items) >= 125

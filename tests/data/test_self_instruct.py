@@ -3,6 +3,7 @@
 import string
 from pathlib import Path
 
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -113,19 +114,48 @@ def test_at_threshold_one_only_exact_duplicates_go() -> None:
 def test_prompts_are_read_from_both_forms_and_broken_lines_stop(tmp_path: Path) -> None:
     path = tmp_path / "tasks.jsonl"
     path.write_text('{"id": "x", "instruction": "Name a bird."}\n\n{"text": "Name a fish."}\n')
-    prompts = read_prompts(path, tmp_path / "bad.jsonl")
+    prompts = list(read_prompts(path, tmp_path / "bad.jsonl"))
     assert [(prompt.id, prompt.text, prompt.source) for prompt in prompts] == [
         ("tasks-000001", "Name a bird.", "tasks.jsonl"),
         ("tasks-000003", "Name a fish.", "tasks.jsonl"),
     ]
     path.write_text('{"instruction": "Name a bird."}\n{"prompt": "Name a fish."}\n')
     with pytest.raises(UserError, match="line 2: the fields `instruction` and `text` are both missing"):
-        read_prompts(path, tmp_path / "bad.jsonl")
+        list(read_prompts(path, tmp_path / "bad.jsonl"))
 
 
 def test_the_real_seed_tasks(shared_data: Path, tmp_path: Path) -> None:
-    prompts = read_prompts(shared_data / "self_instruct_seed_tasks.jsonl", tmp_path / "bad.jsonl")
+    prompts = list(read_prompts(shared_data / "self_instruct_seed_tasks.jsonl", tmp_path / "bad.jsonl"))
     assert len(prompts) == len({prompt.id for prompt in prompts}) == 175
     tasks = task_filter()
     assert sum(tasks.accept(prompt.text) for prompt in prompts) == tasks.accepted > 150
     assert not any(tasks.accept(prompt.text) for prompt in prompts), "all are known now"
+
+
+def test_a_task_keeps_its_input(tmp_path: Path) -> None:
+    path = tmp_path / "tasks.jsonl"
+    path.write_text(
+        '{"instruction": "Sum up.", "instances": [{"input": "A long story.", "output": "x"}, {"input": "No."}]}\r\n'
+        '{"instruction": "Translate.", "input": " bonjour ", "output": "hello"}\r\n'
+        '{"instruction": "Name a bird.", "input": "", "output": "owl"}\r\n'
+        '{"instruction": "Name a fish.", "instances": []}\r\n'
+        '{"text": "Name a tree.", "system": "Be brief."}\r\n'
+    )
+    prompts = list(read_prompts(path, tmp_path / "bad.jsonl"))
+    assert [prompt.text for prompt in prompts] == [
+        "Sum up.\n\nA long story.", "Translate.\n\nbonjour", "Name a bird.", "Name a fish.", "Name a tree.",
+    ]  # fmt: skip
+    assert [prompt.system for prompt in prompts] == ["", "", "", "", "Be brief."]
+    assert prompts[-1].question == "System: Be brief.\n\nUser: Name a tree."
+
+
+def test_of_the_real_seed_tasks_125_have_an_input(shared_data: Path, tmp_path: Path) -> None:
+    path = shared_data / "self_instruct_seed_tasks.jsonl"
+    prompts = list(read_prompts(path, tmp_path / "bad.jsonl"))
+    tasks = [orjson.loads(line) for line in path.read_bytes().splitlines()]
+    with_input = [
+        (prompt.text, given)
+        for prompt, task in zip(prompts, tasks, strict=True)
+        if (given := task["instances"][0]["input"].strip())
+    ]
+    assert len(with_input) == 125 and all(text.endswith(f"\n\n{given}") for text, given in with_input)
