@@ -21,6 +21,9 @@ class SeedDataConfig(Section, decides="output"):
         None,
         description="Your own examples of judging (JSONL), in place of EFT that is built or comes with the source.",
     )
+    strip_template: bool = Field(
+        False, description="Take the marks of a chat template ([INST], <|im_start|>, ...) off the texts of your files."
+    )
     num_documents: int = Field(0, ge=0, description="Pre-training documents of the toy world.")
     num_ift: int = Field(3200, ge=1, description="Largest number of IFT examples; paper: 3200.")
     num_eft: int = Field(1630, ge=0, description="Largest number of EFT examples, each a judged reply; paper: 1630.")

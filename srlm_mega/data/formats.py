@@ -48,17 +48,18 @@ def read_jsonl_sets(section: SeedDataConfig, seed: int, quarantine: Path) -> See
     Raise UserError when the sets cannot be filled, or for too many broken lines (see `UserLines`).
     """
     assert section.path and section.ranked_path, "Config refuses seed_data.source=jsonl without both paths"
-    examples = UserLines(section.path, partial(parse_example, section.path), quarantine)
+    strip = section.strip_template
+    examples = UserLines(section.path, partial(parse_example, section.path), quarantine, strip)
     ranked_quarantine = quarantine.with_name(f"ranked_{quarantine.name}")
-    rankings = UserLines(section.ranked_path, partial(parse_ranking, section.ranked_path), ranked_quarantine)
+    rankings = UserLines(section.ranked_path, partial(parse_ranking, section.ranked_path), ranked_quarantine, strip)
 
     def items() -> Iterator[SeedItem]:
         yield from examples
         yield from rankings
 
     sets = draw_sets(items(), section, SOURCE, seed, quarantine.parent)
-    counts = {"examples": examples.good, "bad_lines": examples.bad}
-    counts |= {"rankings": rankings.good, "bad_rankings": rankings.bad}
+    counts = {"examples": examples.good, "bad_lines": examples.bad, "templated_lines": examples.templated}
+    counts |= {"rankings": rankings.good, "bad_rankings": rankings.bad, "templated_rankings": rankings.templated}
     return sets.with_counts_before(counts)
 
 

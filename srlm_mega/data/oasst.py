@@ -42,10 +42,10 @@ def read_oasst(section: SeedDataConfig, seed: int, quarantine: Path) -> SeedSets
     Raise UserError when the sets cannot be filled, or for too many broken lines (see `UserLines`).
     """
     assert section.path is not None, "Config refuses seed_data.source=oasst without a path"
-    lines = UserLines(section.path, partial(parse_tree, section.later_turns), quarantine)
+    lines = UserLines(section.path, partial(parse_tree, section.later_turns), quarantine, section.strip_template)
     left_out: Counter[str] = Counter()
     sets = draw_sets(usable_items(lines, left_out), section, SOURCE, seed, quarantine.parent)
-    counts = {"trees": lines.good, "bad_lines": lines.bad}
+    counts = {"trees": lines.good, "bad_lines": lines.bad, "templated_lines": lines.templated}
     counts |= {name: left_out[name] for name in TREE_REASONS}
     counts |= {f"replies_{name}": left_out[f"replies_{name}"] for name in REPLY_REASONS}
     return sets.with_counts_before(counts)

@@ -1,4 +1,5 @@
-"""Reader of a user's JSONL. Broken lines are named and set aside; too many of them stop the run."""
+"""Reader of a user's JSONL. Broken lines are named and set aside; too many of them stop the run, and so do too many
+texts that hold a chat template already."""
 
 import codecs
 import gzip
@@ -11,11 +12,13 @@ from typing import Any, BinaryIO, Generic, TypeVar
 
 import orjson
 
+from srlm_mega.data.template_marks import LeftInside, unwrap_all
 from srlm_mega.errors import UserError
 
 T = TypeVar("T")
 
 MAX_BAD_FRACTION = 0.01
+MAX_TEMPLATED_FRACTION = 0.05
 LINES_NAMED = 5
 
 
@@ -33,24 +36,34 @@ class UserLines(Generic[T]):
     """Iterable over the lines of a `.jsonl` or `.jsonl.gz`, each parsed by `parse(line number, fields)`, which raises
     ValueError for a line it cannot use. Blank lines are skipped.
 
-    Bad lines are written to the JSONL `quarantine`; without any, no file is made. Iteration raises UserError when the
-    file cannot be read, and at its end when more than 1 % of the lines are bad or none is good.
+    Bad lines are written to the JSONL `quarantine`; without any, no file is made. `strip_template` takes the marks of
+    chat templates off the texts. Iteration raises UserError when the file cannot be read, and at its end when more than
+    1 % of the lines are bad or none is good, or when more than 5 % hold a template that is not taken off.
     """
 
-    def __init__(self, path: Path, parse: Callable[[int, dict[str, Any]], T], quarantine: Path) -> None:
+    def __init__(
+        self,
+        path: Path,
+        parse: Callable[[int, dict[str, Any]], T],
+        quarantine: Path,
+        strip_template: bool = False,
+    ) -> None:
         self._path = path
         self._parse = parse
         self._quarantine = quarantine
+        self._strip_template = strip_template
         self._named: list[BadLine] = []
+        self._first_templated = ""
         self.good = 0
         self.bad = 0
+        self.templated = 0
 
     def __iter__(self) -> Iterator[T]:
         with ExitStack() as open_files:
             set_aside: BinaryIO | None = None
             for number, line in numbered_lines(self._path):
                 try:
-                    record = self._parse(number, json_object(line))
+                    record = self._record(number, line)
                 except ValueError as error:
                     content = line.decode("utf-8", errors="backslashreplace")
                     bad = BadLine(str(self._path), number, str(error), content)
@@ -62,10 +75,37 @@ class UserLines(Generic[T]):
                     self.good += 1
                     yield record
         total = self.good + self.bad
+        if not self._strip_template and self.templated > max(1, MAX_TEMPLATED_FRACTION * total):
+            raise UserError(
+                f"{self.templated} of the {total} lines of {self._path} begin or end with marks of a chat template: "
+                f"{self._first_templated}, for one. srlm writes every text into the model's own template, which would "
+                "be a second one. Set seed_data.strip_template=true to take the marks off, or give the plain texts"
+            )
         if self.bad > MAX_BAD_FRACTION * total:
             raise UserError(too_many(self._path, self._named, self.bad, total))
         if not self.good:
             raise UserError(f"{self._path} holds no records: it needs one JSON object per line")
+
+    def _record(self, number: int, line: bytes) -> T:
+        """Parse a line, and count it when the texts that are read from it begin or end with a template's marks."""
+        fields = json_object(line)
+        marks = unwrap_all(fields)
+        plain = self._outcome(number, fields)
+        given = self._outcome(number, json_object(line)) if marks else plain
+        if marks and repr(given) != repr(plain):  # marks in a field that is not read change nothing
+            self.templated += 1
+            named = ", ".join(f"`{mark}`" for mark in marks)
+            self._first_templated = self._first_templated or f"{named} in line {number}"
+        record = plain if self._strip_template else given
+        if isinstance(record, ValueError):
+            raise record
+        return record
+
+    def _outcome(self, number: int, fields: dict[str, Any]) -> T | ValueError:
+        try:
+            return self._parse(number, fields)
+        except ValueError as error:
+            return error
 
 
 def text_field(fields: dict[str, Any], name: str) -> str:
@@ -73,6 +113,11 @@ def text_field(fields: dict[str, Any], name: str) -> str:
     if name not in fields:
         raise ValueError(f"the field `{name}` is missing")
     value = fields[name]
+    if isinstance(value, LeftInside):
+        raise ValueError(
+            f"the field `{name}` has a template's mark `{value.mark}` left inside, as if it were several turns: give "
+            "each turn a text of its own (`messages`)"
+        )
     if not isinstance(value, str):
         raise ValueError(f"the field `{name}` is {type(value).__name__}, not text")
     if not value.strip():

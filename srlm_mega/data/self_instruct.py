@@ -123,7 +123,7 @@ def normalised(text: str) -> str:
     return one_line(text).casefold()
 
 
-def read_prompts(path: Path, quarantine: Path) -> UserLines[Prompt]:
+def read_prompts(path: Path, quarantine: Path, strip_template: bool = False) -> UserLines[Prompt]:
     """Return the prompts of a JSONL with `instruction` (Self-Instruct's seed tasks, Alpaca) or `text` per line, and
     maybe `system`. The file's name is their `source`, the line number their id."""
 
@@ -134,7 +134,7 @@ def read_prompts(path: Path, quarantine: Path) -> UserLines[Prompt]:
         name = f"{path.name.partition('.')[0]}-{number:06d}"
         return Prompt(name, text, path.name, optional_text(fields, "system"))
 
-    return UserLines(path, parse, quarantine)
+    return UserLines(path, parse, quarantine, strip_template)
 
 
 def task_of(fields: dict[str, Any]) -> str:

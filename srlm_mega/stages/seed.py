@@ -49,9 +49,11 @@ def make_seed(work: Work) -> Done:
     }
     counts = dict(data.counts)
     if config.prompts.path is not None:
-        lines = read_prompts(config.prompts.path, work.out / "prompts_quarantine.jsonl")
+        lines = read_prompts(
+            config.prompts.path, work.out / "prompts_quarantine.jsonl", config.seed_data.strip_template
+        )
         sets["prompts.jsonl"] = list(lines)
-        counts |= {"prompts": lines.good, "bad_prompts": lines.bad}
+        counts |= {"prompts": lines.good, "bad_prompts": lines.bad, "templated_prompts": lines.templated}
     rows = {name: write_jsonl(work.out / name, records) for name, records in sets.items()}
     (work.out / "counts.json").write_bytes(orjson.dumps(counts, option=orjson.OPT_INDENT_2))
     (work.out / "judge_template.txt").write_text(template.text, encoding="utf-8")

@@ -168,6 +168,7 @@ def test_a_file_with_everything_that_can_be_wrong_gives_exactly_what_is_right(tm
     assert seed.counts == {
         "trees": 1295,
         "bad_lines": 12,
+        "templated_lines": 0,
         "not_ready": 6,
         "not_english": 11,
         "deleted": 9,
