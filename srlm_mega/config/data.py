@@ -24,6 +24,9 @@ class SeedDataConfig(Section, decides="output"):
     strip_template: bool = Field(
         False, description="Take the marks of a chat template ([INST], <|im_start|>, ...) off the texts of your files."
     )
+    max_unspellable: Annotated[float, Decides("limit")] = Field(
+        0.05, ge=0, le=1, description="Largest share of texts that the tokenizer cannot give back; more stop the run."
+    )
     num_documents: int = Field(0, ge=0, description="Pre-training documents of the toy world.")
     num_ift: int = Field(3200, ge=1, description="Largest number of IFT examples; paper: 3200.")
     num_eft: int = Field(1630, ge=0, description="Largest number of EFT examples, each a judged reply; paper: 1630.")

@@ -59,10 +59,8 @@ def link_folder(model: ModelConfig, source: Path, target: Path) -> None:
         check_model_folder(source, model.allow_unverified)
     except ValueError as error:
         raise UserError(f"model.path: {error}") from None
-    given = TokenizerFolder.read(source)
-    template = chosen_template(model.chat_template, given)
-    chat = Chat(given.tokenizer, given.special, template, given.eos_ids, str(source))
-    link_model(source, target, template, chat.end_ids)
+    template = chosen_template(model.chat_template, TokenizerFolder.read(source))
+    link_model(source, target, template, Chat.from_folder(source, template).end_ids)
 
 
 def write_random(work: Work, target: Path) -> None:

@@ -15,6 +15,7 @@ from srlm_mega.data.formats import read_jsonl_sets
 from srlm_mega.data.judge_examples import with_judge_examples
 from srlm_mega.data.oasst import read_oasst
 from srlm_mega.data.self_instruct import read_prompts
+from srlm_mega.data.spelling import check_spelling
 from srlm_mega.data.toy_world.seed_data import make_toy_world
 from srlm_mega.data.toy_world.word_tokenizer import toy_tokenizer
 from srlm_mega.errors import CannotContinue, UserError
@@ -59,7 +60,22 @@ def make_seed(work: Work) -> Done:
     (work.out / "judge_template.txt").write_text(template.text, encoding="utf-8")
     if config.model.path is None:
         write_own_tokenizer(config.model, work.out / "tokenizer")
+    spelled = [record for name, records in sets.items() if name != "documents.jsonl" for record in records]
+    limit, name = config.seed_data.max_unspellable, f"the tokenizer of {tokenizer_name(config.model)}"
+    check_spelling(chat_of(config.model, work.out / "tokenizer"), spelled, limit, seed, name)
     return Done(sum(rows.values()), rows | counts)
+
+
+def chat_of(model: ModelConfig, written: Path) -> Chat:
+    """Load the run's chat: of model.path with the configured template, or of the tokenizer that was written here."""
+    if model.path is None:
+        return Chat.from_folder(written)
+    return Chat.from_folder(model.path, chosen_template(model.chat_template, TokenizerFolder.read(model.path)))
+
+
+def tokenizer_name(model: ModelConfig) -> str:
+    """Return the tokenizer's origin in words."""
+    return str(model.path or model.tokenizer or "the toy world (no model.path or model.tokenizer is given)")
 
 
 def write_own_tokenizer(model: ModelConfig, folder: Path) -> None:

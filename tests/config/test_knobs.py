@@ -27,7 +27,14 @@ REACH = {
         "max_failed_share",
     )
 }
-LIMIT = {"health", "pairs.min_pairs", "eft.min_examples", "early_stopping.min_valid_share", "sampler.max_failed_share"}
+LIMIT = {
+    "health",
+    "pairs.min_pairs",
+    "eft.min_examples",
+    "early_stopping.min_valid_share",
+    "sampler.max_failed_share",
+    "seed_data.max_unspellable",
+}
 TRAINING_LAYOUT = {
     "parallel",
     "launch",
