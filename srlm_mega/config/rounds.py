@@ -69,16 +69,20 @@ class Limit(Section, decides="limit"):
 
 
 class HealthConfig(Section, decides="limit"):
-    """Limits of a round's figures, checked before it trains; docs/protocol.md defines each figure."""
+    """Limits of a round's figures, causes before what follows from them, checked before it trains; docs/protocol.md
+    defines each figure."""
 
-    parse_failure: Limit = Field(Limit(warn=0.05), description="Share of judgements without a readable score, at most.")
+    unknown_tokens: Limit = Field(
+        Limit(warn=0.005, stop=0.05), description="Share of unknown tokens in the prompts, at most."
+    )
     truncation: Limit = Field(Limit(warn=0.01), description="Share of candidates cut off at the length limit, at most.")
+    duplicates: Limit = Field(Limit(warn=0.25), description="Share of near-duplicate candidates, at most.")
     judge_truncation: Limit = Field(
         Limit(warn=0.05), description="Share of judgements cut off at the token limit, which have no score, at most."
     )
+    parse_failure: Limit = Field(Limit(warn=0.05), description="Share of judgements without a readable score, at most.")
     tie_rate: Limit = Field(Limit(warn=0.5), description="Share of prompts whose candidates score the same, at most.")
     score_entropy: Limit = Field(Limit(warn=0.8), description="Entropy of the scores in bits, at least.")
-    duplicates: Limit = Field(Limit(warn=0.25), description="Share of near-duplicate candidates, at most.")
     chosen_length: Limit = Field(Limit(warn=1.5), description="Mean chosen over mean rejected length, at most.")
     length_growth: Limit = Field(
         Limit(warn=1.5), description="Length of held-out responses over the last model's, at most."

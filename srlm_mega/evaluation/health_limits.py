@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import orjson
 from pydantic import with_config
 
 from srlm_mega.config.rounds import HealthConfig, Limit
@@ -11,7 +12,7 @@ from srlm_mega.evaluation.results import ModelEvaluation
 from srlm_mega.judging.pair_counts import PairCounts
 from srlm_mega.records import STRICT, parse_line
 from srlm_mega.run.run_dir import RunDir
-from srlm_mega.run.stage_kinds import HEALTH
+from srlm_mega.run.stage_kinds import CANDIDATES, HEALTH, PAIRS
 
 State = Literal["fine", "warn", "stop", "unknown"]
 
@@ -55,19 +56,26 @@ class HealthTable:
 
 
 def round_health(
-    number: int, counts: PairCounts, now: ModelEvaluation, before: ModelEvaluation | None, limits: HealthConfig
+    number: int,
+    counts: PairCounts,
+    now: ModelEvaluation,
+    before: ModelEvaluation | None,
+    limits: HealthConfig,
+    unknown_tokens: float | None = None,
 ) -> RoundHealth:
-    """Return the health of round `number`, whose model is `now`; `before` is the model before it, None in round 1."""
+    """Return the health of round `number`, whose model is `now`; `before` is the model before it, None in round 1.
+    `unknown_tokens` is the share in the round's prompts. Causes come before what follows from them."""
     entropy = counts.score_entropy if counts.judgements > counts.unparsed else None
     longer = ratio(counts.mean_chosen_length, counts.mean_rejected_length)
     growth = None if before is None else ratio(now.mean_length, before.mean_length)
     figures = {
-        "parse_failure": figure(ratio(counts.unparsed, counts.judgements), limits.parse_failure),
+        "unknown_tokens": figure(unknown_tokens, limits.unknown_tokens),
         "truncation": figure(ratio(counts.truncated, counts.candidates), limits.truncation),
+        "duplicates": figure(ratio(counts.duplicates, counts.candidates), limits.duplicates),
         "judge_truncation": figure(ratio(counts.judgements_truncated, counts.judgements), limits.judge_truncation),
+        "parse_failure": figure(ratio(counts.unparsed, counts.judgements), limits.parse_failure),
         "tie_rate": figure(ratio(counts.tied, counts.prompts - counts.too_few), limits.tie_rate),
         "score_entropy": figure(entropy, limits.score_entropy, low_is_bad=True),
-        "duplicates": figure(ratio(counts.duplicates, counts.candidates), limits.duplicates),
         "chosen_length": figure(longer, limits.chosen_length),
         "length_growth": figure(growth, limits.length_growth),
         "agreement_drop": figure(agreement_drop(now, before), limits.agreement_drop),
@@ -87,6 +95,19 @@ def figure(value: float | None, limit: Limit, low_is_bad: bool = False) -> Healt
         "unknown" if value is None else "stop" if beyond(limit.stop) else "warn" if beyond(limit.warn) else "fine"
     )
     return HealthFigure(value, limit.warn, limit.stop, state)
+
+
+def pair_counts(run: RunDir, number: int) -> PairCounts | None:
+    """Return the counts of a round whose pairs are made, else None."""
+    made = run.manifest(PAIRS.of(number))
+    return None if made is None else parse_line(PairCounts, orjson.dumps(made.counts))
+
+
+def unknown_share(run: RunDir, number: int) -> float | None:
+    """Return the share of unknown tokens in a round's prompts; None when its candidates do not say."""
+    made = run.manifest(CANDIDATES.of(number))
+    counts = {} if made is None else made.counts
+    return ratio(counts.get("unknown_tokens", 0), counts.get("prompt_tokens", 0))
 
 
 def agreement_drop(now: ModelEvaluation, before: ModelEvaluation | None) -> float | None:

@@ -22,9 +22,10 @@ class PairCounts:
     candidate in exactly one of scored, truncated, unscored.
 
     judgements_truncated: judgements cut at the token limit; they have no score, so they are among `unparsed`.
-    duplicates: candidates whose text an earlier one of the same prompt has. score_entropy: bits, of the judgements'
-    scores rounded to integers, 0 to log2(6) = 2.58. The means are over pairs: the gap in score, and characters of
-    chosen and rejected responses. consistency is CREAM's C, 1 when it is not configured.
+    duplicates: candidates whose text an earlier one of the same prompt has. empty: those without any text.
+    score_entropy: bits, of the judgements' scores rounded to integers, 0 to log2(6) = 2.58. The means are over pairs:
+    the gap in score, and characters of chosen and rejected responses. consistency is CREAM's C, 1 when it is not
+    configured.
     """
 
     prompts: int
@@ -47,6 +48,7 @@ class PairCounts:
     mean_rejected_length: float = 0.0
     mean_consistency: float = 1.0
     judgements_truncated: int = 0
+    empty: int = 0
 
 
 @dataclass
@@ -58,6 +60,7 @@ class PairCounter:
     scores: Counter[float | None] = field(default_factory=Counter)
     pairs: int = 0
     duplicates: int = 0
+    empty: int = 0
     gap: float = 0.0
     chosen_length: int = 0
     rejected_length: int = 0
@@ -70,6 +73,7 @@ class PairCounter:
             for score in item.scores:
                 self.scores[score] += 1
         self.duplicates += len(group) - len({item.candidate.text for item in group})
+        self.empty += sum(not item.candidate.text for item in group)
         if not isinstance(found, PreferencePair):
             self.prompts[found] += 1
             return
@@ -96,6 +100,7 @@ class PairCounter:
             mean_chosen_length=self.chosen_length / pairs,
             mean_rejected_length=self.rejected_length / pairs,
             mean_consistency=self.consistency / pairs if self.pairs else 1.0,
+            empty=self.empty,
         )
 
 

@@ -5,24 +5,27 @@ from pathlib import Path
 import orjson
 
 from srlm_mega.errors import CannotContinue
-from srlm_mega.evaluation.health_limits import HealthFigure, RoundHealth, round_health
+from srlm_mega.evaluation.health_limits import HealthFigure, RoundHealth, pair_counts, round_health, unknown_share
 from srlm_mega.evaluation.results import ModelEvaluation
-from srlm_mega.judging.pair_counts import PairCounts
 from srlm_mega.records import parse_line
-from srlm_mega.run.stage_kinds import EVALUATION, PAIRS, model_name
+from srlm_mega.run.stage_kinds import EVALUATION, model_name
 from srlm_mega.run.work import Done, Work
 
-# Each figure in words, and what helps when it is beyond its limit.
+# Each figure in words, and what helps when it is beyond its limit; causes come before what follows from them.
 MEANINGS = {
-    "parse_failure": ("of the judgements have no readable score", "read judgements.jsonl; train on (more) EFT data"),
+    "unknown_tokens": (
+        "of the prompts' tokens are unknown to the tokenizer",
+        "give the tokenizer that the model was trained with, or prompts in a language that it knows",
+    ),
     "truncation": ("of the candidates were cut", "raise candidates.max_new_tokens"),
+    "duplicates": ("of the candidates repeat another of their prompt", "raise candidates.temperature"),
     "judge_truncation": ("of the judgements were cut", "raise judge.max_new_tokens"),
+    "parse_failure": ("of the judgements have no readable score", "read judgements.jsonl; train on (more) EFT data"),
     "tie_rate": (
         "of the prompts have no best and worst candidate",
         "raise judge.n or candidates.n, or replay EFT data",
     ),
     "score_entropy": ("bits of the scores' distribution", "the judge gives nearly one score only: replay EFT data"),
-    "duplicates": ("of the candidates repeat another of their prompt", "raise candidates.temperature"),
     "chosen_length": ("times the rejected responses' length", "raise pairs.rho"),
     "length_growth": ("times the previous model's length on held-out prompts", "raise pairs.rho"),
     "agreement_drop": (
@@ -35,12 +38,11 @@ MEANINGS = {
 def check_health(work: Work) -> Done:
     """Write `health.json`. CannotContinue when a figure is beyond its limit `stop`; the file is written anyway."""
     number = work.round
-    selected = work.run.manifest(PAIRS.of(number))
-    assert selected is not None, "pairs are an input, so they are finished"
-    counts = parse_line(PairCounts, orjson.dumps(selected.counts))
+    counts = pair_counts(work.run, number)
+    assert counts is not None, "pairs are an input, so they are finished"
     before = None if number == 1 else read_evaluation(work, number - 1)
     now = read_evaluation(work, number)
-    health = round_health(number, counts, now, before, work.config.health)
+    health = round_health(number, counts, now, before, work.config.health, unknown_share(work.run, number))
     (work.out / "health.json").write_bytes(orjson.dumps(health, option=orjson.OPT_INDENT_2))
     bad = health.beyond("stop") | health.beyond("warn")
     for key, figure in bad.items():
@@ -58,12 +60,13 @@ def read_evaluation(work: Work, number: int) -> ModelEvaluation:
 
 
 def why_stopped(health: RoundHealth, file: Path) -> str:
-    """Return the message for a stopped round: the figures beyond their limits, and how to continue."""
-    stopped = health.beyond("stop")
-    keys = " ".join(f"health.{key}.stop=null" for key in stopped)
+    """Return the message for a stopped round: the figures beyond a limit, causes first, and how to continue."""
+    keys = " ".join(f"health.{key}.stop=null" for key in health.beyond("stop"))
+    beyond = {key: figure for key, figure in health.figures.items() if figure.state in ("warn", "stop")}
+    first = " (the first may explain the others)" if len(beyond) > 1 else ""
     return (
-        f"round {health.round} is not fit to be trained on ({file}):\n"
-        + "\n".join(f"  - {in_words(key, figure)}; {MEANINGS[key][1]}" for key, figure in stopped.items())
+        f"round {health.round} is not fit to be trained on ({file}){first}:\n"
+        + "\n".join(f"  - {in_words(key, figure)}; {MEANINGS[key][1]}" for key, figure in beyond.items())
         + f"\nTo continue all the same: the same command with {keys}. To make the round again with other settings: in "
         "another run folder, or here by the same command with them and --redo of the earliest stage that they change "
         "(the command names it). Everything so far is kept."

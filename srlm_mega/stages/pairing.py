@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 
 from srlm_mega.errors import CannotContinue
+from srlm_mega.evaluation.health_limits import pair_counts, unknown_share
 from srlm_mega.judging.agreement import SCORE_TOLERANCE
 from srlm_mega.judging.pair_counts import PairCounter, PairCounts, pairs_of
 from srlm_mega.judging.rewards import read_rewards
@@ -22,6 +23,8 @@ from srlm_mega.run.stage_kinds import (
 )
 from srlm_mega.run.work import Done, Work
 from srlm_mega.seeds import derive_seed
+
+MAX_UNKNOWN = 0.05  # share of unknown tokens that explains bad answers
 
 
 def select_pairs(work: Work) -> Done:
@@ -64,9 +67,11 @@ def select_positives(work: Work) -> Done:
         rng = random.Random(derive_seed(work.config.run.seed, work.stage.name))
         kept = [found[number] for number in sorted(rng.sample(range(len(found)), settings.max_positives))]
     if not kept:
+        counts = pair_counts(work.run, work.round)
+        cause = "" if counts is None else f"{first_cause(counts, unknown_share(work.run, work.round))} "
         raise CannotContinue(
             f"no response of round {work.round} has a perfect mean score of {MAX_SCORE:g}, so there is nothing to add "
-            f"to the seed. Read {work.run.output(JUDGEMENTS.of(work.round)) / 'judgements.jsonl'}; more "
+            f"to the seed. {cause}Read {work.run.output(JUDGEMENTS.of(work.round)) / 'judgements.jsonl'}; more "
             "prompts.per_round or candidates.n give more. Everything so far is kept."
         )
     write_jsonl(work.out / "positives.jsonl", kept)
@@ -86,15 +91,42 @@ def too_few_pairs(work: Work, counts: PairCounts) -> str:
     """Return the message for too few pairs: the figures, and what to do."""
     judge = model_name(work.round) if work.config.judge.backend == "model" else "the random judge"
     folder = work.run.output(JUDGEMENTS.of(work.round))
+    unknown = unknown_share(work.run, work.round)
     return (
         f"{counts.pairs} preference pairs from {counts.prompts} prompts, needed {work.config.pairs.min_pairs} "
-        f"(pairs.min_pairs).\n"
+        f"(pairs.min_pairs). {first_cause(counts, unknown)}\n"
+        f"  tokens of the prompts: {0 if unknown is None else unknown:.1%} unknown\n"
+        f"  candidates: {counts.scored} of {counts.candidates} scored, {counts.truncated} truncated, "
+        f"{counts.empty} empty, {counts.duplicates} repeated, {counts.unscored} without a score\n"
         f"  judge {judge}: {counts.unparsed} of {counts.judgements} judgements have no `Score: x` that can be read, "
         f"{counts.judgements_truncated} of them cut at judge.max_new_tokens\n"
-        f"  candidates: {counts.scored} of {counts.candidates} scored, {counts.truncated} truncated, "
-        f"{counts.unscored} without a score\n"
         f"  prompts: {counts.tied} tied, {counts.small_gap} with too small a gap, {counts.identical} with identical "
         f"responses, {counts.too_few} with fewer than two scored responses, {counts.long_chosen} with too long ones\n"
-        f"No score is invented. Read {folder / 'judgements.jsonl'}; train {judge} on (more) judging data, or raise "
-        f"candidates.max_new_tokens where responses are cut. Everything so far is kept."
+        f"No score is invented. Read {folder / 'judgements.jsonl'}. Everything so far is kept."
     )
+
+
+def first_cause(counts: PairCounts, unknown: float | None) -> str:
+    """Return the first cause of too few pairs, and what helps: each may bring about all that come after it. `unknown`:
+    share of unknown tokens in the prompts."""
+    candidates, judgements, prompts = counts.candidates, counts.judgements, counts.prompts
+    if unknown is not None and unknown > MAX_UNKNOWN:
+        return (
+            f"The first cause: {unknown:.1%} of the prompts' tokens are unknown to the tokenizer. Give the tokenizer "
+            "that the model was trained with, or prompts in a language that it knows."
+        )
+    causes = (
+        (counts.truncated, candidates, "candidates were cut before their end", "Raise candidates.max_new_tokens, or "
+         "train longer on answers (sft): such a model does not end them."),
+        (counts.empty, candidates, "candidates are empty", "Read candidates.jsonl; train longer on answers (sft)."),
+        (counts.duplicates, candidates, "candidates repeat another of their prompt", "Raise candidates.temperature."),
+        (counts.judgements_truncated, judgements, "judgements were cut before their end", "Raise judge.max_new_tokens, or "
+         "train the judge on (more) judging data (EFT)."),
+        (counts.unparsed, judgements, "judgements have no score", "Train the judge on (more) judging data (EFT)."),
+        (counts.tied, prompts, "prompts have candidates with equal scores only", "Raise judge.n or candidates.n, or "
+         "train the judge on (more) judging data (EFT)."),
+    )  # fmt: skip
+    for part, whole, what, remedy in causes:
+        if part > whole / 2:
+            return f"The first cause: {part} of {whole} {what}. {remedy}"
+    return "No single cause: train the judge on (more) judging data (EFT), or raise prompts.per_round or candidates.n."

@@ -6,6 +6,7 @@ import random
 from functools import partial
 from typing import assert_never
 
+from srlm_mega.chat import Chat
 from srlm_mega.config.data import CandidatesConfig, JudgeConfig
 from srlm_mega.judging.scores import MAX_SCORE, score_variance
 from srlm_mega.records import Candidate, Judgement, Prompt, read_jsonl
@@ -31,7 +32,15 @@ def sample_candidates(work: Work) -> Done:
     candidates = list(read_jsonl(work.out / task.file, Candidate))
     truncated = sum(candidate.finish_reason == "length" for candidate in candidates)
     failed = len(task.requests) - len({candidate.prompt_id for candidate in candidates})
-    return Done(len(candidates), {"truncated": truncated, "too_long": too_long, "failed": failed})
+    unknown = Chat.from_folder(work.run.weights(task.model)).unk_id
+    counts: dict[str, float] = {
+        "truncated": truncated,
+        "too_long": too_long,
+        "failed": failed,
+        "prompt_tokens": sum(len(request.token_ids) for request in task.requests),
+        "unknown_tokens": sum(request.token_ids.count(unknown) for request in task.requests),
+    }
+    return Done(len(candidates), counts)
 
 
 def judge_candidates(work: Work) -> Done:

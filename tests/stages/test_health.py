@@ -24,13 +24,14 @@ def evaluation(right: int, wrong: int, mean_length: float) -> ModelEvaluation:
 
 
 def figures(counts: PairCounts = COUNTS, limits: HealthConfig = HealthConfig()) -> dict[str, HealthFigure]:  # noqa: B008
-    return round_health(2, counts, evaluation(7, 3, 130.0), evaluation(8, 2, 100.0), limits).figures
+    return round_health(2, counts, evaluation(7, 3, 130.0), evaluation(8, 2, 100.0), limits, 0.001).figures
 
 
 def test_figures_by_hand() -> None:
     found = {key: figure.value for key, figure in figures().items()}
     assert found == pytest.approx(
         {
+            "unknown_tokens": 0.001,
             "parse_failure": 0.02,
             "truncation": 0.005,
             "judge_truncation": 0.01,
