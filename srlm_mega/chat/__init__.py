@@ -100,7 +100,6 @@ class Chat:
         if not ends:
             raise UserError(f"{origin} has no end token: name eos_token in tokenizer_config.json")
         self.end_ids = tuple(dict.fromkeys(ends))
-        self.eos_id = self.end_ids[0]
         self._next = (after_end if ends_turn else self._layout.after_answer, *self._layout.next_prompt[1:])
         self._markers = NOTHING
         self._check_markers(origin)
@@ -112,11 +111,6 @@ class Chat:
         has none). UserError when there is no tokenizer.json, or nothing can be made of it."""
         read = TokenizerFolder.read(folder)
         return cls(read.tokenizer, read.special, template or read.template, read.eos_ids, str(folder))
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of token ids, special ones included: one more than the highest."""
-        return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
 
     def prompt(self, user: str, system: str = "") -> tuple[int, ...]:
         """Return the ids of a user turn, after a system turn if there is one, ready for the assistant to continue. A

@@ -16,7 +16,7 @@ from srlm_mega.data.rouge import RougePool
 from srlm_mega.data.seed_sets import SeedSets, normalised
 from srlm_mega.judging.scores import MAX_SCORE, parse_score
 from srlm_mega.judging.template import JudgeTemplate
-from srlm_mega.records import SftExample
+from srlm_mega.records import SftExample, one_text
 
 SCORE = re.compile(r"([0-9]+(?:\.[0-9]+)?)(?: *(?:/|out of) *5)?")
 QUOTED = 40  # characters of an answer that a message shows
@@ -32,7 +32,7 @@ def with_judge_examples(
     """
     path = section.eft_path
     assert path is not None, "the caller has a file of judge examples"
-    lines = UserLines(path, partial(parse_judge_example, template, path), quarantine)
+    lines = UserLines(path, partial(parse_judge_example, template, path), quarantine, section.strip_template)
     held_out = [one.prompt for one in sets.eft_eval] + [one.text for one in (*sets.validation, *sets.test)]
     # The toy world's instructions are all alike: its own sets are only kept from having the same ones.
     alike = RougePool(1.0 if section.source == "toy_world" else section.near_duplicate_rouge_l, held_out)
@@ -58,11 +58,11 @@ def parse_judge_example(template: JudgeTemplate, path: Path, number: int, fields
     if "messages" in fields or {"prompt", "completion"} <= fields.keys():
         item = parse_example(path, number, fields)
         assert item.target is not None, "a supervised example has a target"
-        prompt, completion = item.prompt, item.target
+        prompt, completion, system = item.prompt, item.target, item.system
     elif {"instruction", "response"} <= fields.keys():
-        instruction = question(fields, "instruction")
-        prompt = template.fill(instruction, answer_to(instruction, fields, "response"))
-        completion = template.judgement(score_field(fields), rationale_field(fields))
+        asked = question(fields, "instruction")
+        prompt = template.fill(one_text(asked.prompt, asked.system), answer_to(asked, fields, "response"))
+        completion, system = template.judgement(score_field(fields), rationale_field(fields)), ""
     else:
         wanted = f"{SFT_DIALECTS}, or `instruction`, `response` and `score`"
         raise ValueError(f"not an example of judging: it needs {wanted}; it has {keys(fields)}")
@@ -70,7 +70,7 @@ def parse_judge_example(template: JudgeTemplate, path: Path, number: int, fields
         raise ValueError(
             f"no `Score: x` from 0 to {MAX_SCORE:g} can be read in its answer, which ends in {completion[-QUOTED:]!r}"
         )
-    return SftExample(f"eft-{line_name(path, number)}", "eft", prompt, completion, SOURCE)
+    return SftExample(f"eft-{line_name(path, number)}", "eft", prompt, completion, SOURCE, system)
 
 
 def score_field(fields: dict[str, Any]) -> float:

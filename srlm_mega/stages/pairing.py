@@ -120,8 +120,8 @@ def first_cause(counts: PairCounts, unknown: float | None) -> str:
          "train longer on answers (sft): such a model does not end them."),
         (counts.empty, candidates, "candidates are empty", "Read candidates.jsonl; train longer on answers (sft)."),
         (counts.duplicates, candidates, "candidates repeat another of their prompt", "Raise candidates.temperature."),
-        (counts.judgements_truncated, judgements, "judgements were cut before their end", "Raise judge.max_new_tokens, or "
-         "train the judge on (more) judging data (EFT)."),
+        (counts.judgements_truncated, judgements, "judgements were cut before their end", "Raise judge.max_new_tokens, "
+         "or train the judge on (more) judging data (EFT)."),
         (counts.unparsed, judgements, "judgements have no score", "Train the judge on (more) judging data (EFT)."),
         (counts.tied, prompts, "prompts have candidates with equal scores only", "Raise judge.n or candidates.n, or "
          "train the judge on (more) judging data (EFT)."),

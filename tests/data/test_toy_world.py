@@ -217,7 +217,7 @@ def test_transformers_reads_the_tokenizer(tmp_path_factory: pytest.TempPathFacto
     assert tuple(loaded(f"<s> [INST] {INSTRUCTION} [/INST]", add_special_tokens=False)["input_ids"]) == chat.prompt(
         INSTRUCTION
     )
-    assert (loaded.bos_token_id, loaded.eos_token_id) == (chat.bos_id, chat.eos_id)
+    assert (loaded.bos_token_id, loaded.eos_token_id) == (chat.bos_id, chat.end_ids[0])
 
 
 def test_all_five_criteria_count() -> None:

@@ -48,7 +48,7 @@ SETS = [RankedReplies("e0", "list 2 animals", (RankedReply("cat dog", 0), Ranked
 
 def cut_and_whole(text: str) -> tuple[Completion, Completion]:
     ids = CHAT.encode(text)
-    return Completion(ids, "length", 0), Completion((*ids, CHAT.eos_id), "stop", 1)
+    return Completion(ids, "length", 0), Completion((*ids, CHAT.end_ids[0]), "stop", 1)
 
 
 class HalfCut:

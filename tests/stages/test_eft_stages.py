@@ -80,7 +80,7 @@ def judge_by_table(work: Work, task: SamplingTask[Any]) -> None:
 
 def completion(chat: Chat, text: str, whole: bool) -> Completion:
     ids = chat.encode(text)
-    return Completion((*ids, chat.eos_id) if whole else ids, "stop" if whole else "length", seed=1)
+    return Completion((*ids, chat.end_ids[0]) if whole else ids, "stop" if whole else "length", seed=1)
 
 
 def eft_work(tmp_path: Path, *overrides: str, sets: Sequence[RankedReplies] = SETS) -> Work:

@@ -107,7 +107,7 @@ def test_the_second_turn_sees_the_first(run: RunDir, tmp_path: Path, monkeypatch
         "list 5 animals"
     )
     answers = [orjson.loads(line) for line in (tmp_path / "out.jsonl").read_bytes().splitlines()]
-    assert middle[-1] == chat.eos_id and chat.decode(middle) == answers[1]["choices"][0]["turns"][0]
+    assert middle[-1] == chat.end_ids[0] and chat.decode(middle) == answers[1]["choices"][0]["turns"][0]
 
 
 def test_a_cut_off_answer_is_closed_and_any_end_token_closes_one() -> None:

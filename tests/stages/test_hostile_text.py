@@ -103,7 +103,7 @@ def test_hostile_text_stays_data_from_prompt_to_judgement(run: RunDir, monkeypat
     assert [one.prompt for one in candidates[::2]] == HOSTILE
     assert [one.text for one in candidates[::2]] == [text.strip() for text in HOSTILE[::-1]]
     for one in candidates:
-        assert one.token_ids.count(CHAT.eos_id) == 1 and one.token_ids[-1] == CHAT.eos_id
+        assert one.token_ids.count(CHAT.end_ids[0]) == 1 and one.token_ids[-1] == CHAT.end_ids[0]
         assert SPECIAL_IDS.isdisjoint(one.token_ids[:-1])
 
     judged = run_scripted(run, JUDGEMENTS, ["It is poor. Score: 2"] * 100, monkeypatch)
