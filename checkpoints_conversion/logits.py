@@ -145,5 +145,5 @@ def _logits(model: LlamaForCausalLM, tokens: Tensor) -> Tensor:
 
 def _kl(want: Tensor, found: Tensor) -> float:
     # In fp64: an untrained model's KL is as small as the rounding of fp32.
-    mine, theirs = (logits.double().log_softmax(-1) for logits in (found, want))
-    return float(F.kl_div(mine, theirs, reduction="none", log_target=True).sum(-1).mean())
+    there, here = (logits.double().log_softmax(-1) for logits in (found, want))
+    return float(F.kl_div(there, here, reduction="none", log_target=True).sum(-1).mean())

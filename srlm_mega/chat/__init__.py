@@ -114,10 +114,10 @@ class Chat:
 
     def prompt(self, user: str, system: str = "") -> tuple[int, ...]:
         """Return the ids of a user turn, after a system turn if there is one, ready for the assistant to continue. A
-        template without a system turn has the system text in the user's."""
+        template without a system turn has the system text before the user's, in one turn."""
         if system and self._layout.system_prompt is not None:
             return self._filled(self._layout.system_prompt, system, user)
-        return self._filled(self._layout.prompt, f"System: {system}\n\nUser: {user}" if system else user)
+        return self._filled(self._layout.prompt, f"{system}\n\n{user}" if system else user)
 
     def next_prompt(self, user: str) -> tuple[int, ...]:
         """Return the ids of a further user turn, which follow an answer that ends with an end token."""

@@ -5,8 +5,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants
-
 from srlm_mega.checkpoints_conversion.llama import LlamaShape
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -15,9 +13,10 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 def local_folder(path: Path) -> Path:
     """Return a model's folder: the path or, where there is none and it has the form org/name, the snapshot of this
     model in the local hub cache, without asking the network. The path itself where there is neither."""
-    if path.exists() or not is_cached(path):
+    is_id = HUB_ID.fullmatch(str(path)) is not None
+    if path.exists() or not is_id or not (hub_cache() / f"models--{str(path).replace('/', '--')}").is_dir():
         return path
-    # They take longer to import than all the rest of a configuration.
+    # It takes longer to import than all the rest of a configuration.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -27,10 +26,11 @@ def local_folder(path: Path) -> Path:
         return path
 
 
-def is_cached(path: Path) -> bool:
-    """Tell whether the local hub cache knows a model of this id."""
-    cached = Path(constants.HF_HUB_CACHE) / f"models--{str(path).replace('/', '--')}"
-    return HUB_ID.fullmatch(str(path)) is not None and cached.is_dir()
+def hub_cache() -> Path:
+    """Return the folder of the local hub cache."""
+    from huggingface_hub import constants  # which the sampler's environment need not have: models are folders there
+
+    return Path(constants.HF_HUB_CACHE)
 
 
 def absence(path: Path) -> str:
@@ -39,8 +39,7 @@ def absence(path: Path) -> str:
         return f"{path} has no config.json"
     if HUB_ID.fullmatch(str(path)) is None:
         return f"there is no {path}"
-    cache = constants.HF_HUB_CACHE
-    return f"there is no {path}, nor a whole model of this id in the hub cache {cache} (hf download {path})"
+    return f"there is no {path}, nor a whole model of this id in the hub cache {hub_cache()} (hf download {path})"
 
 
 def shape_in(folder: Path) -> dict[str, Any]:
