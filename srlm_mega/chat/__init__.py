@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import orjson
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Encoding, Tokenizer
 
 from srlm_mega.chat.chat_template import Part, shipped_template, text_markers, turn_layout
 from srlm_mega.chat.tokenizer_files import LLAMA_TOKENS, SpecialTokens, TokenizerFolder
@@ -75,7 +75,7 @@ class Chat:
         """Render the template (Jinja; None: Llama 2's). UserError, with `origin`, when it cannot be used, or when
         nothing ends an answer."""
         template = shipped_template("llama2") if template is None else template
-        self._tokenizer = tokenizer
+        self._tokenizer, self._origin = tokenizer, origin
         self._layout = turn_layout(template, special.given, origin)
         added = {
             token.content
@@ -102,7 +102,7 @@ class Chat:
         self.end_ids = tuple(dict.fromkeys(ends))
         self._next = (after_end if ends_turn else self._layout.after_answer, *self._layout.next_prompt[1:])
         self._markers = NOTHING
-        self._check_markers(origin)
+        self._check_markers()
         self._begun = self._encode([(self._layout.prompt_end, False)])
 
     @classmethod
@@ -146,7 +146,7 @@ class Chat:
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Return the ids of plain text outside of a conversation, without any special id, whatever it contains."""
-        return tuple(self._coder.encode(text, add_special_tokens=False).ids)
+        return tuple(self._coded(text).ids)
 
     def decode(self, token_ids: Iterable[int]) -> str:
         """Return the text of sampled ids, without control tokens."""
@@ -167,7 +167,7 @@ class Chat:
             if is_given:
                 marked += [(len(whole) + one.start(), len(whole) + one.end()) for one in self._markers.finditer(text)]
             whole += text if is_given else self._control.sub(lambda found: self._secret[found[0]], text)
-        encoding = self._coder.encode(whole, add_special_tokens=False)
+        encoding = self._coded(whole)
         if not marked:
             return tuple(encoding.ids)
         return tuple(
@@ -178,6 +178,12 @@ class Chat:
             )
         )
 
+    def _coded(self, text: str) -> Encoding:
+        try:
+            return self._coder.encode(text, add_special_tokens=False)
+        except Exception as error:  # tokenizers raises bare Exception
+            raise UserError(f"the tokenizer of {self._origin} ends in an error ({error}): download it again") from None
+
     def _spelled_out(self, token_id: int) -> tuple[int, ...]:
         """Return the ids of a token's characters, or of a character's bytes, which decode to the same text."""
         piece = str(self._coder.id_to_token(token_id))
@@ -187,7 +193,7 @@ class Chat:
         ids = [self._coder.token_to_id(name) for name in names]
         return (token_id,) if None in ids else tuple(one for one in ids if one is not None)
 
-    def _check_markers(self, origin: str) -> None:
+    def _check_markers(self) -> None:
         """Keep the turn markers that the template writes as ordinary text, so that no text has their ids. Where that
         cannot be prevented, the system turn is given up, and UserError is raised for the others."""
         layout, markers = self._layout, self._text_markers
@@ -199,8 +205,8 @@ class Chat:
         imitated = [marker for marker in markers(layout.prompt) if self._can_imitate(marker)]
         if imitated:
             raise UserError(
-                f"{origin} spells the turn marker {imitated[0]} so that any text can imitate it: give a template by "
-                "model.chat_template whose markers are special tokens of this tokenizer"
+                f"{self._origin} spells the turn marker {imitated[0]} so that any text can imitate it: give a template "
+                "by model.chat_template whose markers are special tokens of this tokenizer"
             )
 
     def _text_markers(self, parts: Sequence[Part]) -> list[str]:

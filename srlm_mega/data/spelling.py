@@ -16,9 +16,8 @@ from srlm_mega.records import Prompt, RankedReplies, SftExample
 
 MAX_TEXTS = 2000
 SHOWN = 60  # characters of the example
-Kind = Literal["failed", "empty", "unknown", "changed"]
+Kind = Literal["empty", "unknown", "changed"]
 CAUSES: dict[Kind, str] = {
-    "failed": "it ends in an error, so its tokenizer.json is damaged",
     "empty": "it returns no tokens, so its tokenizer.json is damaged",
     "unknown": "it has no tokens for their words, and puts unknown ones in their place: it was made for other text",
     "changed": "they come back changed, so its normalizer or its decoder drops characters",
@@ -27,7 +26,7 @@ CAUSES: dict[Kind, str] = {
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong with a text's tokens, and what comes back for it: a text, or an error's."""
+    """What is wrong with a text's tokens, and the text that comes back for it."""
 
     kind: Kind
     back: str
@@ -66,10 +65,7 @@ def texts_of(record: SftExample | RankedReplies | Prompt) -> tuple[str, ...]:
 
 def fault_in(chat: Chat, text: str) -> Fault | None:
     """Return what is wrong with a text's tokens, None when it comes back, white space and Unicode's form aside."""
-    try:
-        ids = chat.encode(text)
-    except Exception as error:  # tokenizers raises bare Exception
-        return Fault("failed", str(error))
+    ids = chat.encode(text)
     back = chat.decode(ids)
     if not ids:
         return Fault("empty", back)

@@ -57,7 +57,7 @@ def test_the_presets_sets_are_filled_without_a_bad_line(tmp_path: Path, monkeypa
     config = load_config(PRESET)
     assert config.prompts.path is not None
     sets = read_jsonl_sets(config.seed_data, config.run.seed, tmp_path / "bad.jsonl")
-    prompts = read_prompts(config.prompts.path, tmp_path / "bad_prompts.jsonl")
+    prompts = list(read_prompts(config.prompts.path, tmp_path / "bad_prompts.jsonl"))
     assert list(tmp_path.iterdir()) == []
     counts = sets.counts
     assert counts["examples"] >= 70 and counts["rankings"] >= 110 and len(prompts) >= 80

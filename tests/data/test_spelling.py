@@ -32,12 +32,15 @@ def check(chat: Chat, texts: list[str], limit: float = 0.05) -> None:
     check_spelling(chat, [Prompt("p", text, "test") for text in texts], limit, 0, "the tokenizer of M")
 
 
+SPECIAL = ("<unk>", "<s>", "</s>", "[INST]", "[/INST]")
+
+
 def letters() -> Tokenizer:
     """Llama's special tokens, and a token for every ASCII character but the blank."""
-    characters = {one: number for number, one in enumerate(["<unk>", "<s>", "</s>", *string.printable[:94], "é"])}
+    characters = {one: number for number, one in enumerate([*SPECIAL, *string.printable[:94], "é"])}
     tokenizer = Tokenizer(BPE(characters, [], unk_token="<unk>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
-    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.add_special_tokens(list(SPECIAL))
     return tokenizer
 
 
@@ -139,7 +142,7 @@ def test_stage_seed_names_a_damaged_tokenizer(tmp_path: Path) -> None:
     broken = Tokenizer(WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, "[INST]": 3, "[/INST]": 4}, unk_token="none"))
     broken.add_special_tokens(["<unk>", "<s>", "</s>", "[INST]", "[/INST]"])
     broken.save(str(tmp_path / "model/tokenizer.json"))
-    with pytest.raises(UserError, match=r"ends in an error.*gives .*Missing \[UNK\] token"):
+    with pytest.raises(UserError, match=r"tokenizer of .*model ends in an error .*Missing \[UNK\] token.*download it"):
         make_seed(begun)
 
 

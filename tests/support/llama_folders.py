@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from srlm_mega.chat import write_tokenizer
+from srlm_mega.chat.tokenizer_files import write_tokenizer
 from srlm_mega.data.toy_world.word_tokenizer import toy_tokenizer
 
 PLAIN: dict[str, Any] = {
