@@ -164,7 +164,8 @@ def by_hand(launch: LaunchConfig, name: str, argv: Sequence[str]) -> str:
     script = Path(__file__).with_name("torchrun_multinode.sh")
     options = [f"--nnodes={launch.nodes}", f"--nproc-per-node={launch.processes_per_node}"]
     options += ["--rendezvous=c10d"] if launch.rendezvous == "c10d" else []
-    options += [f"--threads={launch.threads_per_process}"] if launch.threads_per_process > 1 else []
+    threads = launch.threads(launch.processes_per_node)
+    options += [f"--threads={threads}"] if threads > 1 else []
     lines = "\n".join(
         f"  {shlex.join([str(script), *options, f'--node-rank={rank}', '--master-addr=FIRST_NODE', *argv])}"
         for rank in range(launch.nodes)

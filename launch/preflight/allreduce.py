@@ -62,7 +62,7 @@ def own_ranks(config: Config, arguments: Sequence[str], out: Path, node: ThisNod
     program = [sys.executable, "-m", "srlm_mega.training.allreduce_check", str(folder), *arguments]
     rendezvous = Rendezvous(node.head, node.port + 1, id="")
     argv = ranks_on_node(Path(sys.executable).parent, program, launch, rendezvous, node.rank)
-    settings = environment(os.environ, config.launch.threads_per_process, cpu=config.trainer.device == "cpu")
+    settings = environment(os.environ, config.training_threads, cpu=config.trainer.device == "cpu")
     seconds = config.launch.preflight.allreduce_seconds
     return run_ranks(argv, settings, node.name, node.rank * per_node, folder, out / f"{node.name}.log", seconds)
 

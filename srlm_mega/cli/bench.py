@@ -123,14 +123,16 @@ def start_again(config: "Config", config_file: Path) -> int:
     """Run this command with `--started` in as many processes as the layout has; return their exit code."""
     from srlm_mega.config.file import find_file
     from srlm_mega.launch.child_process import environment
+    from srlm_mega.launch.cores import with_cores
     from srlm_mega.launch.ranks import Start, start_ranks
     from srlm_mega.run.run_dir import RunDir
 
+    config = with_cores(config, RunDir(config.run.dir))
     arguments = [*sys.argv[1:], "--started"]
     start = Start([str(Path(sys.executable).parent / "srlm"), *arguments])
     if config.world_size > 1:
         start = start_ranks(config, RunDir(config.run.dir), "bench", arguments, find_file(config_file))
-    settings = environment(os.environ, config.launch.threads_per_process, cpu=config.trainer.device == "cpu")
+    settings = environment(os.environ, config.training_threads, cpu=config.trainer.device == "cpu")
     if start.logs is not None:
         start.logs.mkdir(parents=True, exist_ok=True)
     code = subprocess.run(start.argv, check=False, env=settings).returncode

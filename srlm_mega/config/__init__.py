@@ -108,3 +108,12 @@ class Config(Section, decides="output"):
     def sampler_replicas(self) -> int:
         """Number of replicas that sample: each holds the model once."""
         return self.sampler.num_devices // self.sampler.devices_per_replica
+
+    @property
+    def training_threads(self) -> int:
+        """Number of CPU threads of each rank."""
+        return self.launch.threads(self.launch.processes_per_node)
+
+    def sampling_threads(self, replicas: int = 1) -> int:
+        """Return the number of CPU threads of each of so many replicas; as Slurm steps, each has a node's share."""
+        return self.launch.threads(self.sampler.devices_per_node if self.sampler.slurm else replicas)

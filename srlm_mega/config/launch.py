@@ -55,10 +55,25 @@ class LaunchConfig(Section, decides="layout"):
 
     nodes: int = Field(1, ge=1, description="Number of nodes of a training stage.")
     processes_per_node: int = Field(1, ge=1, description="Ranks per node of a training stage: one per GPU.")
-    threads_per_process: int = Field(1, ge=1, description="CPU threads (OMP_NUM_THREADS) of each process of a stage.")
+    threads_per_process: int | None = Field(
+        None,
+        ge=1,
+        description="CPU threads (OMP_NUM_THREADS) of each process of a stage; null: cores_per_node divided by the "
+        "processes that run at once on a node.",
+    )
+    cores_per_node: int | None = Field(
+        None,
+        ge=1,
+        description="CPU cores that the processes of a stage share on a node; null: those that srlm run may use when "
+        "the run begins, which keeps the number.",
+    )
     launcher: Literal["torchrun", "slurm"] = Field(
         "torchrun", description="Start on this node (torchrun), or as steps of srlm run's Slurm allocation (slurm)."
     )
     rendezvous: Literal["static", "c10d"] = Field("static", description="Rendezvous of ranks on several nodes.")
     slurm: SlurmConfig = SlurmConfig()
     preflight: PreflightConfig = PreflightConfig()
+
+    def threads(self, processes: int) -> int:
+        """Return the number of CPU threads of each process, where so many run at once on a node."""
+        return self.threads_per_process or max(1, (self.cores_per_node or 1) // processes)

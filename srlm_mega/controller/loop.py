@@ -22,6 +22,7 @@ from srlm_mega.controller.stage_process import (
 )
 from srlm_mega.controller.stall_watchdog import StallWatchdog, stall_seconds
 from srlm_mega.errors import StopRequested, TrainingPaused, UserError
+from srlm_mega.launch.cores import with_cores
 from srlm_mega.launch.ranks import allocation_for
 from srlm_mega.run.files import write_atomic
 from srlm_mega.run.identity import check_unchanged
@@ -41,6 +42,7 @@ def run_loop(config: Config, run: RunDir, redo: tuple[str, ...], display: Displa
     Outputs of `redo`, and all that was made from them, are removed first. StopRequested after a stop signal, Ctrl-C,
     or when somebody made the stop file.
     """
+    config = with_cores(config, run)
     stages = plan(config)
     redone = {name for chosen in redo for name in downstream(stages, find_stage(config, chosen).name)}
     if config.launch.launcher == "slurm":
@@ -128,7 +130,8 @@ def execute(group: list[Stage], config: Config, run: RunDir, display: Display, r
     comparison."""
     for stage in group:
         run.progress_file(stage.name).unlink(missing_ok=True)
-    with started(stage_command(group, config, run), group[0].name, config, run) as process:
+    threads = config.training_threads if group[0].kind.parallel else config.sampling_threads()
+    with started(stage_command(group, config, run), group[0].name, config, run, threads) as process:
         for stage in group:
             limit = stall_seconds(stage, config)
             watchdog = StallWatchdog(stage.name, run.partial(stage.name), process.log_path, limit)
@@ -145,7 +148,7 @@ def compare_checkpoints(stage: Stage, config: Config, run: RunDir, display: Disp
     name = f"{stage.name}/early_stopping"
     for command in comparison_commands(stage, config, run):
         run.progress_file(name).unlink(missing_ok=True)
-        with started(command, name, config, run) as process:
+        with started(command, name, config, run, config.sampling_threads()) as process:
             limit = 60 * config.runtime.progress_timeout_minutes
             watchdog = StallWatchdog(name, run.partial(stage.name), process.log_path, limit)
             seconds = watch(name, process, run, display, watchdog, stoppable=True)

@@ -107,8 +107,9 @@ def last_lines(text: str) -> list[str]:
 
 
 @contextmanager
-def started(start: Start, name: str, config: Config, run: RunDir) -> Iterator[StageProcess]:
-    """Start a process that logs to the log of `name`. When the block is done, the process has a minute to end.
+def started(start: Start, name: str, config: Config, run: RunDir, threads: int) -> Iterator[StageProcess]:
+    """Start a process with so many CPU threads, which logs to the log of `name`. When the block is done, it has a
+    minute to end.
 
     It is a session of its own, so that what is sent to this one, such as Ctrl-C, reaches it as the stop file only:
     torchrun would give its ranks no time for a checkpoint.
@@ -126,7 +127,7 @@ def started(start: Start, name: str, config: Config, run: RunDir) -> Iterator[St
             stderr=subprocess.STDOUT,
             start_new_session=True,
             preexec_fn=partial(die_with, os.getpid()),
-            env=environment(os.environ, config.launch.threads_per_process, cpu=config.trainer.device == "cpu"),
+            env=environment(os.environ, threads, cpu=config.trainer.device == "cpu"),
         )
         try:
             yield StageProcess(process, log_file, earlier_bytes, start.logs)

@@ -18,6 +18,7 @@ RECORDED = deciding("limit", "reach")
 # Recorded and not compared in training: it changes the result by rounding, and the numbers that dropout draws.
 LAYOUT = deciding("layout") | RECORDED
 NOTHING = deciding("nothing")
+THREADS = "launch.threads_per_process"
 
 
 def config_of(stage: Stage, config: Config) -> dict[str, Any]:
@@ -34,14 +35,24 @@ def layout_of(stage: Stage, config: Config) -> dict[str, Any]:
 
 def read_by(stage: Stage, config: Config) -> dict[str, Any]:
     """Return the values, by dotted key, that a stage records."""
-    values = leaves(config).items()
-    return {key: value for key, value in values if within(key, stage.config) and not within(key, NOTHING)}
+    replicas = config.sampler_replicas if stage.kind.in_shards else 1
+    threads = config.training_threads if stage.kind.parallel else sampling_threads(config, replicas)
+    values = leaves(config) | {THREADS: threads}
+    return {key: value for key, value in values.items() if within(key, stage.config) and not within(key, NOTHING)}
 
 
 def responding(config: Config) -> dict[str, Any]:
     """Return the values, by dotted key, that decide what a model answers in comparisons and exports."""
     parts, ignored = (*SAMPLER, "candidates.max_new_tokens"), RECORDED | NOTHING
-    return {key: value for key, value in leaves(config).items() if within(key, parts) and not within(key, ignored)}
+    values = leaves(config) | {THREADS: sampling_threads(config, replicas=1)}
+    return {key: value for key, value in values.items() if within(key, parts) and not within(key, ignored)}
+
+
+def sampling_threads(config: Config, replicas: int) -> int | None:
+    """Return the number of CPU threads of each of so many replicas, which decides the last digits of what is computed
+    on CPUs. On GPUs it decides nothing, and is None where the configuration leaves it open."""
+    on_gpus = config.sampler.traits.needs_gpu or config.sampler.device == "cuda"
+    return config.launch.threads_per_process if on_gpus else config.sampling_threads(replicas)
 
 
 def within(key: str, parts: Container[str]) -> bool:

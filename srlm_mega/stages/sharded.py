@@ -47,11 +47,12 @@ def sample_in_shards(work: Work, task: SamplingTask[T]) -> None:
 
 def start_replica(work: Work, number: int) -> "subprocess.Popen[bytes]":
     """Start `srlm replica` in the sampler's environment; it ends with this process."""
+    threads = work.config.sampling_threads(work.config.sampler_replicas)
     return subprocess.Popen(
         sampler_process(work.config, ["replica", str(work.run.root), work.stage.name, str(number)]),
         stdin=subprocess.DEVNULL,
         preexec_fn=partial(die_with, os.getpid()),
-        env=dict(os.environ) | devices_of(number, work.config),
+        env=dict(os.environ) | devices_of(number, work.config) | {"OMP_NUM_THREADS": str(threads)},
     )
 
 

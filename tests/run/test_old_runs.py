@@ -20,6 +20,7 @@ from srlm_mega.config.knobs import knobs
 from srlm_mega.controller.loop import check_finished
 from srlm_mega.errors import UserError
 from srlm_mega.evaluation.intervals import Interval
+from srlm_mega.launch.cores import with_cores
 from srlm_mega.report.page import render
 from srlm_mega.report.summary import build_summary
 from srlm_mega.run.identity import identity_of
@@ -88,6 +89,11 @@ def test_an_older_run_has_a_report_without_intervals_of_its_judge(run: RunDir) -
     page = render(run.root)
     assert "Judge accuracy (ties count half) is 75.0% (M1, 95% interval unknown)" in page
     assert "24 IFT + 8 EFT" in page and "32 examples, 2 steps of 4" in page
+
+
+def test_threads_that_a_configuration_leaves_open_stay_the_old_ones(run: RunDir) -> None:
+    config = configured(run, "launch.threads_per_process=null")
+    assert (resume(run, with_cores(config, run)) / "megatron").exists()
 
 
 def test_options_that_an_older_version_did_not_have_count_as_their_defaults(run: RunDir) -> None:
