@@ -135,5 +135,8 @@ class EvaluationConfig(Section, decides="output"):
     judge_means: tuple[PositiveInt, ...] = Field(
         (1, 3), description="Numbers of judgements per mean for which the judge is measured."
     )
+    base_model: Annotated[bool, Decides("nothing")] = Field(
+        False, description="Measure M0 as well, before it is trained: what a chat model can do by itself."
+    )
     pairwise: bool = Field(False, description="Compare later models with M1 by a judge, in both orders.")
     pairwise_judge: PairwiseJudgeConfig | None = Field(None, description="Judge of those comparisons; null: M1.")

@@ -15,7 +15,7 @@ from srlm_mega.run.stage_kinds import EVALUATION, PAIRS, model_name
 
 def evaluations(run: RunDir) -> Iterator[tuple[int, ModelEvaluation]]:
     """Yield number and evaluation of every evaluated model, in order."""
-    number = 1
+    number = 0 if run.manifest(EVALUATION.of(model_name(0))) is not None else 1
     while run.manifest(EVALUATION.of(model_name(number))) is not None:
         path = run.output(EVALUATION.of(model_name(number))) / "evaluation.json"
         yield number, parse_line(ModelEvaluation, path.read_bytes())

@@ -33,7 +33,7 @@ from srlm_mega.report.round_parts import RoundPart, read_round
 from srlm_mega.report.summary import Summary, build_summary, decimal, percent
 from srlm_mega.report.text import duration, visible
 from srlm_mega.run.files import write_atomic
-from srlm_mega.run.plan import eft_source
+from srlm_mega.run.plan import eft_source, plan
 from srlm_mega.run.run_dir import RunDir
 from srlm_mega.run.stage_kinds import CANDIDATES, EVALUATION, SEED, SFT, model_name
 
@@ -96,7 +96,7 @@ def render(run: Path) -> str:
             scales={"quality": QUALITY, "share": ACCURACY},
             facts=facts(folder, config),
             is_control=config.judge.backend == "random",
-            expected=[model_name(number) for number in range(1, config.run.rounds + 2)],
+            expected=[stage.model for stage in plan(config) if stage.kind is EVALUATION],
             figures=figures(summary, rounds, samples, costs),
             rounds=rounds,
             examples={part.number: [tree for tree in part.lineage.trees if tree.pair][:SHOWN_PAIRS] for part in rounds},

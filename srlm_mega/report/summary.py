@@ -22,7 +22,7 @@ from srlm_mega.records import parse_line, read_jsonl
 from srlm_mega.run.files import write_atomic
 from srlm_mega.run.plan import plan
 from srlm_mega.run.run_dir import RunDir
-from srlm_mega.run.stage_kinds import DPO, EVALUATION
+from srlm_mega.run.stage_kinds import DPO, EVALUATION, PAIRS
 
 ABSENT = "–"
 
@@ -44,7 +44,8 @@ class ModelIntervals:
 @dataclass(frozen=True, slots=True)
 class ModelSummary:
     """One row of the table, with fields of ModelEvaluation. `pairs` is the number of pairs that the model's DPO trained
-    on, without those that were too long; None for a model without DPO (M1)."""
+    on, without those that were too long; `mean_gap` their mean difference in score. Both are None for a model without
+    DPO (M1)."""
 
     quality_sampled: float | None
     quality_greedy: float | None
@@ -55,12 +56,13 @@ class ModelSummary:
     judge_single: JudgeMetrics
     mean_length: float
     pairs: int | None
+    mean_gap: float | None
     intervals: ModelIntervals
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Table of a run: `models` by name, M1 first, and `seconds` by stage, in the order of the loop. `chance` is the
+    """Table of a run: `models` by name, in order, and `seconds` by stage, in the order of the loop. `chance` is the
     accuracy of a judge that guesses, and the score of a model against its equal."""
 
     models: dict[str, ModelSummary]
@@ -105,7 +107,9 @@ def build_summary(run: Path) -> Summary:
     for stage in finished:
         if stage.kind is EVALUATION:
             one = Evaluated.read(folder.output(stage.name), config.judge.n)
-            models[stage.model] = _model_summary(one, list(evaluated.values()), pairs.get(stage.model))
+            made = folder.manifest(PAIRS.of(stage.round)) if stage.model in pairs else None
+            gap = None if made is None else made.counts.get("mean_gap")
+            models[stage.model] = _model_summary(one, list(evaluated.values()), pairs.get(stage.model), gap)
             evaluated[stage.model] = one
     return Summary(models, {stage.name: manifest.seconds for stage, manifest in finished.items()})
 
@@ -117,7 +121,9 @@ def write_summary(run: Path) -> Summary:
     return summary
 
 
-def _model_summary(one: Evaluated, before: Sequence[Evaluated], pairs: int | None) -> ModelSummary:
+def _model_summary(
+    one: Evaluated, before: Sequence[Evaluated], pairs: int | None, mean_gap: float | None
+) -> ModelSummary:
     evaluation = one.evaluation
     first = next((other for other in before if other.sampled), None)
     return ModelSummary(
@@ -130,6 +136,7 @@ def _model_summary(one: Evaluated, before: Sequence[Evaluated], pairs: int | Non
         judge_single=evaluation.judge_single,
         mean_length=evaluation.mean_length,
         pairs=pairs,
+        mean_gap=mean_gap,
         intervals=ModelIntervals(
             quality_sampled=estimate(one.sampled),
             quality_greedy=estimate(one.greedy),

@@ -12,8 +12,8 @@ SCORE = Scale(100, 0, "%")
 
 
 def summary_table(summary: Summary) -> Table:
-    """Render one row per model, the newest in bold, with intervals below; columns that need ground truth are left out
-    without it."""
+    """Render one row per model, the newest in bold, with intervals below. Without ground truth the columns that need it
+    make room for the share of judgements with a score, and the pairs' mean difference in score."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, collapse_padding=True, pad_edge=False, header_style="dim")
     table.caption_justify, table.caption_style = "left", ""
     table.add_column("", no_wrap=True)
@@ -21,7 +21,9 @@ def summary_table(summary: Summary) -> Table:
         ["quality\nsampled", "quality\ngreedy", "win/tie/loss\nvs M1, %"] if summary.has_ground_truth else []
     )
     judge_columns = ["judge\nacc. %", "untied\nacc. %", "judge\nties %"]
-    for header in (*truth_columns, *judge_columns, "length\ntokens", "\npairs"):
+    judge_columns += [] if summary.has_ground_truth else ["scores\nread %"]
+    gap_columns = [] if summary.has_ground_truth else ["score\ngap"]
+    for header in (*truth_columns, *judge_columns, "length\ntokens", "\npairs", *gap_columns):
         table.add_column(header, justify="right", no_wrap=True)
     for name, row in summary.models.items():
         newest = name == list(summary.models)[-1]
@@ -32,12 +34,11 @@ def summary_table(summary: Summary) -> Table:
 
 
 def _cells(row: ModelSummary, has_ground_truth: bool) -> list[Text]:
-    found, (accuracy, untied, ties) = (
-        row.intervals,
-        (
-            Text(percent(share, 1).removesuffix("%"))
-            for share in (row.judge.pair_acc_half, row.judge.pair_acc_untied, row.judge.tie_rate)
-        ),
+    found, judge = row.intervals, row.judge
+    read = None if judge.parse_failure is None else 1 - judge.parse_failure
+    accuracy, untied, ties, scored = (
+        Text(percent(share, 1).removesuffix("%"))
+        for share in (judge.pair_acc_half, judge.pair_acc_untied, judge.tie_rate, read)
     )
     truth = [
         _with_interval(Text(decimal(row.quality_sampled)), found.quality_sampled, QUALITY),
@@ -49,8 +50,10 @@ def _cells(row: ModelSummary, has_ground_truth: bool) -> list[Text]:
         _with_interval(accuracy, found.judge_accuracy, ACCURACY),
         untied,
         ties,
+        *([] if has_ground_truth else [scored]),
         Text(decimal(row.mean_length, 1)),
         Text(ABSENT if row.pairs is None else f"{row.pairs}"),
+        *([] if has_ground_truth else [Text(decimal(row.mean_gap))]),
     ]
 
 

@@ -7,7 +7,7 @@ from srlm_mega.config import Config
 from srlm_mega.config.knobs import keys_of
 from srlm_mega.errors import UserError
 from srlm_mega.run import stage_kinds as kinds
-from srlm_mega.run.stage_kinds import OUTSIDE_ROUNDS, StageKind, model_name, model_number
+from srlm_mega.run.stage_kinds import BEFORE_ROUNDS, OUTSIDE_ROUNDS, StageKind, model_name, model_number
 
 TRAINER = ("run.seed", "model", "parallel", "trainer", "launch")
 JUDGING = keys_of("judge", part=None)
@@ -56,6 +56,7 @@ def plan(config: Config) -> list[Stage]:
         Stage(kinds.SEED, 0, (), outside),
         base_model(config),
         *(sampler_weights(config, "M0") if samples_base(config) else ()),
+        *((evaluation(config, "M0"),) if config.evaluation.base_model else ()),
         *first_model(config),
         *sampler_weights(config, "M1"),
         evaluation(config, "M1"),
@@ -139,9 +140,9 @@ def seed_sets(config: Config) -> tuple[str, ...]:
 
 
 def samples_base(config: Config) -> bool:
-    """Tell whether M0 writes prompts, or answers them for the rejected side of pairs."""
+    """Tell whether M0 writes prompts, answers them for the rejected side of pairs, or is measured."""
     writes = config.prompts.generator == "self_instruct" and config.prompts.writer == "base"
-    return writes or config.pairs.rejected_from == "M0"
+    return writes or config.pairs.rejected_from == "M0" or config.evaluation.base_model
 
 
 def prompt_writer(config: Config) -> tuple[Stage, ...]:
@@ -235,7 +236,7 @@ def stops_early(config: Config, kind: Literal["sft", "dpo"]) -> bool:
 def evaluation(config: Config, name: str) -> Stage:
     """Plan the evaluation of a model on held-out data; later ones are compared with M1, on demand by M1."""
     by_m1 = config.evaluation.pairwise and config.evaluation.pairwise_judge is None
-    against = () if name == "M1" else (*(loaded(config, "M1") if by_m1 else ()), kinds.EVALUATION.of("M1"))
+    against = () if name in BEFORE_ROUNDS else (*(loaded(config, "M1") if by_m1 else ()), kinds.EVALUATION.of("M1"))
     read = (*SAMPLER, "evaluation", "seed_data.source", "candidates.max_new_tokens", *JUDGING, "judge.min_valid")
     return Stage(kinds.EVALUATION, name, (*loaded(config, name), "seed", *against), read)
 

@@ -40,6 +40,7 @@ class Estimate(StrEnum):
     EVALUATION = auto()
 
 
+BEFORE_ROUNDS = ("M0", "M1")  # models that are compared with none
 OUTSIDE_ROUNDS = ("M0", "sft_baseline", "prompt_writer")  # models that no round makes
 
 

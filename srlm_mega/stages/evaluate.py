@@ -26,7 +26,7 @@ from srlm_mega.evaluation.results import (
 from srlm_mega.evaluation.win_rates import HeadToHead, head_to_head
 from srlm_mega.judging.scores import mean_score, score_of
 from srlm_mega.records import Prompt, RankedReplies, read_jsonl, write_jsonl
-from srlm_mega.run.stage_kinds import EVALUATION
+from srlm_mega.run.stage_kinds import BEFORE_ROUNDS, EVALUATION
 from srlm_mega.run.work import Done, Work
 from srlm_mega.sampling.retries import RetryingSampler, none_failed
 from srlm_mega.sampling.sampler import SamplingParams
@@ -41,10 +41,11 @@ from srlm_mega.stages.sampling_task import judge_template
 def evaluate(work: Work) -> Done:
     """Write `evaluation.json`, `samples.jsonl` and `judge_prompts.jsonl` of the stage's model."""
     model = work.stage.model
-    is_compared = work.config.evaluation.pairwise and model != "M1"
+    is_first = model in BEFORE_ROUNDS
+    is_compared = work.config.evaluation.pairwise and not is_first
     samples, measured = measure(work, model, keep=is_compared)
     judge, judge_single, *judge_means = measured.judged
-    against = None if model == "M1" else against_m1(work, samples)
+    against = None if is_first else against_m1(work, samples)
     by_judge = compare_with_m1(work, samples) if is_compared else None
     evaluation = ModelEvaluation(
         model=model,
