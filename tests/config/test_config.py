@@ -20,7 +20,7 @@ TOY = CONFIGS / "toy_cpu.yaml"
         ("llama2_7b_8gpu", 8, 2),
         ("llama2_70b_64gpu", 64, 2),
         ("oasst_cpu", 2, 1),
-        ("smollm2_cpu", 2, 2),
+        ("smollm2_cpu", 1, 1),
     ],
 )
 def test_presets_are_valid(name: str, world: int, dp: int) -> None:

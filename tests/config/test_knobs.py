@@ -55,6 +55,7 @@ TRAINING_LAYOUT = {
 NOTHING = {
     "run.dir",
     "run.rounds",
+    "evaluation.base_model",
     "tracking",
     "runtime",
     *(

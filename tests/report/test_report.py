@@ -104,7 +104,7 @@ def test_summary_has_the_keys_of_the_final_table(finished: Path) -> None:
     for row in content["models"].values():
         assert set(row) == {
             *("quality_sampled", "quality_greedy", "win_vs_m1", "tie_vs_m1", "loss_vs_m1"),
-            *("judge", "judge_single", "mean_length", "pairs", "intervals"),
+            *("judge", "judge_single", "mean_length", "pairs", "mean_gap", "intervals"),
         }
         assert set(row["intervals"]) == {
             *("quality_sampled", "quality_greedy", "score_vs_m1", "judge_accuracy"),
