@@ -2,7 +2,7 @@
 # Variables that every process of a run needs, each with its reason; srlm sets the same for the stages it starts
 # (environment() in child_process.py). Source this file before you start ranks yourself.
 
-# Ranks share the cores; more threads than cores make every rank slower.
+# Ranks share the cores; more threads than cores make every rank slower. srlm run divides the cores among its processes.
 export OMP_NUM_THREADS=1
 # The project's root holds folders named kernels and tools, which other packages would import.
 export PYTHONSAFEPATH=1
@@ -15,6 +15,8 @@ export TRANSFORMERS_VERBOSITY=error
 export TOKENIZERS_PARALLELISM=false
 
 # Values that you have set count for the rest.
+# A waiting thread sleeps: where cores are shared, spinning takes the one that the other thread needs.
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 # NCCL prints only when something is wrong.
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 # A rank whose partner is lost ends with an error and does not wait for ever.
