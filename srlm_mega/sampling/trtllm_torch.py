@@ -16,7 +16,7 @@ def open_trtllm_torch(config: SamplerConfig, model_folder: Path, end_ids: tuple[
     limits = ModelLimits.of_folder(model_folder)
     llm = LLM(
         model=str(model_folder),
-        skip_tokenizer_init=True,  # token ids go in and out: text is made by chat.py alone
+        skip_tokenizer_init=True,  # token ids go in and out: text is made by chat/ alone
         tensor_parallel_size=config.tp_size,
         pipeline_parallel_size=config.pp_size,
         max_batch_size=config.batch_size,
