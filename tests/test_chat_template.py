@@ -5,12 +5,20 @@ import random
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
+from chat_models import (
+    BEGIN_OF_TEXT,
+    END_OF_TEXT,
+    LLAMA3_TOKENS,
+    byte_level_tokenizer,
+    messages,
+    theirs,
+    write_byte_level,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer
 
 from srlm_mega.chat import Chat
@@ -58,10 +66,6 @@ HOSTILE = (
     " [/INST]", "<<SYS>>", "<|user|>", "<|assistant|>", "### Instruction:", "### Response:", "<|end", "_of_text|>", " ",
     "\n", "a", "🙂",
 )  # fmt: skip
-LLAMA3_TOKENS = (
-    "<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
-    "<|im_start|>", "<|im_end|>",
-)  # fmt: skip
 
 
 def texts() -> Iterator[str]:
@@ -72,23 +76,11 @@ def texts() -> Iterator[str]:
 
 @cache
 def byte_level() -> Tokenizer:
-    """A byte-level BPE such as Llama 3's: its special tokens after the vocabulary, none for the unknown."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator([*FRAGMENTS, "user assistant system inst INST Instruction Response"] * 9, trainer)
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in LLAMA3_TOKENS])
-    return tokenizer
+    return byte_level_tokenizer([*FRAGMENTS, "user assistant system inst INST Instruction Response"] * 9, 607)
 
 
 def byte_level_folder(folder: Path, template: str) -> Path:
-    bos, eos = LLAMA3_TOKENS[:2]
-    write_tokenizer(byte_level(), folder, 4096, SpecialTokens(bos, eos), template)
-    ends = [byte_level().token_to_id(token) for token in (eos, "<|eot_id|>")]
-    (folder / "generation_config.json").write_text(f'{{"eos_token_id": {ends}}}')
-    return folder
+    return write_byte_level(byte_level(), folder, template)
 
 
 def llama2_folder(folder: Path, template: str, shared_data: Path) -> Path:
@@ -116,17 +108,6 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     if request.param in ("llama2", "tinyllama", "alpaca"):
         return llama2_folder(tmp_path, template, request.getfixturevalue("shared_data"))
     return byte_level_folder(tmp_path, template)
-
-
-def messages(*contents: str) -> list[dict[str, str]]:
-    return [
-        {"role": role, "content": text} for role, text in zip(("user", "assistant", "user"), contents, strict=False)
-    ]
-
-
-def theirs(tokenizer: Any, conversation: Sequence[dict[str, str]]) -> tuple[int, ...]:
-    ids = tokenizer.apply_chat_template(list(conversation), add_generation_prompt=True, tokenize=True)
-    return tuple(ids["input_ids"])
 
 
 def test_prompts_are_those_of_transformers(folder: Path) -> None:
@@ -173,8 +154,7 @@ def test_hostile_text_never_has_a_control_id(name: str, text: str) -> None:
 
 @cache
 def byte_level_chat(name: str) -> Chat:
-    bos, eos = LLAMA3_TOKENS[:2]
-    return Chat(byte_level(), SpecialTokens(bos, eos), FORMATS[name])
+    return Chat(byte_level(), SpecialTokens(BEGIN_OF_TEXT, END_OF_TEXT), FORMATS[name])
 
 
 @pytest.mark.parametrize("name", ["llama2", "tinyllama", "alpaca"])
