@@ -13,7 +13,7 @@ SCORE = Scale(100, 0, "%")
 
 def summary_table(summary: Summary) -> Table:
     """Render one row per model, the newest in bold, with intervals below. Without ground truth the columns that need it
-    make room for the share of judgements with a score, and the pairs' mean difference in score."""
+    make room for the share of single judgements with a score, and the pairs' mean difference in score."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, collapse_padding=True, pad_edge=False, header_style="dim")
     table.caption_justify, table.caption_style = "left", ""
     table.add_column("", no_wrap=True)
@@ -21,7 +21,7 @@ def summary_table(summary: Summary) -> Table:
         ["quality\nsampled", "quality\ngreedy", "win/tie/loss\nvs M1, %"] if summary.has_ground_truth else []
     )
     judge_columns = ["judge\nacc. %", "untied\nacc. %", "judge\nties %"]
-    judge_columns += [] if summary.has_ground_truth else ["scores\nread %"]
+    judge_columns += [] if summary.has_ground_truth else ["read\nscores %"]
     gap_columns = [] if summary.has_ground_truth else ["score\ngap"]
     for header in (*truth_columns, *judge_columns, "length\ntokens", "\npairs", *gap_columns):
         table.add_column(header, justify="right", no_wrap=True)
@@ -35,7 +35,8 @@ def summary_table(summary: Summary) -> Table:
 
 def _cells(row: ModelSummary, has_ground_truth: bool) -> list[Text]:
     found, judge = row.intervals, row.judge
-    read = None if judge.parse_failure is None else 1 - judge.parse_failure
+    failed = row.judge_single.parse_failure
+    read = None if failed is None else 1 - failed
     accuracy, untied, ties, scored = (
         Text(percent(share, 1).removesuffix("%"))
         for share in (judge.pair_acc_half, judge.pair_acc_untied, judge.tie_rate, read)
