@@ -25,7 +25,7 @@ EMBEDDING, OUTPUT, DOWN = "model.embed_tokens.weight", "lm_head.weight", "model.
 
 
 def open_by_sampler(folder: Path) -> None:
-    open_sampler(SamplerConfig(device="cpu"), folder, eos_id=2).close()
+    open_sampler(SamplerConfig(device="cpu"), folder, end_ids=(2,)).close()
 
 
 READERS: dict[str, Callable[[Path], object]] = {
