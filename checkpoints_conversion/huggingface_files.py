@@ -52,13 +52,15 @@ class TensorEntry(FileTensor):
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Read a file's JSON object. ValueError when the file does not exist or is not JSON."""
+    """Read a file's JSON object. ValueError when the file does not exist or holds none."""
     if not file.is_file():
         raise ValueError(f"{file} does not exist: {file.parent} is not a Hugging Face model folder")
     try:
-        content: dict[str, Any] = orjson.loads(file.read_bytes())
+        content = orjson.loads(file.read_bytes())
     except orjson.JSONDecodeError as error:
         raise ValueError(f"{file} is not JSON ({error}): download it again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds {type(content).__name__}, not an object: download it again")
     return content
 
 
@@ -66,7 +68,7 @@ def files_by_tensor(folder: Path) -> dict[str, str]:
     """Return the file of each tensor of a folder. ValueError when the index names a file that is not there, or when
     other readers would take other weights: there are two sets of them, or a tied output that is not the embedding."""
     if (folder / INDEX).is_file():
-        files: dict[str, str] = read_json(folder / INDEX)["weight_map"]
+        files: dict[str, str] = read_json(folder / INDEX).get("weight_map", {})
     elif (folder / WEIGHTS).is_file():
         files = dict.fromkeys(read_header(folder / WEIGHTS), WEIGHTS)
     else:

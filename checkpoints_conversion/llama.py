@@ -26,6 +26,8 @@ class RopeScaling:
     def from_huggingface(cls, config: Mapping[str, Any]) -> "RopeScaling | None":
         """Read it from a `config.json`; None where nothing is stretched. ValueError for other kinds of scaling."""
         rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+        if not isinstance(rope, Mapping):
+            raise ValueError(f"the model's rope_scaling is {rope!r}: take the config.json it came with")
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind == "default":
             return None
@@ -37,10 +39,10 @@ class RopeScaling:
         if missing:
             raise ValueError(f"the model's rope_scaling has no {', '.join(missing)}: take the config.json it came with")
         return cls(
-            factor=float(rope["factor"]),
-            low_freq_factor=float(rope["low_freq_factor"]),
-            high_freq_factor=float(rope["high_freq_factor"]),
-            original_max_position_embeddings=int(rope["original_max_position_embeddings"]),
+            factor=_number(rope, "factor"),
+            low_freq_factor=_number(rope, "low_freq_factor"),
+            high_freq_factor=_number(rope, "high_freq_factor"),
+            original_max_position_embeddings=_count(rope, "original_max_position_embeddings"),
         )
 
     def to_huggingface(self) -> dict[str, Any]:
@@ -82,22 +84,20 @@ class LlamaShape:
         for key, wanted in plain.items():
             if (found := config.get(key, wanted)) != wanted:
                 raise ValueError(f"the model's {key} is {found!r}, supported is {wanted!r}: use a plain Llama")
-        heads = _required(config, "num_attention_heads")
-        rope = config.get("rope_parameters") or {}
-        groups = config.get("num_key_value_heads")
+        heads, scaling = _count(config, "num_attention_heads"), RopeScaling.from_huggingface(config)
         shape = cls(
-            num_layers=_required(config, "num_hidden_layers"),
-            hidden_size=_required(config, "hidden_size"),
-            ffn_hidden_size=_required(config, "intermediate_size"),
+            num_layers=_count(config, "num_hidden_layers"),
+            hidden_size=_count(config, "hidden_size"),
+            ffn_hidden_size=_count(config, "intermediate_size"),
             num_attention_heads=heads,
-            num_query_groups=heads if groups is None else groups,
-            vocab_size=_required(config, "vocab_size"),
             # Absent keys mean what they mean to transformers' LlamaConfig.
-            max_position_embeddings=config.get("max_position_embeddings", 2048),
-            norm_epsilon=config.get("rms_norm_eps", 1e-6),
-            rotary_base=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
-            tie_word_embeddings=config.get("tie_word_embeddings", False),
-            rope_scaling=RopeScaling.from_huggingface(config),
+            num_query_groups=_count(config, "num_key_value_heads", heads),
+            vocab_size=_count(config, "vocab_size"),
+            max_position_embeddings=_count(config, "max_position_embeddings", 2048),
+            norm_epsilon=_number(config, "rms_norm_eps", 1e-6),
+            rotary_base=_number({**config, **(config.get("rope_parameters") or {})}, "rope_theta", 10000.0),
+            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            rope_scaling=scaling,
         )
         head_dim = config.get("head_dim")
         if head_dim not in (None, shape.kv_channels):
@@ -130,10 +130,21 @@ class LlamaShape:
         }
 
 
-def _required(config: Mapping[str, Any], key: str) -> int:
-    if key not in config:
+def _number(config: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    """Return a positive number; `default` where the key is absent or null."""
+    value = default if config.get(key) is None else config[key]
+    if value is None:
         raise ValueError(f"the model's config has no {key}: it is not that of a Llama, give one that is")
-    return int(config[key])
+    if type(value) not in (int, float) or not value > 0:
+        raise ValueError(f"the model's {key} is {value!r}, not a positive number: take the config.json it came with")
+    return float(value)
+
+
+def _count(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    number = _number(config, key, default)
+    if not number.is_integer():
+        raise ValueError(f"the model's {key} is {number!r}, not a whole number: take the config.json it came with")
+    return int(number)
 
 
 class Layout(Enum):
