@@ -167,7 +167,6 @@ def check_outside_files(config: Config) -> None:
     """Raise UserError with a list of all files that the configuration names and that are missing, or because
     model.path cannot be trained."""
     named = {
-        "model.path": config.model.path,
         "model.tokenizer": config.model.tokenizer,
         "model.chat_template": outside_path(config.model.chat_template),
         "seed_data.path": config.seed_data.path,
@@ -183,11 +182,9 @@ def check_outside_files(config: Config) -> None:
         for section, judge in config.pairwise_judges.items()
         if judge.endpoint is None
     }
-    missing = [
-        f"\n  - {key}: {absence(path) if key == 'model.path' else f'there is no {path}'}"
-        for key, path in named.items()
-        if path is not None and not path.exists()
-    ]
+    missing = [f"\n  - {key}: there is no {path}" for key, path in named.items() if path and not path.exists()]
+    if config.model.path is not None and not (config.model.path / "config.json").is_file():
+        missing.insert(0, f"\n  - model.path: {absence(config.model.path)}")
     if missing:
         raise UserError("files that the configuration names are missing; correct these paths:" + "".join(missing))
     if config.model.path is not None:

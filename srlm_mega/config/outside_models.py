@@ -34,7 +34,11 @@ def hub_cache() -> Path:
 
 
 def absence(path: Path) -> str:
-    """Say why there is no model at a path, and how to get it into the hub cache where it may be its id."""
+    """Say why there is no model at a path, and how to get one: out of a GGUF file or, where the path may be an id, into
+    the hub cache."""
+    if path.is_file():
+        converted = f"make a folder of it (srlm convert {path} FOLDER --to huggingface) and give that"
+        return f"{path} is a file: {converted if path.suffix == '.gguf' else 'give its folder'}"
     if path.exists():
         return f"{path} has no config.json"
     if HUB_ID.fullmatch(str(path)) is None:

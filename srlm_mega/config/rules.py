@@ -135,7 +135,7 @@ def data_problems(config: "Config") -> Iterator[str]:
     if config.prompts.generator == "file" and config.prompts.path is None:
         yield "prompts.generator=file needs prompts.path"
     if config.model.path is not None and config.model.tokenizer is not None:
-        yield "model.tokenizer is for a model made here; the tokenizer of model.path is the one in its folder"
+        yield "model.tokenizer is for a model made here: that of model.path has its own in its folder"
     shots = config.prompts.shots_ift + config.prompts.shots_generated
     if config.prompts.generator == "self_instruct" and config.seed_data.num_ift < shots:
         yield f"seed_data.num_ift {config.seed_data.num_ift} is below the {shots} shots of a prompt request"
