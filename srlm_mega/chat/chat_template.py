@@ -103,7 +103,7 @@ def turn_layout(template: str, special_tokens: Mapping[str, str], origin: str) -
         values = {"messages": [{"role": role, "content": text} for role, text in messages], **special_tokens}
         try:
             return JINJA.from_string(template).render(values, add_generation_prompt=True, tools=None, documents=None)
-        except (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        except Exception as error:  # a template is a program, which may end in any
             raise UserError(f"the chat template of {origin} cannot be rendered ({error}): {REMEDY}") from None
 
     def split(*roles: str) -> tuple[list[str], list[Slot]]:

@@ -12,14 +12,16 @@ from tokenizers import Tokenizer
 from srlm_mega.chat.chat_template import shipped_template, without_clock
 from srlm_mega.errors import UserError
 
-TOKENIZER, SETTINGS, TOKENS, TEMPLATE = (
+TOKENIZER, SETTINGS, TOKENS, ADDED, TEMPLATE = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
     "chat_template.jinja",
 )
 GENERATION, CONFIG = "generation_config.json", "config.json"
 GENERATED = ("bos_token", "eos_token", "pad_token")  # whose ids are in a generation_config.json
+VERBATIM = {"tokenizer_class": "PreTrainedTokenizerFast"}  # others replace parts of tokenizer.json by their own
 MODEL_FILES = (".json", ".safetensors", ".jinja", ".model")
 
 
@@ -58,16 +60,14 @@ class TokenizerFolder:
         path, folder = (path / TOKENIZER, path) if path.is_dir() else (path, path.parent)
         if not path.is_file():
             raise UserError(
-                f"no tokenizer.json in {folder}: save the model's tokenizer there in its fast form, "
-                f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
+                f"no tokenizer.json in {folder}: save the model's tokenizer there in its fast form, {saving(folder)}"
             )
         try:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the reader raises bare Exception for a broken file
             raise UserError(f"{path} cannot be read ({error}): download it again") from None
-        settings, ends = read_object(folder / SETTINGS), read_object(folder / GENERATION)
-        tokens = {**read_object(folder / TOKENS), **settings}
-        special = SpecialTokens(**{name: _content(tokens.get(name)) for name in asdict(SpecialTokens())})
+        settings = read_object(folder / TOKENS) | read_object(folder / SETTINGS)
+        special = SpecialTokens(**{name: _content(settings.get(name)) for name in asdict(SpecialTokens())})
         if not special.given:
             special = SpecialTokens(
                 **{
@@ -76,9 +76,15 @@ class TokenizerFolder:
                     if tokenizer.token_to_id(token) is not None
                 }
             )
-        eos = ends.get("eos_token_id", read_object(folder / CONFIG).get("eos_token_id"))
-        eos_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
-        return cls(tokenizer, special, _template(folder, settings), eos_ids)
+        template = _template(folder, settings)
+        named = _named_tokens(settings) | read_object(folder / ADDED).keys()
+        used = [special.bos_token, special.eos_token, *sorted(one for one in named if one in (template or ""))]
+        if lacking := [one for one in used if one is not None and tokenizer.token_to_id(one) is None]:
+            raise UserError(
+                f"{folder} names tokens that its {TOKENIZER} lacks ({', '.join(dict.fromkeys(lacking))}): correct "
+                f"{SETTINGS}, or have them added, {saving(folder)}"
+            )
+        return cls(tokenizer, special, template, _eos_ids(folder, tokenizer))
 
     def check_has(self, tokens: Iterable[str], template: str) -> None:
         """Raise UserError when the tokenizer lacks some of the control tokens that a template is made of."""
@@ -88,6 +94,11 @@ class TokenizerFolder:
                 f"model.chat_template={template} needs the tokens {', '.join(lacking)}, which the tokenizer does not "
                 "have: choose a template that it was made for, or llama2"
             )
+
+
+def saving(folder: Path) -> str:
+    """Return the line of transformers that writes a folder's tokenizer.json anew, from all that it reads there."""
+    return f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -116,7 +127,7 @@ def write_tokenizer(
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / TOKENIZER))
     settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
+        **VERBATIM,
         **special.given,
         "model_max_length": model_max_length,
         "clean_up_tokenization_spaces": False,
@@ -133,8 +144,7 @@ def link_model(source: Path, target: Path, template: str, end_ids: Sequence[int]
     for file in sorted(source.iterdir()):
         if file.is_file() and file.suffix in MODEL_FILES and file.name not in (TEMPLATE, SETTINGS, GENERATION):
             os.symlink(file.resolve(), target / file.name)
-    settings = read_object(source / SETTINGS) or {"tokenizer_class": "PreTrainedTokenizerFast"}
-    settings = TokenizerFolder.read(source).special.given | settings
+    settings = read_object(source / SETTINGS) | TokenizerFolder.read(source).special.given | VERBATIM
     write_object(target / SETTINGS, {key: value for key, value in settings.items() if key != "chat_template"})
     write_object(target / GENERATION, read_object(source / GENERATION) | {"eos_token_id": list(end_ids)})
     (target / TEMPLATE).write_text(template, encoding="utf-8")
@@ -151,11 +161,44 @@ def _content(token: Any) -> str | None:
     return content if isinstance(content, str) else None
 
 
+def _named_tokens(settings: Mapping[str, Any]) -> set[str]:
+    """Return the tokens, besides those with a role, that transformers adds to a tokenizer.json without them."""
+    listed: list[Any] = []
+    for name in ("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens"):
+        value = settings.get(name) or []
+        listed += value.values() if isinstance(value, dict) else value
+    return {text for text in map(_content, listed) if text is not None}
+
+
+def _eos_ids(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Return the end tokens of a folder's generation_config.json, else of its config.json. UserError for one that the
+    tokenizer does not have."""
+    generation = read_object(folder / GENERATION)
+    name, source = (GENERATION, generation) if "eos_token_id" in generation else (CONFIG, read_object(folder / CONFIG))
+    eos = source.get("eos_token_id")
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    known = set(tokenizer.get_vocab(with_added_tokens=True).values())
+    if unknown := [one for one in ids if type(one) is not int or one not in known]:
+        raise UserError(f"{folder / name} has eos_token_id {eos}, and {TOKENIZER} has no id {unknown[0]!r}: correct it")
+    return tuple(ids)
+
+
 def _template(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    """Return a folder's chat template, in a file of its own or (older) in tokenizer_config.json."""
-    if (folder / TEMPLATE).is_file():
-        return without_clock((folder / TEMPLATE).read_text(encoding="utf-8"))
-    template = settings.get("chat_template")
+    """Return a folder's chat template, of its own file or (older) of tokenizer_config.json. One that cannot be read
+    ends in an error when it is rendered: model.chat_template may put another one in its place."""
+    file, template = folder / TEMPLATE, settings.get("chat_template")
+    if file.is_file():
+        try:
+            template = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            template = _refusing(f"{TEMPLATE} is not UTF-8, byte {error.start}")
     if isinstance(template, list):  # several by name
-        template = {one.get("name"): one.get("template") for one in template}.get("default")
+        template = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}
+    if isinstance(template, dict):
+        names = ", ".join(map(str, template)) or "none"
+        template = template.get("default", _refusing(f"none has the name default; there are {names}"))
     return without_clock(template) if isinstance(template, str) else None
+
+
+def _refusing(reason: str) -> str:
+    return f"{{{{ raise_exception({orjson.dumps(reason).decode()}) }}}}"

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from srlm_mega.chat.chat_template import shipped_template, without_clock
+from srlm_mega.chat.chat_template import shipped_template, turn_layout, without_clock
 from srlm_mega.chat.tokenizer_files import TokenizerFolder
 from srlm_mega.errors import UserError
 
@@ -12,7 +12,8 @@ CONTROL_TOKEN = re.compile(r"<\|\w+\|>")
 
 def chosen_template(setting: Path | str, given: TokenizerFolder) -> str:
     """Return the Jinja text of model.chat_template for a model's or tokenizer's folder, and print what was chosen.
-    UserError when there is no such file, or when the tokenizer lacks the tokens of a shipped template."""
+    UserError when there is no such file, when it cannot be used, or when the tokenizer lacks the tokens of a shipped
+    template."""
     own = given.template
     if setting == "auto":
         print(
@@ -21,6 +22,7 @@ def chosen_template(setting: Path | str, given: TokenizerFolder) -> str:
         )
         return shipped_template("llama2") if own is None else own
     template = read_template(setting)
+    turn_layout(template, given.special.given, f"model.chat_template ({setting})")  # refused under its own name
     given.check_has(CONTROL_TOKEN.findall(template) if isinstance(setting, str) else (), str(setting))
     overruled = own is not None and own != template
     print(f"chat template: {setting}{', WARNING: in place of the one in the folder' if overruled else ''}", flush=True)

@@ -30,6 +30,9 @@ def make_seed(work: Work) -> Done:
     """Write the seed sets, the judge template, the given prompts and the tokenizer of a model that is made here."""
     config, template = work.config, load_template(work.config.judge.template)
     seed = derive_seed(config.run.seed, "seed")
+    if config.model.path is None:
+        write_own_tokenizer(config.model, work.out / "tokenizer")
+    chat = chat_of(config.model, work.out / "tokenizer")  # first: what is wrong with it shows before a long reading
     match config.seed_data.source:
         case "toy_world":
             data = make_toy_world(config.seed_data, seed)
@@ -58,11 +61,9 @@ def make_seed(work: Work) -> Done:
     rows = {name: write_jsonl(work.out / name, records) for name, records in sets.items()}
     (work.out / "counts.json").write_bytes(orjson.dumps(counts, option=orjson.OPT_INDENT_2))
     (work.out / "judge_template.txt").write_text(template.text, encoding="utf-8")
-    if config.model.path is None:
-        write_own_tokenizer(config.model, work.out / "tokenizer")
     spelled = [record for name, records in sets.items() if name != "documents.jsonl" for record in records]
     limit, name = config.seed_data.max_unspellable, f"the tokenizer of {tokenizer_name(config.model)}"
-    check_spelling(chat_of(config.model, work.out / "tokenizer"), spelled, limit, seed, name)
+    check_spelling(chat, spelled, limit, seed, name)
     return Done(sum(rows.values()), rows | counts)
 
 
