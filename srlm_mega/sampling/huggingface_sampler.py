@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from srlm_mega.sampling.growing_cache import growing_cache
 from srlm_mega.sampling.sampler import Completion, ModelLimits, SamplingParams
 from srlm_mega.seeds import derive_seed
 
@@ -77,6 +78,7 @@ class HuggingFaceSampler:
             input_ids=input_ids,
             attention_mask=mask if padded else None,
             position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0),
+            past_key_values=growing_cache(self._model.config),
             use_cache=True,
             logits_to_keep=1,
         )
