@@ -10,6 +10,7 @@ import orjson
 from tokenizers import Tokenizer
 
 from srlm_mega.chat.chat_template import shipped_template, without_clock
+from srlm_mega.checkpoints_conversion.huggingface_files import read_json
 from srlm_mega.errors import UserError
 
 TOKENIZER, SETTINGS, TOKENS, ADDED, TEMPLATE = (
@@ -102,16 +103,11 @@ def saving(folder: Path) -> str:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Read a file's JSON object; an empty one where there is no file. UserError when it is not JSON."""
-    if not path.is_file():
-        return {}
+    """Read a file's JSON object; an empty one where there is no file. UserError when it is anything else."""
     try:
-        content = orjson.loads(path.read_bytes())
-    except orjson.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON ({error}): download it again") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds {type(content).__name__}, not an object: download it again")
-    return content
+        return read_json(path) if path.is_file() else {}
+    except ValueError as error:  # checkpoints_conversion does not import UserError
+        raise UserError(str(error)) from None
 
 
 def write_tokenizer(
