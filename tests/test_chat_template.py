@@ -212,7 +212,7 @@ def test_the_day_does_not_change_a_prompt(tmp_path: Path) -> None:
     assert "Today: 26 Jul 2024" in chat.decode(chat.prompt("hello"))
     read = TokenizerFolder.read(tmp_path)
     assert read.template is not None
-    link_model(tmp_path, tmp_path / "linked", read.template, chat.end_ids)
+    link_model(tmp_path, read.special, tmp_path / "linked", read.template, chat.end_ids)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "linked")
     assert theirs(tokenizer, messages("hello")) == chat.prompt("hello"), "nor transformers' of what is exported"
 
@@ -222,7 +222,7 @@ def test_a_linked_model_speaks_the_chosen_format(tmp_path: Path) -> None:
     source = byte_level_folder(tmp_path / "source", shipped_template("chatml"))
     (source / "config.json").write_text('{"model_type": "llama"}')
     chat = Chat.from_folder(source, shipped_template("llama3"))
-    link_model(source, tmp_path / "M0", shipped_template("llama3"), chat.end_ids)
+    link_model(source, TokenizerFolder.read(source).special, tmp_path / "M0", shipped_template("llama3"), chat.end_ids)
     assert (
         Chat.from_folder(tmp_path / "M0").prompt("hello")
         == chat.prompt("hello")

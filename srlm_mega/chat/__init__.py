@@ -109,8 +109,13 @@ class Chat:
     def from_folder(cls, folder: Path, template: str | None = None) -> "Chat":
         """Read the tokenizer of a Hugging Face folder, with this template or else the folder's own (Llama 2's where it
         has none). UserError when there is no tokenizer.json, or nothing can be made of it."""
-        read = TokenizerFolder.read(folder)
-        return cls(read.tokenizer, read.special, template or read.template, read.eos_ids, str(folder))
+        given = TokenizerFolder.read(folder)
+        return cls.of(given, template or given.template, str(folder))
+
+    @classmethod
+    def of(cls, given: TokenizerFolder, template: str | None, origin: str) -> "Chat":
+        """Make it of a tokenizer that was read, with this template (None: Llama 2's). UserError as `from_folder`."""
+        return cls(given.tokenizer, given.special, template, given.eos_ids, origin)
 
     def prompt(self, user: str, system: str = "") -> tuple[int, ...]:
         """Return the ids of a user turn, after a system turn if there is one, ready for the assistant to continue. A

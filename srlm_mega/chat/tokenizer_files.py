@@ -10,7 +10,7 @@ import orjson
 from tokenizers import Tokenizer
 
 from srlm_mega.chat.chat_template import shipped_template, without_clock
-from srlm_mega.checkpoints_conversion.huggingface_files import read_json
+from srlm_mega.checkpoints_conversion.huggingface_files import CONFIG, GENERATION, read_json
 from srlm_mega.errors import UserError
 
 TOKENIZER, SETTINGS, TOKENS, ADDED, TEMPLATE = (
@@ -20,7 +20,6 @@ TOKENIZER, SETTINGS, TOKENS, ADDED, TEMPLATE = (
     "added_tokens.json",
     "chat_template.jinja",
 )
-GENERATION, CONFIG = "generation_config.json", "config.json"
 GENERATED = ("bos_token", "eos_token", "pad_token")  # whose ids are in a generation_config.json
 VERBATIM = {"tokenizer_class": "PreTrainedTokenizerFast"}  # others replace parts of tokenizer.json by their own
 MODEL_FILES = (".json", ".safetensors", ".jinja", ".model")
@@ -134,13 +133,14 @@ def write_tokenizer(
     (folder / TEMPLATE).write_text(shipped_template("llama2") if template is None else template, encoding="utf-8")
 
 
-def link_model(source: Path, target: Path, template: str, end_ids: Sequence[int]) -> None:
-    """Make a folder of links to a model's files, with this chat template and these end tokens in place of its own."""
+def link_model(source: Path, special: SpecialTokens, target: Path, template: str, end_ids: Sequence[int]) -> None:
+    """Make a folder of links to a model's files, with this chat template and these end tokens in place of its own.
+    `special`: the tokens of the source's tokenizer."""
     target.mkdir()
     for file in sorted(source.iterdir()):
         if file.is_file() and file.suffix in MODEL_FILES and file.name not in (TEMPLATE, SETTINGS, GENERATION):
             os.symlink(file.resolve(), target / file.name)
-    settings = read_object(source / SETTINGS) | TokenizerFolder.read(source).special.given | VERBATIM
+    settings = read_object(source / SETTINGS) | special.given | VERBATIM
     write_object(target / SETTINGS, {key: value for key, value in settings.items() if key != "chat_template"})
     write_object(target / GENERATION, read_object(source / GENERATION) | {"eos_token_id": list(end_ids)})
     (target / TEMPLATE).write_text(template, encoding="utf-8")

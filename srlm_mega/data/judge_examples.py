@@ -11,7 +11,7 @@ from typing import Any
 from srlm_mega.config.data import SeedDataConfig
 from srlm_mega.data.eft_selection import sample_in_order
 from srlm_mega.data.formats import SFT_DIALECTS, SOURCE, answer_to, keys, line_name, parse_example, question
-from srlm_mega.data.quarantine import UserLines, text_field
+from srlm_mega.data.quarantine import UserLines, optional_text
 from srlm_mega.data.rouge import RougePool
 from srlm_mega.data.seed_sets import SeedSets, normalised
 from srlm_mega.judging.scores import MAX_SCORE, parse_score
@@ -62,7 +62,7 @@ def parse_judge_example(template: JudgeTemplate, path: Path, number: int, fields
     elif {"instruction", "response"} <= fields.keys():
         asked = question(fields, "instruction")
         prompt = template.fill(one_text(asked.prompt, asked.system), answer_to(asked, fields, "response"))
-        completion, system = template.judgement(score_field(fields), rationale_field(fields)), ""
+        completion, system = template.judgement(score_field(fields), optional_text(fields, "rationale")), ""
     else:
         wanted = f"{SFT_DIALECTS}, or `instruction`, `response` and `score`"
         raise ValueError(f"not an example of judging: it needs {wanted}; it has {keys(fields)}")
@@ -81,10 +81,3 @@ def score_field(fields: dict[str, Any]) -> float:
     if type(score) not in (int, float) or not 0 <= score <= MAX_SCORE:
         raise ValueError(f"the field `score` is {value!r}, not a number from 0 to {MAX_SCORE:g}")
     return float(score)
-
-
-def rationale_field(fields: dict[str, Any]) -> str:
-    """Return the reasons of a judgement, empty without any. Raise ValueError when they are no text."""
-    value = fields.get("rationale")
-    is_absent = value is None or (isinstance(value, str) and not value.strip())
-    return "" if is_absent else text_field(fields, "rationale")

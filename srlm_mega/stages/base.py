@@ -59,8 +59,9 @@ def link_folder(model: ModelConfig, source: Path, target: Path) -> None:
         check_model_folder(source, model.allow_unverified)
     except ValueError as error:
         raise UserError(f"model.path: {error}") from None
-    template = chosen_template(model.chat_template, TokenizerFolder.read(source))
-    link_model(source, target, template, Chat.from_folder(source, template).end_ids)
+    given = TokenizerFolder.read(source)
+    template = chosen_template(model.chat_template, given)
+    link_model(source, given.special, target, template, Chat.of(given, template, str(source)).end_ids)
 
 
 def write_random(work: Work, target: Path) -> None:

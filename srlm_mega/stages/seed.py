@@ -30,8 +30,6 @@ def make_seed(work: Work) -> Done:
     """Write the seed sets, the judge template, the given prompts and the tokenizer of a model that is made here."""
     config, template = work.config, load_template(work.config.judge.template)
     seed = derive_seed(config.run.seed, "seed")
-    if config.model.path is None:
-        write_own_tokenizer(config.model, work.out / "tokenizer")
     chat = chat_of(config.model, work.out / "tokenizer")  # first: what is wrong with it shows before a long reading
     match config.seed_data.source:
         case "toy_world":
@@ -67,11 +65,13 @@ def make_seed(work: Work) -> Done:
     return Done(sum(rows.values()), rows | counts)
 
 
-def chat_of(model: ModelConfig, written: Path) -> Chat:
-    """Load the run's chat: of model.path with the configured template, or of the tokenizer that was written here."""
+def chat_of(model: ModelConfig, out: Path) -> Chat:
+    """Return the run's chat: of model.path, or of the tokenizer of a model that is made here, which is written to
+    `out`. UserError when it cannot be read or used."""
     if model.path is None:
-        return Chat.from_folder(written)
-    return Chat.from_folder(model.path, chosen_template(model.chat_template, TokenizerFolder.read(model.path)))
+        return write_own_tokenizer(model, out)
+    given = TokenizerFolder.read(model.path)
+    return Chat.of(given, chosen_template(model.chat_template, given), str(model.path))
 
 
 def tokenizer_name(model: ModelConfig) -> str:
@@ -79,16 +79,17 @@ def tokenizer_name(model: ModelConfig) -> str:
     return str(model.path or model.tokenizer or "the toy world (no model.path or model.tokenizer is given)")
 
 
-def write_own_tokenizer(model: ModelConfig, folder: Path) -> None:
-    """Write the tokenizer of a model that is made here, with its chat template. UserError when model.tokenizer cannot
-    be read, or has ids beyond model.vocab_size."""
+def write_own_tokenizer(model: ModelConfig, folder: Path) -> Chat:
+    """Write the tokenizer of a model that is made here, with its chat template; return both. UserError when
+    model.tokenizer cannot be read, or has ids beyond model.vocab_size."""
     given = toy() if model.tokenizer is None else load_tokenizer(model.tokenizer)
     template = chosen_template(model.chat_template, given)
-    chat = Chat(given.tokenizer, given.special, template, given.eos_ids, f"model.tokenizer {model.tokenizer}")
+    chat = Chat.of(given, template, f"model.tokenizer {model.tokenizer}")
     highest = highest_token_id(given.tokenizer)
     if highest >= model.vocab_size:
         raise UserError(f"the tokenizer has ids up to {highest}: raise model.vocab_size {model.vocab_size} above that")
     write_tokenizer(given.tokenizer, folder, model.seq_length, given.special, template, chat.end_ids)
+    return chat
 
 
 def toy() -> TokenizerFolder:

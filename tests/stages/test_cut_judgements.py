@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from fake_endpoint import completion, fake_endpoint
-from sampling_run import JUDGEMENTS, begin_run, with_files
+from sampling_run import JUDGEMENTS, begin_run, with_files, work_of
 from test_hostile_text import CHAT, byte_tokenizer
 
 from srlm_mega.config.comparison import PairwiseJudgeConfig
@@ -71,13 +71,6 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
     small = ["model.seq_length=4096", "model.max_position_embeddings=4096", "candidates.n=2", "judge.n=2"]
     small += [f"{section}.packed_sequence_size=9000" for section in ("pretrain", "sft", "dpo")]
     return begin_run(tmp_path / "run", ["list 2 animals"], *small, tokenizer=byte_tokenizer())
-
-
-def work_of(run: RunDir, stage: str) -> Work:
-    config = load_config(run.config_file)
-    work = Work(run, config, find_stage(config, stage), run.partial(stage), Progress(run.root / "progress.json"))
-    work.out.mkdir(parents=True)
-    return work
 
 
 def candidate(number: int) -> Candidate:

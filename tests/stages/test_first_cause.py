@@ -5,10 +5,9 @@ from pathlib import Path
 
 import orjson
 import pytest
-from sampling_run import begin_run
+from sampling_run import begin_run, work_of
 
 from srlm_mega.chat import Chat
-from srlm_mega.config.file import load_config
 from srlm_mega.config.rounds import HealthConfig, Limit
 from srlm_mega.data.toy_world.word_tokenizer import toy_tokenizer
 from srlm_mega.evaluation.health_limits import RoundHealth, figure, unknown_share
@@ -17,10 +16,6 @@ from srlm_mega.judging.pairs import Ranked, preference_pair
 from srlm_mega.judging.scored_candidates import ScoredCandidate
 from srlm_mega.records import Candidate, Message, Prompt, SftExample, parse_line, read_jsonl, write_jsonl
 from srlm_mega.run.manifest import Identity
-from srlm_mega.run.plan import find_stage
-from srlm_mega.run.progress import Progress
-from srlm_mega.run.run_dir import RunDir
-from srlm_mega.run.work import Work
 from srlm_mega.stages.health import MEANINGS, why_stopped
 from srlm_mega.stages.pairing import first_cause
 from srlm_mega.stages.sample_and_judge import candidates_task, judgements_task, sample_candidates
@@ -70,13 +65,6 @@ def test_a_stopped_round_names_causes_before_consequences() -> None:
     assert places == sorted(places) and "the first may explain the others" in message
     assert "health.unknown_tokens.stop=null" in message and "health.truncation.stop" not in message
     assert list(MEANINGS) == list(HealthConfig.model_fields)
-
-
-def work_of(run: RunDir, stage: str) -> Work:
-    config = load_config(run.config_file)
-    work = Work(run, config, find_stage(config, stage), run.partial(stage), Progress(run.root / "progress.json"))
-    work.out.mkdir(parents=True)
-    return work
 
 
 def test_candidates_say_how_much_of_their_prompts_is_unknown(tmp_path: Path) -> None:

@@ -17,7 +17,10 @@ from srlm_mega.config.file import load_config, to_yaml
 from srlm_mega.data.toy_world.word_tokenizer import toy_tokenizer
 from srlm_mega.records import Prompt, write_jsonl
 from srlm_mega.run.manifest import Identity
+from srlm_mega.run.plan import find_stage
+from srlm_mega.run.progress import Progress
 from srlm_mega.run.run_dir import RunDir
+from srlm_mega.run.work import Work
 
 CANDIDATES, JUDGEMENTS = "round_1/candidates", "round_1/judgements"
 
@@ -51,6 +54,14 @@ def write_model(config: Config, folder: Path, tokenizer: Tokenizer, seed: int = 
     write_tokenizer(tokenizer, folder, config.model.seq_length)
     weights = random_weights(config.model.shape, 0.3, generator)
     write_folder(folder, config.model.shape, weights, tokenizer_from=None)
+
+
+def work_of(run: RunDir, stage: str) -> Work:
+    """A stage's work, as its process has it."""
+    config = load_config(run.config_file)
+    work = Work(run, config, find_stage(config, stage), run.partial(stage), Progress(run.root / "progress.json"))
+    work.out.mkdir(parents=True)
+    return work
 
 
 def start_stage(run: RunDir, stage: str) -> "subprocess.Popen[bytes]":
