@@ -26,15 +26,7 @@ def check_model_folder(folder: Path, allow_unverified: bool) -> None:
 def check_tokenizer(folder: Path, vocab_size: int) -> None:
     """ValueError unless a folder has a `tokenizer.json` that can be read and whose ids are all below `vocab_size`."""
     file = folder / TOKENIZER
-    if not file.is_file():
-        others = [name for name in ("tokenizer.model", "vocab.json") if (folder / name).is_file()]
-        found = f" ({others[0]} alone is not read)" if others else ""
-        make = f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
-        raise ValueError(f"{folder} has no {TOKENIZER}{found}. This line of transformers makes it: {make}")
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the reader raises bare Exception
-        raise ValueError(f"{file} cannot be read ({error}): download it again") from None
+    tokenizer = read_tokenizer(file)
     highest = highest_token_id(tokenizer)
     if highest >= vocab_size:
         raise ValueError(
@@ -42,6 +34,24 @@ def check_tokenizer(folder: Path, vocab_size: int) -> None:
             f"{vocab_size - 1} (vocab_size {vocab_size} in {CONFIG}): take the tokenizer that the model came with, or "
             "resize_token_embeddings to all ids, train them, and save the model again"
         )
+
+
+def read_tokenizer(file: Path) -> Tokenizer:
+    """Read a `tokenizer.json`. ValueError when it is not there, with the line that makes it, or cannot be read."""
+    folder = file.parent
+    if not file.is_file():
+        others = [name for name in ("tokenizer.model", "vocab.json") if (folder / name).is_file()]
+        found = f" ({others[0]} alone is not read)" if others else ""
+        raise ValueError(f"{folder} has no {file.name}{found}. This line of transformers makes it: {saving(folder)}")
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # the reader raises bare Exception
+        raise ValueError(f"{file} cannot be read ({error}): download it again") from None
+
+
+def saving(folder: Path) -> str:
+    """Return the line of transformers that writes a folder's tokenizer.json anew, from all that it reads there."""
+    return f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
 
 
 def highest_token_id(tokenizer: Tokenizer) -> int:

@@ -11,10 +11,10 @@ from tokenizers import Tokenizer
 
 from srlm_mega.chat.chat_template import shipped_template, without_clock
 from srlm_mega.checkpoints_conversion.huggingface_files import CONFIG, GENERATION, read_json
+from srlm_mega.checkpoints_conversion.model_folder import TOKENIZER, read_tokenizer, saving
 from srlm_mega.errors import UserError
 
-TOKENIZER, SETTINGS, TOKENS, ADDED, TEMPLATE = (
-    "tokenizer.json",
+SETTINGS, TOKENS, ADDED, TEMPLATE = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -57,15 +57,11 @@ class TokenizerFolder:
     def read(cls, path: Path) -> "TokenizerFolder":
         """Read a folder, or a tokenizer.json and what is next to it. UserError when there is no tokenizer.json, or a
         file cannot be read."""
-        path, folder = (path / TOKENIZER, path) if path.is_dir() else (path, path.parent)
-        if not path.is_file():
-            raise UserError(
-                f"no tokenizer.json in {folder}: save the model's tokenizer there in its fast form, {saving(folder)}"
-            )
+        path, folder = (path, path.parent) if path.is_file() else (path / TOKENIZER, path)
         try:
-            tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the reader raises bare Exception for a broken file
-            raise UserError(f"{path} cannot be read ({error}): download it again") from None
+            tokenizer = read_tokenizer(path)
+        except ValueError as error:  # checkpoints_conversion does not import UserError
+            raise UserError(str(error)) from None
         settings = read_object(folder / TOKENS) | read_object(folder / SETTINGS)
         special = SpecialTokens(**{name: _content(settings.get(name)) for name in asdict(SpecialTokens())})
         if not special.given:
@@ -94,11 +90,6 @@ class TokenizerFolder:
                 f"model.chat_template={template} needs the tokens {', '.join(lacking)}, which the tokenizer does not "
                 "have: choose a template that it was made for, or llama2"
             )
-
-
-def saving(folder: Path) -> str:
-    """Return the line of transformers that writes a folder's tokenizer.json anew, from all that it reads there."""
-    return f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
 
 
 def read_object(path: Path) -> dict[str, Any]:
