@@ -19,6 +19,7 @@ from srlm_mega.run.progress import ProgressState
 from srlm_mega.sampling.shards import held_shards
 
 SECONDS_TO_SHOW_STACKS = 3.0
+SECONDS_BETWEEN = 0.2  # they share a log: at one moment their lines would be torn
 
 
 def stall_seconds(stage: Stage, config: Config) -> float:
@@ -68,6 +69,7 @@ def ask_for_stacks(pid: int) -> int:
             if handles_signal(process.pid):
                 os.kill(process.pid, SHOW_STACKS)
                 asked += 1
+                time.sleep(SECONDS_BETWEEN)
     time.sleep(SECONDS_TO_SHOW_STACKS)
     return asked
 
