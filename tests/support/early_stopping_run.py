@@ -12,7 +12,8 @@ from srlm_mega.records import Candidate, read_jsonl
 def small_run(folder: Path, prompts: Path, *overrides: str) -> list[str]:
     """The arguments of a run up to M2 without a model that can do anything: random weights, prompts from a file, a
     random judge of candidates. The learning rate is high, so that each checkpoint answers in its own way."""
-    prompts.write_text("".join(f'{{"instruction": "list {n} animals"}}\n' for n in range(2, 10)))
+    asked = [f"list {n} {kind}" for n in range(2, 6) for kind in ("animals", "fruits")]
+    prompts.write_text("".join(f'{{"instruction": "{instruction}"}}\n' for instruction in asked))
     return [
         "run",
         str(ROOT / "launch/configs/toy_cpu.yaml"),
