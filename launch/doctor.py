@@ -16,7 +16,7 @@ from typing import Literal
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from srlm_mega.launch.probe import MODULES, Answer
+from srlm_mega.launch.probe import MODULES, ProbeAnswer
 
 SCRIPT = Path(__file__).with_name("probe.py")
 FILE = Path(__file__).with_name("versions.toml")  # the sets of versions that belong together
@@ -60,7 +60,7 @@ class Probed:
     """The outcome of a probe: an answer, or a failure in words."""
 
     name: str
-    answer: Answer | None
+    answer: ProbeAnswer | None
     failure: str = ""
 
 
@@ -114,7 +114,7 @@ def run_probe(name: str, seconds: float) -> Probed:
     if process.returncode:
         lines = [line for line in wrong.splitlines() if line.strip()]
         return Probed(name, None, lines[-1].strip() if lines else f"ended with {process.returncode}, nothing said")
-    return Probed(name, Answer(**json.loads(said.splitlines()[-1])))
+    return Probed(name, ProbeAnswer(**json.loads(said.splitlines()[-1])))
 
 
 def diagnose(probed: Sequence[Probed], chosen: VersionSet, under_slurm: bool) -> list[DoctorRow]:
@@ -133,7 +133,7 @@ def diagnose(probed: Sequence[Probed], chosen: VersionSet, under_slurm: bool) ->
     return rows
 
 
-def row(one: Probed, package: Package, found: Mapping[str, Answer], on_gpus: bool) -> DoctorRow:
+def row(one: Probed, package: Package, found: Mapping[str, ProbeAnswer], on_gpus: bool) -> DoctorRow:
     """Judge a part that the version set has; `found` are all parts that are there."""
     wanted = package.tested or package.needs or "any"
     answer = one.answer
@@ -154,7 +154,7 @@ def row(one: Probed, package: Package, found: Mapping[str, Answer], on_gpus: boo
     return DoctorRow(one.name, "ok", said(one), wanted)
 
 
-def clash_with_torch(name: str, version: str, torch: Answer | None, on_gpus: bool) -> tuple[str, str] | None:
+def clash_with_torch(name: str, version: str, torch: ProbeAnswer | None, on_gpus: bool) -> tuple[str, str] | None:
     """Return what torch wants of another part, and the remedy; None when it has that."""
     if torch is None:
         return None

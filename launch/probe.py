@@ -1,5 +1,6 @@
-"""Try one part of an environment: `python probe.py NAME` prints an Answer as JSON, or ends like a broken package: with
-a traceback, a crash, or never. So it has a process of its own (run_probe in doctor.py), and imports no file of ours."""
+"""Try one part of an environment: `python probe.py NAME` prints a ProbeAnswer as JSON, or ends like a broken package:
+with a traceback, a crash, or never. So it has a process of its own (run_probe in doctor.py) and imports no file of
+ours."""
 
 import ctypes
 import importlib.metadata
@@ -28,7 +29,7 @@ WEB_TOOLKIT = ("pyramid", "cryptacular", "velruse")  # what PyPI's `apex` asks f
 
 
 @dataclass(frozen=True)
-class Answer:
+class ProbeAnswer:
     """The state of one part. `cuda`: the CUDA that torch is built for, empty for a CPU build; `triton`: the requirement
     in torch's metadata; `stranger`: another project's package of the same name."""
 
@@ -40,11 +41,11 @@ class Answer:
     stranger: bool = False
 
 
-def probe(name: str) -> Answer:
+def probe(name: str) -> ProbeAnswer:
     """Import the part, or ask it. ValueError for an unknown name."""
     match name:
         case "python":
-            return Answer(platform.python_version(), detail=sys.executable)
+            return ProbeAnswer(platform.python_version(), detail=sys.executable)
         case "cuda":
             return driver()
         case "nccl":
@@ -52,7 +53,7 @@ def probe(name: str) -> Answer:
         case "slurm":
             return slurm()
         case "apex" if is_stranger():
-            return Answer(importlib.metadata.version("apex"), stranger=True)
+            return ProbeAnswer(importlib.metadata.version("apex"), stranger=True)
         case "torch":
             return torch_build(package(name))
         case _ if name in MODULES:
@@ -61,20 +62,20 @@ def probe(name: str) -> Answer:
             raise ValueError(f"no probe {name!r}: there are {', '.join(NAMES)}")
 
 
-def package(name: str) -> Answer:
+def package(name: str) -> ProbeAnswer:
     """Import a package."""
     distribution, module = MODULES[name]
     if importlib.util.find_spec(module.partition(".")[0]) is None:
-        return Answer(absent=True)
+        return ProbeAnswer(absent=True)
     found = import_module(module)
     try:
         version = importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:  # built in place, as in some images
         version = str(vars(found).get("__version__", "0"))
-    return Answer(version, detail=str(found.__file__))
+    return ProbeAnswer(version, detail=str(found.__file__))
 
 
-def torch_build(found: Answer) -> Answer:
+def torch_build(found: ProbeAnswer) -> ProbeAnswer:
     """Add what torch was built for; one small product shows that it computes."""
     if found.absent:
         return found
@@ -85,7 +86,7 @@ def torch_build(found: Answer) -> Answer:
     return replace(found, cuda=cuda, triton=wanted[0] if wanted else "", detail=f"CUDA {cuda}" if cuda else "CPU build")
 
 
-def driver() -> Answer:
+def driver() -> ProbeAnswer:
     """Ask NVIDIA's driver for the CUDA it supports and the number of devices. OSError without libcuda.so.1."""
     library = ctypes.CDLL("libcuda.so.1")
     error = library.cuInit(0)
@@ -95,17 +96,17 @@ def driver() -> Answer:
     library.cuDriverGetVersion(ctypes.byref(number))
     library.cuDeviceGetCount(ctypes.byref(devices))
     version = f"{number.value // 1000}.{number.value % 1000 // 10}"
-    return Answer(version, detail=f"{devices.value} devices")
+    return ProbeAnswer(version, detail=f"{devices.value} devices")
 
 
-def nccl() -> Answer:
+def nccl() -> ProbeAnswer:
     """Return the NCCL that torch was built with."""
     if importlib.util.find_spec("torch") is None:
-        return Answer(absent=True)
+        return ProbeAnswer(absent=True)
     torch = import_module("torch")
     if not torch.distributed.is_nccl_available():
-        return Answer(absent=True, detail="torch was built without it")
-    return Answer(".".join(map(str, torch.cuda.nccl.version())))
+        return ProbeAnswer(absent=True, detail="torch was built without it")
+    return ProbeAnswer(".".join(map(str, torch.cuda.nccl.version())))
 
 
 def is_stranger() -> bool:
@@ -117,14 +118,14 @@ def is_stranger() -> bool:
     return any(line.lower().startswith(WEB_TOOLKIT) for line in asks)
 
 
-def slurm() -> Answer:
+def slurm() -> ProbeAnswer:
     """Look for Slurm's commands, and ask whether its controller answers."""
     if shutil.which("srun") is None or shutil.which("sbatch") is None:
-        return Answer(absent=True)
+        return ProbeAnswer(absent=True)
     asked = subprocess.run(["srun", "--version"], capture_output=True, text=True)
     version = "0" if asked.returncode else asked.stdout.split()[-1]  # it fails where there is no slurm.conf
     ping = subprocess.run(["scontrol", "ping"], capture_output=True, text=True)
-    return Answer(version, detail="controller is UP" if "is UP" in ping.stdout else "no controller answers")
+    return ProbeAnswer(version, detail="controller is UP" if "is UP" in ping.stdout else "no controller answers")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ It has its own loop instead of calling `generate`: a prompt is computed once for
 leave the batch, and every completion has its own random draws, so that the batch size does not decide what is sampled.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from srlm_mega.records import FinishReason
 from srlm_mega.sampling.growing_cache import growing_cache
-from srlm_mega.sampling.sampler import Completion, ModelLimits, SamplingParams
+from srlm_mega.sampling.sampler import Answer, Completion, ModelLimits, Request, SamplingParams
 from srlm_mega.seeds import derive_seed
 
 # Sorting a whole vocabulary costs more than computing its probabilities, and a nucleus seldom needs it.
@@ -43,23 +45,24 @@ class HuggingFaceSampler:
         self._model = model.to(self._device).eval()
         self._limits = ModelLimits(int(model.config.max_position_embeddings), int(model.config.vocab_size))
 
+    def stream(self, requests: Iterator[Request]) -> Iterator[Answer]:
+        """Yield answers as `Sampler.stream` specifies. Batches are made of all requests with the same params that
+        follow one another, so the iterator must end; which requests share a batch follows from these requests alone."""
+        for params, group in groupby(requests, lambda request: request.params):
+            longest_first = sorted(group, key=lambda request: -len(request.prompt))
+            self._limits.check([request.prompt for request in longest_first], params.max_new_tokens)
+            size = max(1, self._batch_size // params.n)  # prompts of similar length share a batch: little padding
+            for start in range(0, len(longest_first), size):
+                yield from self._answer(longest_first[start : start + size], params)
+
     def sample(
         self, prompts: Sequence[tuple[int, ...]], params: SamplingParams, first: int = 0
     ) -> list[list[Completion]]:
         """Sample completions as `Sampler.sample` specifies."""
         self._limits.check(prompts, params.max_new_tokens)
-        completions: list[list[Completion]] = [[] for _ in prompts]
-        # Prompts of similar length share a batch, which keeps padding small.
-        longest_first = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-        with torch.inference_mode():
-            size = max(1, self._batch_size // params.n)
-            for start in range(0, len(longest_first), size):
-                batch = longest_first[start : start + size]
-                seeds = [derive_seed(params.seed, first + index, copy) for index in batch for copy in range(params.n)]
-                rows = self._decode([prompts[index] for index in batch], params, seeds)
-                for row, index in enumerate(batch):
-                    completions[index] = rows[row * params.n : (row + 1) * params.n]
-        return completions
+        requests = [Request(prompt, params, position) for position, prompt in enumerate(prompts, first)]
+        answers = {answer.request.position: answer.completions for answer in self.stream(iter(requests))}
+        return [list(answers[request.position]) for request in requests]
 
     def close(self) -> None:
         """Free the model and its memory."""
@@ -67,10 +70,22 @@ class HuggingFaceSampler:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
+    def _answer(self, batch: Sequence[Request], params: SamplingParams) -> Iterator[Answer]:
+        """Decode one batch, and yield each request's answer when the last of its completions is whole."""
+        seeds = [derive_seed(params.seed, one.position, copy) for one in batch for copy in range(params.n)]
+        rows: list[dict[int, Completion]] = [{} for _ in batch]
+        for row, completion in self._decode([one.prompt for one in batch], params, seeds):
+            index, copy = divmod(row, params.n)
+            rows[index][copy] = completion
+            if len(rows[index]) == params.n:
+                yield Answer(batch[index], tuple(rows[index][copy] for copy in range(params.n)))
+
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
     def _decode(
         self, prompts: Sequence[tuple[int, ...]], params: SamplingParams, seeds: Sequence[int]
-    ) -> list[Completion]:
-        """Decode one batch: `params.n` completions per prompt, those of a prompt in a row; a seed for each."""
+    ) -> Iterator[tuple[int, Completion]]:
+        """Decode one batch of `params.n` completions per prompt, those of a prompt in a row, with a seed for each.
+        Yield each completion with its row as soon as it is whole."""
         input_ids, mask = (tensor.to(self._device) for tensor in left_padded(prompts))
         # Without padding no mask is needed, and attention takes its faster path.
         padded = not bool(mask.all())
@@ -97,13 +112,18 @@ class HuggingFaceSampler:
             logprobs[active] += logprob_of(chosen, logits)
             for row, token in zip(active.tolist(), chosen.tolist(), strict=True):
                 tokens[row].append(token)
-            kept = [place for place, row in enumerate(active.tolist()) if not self._is_whole(tokens[row], params)]
-            unfinished = torch.tensor(kept, dtype=torch.long, device=self._device)
-            is_last = len(unfinished) == 0 or step + 1 == params.max_new_tokens
-            if params.on_finished is not None and (is_last or len(unfinished) < len(active)):
-                params.on_finished(len(active) if is_last else len(active) - len(unfinished))
-            if is_last:
+            is_last = step + 1 == params.max_new_tokens
+            kept = []
+            for place, row in enumerate(active.tolist()):
+                whole = self._is_whole(tokens[row], params)
+                if whole or is_last:
+                    reason: FinishReason = "stop" if whole else "length"
+                    yield row, Completion(tuple(tokens[row]), reason, seeds[row], round(logprobs[row].item(), 4))
+                else:
+                    kept.append(place)
+            if not kept:
                 break
+            unfinished = torch.tensor(kept, dtype=torch.long, device=self._device)
             if len(unfinished) < len(active):  # finished rows cost nothing more
                 cache.batch_select_indices(unfinished)
                 active, chosen, mask = active[unfinished], chosen[unfinished], mask[unfinished]
@@ -116,10 +136,6 @@ class HuggingFaceSampler:
                 use_cache=True,
             )
             logits = output.logits[:, -1]
-        return [
-            Completion(tuple(row), "stop" if self._is_whole(row, params) else "length", seed, round(logprob, 4))
-            for row, seed, logprob in zip(tokens, seeds, logprobs.tolist(), strict=True)
-        ]
 
     def _is_whole(self, tokens: Sequence[int], params: SamplingParams) -> bool:
         return tokens[-1] in self._end_ids or (params.stop is not None and params.stop.is_end(tokens))

@@ -11,7 +11,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait
 from srlm_mega.config.runtime import SamplerConfig
 from srlm_mega.records import FailedRequest
 from srlm_mega.sampling.backends import open_sampler
-from srlm_mega.sampling.sampler import Completion, Sampler, SamplingParams
+from srlm_mega.sampling.sampler import Completion, Request, Sampler, SamplingParams
 from srlm_mega.sampling.shards import too_many_failed
 
 # Backends raise these when an engine, a device or a connection fails. A ValueError would only be raised again.
@@ -30,11 +30,18 @@ class RetryingSampler:
     sleep: Callable[[float], None] = time.sleep
     failed: list[FailedRequest] = field(default_factory=list, init=False)
 
-    def sample(self, ids: Sequence[str], prompts: Sequence[tuple[int, ...]], params: SamplingParams) -> list[Answer]:
+    def sample(
+        self,
+        ids: Sequence[str],
+        prompts: Sequence[tuple[int, ...]],
+        params: SamplingParams,
+        on_answered: Callable[[int], object] = int,
+    ) -> list[Answer]:
         """Return for each prompt its completions, or the FailedRequest with its id; `Sampler.sample` describes prompts
-        and params. CannotContinue when more than `allowed` requests have failed."""
+        and params. `on_answered` gets the number of answers so far. CannotContinue when more than `allowed` requests
+        have failed."""
         try:
-            return list(self._retrying()(self.sampler.sample, prompts, params))
+            return list(self._retrying()(self._together, prompts, params, on_answered))
         except TRANSIENT as error:
             print(f"a batch of {len(prompts)} requests failed, each is now sent alone: {error!r}", flush=True)
         return [self._alone(*request, params) for request in zip(ids, prompts, range(len(prompts)), strict=True)]
@@ -42,6 +49,18 @@ class RetryingSampler:
     def close(self) -> None:
         """Free the model."""
         self.sampler.close()
+
+    def _together(
+        self, prompts: Sequence[tuple[int, ...]], params: SamplingParams, on_answered: Callable[[int], object]
+    ) -> list[list[Completion]]:
+        answers: dict[int, list[Completion]] = {}
+        requests = (Request(prompt, params, position) for position, prompt in enumerate(prompts))
+        for answer in self.sampler.stream(requests):
+            if answer.error:
+                raise RuntimeError(answer.error)
+            answers[answer.request.position] = list(answer.completions)
+            on_answered(len(answers))
+        return [answers[position] for position in range(len(prompts))]
 
     def _alone(self, request_id: str, prompt: tuple[int, ...], position: int, params: SamplingParams) -> Answer:
         try:

@@ -1,7 +1,7 @@
 """The sampler's interface: token ids in, sampled token ids out. Every backend keeps the contract written here
 (tests/support/sampler_contract.py tests it); backends.py opens the configured one."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -24,8 +24,7 @@ class SamplingParams:
     - max_new_tokens: longest completion in tokens, its end token included; at least 1.
     - seed: with a prompt's position and a completion's number it decides all random draws.
     - stop: strings that end a completion in addition to the end tokens; None for no such strings.
-    - on_finished: function that is called with the number of completions that were finished since its last call, by
-      backends that can tell; it is for progress alone.
+    - logprobs: whether completions are to have their cumulative_logprob, which costs some engines time.
     """
 
     n: int
@@ -34,7 +33,7 @@ class SamplingParams:
     max_new_tokens: int
     seed: int
     stop: StopStrings | None = None
-    on_finished: Callable[[int], None] | None = field(default=None, compare=False)
+    logprobs: bool = False
 
     def __post_init__(self) -> None:
         if self.n < 1 or self.max_new_tokens < 1:
@@ -72,9 +71,45 @@ class Completion:
     cumulative_logprob: float | None = field(default=None, compare=False)
 
 
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A prompt (token ids) to continue: `params.n` completions, whose seeds follow from params.seed and `position`."""
+
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A request's completions, in their order; none where it failed, and then `error` says why."""
+
+    request: Request
+    completions: tuple[Completion, ...] = ()
+    error: str = ""
+
+
+class EngineDied(RuntimeError):
+    """The engine is gone: nothing that this sampler is asked will be answered. Another one can be opened."""
+
+
 class Sampler(Protocol):
     """A loaded model that continues prompts. The ids of its end tokens, each of which ends a completion, are given when
     the backend is opened; a model folder's generation_config is ignored."""
+
+    def stream(self, requests: Iterator[Request]) -> Iterator[Answer]:
+        """Yield the answer of each request as it finishes, in any order: what `sample` returns for the same prompt,
+        params and position, up to what the backend's arithmetic makes of requests that are computed together.
+
+        A request is taken from the iterator when the engine has room for it, so that the engine stays full and no more
+        is taken than it can work on. A request that fails costs its own answer only. Closing the returned iterator
+        early aborts what is left.
+
+        Raises:
+            ValueError: for a request that does not fit the model, when it is taken. The sampler stays usable.
+            EngineDied: the engine is gone, where the backend can tell.
+            RuntimeError, OSError: the engine, device or connection failed; the caller may try again what has no answer.
+        """
 
     def sample(
         self, prompts: Sequence[tuple[int, ...]], params: SamplingParams, first: int = 0

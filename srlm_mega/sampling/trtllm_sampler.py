@@ -4,12 +4,12 @@ Never run on real hardware: TensorRT-LLM cannot be imported without a GPU. It wa
 the documented API (tests/support/tensorrt_llm_stand_in); tests/gpu has the same tests for the real one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from tensorrt_llm import SamplingParams as TrtllmParams
 from tensorrt_llm.llmapi import LLM, CompletionOutput
 
-from srlm_mega.sampling.sampler import Completion, ModelLimits, SamplingParams
+from srlm_mega.sampling.sampler import Answer, Completion, ModelLimits, Request, SamplingParams
 from srlm_mega.seeds import derive_seed
 
 
@@ -40,6 +40,12 @@ class TrtllmSampler:
             [self._completion(one, params, seed + copy) for copy, one in enumerate(output.outputs)]
             for output, seed in zip(outputs, seeds, strict=True)
         ]
+
+    def stream(self, requests: Iterator[Request]) -> Iterator[Answer]:
+        """Yield answers as `Sampler.stream` specifies, one request after the other."""
+        for request in requests:
+            (completions,) = self.sample([request.prompt], request.params, request.position)
+            yield Answer(request, tuple(completions))
 
     def close(self) -> None:
         """Shut down the workers, which frees their memory."""

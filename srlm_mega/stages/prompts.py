@@ -139,17 +139,13 @@ def sample_drafts(
         if len(ids) <= longest:  # a request is never cut
             requests.append((request, ids))
     names = [f"r{work.round}-w{wave:05d}-{number:02d}" for number in range(len(requests))]
-    finished = 0
 
-    def report(more: int) -> None:
-        nonlocal finished
-        finished = min(finished + more, len(requests))  # those of a batch that is tried again are counted twice
-        note = f"wave {wave + 1}: {finished} of {len(requests)} requests answered"
+    def report(answered: int) -> None:
+        note = f"wave {wave + 1}: {answered} of {len(requests)} requests answered"
         work.progress.update(len(accepted), settings.per_round, "prompts", note)
 
     report(0)
-    params = replace(by.params, seed=seed, on_finished=report)
-    answers = sampler.sample(names, [ids for _, ids in requests], params)
+    answers = sampler.sample(names, [ids for _, ids in requests], replace(by.params, seed=seed), report)
     return [
         PromptDraft(id=name, request=request, cumulative_logprob=completion.cumulative_logprob, **by.fields(completion))
         for name, (request, _), completions in zip(names, requests, answers, strict=True)

@@ -22,28 +22,30 @@ from srlm_mega.launch.doctor import (
     run_probe,
     version_set,
 )
-from srlm_mega.launch.probe import Answer
+from srlm_mega.launch.probe import ProbeAnswer
 
 TRAINING, SAMPLING, CPU = version_set("training"), version_set("sampling"), version_set("cpu")
-TORCH = Answer("2.10.0a0+b4e4ee81d3", cuda="13.1", triton='triton==3.6.0; platform_system == "Linux"')
+TORCH = ProbeAnswer("2.10.0a0+b4e4ee81d3", cuda="13.1", triton='triton==3.6.0; platform_system == "Linux"')
 WELL = {
-    "python": Answer("3.12.3"),
+    "python": ProbeAnswer("3.12.3"),
     "torch": TORCH,
-    "cuda": Answer("13.1", detail="8 devices"),
-    "nccl": Answer("2.28.9"),
-    "megatron-core": Answer("0.16.1"),
-    "transformer-engine": Answer("2.10.0"),
-    "apex": Answer("0.1"),
-    "flash-attn": Answer(absent=True),
-    "triton": Answer("3.6.0"),
-    "tensorrt-llm": Answer(absent=True),
-    "modelopt": Answer("0.47.0"),
-    "transformers": Answer("5.23.0"),
-    "slurm": Answer("24.05.3", detail="controller is UP"),
+    "cuda": ProbeAnswer("13.1", detail="8 devices"),
+    "nccl": ProbeAnswer("2.28.9"),
+    "megatron-core": ProbeAnswer("0.16.1"),
+    "transformer-engine": ProbeAnswer("2.10.0"),
+    "apex": ProbeAnswer("0.1"),
+    "flash-attn": ProbeAnswer(absent=True),
+    "triton": ProbeAnswer("3.6.0"),
+    "tensorrt-llm": ProbeAnswer(absent=True),
+    "modelopt": ProbeAnswer("0.47.0"),
+    "transformers": ProbeAnswer("5.23.0"),
+    "slurm": ProbeAnswer("24.05.3", detail="controller is UP"),
 }
 
 
-def rows(chosen: VersionSet = TRAINING, under_slurm: bool = False, **changes: Answer | str) -> dict[str, DoctorRow]:
+def rows(
+    chosen: VersionSet = TRAINING, under_slurm: bool = False, **changes: ProbeAnswer | str
+) -> dict[str, DoctorRow]:
     """Of a well environment in which some probes (by name, _ for -) answer otherwise; a text is a failure."""
     probed = WELL | {name.replace("_", "-"): answer for name, answer in changes.items()}
     found = [
@@ -53,7 +55,7 @@ def rows(chosen: VersionSet = TRAINING, under_slurm: bool = False, **changes: An
     return {row.name: row for row in diagnose(found, chosen, under_slurm)}
 
 
-def bad(chosen: VersionSet = TRAINING, under_slurm: bool = False, **changes: Answer | str) -> DoctorRow:
+def bad(chosen: VersionSet = TRAINING, under_slurm: bool = False, **changes: ProbeAnswer | str) -> DoctorRow:
     """The only red row."""
     (row,) = [row for row in rows(chosen, under_slurm, **changes).values() if row.status == "bad"]
     return row
@@ -69,46 +71,46 @@ def test_a_well_environment_is_well() -> None:
     ("changes", "name", "found", "remedy"),
     [
         ({"cuda": "OSError: libcuda.so.1: cannot open shared object file"}, "cuda", "libcuda.so.1", "NVIDIA's driver"),
-        ({"torch": Answer("2.13.0+cpu", detail="CPU build")}, "torch", "CPU build", "CUDA build"),
-        ({"cuda": Answer("12.8")}, "cuda", "12.8", "driver up to date"),
-        ({"megatron_core": Answer("0.15.0")}, "megatron-core", "0.15.0", "megatron-core==0.16.1"),
-        ({"megatron_core": Answer(absent=True)}, "megatron-core", "absent", "megatron-core==0.16.1"),
-        ({"apex": Answer("0.9.10.dev0", stranger=True)}, "apex", "another project's", "pip uninstall apex"),
-        ({"triton": Answer("3.9.0")}, "triton", "3.9.0", "pip install 'triton==3.6.0'"),
+        ({"torch": ProbeAnswer("2.13.0+cpu", detail="CPU build")}, "torch", "CPU build", "CUDA build"),
+        ({"cuda": ProbeAnswer("12.8")}, "cuda", "12.8", "driver up to date"),
+        ({"megatron_core": ProbeAnswer("0.15.0")}, "megatron-core", "0.15.0", "megatron-core==0.16.1"),
+        ({"megatron_core": ProbeAnswer(absent=True)}, "megatron-core", "absent", "megatron-core==0.16.1"),
+        ({"apex": ProbeAnswer("0.9.10.dev0", stranger=True)}, "apex", "another project's", "pip uninstall apex"),
+        ({"triton": ProbeAnswer("3.9.0")}, "triton", "3.9.0", "pip install 'triton==3.6.0'"),
         ({"modelopt": "ImportError: No module named 'requests'"}, "modelopt", "requests", "pip install requests"),
         ({"megatron_core": "ModuleNotFoundError: No module named 'megatron.core'"}, "megatron-core", "megatron.core",
          "pip install --no-deps megatron-core==0.16.1"),
         ({"flash_attn": "ImportError: x.so: undefined symbol: _ZN3c10"}, "flash-attn", "_ZN3c10", "does not fit this"),
         ({"transformer_engine": "ended by SIGSEGV"}, "transformer-engine", "SIGSEGV", "does not fit this torch"),
         ({"transformers": "no answer in 120 s"}, "transformers", "no answer", "faulthandler -c 'import transformers'"),
-        ({"python": Answer("3.10.1")}, "python", "3.10.1", "Python >=3.11"),
+        ({"python": ProbeAnswer("3.10.1")}, "python", "3.10.1", "Python >=3.11"),
     ],
 )  # fmt: skip
-def test_the_red_row_and_its_remedy(changes: dict[str, Answer | str], name: str, found: str, remedy: str) -> None:
+def test_the_red_row_and_its_remedy(changes: dict[str, ProbeAnswer | str], name: str, found: str, remedy: str) -> None:
     row = bad(**changes)
     assert row.name == name and found in row.found and remedy in row.remedy
 
 
 def test_what_is_needed_depends_on_the_purpose() -> None:
-    laptop = {"cuda": "OSError: libcuda.so.1", "torch": Answer("2.13.0+cpu"), "nccl": Answer(absent=True)}
-    assert is_well(list(rows(CPU, triton=Answer("3.9.0"), **laptop).values()))
-    assert bad(CPU, torch=Answer(absent=True)).name == "torch"
+    laptop = {"cuda": "OSError: libcuda.so.1", "torch": ProbeAnswer("2.13.0+cpu"), "nccl": ProbeAnswer(absent=True)}
+    assert is_well(list(rows(CPU, triton=ProbeAnswer("3.9.0"), **laptop).values()))
+    assert bad(CPU, torch=ProbeAnswer(absent=True)).name == "torch"
     missing = [row.name for row in rows(SAMPLING).values() if row.status == "bad"]
     assert missing == ["torch", "tensorrt-llm", "transformers"], "the trainer's environment is not the sampler's"
 
 
 def test_an_untested_version_is_yellow_and_no_failure() -> None:
-    found = rows(torch=Answer("2.12.0", cuda="13.0"))
+    found = rows(torch=ProbeAnswer("2.12.0", cuda="13.0"))
     assert found["torch"].status == "untested" and "may work" in found["torch"].remedy
     assert is_well(list(found.values()))
 
 
 @pytest.mark.parametrize(
-    "answer", [Answer(absent=True), Answer("24.05", detail="no controller answers"), "no answer in 9 s"]
+    "answer", [ProbeAnswer(absent=True), ProbeAnswer("24.05", detail="no controller answers"), "no answer in 9 s"]
 )
-def test_slurm_where_jobs_are_to_run_under_it(answer: Answer | str) -> None:
+def test_slurm_where_jobs_are_to_run_under_it(answer: ProbeAnswer | str) -> None:
     assert "scontrol ping" in bad(under_slurm=True, slurm=answer).remedy
-    if isinstance(answer, Answer):
+    if isinstance(answer, ProbeAnswer):
         assert is_well(list(rows(slurm=answer).values()))
 
 

@@ -1,13 +1,13 @@
 """Second tries: what fails for a moment succeeds, what is poisoned is recorded, and seeds stay what they were."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 
 from srlm_mega.errors import CannotContinue
 from srlm_mega.records import FailedRequest
 from srlm_mega.sampling.retries import RetryingSampler
-from srlm_mega.sampling.sampler import Completion, SamplingParams
+from srlm_mega.sampling.sampler import Answer, Completion, Request, SamplingParams
 from srlm_mega.seeds import derive_seed
 
 PARAMS = SamplingParams(n=2, temperature=1.0, top_p=1.0, max_new_tokens=4, seed=11)
@@ -33,6 +33,13 @@ class Fragile:
             raise RuntimeError("cuda error")
         seeds = [derive_seed(params.seed, first + place) for place in range(len(prompts))]
         return [[Completion((seed,), "length", seed)] * params.n for seed in seeds]
+
+    def stream(self, requests: Iterator[Request]) -> Iterator[Answer]:
+        """All of them in one call."""
+        asked = list(requests)
+        prompts = [request.prompt for request in asked]
+        answers = self.sample(prompts, asked[0].params, asked[0].position)
+        return (Answer(request, tuple(answer)) for request, answer in zip(asked, answers, strict=True))
 
     def close(self) -> None:
         """Nothing to free."""

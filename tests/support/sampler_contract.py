@@ -14,7 +14,7 @@ from tokenizers.models import WordLevel
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from srlm_mega.chat import StopStrings
-from srlm_mega.sampling.sampler import Completion, Sampler, SamplingParams
+from srlm_mega.sampling.sampler import Completion, Request, Sampler, SamplingParams
 
 VOCABULARY, EOS, POSITIONS = 32, 2, 48
 END_IDS = (EOS, 20)  # the second one is an ordinary token to the tokenizer
@@ -156,8 +156,38 @@ def test_prompts_that_do_not_fit_are_refused_and_never_cut(sampler: Sampler) -> 
     assert len(sampler.sample([(3,)], GREEDY)) == 1, "a refused request leaves the sampler usable"
 
 
+def test_a_stream_answers_as_the_calls_do(sampler: Sampler, prompts: Prompts) -> None:
+    """Requests of two calls, one after the other, with seeds and positions of their own."""
+    calls = [(prompts[:9], SAMPLED, 0), (prompts[9:], replace(SAMPLED, seed=8, n=2), 4)]
+    expected = [sampler.sample(*call) for call in calls]
+    requests = [
+        Request(prompt, params, position)
+        for some, params, first in calls
+        for position, prompt in enumerate(some, first)
+    ]
+    answers = {(one.request.params.seed, one.request.position): one for one in sampler.stream(iter(requests))}
+    assert [answer.error for answer in answers.values()] == [""] * len(requests)
+    found = [list(answers[one.params.seed, one.position].completions) for one in requests]
+    assert found == [completions for group in expected for completions in group]
+
+
+def test_a_stream_that_is_left_early_does_no_harm(sampler: Sampler, prompts: Prompts) -> None:
+    stream = sampler.stream(Request(prompt, SAMPLED, position) for position, prompt in enumerate(prompts))
+    first = next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    whole = sampler.sample(prompts, SAMPLED)
+    assert list(first.completions) == whole[first.request.position]
+
+
+def test_a_stream_refuses_what_does_not_fit(sampler: Sampler) -> None:
+    with pytest.raises(ValueError, match="vocabulary"):
+        list(sampler.stream(iter([Request((VOCABULARY,), GREEDY, 0)])))
+    assert len(list(sampler.stream(iter([Request((3,), GREEDY, 0)])))) == 1
+
+
 def test_no_prompts_no_completions(sampler: Sampler) -> None:
     assert sampler.sample([], SAMPLED) == []
+    assert list(sampler.stream(iter([]))) == []
 
 
 def test_ten_thousand_requests_leave_memory_as_it_was(sampler: Sampler, prompts: Prompts) -> None:
