@@ -86,6 +86,37 @@ class Decoding:
 
 @with_config(STRICT)
 @dataclass(frozen=True, slots=True)
+class PromptTokens:
+    """A request to a model as it is handed to the sampler's processes: a name, and the prompt's token ids."""
+
+    id: str
+    token_ids: tuple[int, ...]
+
+
+@with_config(STRICT)
+@dataclass(frozen=True, slots=True)
+class SampledText:
+    """One completion as the sampler's processes hand it back. `text` ends before the stop string; for the others see
+    `srlm_mega.sampling.sampler.Completion`."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    seed: int
+    cumulative_logprob: float | None = None
+
+
+@with_config(STRICT)
+@dataclass(frozen=True, slots=True)
+class SampledTexts:
+    """All completions of a request, by its name."""
+
+    id: str
+    completions: tuple[SampledText, ...]
+
+
+@with_config(STRICT)
+@dataclass(frozen=True, slots=True)
 class PromptDraft:
     """The prompt writer's request and what it wrote, from which several prompts are read, or none."""
 

@@ -22,11 +22,12 @@ from srlm_mega.config.runtime import SamplerConfig
 from srlm_mega.run.plan import find_stage
 from srlm_mega.run.progress import Progress
 from srlm_mega.run.run_dir import RunDir
-from srlm_mega.run.work import Work
 from srlm_mega.sampling.backends import open_sampler
 from srlm_mega.sampling.huggingface_sampler import automatic_device, left_padded
 from srlm_mega.sampling.sampler import SamplingParams
+from srlm_mega.sampling.samplers import Samplers
 from srlm_mega.stages.sample_and_judge import candidates_task, judgements_task
+from srlm_mega.stages.work import Work
 from srlm_mega.tools.bench_record import BenchRecord, BenchRow, make_record, make_row, markdown, write_record
 from srlm_mega.tools.bench_timing import timed
 
@@ -88,7 +89,9 @@ def requests_of(run: RunDir, config: Config, prompts: int) -> list[BenchPart]:
 
     def work(stage: str) -> Work:
         progress = Progress(run.root / "logs" / "bench.progress.json")
-        return Work(run, config, find_stage(config, stage), run.partial(stage), progress)
+        return Work(
+            run, config, find_stage(config, stage), run.partial(stage), progress, Samplers(config, run.replicas)
+        )
 
     candidates, _ = candidates_task(work("round_1/candidates"))
     chosen = {request.id for request in candidates.requests[:prompts]}

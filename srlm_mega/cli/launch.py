@@ -67,7 +67,7 @@ def check_stages(config: "Config", template: "Template", stages: Sequence[str]) 
         case "train":
             fitting = [stage for stage in plan(config) if stage.kind.parallel]
         case "sample":
-            fitting = [stage for stage in plan(config) if stage.kind.samples]
+            fitting = [stage for stage in plan(config) if stage.kind.samples or stage.kind.converts]
         case other:
             assert_never(other)
     if not found or any(stage not in fitting for stage in found):

@@ -54,20 +54,19 @@ def stage(
     raise typer.Exit(run_stages(RunDir(run), names))
 
 
-def replica(run: RunFolder, name: str, number: int) -> None:
-    """Sample shards of a stage, as one of several processes. `srlm stage` starts them."""
-    from srlm_mega.run.run_dir import RunDir
-    from srlm_mega.stages.sharded import work_as_replica
+def replica(folder: Path, number: int) -> None:
+    """Load a model and sample it, as one of several processes, job after job. `srlm stage` starts them."""
+    from srlm_mega.sampling.replica_process import work_as_replica
 
-    raise typer.Exit(work_as_replica(RunDir(run), name, number))
+    raise typer.Exit(work_as_replica(folder, number))
 
 
-def compare_checkpoints(run: RunFolder, name: str, parts: list[str]) -> None:
+def compare_checkpoints(run: RunFolder, name: str) -> None:
     """Compare the newest checkpoint of a training that pauses for early stopping. `srlm run` starts it."""
     from srlm_mega.run.run_dir import RunDir
     from srlm_mega.stages.early_stopping import compare_checkpoints as compare_them
 
-    raise typer.Exit(compare_them(RunDir(run), name, parts))
+    raise typer.Exit(compare_them(RunDir(run), name))
 
 
 def write_report(run: Path) -> None:

@@ -114,6 +114,12 @@ class Config(Section, decides="output"):
         """Number of CPU threads of each rank."""
         return self.launch.threads(self.launch.processes_per_node)
 
-    def sampling_threads(self, replicas: int = 1) -> int:
-        """Return the number of CPU threads of each of so many replicas; as Slurm steps, each has a node's share."""
-        return self.launch.threads(self.sampler.devices_per_node if self.sampler.slurm else replicas)
+    @property
+    def starts_replicas(self) -> bool:
+        """True where models are sampled by processes of their own, else in the process that runs the stage."""
+        return self.sampler.elsewhere or self.sampler_replicas > 1
+
+    @property
+    def sampling_threads(self) -> int:
+        """Number of CPU threads of each replica; as Slurm steps, each has a node's share."""
+        return self.launch.threads(self.sampler.devices_per_node if self.sampler.slurm else self.sampler_replicas)

@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any
 
 from srlm_mega.config.knobs import deciding, flat, knobs
+from srlm_mega.config.runtime import default_shard_size
 
 # Former name -> today's. Files, overrides and finished outputs may have either.
 RENAMED = {
@@ -34,6 +35,8 @@ def listed(changes: Mapping[str, tuple[Any, Any]]) -> str:
 
 def recorded(key: str, values: Mapping[str, Any]) -> Any:
     """Return a key's value among these, else its default; None inside a section that is absent there."""
+    if key == "sampler.shard_size" and values.get(key) is None:
+        return default_shard_size(values.get("sampler.backend", "huggingface"))  # older versions recorded the number
     if key in values or key in REMOVED:
         return values.get(key, REMOVED.get(key))
     if key not in knobs():

@@ -20,6 +20,7 @@ class BackendTraits:
     splits_model: bool  # one replica may hold the model on several GPUs (TP, PP)
     quantizes: bool  # it can load FP8 weights
     loads_engine: bool  # a built TensorRT engine in place of a Hugging Face folder
+    continuous: bool  # its engine works on requests of several shards at once, so bits depend on who shares a batch
 
 
 def traits_of(backend: SamplerBackend) -> BackendTraits:
@@ -27,14 +28,28 @@ def traits_of(backend: SamplerBackend) -> BackendTraits:
     match backend:
         case "huggingface":
             return BackendTraits(
-                needs_gpu=False, needs_mpi=False, splits_model=False, quantizes=False, loads_engine=False
+                needs_gpu=False,
+                needs_mpi=False,
+                splits_model=False,
+                quantizes=False,
+                loads_engine=False,
+                continuous=False,
             )
         case "trtllm_torch":
-            return BackendTraits(needs_gpu=True, needs_mpi=True, splits_model=True, quantizes=True, loads_engine=False)
+            return BackendTraits(
+                needs_gpu=True, needs_mpi=True, splits_model=True, quantizes=True, loads_engine=False, continuous=True
+            )
         case "trtllm_engine":
-            return BackendTraits(needs_gpu=True, needs_mpi=True, splits_model=True, quantizes=True, loads_engine=True)
+            return BackendTraits(
+                needs_gpu=True, needs_mpi=True, splits_model=True, quantizes=True, loads_engine=True, continuous=True
+            )
         case _:
             assert_never(backend)
+
+
+def default_shard_size(backend: SamplerBackend) -> int:
+    """Return the number of requests of a shard where none is configured."""
+    return 16 if traits_of(backend).continuous else 256
 
 
 class SamplerConfig(Section, decides="output"):
@@ -45,7 +60,12 @@ class SamplerConfig(Section, decides="output"):
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Device of backend=huggingface.")
     batch_size: int = Field(64, ge=1, description="Number of sequences per forward pass.")
-    shard_size: int = Field(256, ge=1, description="Requests per shard: the most that a killed stage repeats.")
+    shard_size: int | None = Field(
+        None,
+        ge=1,
+        description="Requests per shard, which a kill repeats; null: 256 for huggingface, 16 for engines, which "
+        "work on several shards at once.",
+    )
     tp_size: int = Field(1, ge=1, description="GPUs that share each layer (TensorRT-LLM only).")
     pp_size: int = Field(1, ge=1, description="Pipeline stages, a GPU each (TensorRT-LLM only).")
     max_num_tokens: int = Field(8192, ge=1, description="Largest number of tokens per forward pass (trtllm_torch).")
@@ -91,6 +111,17 @@ class SamplerConfig(Section, decides="output"):
     def traits(self) -> BackendTraits:
         """Abilities of the configured backend, and needs of its processes."""
         return traits_of(self.backend)
+
+    @property
+    def requests_per_shard(self) -> int:
+        """Number of requests of a shard."""
+        return self.shard_size or default_shard_size(self.backend)
+
+    @property
+    def requests_per_call_shard(self) -> int:
+        """Number of requests of a shard where few are sent at a time: so few that every replica has some, but for a
+        backend that computes a shard's requests together."""
+        return min(4, self.requests_per_shard) if self.traits.continuous else self.requests_per_shard
 
     @property
     def converts(self) -> bool:

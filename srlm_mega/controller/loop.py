@@ -14,7 +14,7 @@ from srlm_mega.controller.display import Display
 from srlm_mega.controller.stage_process import (
     StageProcess,
     check_sampler,
-    comparison_commands,
+    comparison_command,
     launch_mode,
     raise_failure,
     stage_command,
@@ -130,7 +130,7 @@ def execute(group: list[Stage], config: Config, run: RunDir, display: Display, r
     comparison."""
     for stage in group:
         run.progress_file(stage.name).unlink(missing_ok=True)
-    threads = config.training_threads if group[0].kind.parallel else config.sampling_threads()
+    threads = config.training_threads if group[0].kind.parallel else config.sampling_threads
     with started(stage_command(group, config, run), group[0].name, config, run, threads) as process:
         for stage in group:
             limit = stall_seconds(stage, config)
@@ -146,15 +146,14 @@ def execute(group: list[Stage], config: Config, run: RunDir, display: Display, r
 def compare_checkpoints(stage: Stage, config: Config, run: RunDir, display: Display) -> None:
     """Compare a paused training's newest checkpoint, in processes that reach the sampler and the judge."""
     name = f"{stage.name}/early_stopping"
-    for command in comparison_commands(stage, config, run):
-        run.progress_file(name).unlink(missing_ok=True)
-        with started(command, name, config, run, config.sampling_threads()) as process:
-            limit = 60 * config.runtime.progress_timeout_minutes
-            watchdog = StallWatchdog(name, run.partial(stage.name), process.log_path, limit)
-            seconds = watch(name, process, run, display, watchdog, stoppable=True)
-            if process.popen.poll() != 0:
-                raise_failure(name, process, run)
-        display.finished(name, 0, seconds)
+    run.progress_file(name).unlink(missing_ok=True)
+    with started(comparison_command(stage, config, run), name, config, run, config.sampling_threads) as process:
+        limit = 60 * config.runtime.progress_timeout_minutes
+        watchdog = StallWatchdog(name, run.partial(stage.name), process.log_path, limit)
+        seconds = watch(name, process, run, display, watchdog, stoppable=True)
+        if process.popen.poll() != 0:
+            raise_failure(name, process, run)
+    display.finished(name, 0, seconds)
 
 
 def watch(

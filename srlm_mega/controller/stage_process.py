@@ -26,18 +26,15 @@ TORCHRUN_REPORT = "torch/distributed/elastic/multiprocessing/api.py"
 
 
 def launch_mode(stage: Stage, config: Config) -> Literal["as ranks", "here", "in the sampler's environment"]:
-    """Return how a stage's process starts. One whose replicas share its shards starts them itself, from here."""
+    """Return how a stage's process starts. One that samples starts replicas in the sampler's environment from here."""
     if stage.kind.parallel:
         return "as ranks"
-    replicated = stage.kind.in_shards and config.sampler_replicas > 1
-    if stage.kind.samples and config.sampler.elsewhere and not replicated:
-        return "in the sampler's environment"
-    return "here"
+    return "in the sampler's environment" if stage.kind.converts and config.sampler.elsewhere else "here"
 
 
 def check_sampler(missing: list[Stage], config: Config) -> None:
     """Raise UserError before hours of training, and not after them, if the sampler's environment cannot be entered."""
-    if config.sampler.elsewhere and any(stage.kind.samples for stage in missing):
+    if config.sampler.elsewhere and any(stage.kind.samples or stage.kind.converts for stage in missing):
         check_sampler_environment(config)
 
 
@@ -51,25 +48,16 @@ def stage_command(group: list[Stage], config: Config, run: RunDir) -> Start:
         case "in the sampler's environment":
             return Start(sampler_process(config, arguments))
         case "here":
-            replicated = config.sampler_replicas > 1 and any(stage.kind.in_shards for stage in group)
-            return start_one(config, run, names[0], arguments, starts_steps=replicated)
+            samples = any(stage.kind.samples for stage in group)
+            return start_one(config, run, names[0], arguments, starts_steps=samples and config.starts_replicas)
 
 
-def comparison_commands(stage: Stage, config: Config, run: RunDir) -> list[Start]:
-    """Return the commands that compare a paused training's checkpoints: responses and verdict in one process where
-    both can be had. An endpoint is asked from here, as compute nodes often reach nothing outside."""
-    assert config.early_stopping is not None, f"{stage.name} paused without early stopping"
+def comparison_command(stage: Stage, config: Config, run: RunDir) -> Start:
+    """Return the command that compares a paused training's checkpoints. Its process starts replicas in the sampler's
+    environment, and asks an endpoint itself, as compute nodes often reach nothing outside."""
     arguments = ["compare-checkpoints", str(run.root), stage.name]
-
-    def here(*parts: str) -> Start:
-        return start_one(config, run, f"{stage.name}/early_stopping", [*arguments, *parts], starts_steps=False)
-
-    if not config.sampler.elsewhere:
-        return [here("responses", "verdict")]
-    there = sampler_process(config, arguments)
-    if config.early_stopping.judge.endpoint is None:
-        return [Start([*there, "responses", "verdict"])]
-    return [Start([*there, "responses"]), here("verdict")]
+    name = f"{stage.name}/early_stopping"
+    return start_one(config, run, name, arguments, starts_steps=config.starts_replicas)
 
 
 @dataclass(frozen=True)

@@ -62,14 +62,14 @@ def stage_costs(run: RunDir, config: Config) -> list[StageCost]:
 
 def devices_of(stage: Stage, manifest: Manifest, config: Config) -> int:
     """Return the number of devices that a stage held: the ranks of the layout that finished a training; the sampler's
-    devices, or one replica's for a stage without shards; 0 otherwise."""
+    devices, or one replica's for a conversion; 0 otherwise."""
     if stage.kind.parallel:
         layout: Mapping[str, Any] = manifest.layout
         nodes = layout.get("launch.nodes", config.launch.nodes)
         return int(nodes * layout.get("launch.processes_per_node", config.launch.processes_per_node))
     if stage.kind.samples:
-        return config.sampler.num_devices if stage.kind.in_shards else config.sampler.devices_per_replica
-    return 0
+        return config.sampler.num_devices
+    return config.sampler.devices_per_replica if stage.kind.converts else 0
 
 
 def training_rates(path: Path) -> dict[str, float]:

@@ -35,8 +35,7 @@ def layout_of(stage: Stage, config: Config) -> dict[str, Any]:
 
 def read_by(stage: Stage, config: Config) -> dict[str, Any]:
     """Return the values, by dotted key, that a stage records."""
-    replicas = config.sampler_replicas if stage.kind.in_shards else 1
-    threads = config.training_threads if stage.kind.parallel else sampling_threads(config, replicas)
+    threads = config.training_threads if stage.kind.parallel else sampling_threads(config)
     values = leaves(config) | {THREADS: threads}
     return {key: value for key, value in values.items() if within(key, stage.config) and not within(key, NOTHING)}
 
@@ -44,15 +43,15 @@ def read_by(stage: Stage, config: Config) -> dict[str, Any]:
 def responding(config: Config) -> dict[str, Any]:
     """Return the values, by dotted key, that decide what a model answers in comparisons and exports."""
     parts, ignored = (*SAMPLER, "candidates.max_new_tokens"), RECORDED | NOTHING
-    values = leaves(config) | {THREADS: sampling_threads(config, replicas=1)}
+    values = leaves(config) | {THREADS: sampling_threads(config)}
     return {key: value for key, value in values.items() if within(key, parts) and not within(key, ignored)}
 
 
-def sampling_threads(config: Config, replicas: int) -> int | None:
-    """Return the number of CPU threads of each of so many replicas, which decides the last digits of what is computed
-    on CPUs. On GPUs it decides nothing, and is None where the configuration leaves it open."""
+def sampling_threads(config: Config) -> int | None:
+    """Return the number of CPU threads of each replica, which decides the last digits of what is computed on CPUs. On
+    GPUs it decides nothing, and is None where the configuration leaves it open."""
     on_gpus = config.sampler.traits.needs_gpu or config.sampler.device == "cuda"
-    return config.launch.threads_per_process if on_gpus else config.sampling_threads(replicas)
+    return config.launch.threads_per_process if on_gpus else config.sampling_threads
 
 
 def within(key: str, parts: Container[str]) -> bool:

@@ -62,6 +62,11 @@ class RunDir:
         return self.root / "report.html"
 
     @property
+    def replicas(self) -> Path:
+        """Folder of the files by which a stage's replicas are told what to sample; it is there while they live."""
+        return self.root / "replicas"
+
+    @property
     def stop_file(self) -> Path:
         """File that asks the run to stop, with a checkpoint where it trains; the next `srlm run` removes it."""
         return self.root / "stop"

@@ -50,9 +50,9 @@ class StageKind:
 
     `place`: the output's folder in the run, of a {round} or of a {model}. `function`: the import path of the function
     that makes it, loaded only in the process that runs it. `parallel`: it runs on all ranks of a torchrun job.
-    `trains`: it does so step by step, and leaves a checkpoint when it is asked to stop. `samples`: it needs the
-    sampler. `requests`: the import path of the function that lists the requests, where replicas can share them.
-    `resumable`: it resumes what a killed attempt left; others begin anew.
+    `trains`: it does so step by step, and leaves a checkpoint when it is asked to stop. `samples`: it samples models,
+    by all replicas. `converts`: it makes what the sampler loads, in the sampler's environment. `resumable`: it resumes
+    what a killed attempt left; others begin anew.
     """
 
     place: str
@@ -62,13 +62,8 @@ class StageKind:
     parallel: bool = False
     trains: bool = False
     samples: bool = False
-    requests: str | None = None
+    converts: bool = False
     resumable: bool = False
-
-    @property
-    def in_shards(self) -> bool:
-        """True where its requests are divided into shards, which replicas can share."""
-        return self.requests is not None
 
     def of(self, subject: int | str) -> str:
         """Return the name of its output, given a round (a number; 0 is before the first one) or a model (a name)."""
@@ -103,7 +98,7 @@ PRETRAINED_BASE = training("M0", "srlm_mega.stages.train:pretrain", Part.TRAININ
 SFT_BASELINE = training("sft_baseline", "srlm_mega.stages.train:baseline", Part.OTHER, Estimate.SFT_ON_IFT)
 EFT = StageKind(
     "eft", "srlm_mega.stages.eft:build_eft", Part.OTHER, Estimate.EFT,
-    samples=True, requests="srlm_mega.stages.eft:eft_task", resumable=True,
+    samples=True, resumable=True,
 )
 EFT_FROM_RANKS = StageKind("eft", "srlm_mega.stages.eft:score_by_rank", Part.OTHER, Estimate.NO_GPU)
 SFT = training("M1", "srlm_mega.stages.train:supervised", Part.TRAINING, Estimate.SFT)
@@ -112,7 +107,7 @@ PROMPT_WRITER = StageKind("prompt_writer", "srlm_mega.stages.base:take_writer", 
 # One per model.
 SAMPLER_WEIGHTS = StageKind(
     "{model}/sampler_weights", "srlm_mega.stages.sampler_weights:make_sampler_weights", Part.OTHER, Estimate.CONVERSION,
-    samples=True,
+    converts=True,
 )
 EVALUATION = StageKind(
     "{model}/evaluation", "srlm_mega.stages.evaluate:evaluate", Part.EVALUATION, Estimate.EVALUATION,
@@ -126,11 +121,11 @@ PROMPTS = StageKind(
 )
 CANDIDATES = StageKind(
     "{round}/candidates", "srlm_mega.stages.sample_and_judge:sample_candidates", Part.CANDIDATES, Estimate.CANDIDATES,
-    samples=True, requests="srlm_mega.stages.sample_and_judge:candidates_task", resumable=True,
+    samples=True, resumable=True,
 )
 JUDGEMENTS = StageKind(
     "{round}/judgements", "srlm_mega.stages.sample_and_judge:judge_candidates", Part.JUDGEMENTS, Estimate.JUDGEMENTS,
-    samples=True, requests="srlm_mega.stages.sample_and_judge:judgements_task", resumable=True,
+    samples=True, resumable=True,
 )
 ANCHORS = replace(CANDIDATES, place="{round}/anchors", part=Part.OTHER)
 ANCHOR_JUDGEMENTS = replace(JUDGEMENTS, place="{round}/anchor_judgements", part=Part.OTHER)
@@ -139,7 +134,7 @@ PAIRS = StageKind("{round}/pairs", "srlm_mega.stages.pairing:select_pairs", Part
 HEALTH = StageKind("{round}/health", "srlm_mega.stages.health:check_health", Part.OTHER, Estimate.NO_GPU)
 META_JUDGEMENTS = StageKind(
     "{round}/meta_judgements", "srlm_mega.stages.meta_judge:judge_judgements", Part.OTHER, Estimate.META_JUDGEMENTS,
-    samples=True, requests="srlm_mega.stages.meta_judge:comparisons_task", resumable=True,
+    samples=True, resumable=True,
 )
 REFERENCE = StageKind(
     "{round}/reference", "srlm_mega.stages.train:reference", Part.REFERENCE, Estimate.FORWARD_PASS, parallel=True

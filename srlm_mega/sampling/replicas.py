@@ -1,47 +1,115 @@
-"""Replicas: several processes that each load the model and take shards from one list. The functions here run in the
-process that starts them, which loads no model: it watches them and merges the shards."""
+"""Replicas: processes that load one model each and take shards from one list, and then from the next. The class here
+runs in the process that starts them, which loads no model: it watches them, and starts one that died once more."""
 
+import os
 import subprocess
 import time
-from collections.abc import Callable
+from collections import deque
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from threading import Event, Thread
 
+from srlm_mega.config import Config
 from srlm_mega.errors import CANNOT_CONTINUE, USER_ERROR, CannotContinue, UserError
+from srlm_mega.launch.child_process import die_with
+from srlm_mega.launch.sampler_environment import devices_of, sampler_process
+from srlm_mega.records import PromptTokens
 from srlm_mega.run.progress import read_progress
+from srlm_mega.sampling.job_files import CurrentJob, ReplicaSettings, SampledModel, write_job
+from srlm_mega.sampling.sampler import SamplingParams
 from srlm_mega.sampling.sampling_rate import ShardWatch
-from srlm_mega.sampling.shards import WAIT_SECONDS, ShardFiles, ShardReport
+from srlm_mega.sampling.shards import WAIT_SECONDS, ShardFiles
 
 TERMINATE_SECONDS = 30.0  # between SIGTERM and SIGKILL
-R = TypeVar("R")
+HEARTBEAT, HEARTBEAT_SECONDS = "heartbeat", 10.0
 
 
-def run_replicas(
-    files: ShardFiles[R], start: Callable[[int], subprocess.Popen[bytes]], replicas: int, watch: ShardWatch
-) -> None:
-    """Start replicas 0, 1, ..., wait until every shard is finished, and merge. The others take over the shards of a
-    replica that ends. UserError or CannotContinue as a replica reports it; RuntimeError when all have ended."""
-    if not files.merged:
-        files.prepare()
-        seen = set[int]()
-        pass_new_reports(files, seen, watch.earlier)
-        alive = {number: start(number) for number in range(replicas)}
-        try:
-            while missing := files.missing():
-                pass_new_reports(files, seen, watch.finished)
-                for number in [number for number, process in alive.items() if process.poll() is not None]:
-                    handle_end(files, number, alive.pop(number).returncode)
-                if not alive and files.missing():
-                    raise RuntimeError(
-                        f"all {replicas} replicas ended, {len(missing)} shards are not finished: their last lines "
-                        "above say why; the same command resumes the stage"
-                    )
-                time.sleep(WAIT_SECONDS)
-            pass_new_reports(files, seen, watch.finished)
-        finally:
-            terminate(list(alive.values()))
-        files.merge()
-    files.tidy()
+class Replicas:
+    """An `OpenModel` of `config.sampler_replicas` processes, each with the model. They start when the first list of
+    requests comes: on each node one after the other, the next when the last has loaded, because a node's memory and
+    file system do not bear all at once."""
+
+    def __init__(self, config: Config, model: SampledModel, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        ReplicaSettings(model, config.sampler).save(folder)
+        self._config, self._folder = config, folder
+        self._alive: dict[int, subprocess.Popen[bytes]] = {}
+        self._waiting = deque(range(config.sampler_replicas))
+        self._jobs = 0
+        self._closed = Event()
+        Thread(target=self._beat, daemon=True).start()
+
+    def answer(self, files: ShardFiles[PromptTokens], params: SamplingParams, watch: ShardWatch) -> None:
+        """Finish all shards as `OpenModel.answer` specifies. UserError or CannotContinue as a replica reports it."""
+        write_job(files, params)
+        CurrentJob(self._jobs, files.folder).save(self._folder)
+        self._jobs += 1
+        seen, restarted = {shard.number for shard in files.finished()}, set[int]()
+        while True:
+            missing = files.missing()
+            for shard in files.finished():
+                if shard.number not in seen:
+                    seen.add(shard.number)
+                    watch.finished(files.report(shard))
+            if not missing:
+                return
+            self._tend(files, restarted)
+            time.sleep(WAIT_SECONDS)
+
+    def close(self) -> None:
+        """End the processes."""
+        self._closed.set()
+        terminate(list(self._alive.values()))
+
+    def _tend(self, files: ShardFiles[PromptTokens], restarted: set[int]) -> None:
+        """See which replicas ended, give their shards to the others, and start the next on each node."""
+        for number in [number for number, process in self._alive.items() if process.poll() is not None]:
+            code = self._alive.pop(number).returncode
+            raise_reason(self._folder, number)
+            files.release(number)
+            again = number not in restarted
+            print(
+                f"replica {number} ended with code {code}; its shards are free" + ", it starts again" * again,
+                flush=True,
+            )
+            if again:
+                restarted.add(number)
+                self._waiting.append(number)
+        if not self._alive and not self._waiting:
+            raise RuntimeError(
+                f"all {self._config.sampler_replicas} replicas ended, {len(files.missing())} shards are not finished: "
+                "their last lines above say why; the same command resumes the stage"
+            )
+        loading = {self._node(number) for number in self._alive if not self._ready(number).exists()}
+        for number in list(self._waiting):
+            if self._node(number) not in loading:
+                loading.add(self._node(number))
+                self._waiting.remove(number)
+                self._alive[number] = self._started(number)
+
+    def _started(self, number: int) -> "subprocess.Popen[bytes]":
+        """Start `srlm replica` in the sampler's environment; it ends with this process."""
+        self._ready(number).unlink(missing_ok=True)
+        threads = self._config.sampling_threads
+        return subprocess.Popen(
+            sampler_process(self._config, ["replica", str(self._folder), str(number)]),
+            stdin=subprocess.DEVNULL,
+            preexec_fn=partial(die_with, os.getpid()),
+            env=dict(os.environ) | devices_of(number, self._config) | {"OMP_NUM_THREADS": str(threads)},
+        )
+
+    def _node(self, number: int) -> int:
+        sampler = self._config.sampler
+        return number * sampler.devices_per_replica // sampler.devices_per_node
+
+    def _ready(self, number: int) -> Path:
+        return ready_file(self._folder, number)
+
+    def _beat(self) -> None:
+        """Show the replicas that this process lives: one on another node does not end with it."""
+        while not self._closed.is_set():
+            (self._folder / HEARTBEAT).touch()
+            self._closed.wait(HEARTBEAT_SECONDS)
 
 
 def terminate(processes: list[subprocess.Popen[bytes]]) -> None:
@@ -56,26 +124,20 @@ def terminate(processes: list[subprocess.Popen[bytes]]) -> None:
             process.wait()
 
 
-def pass_new_reports(files: ShardFiles[R], seen: set[int], on_finished: Callable[[ShardReport], None]) -> None:
-    """Call `on_finished` with the reports of finished shards whose number is not in `seen`, and add them to it."""
-    for shard in files.finished():
-        if shard.number not in seen:
-            seen.add(shard.number)
-            on_finished(files.report(shard))
-
-
-def handle_end(files: ShardFiles[R], number: int, code: int) -> None:
-    """Release the shards of a replica that ended. UserError or CannotContinue when it left such a reason."""
-    said = read_progress(replica_progress(files.folder, number))
+def raise_reason(folder: Path, number: int) -> None:
+    """Raise UserError or CannotContinue when a replica that ended left such a reason."""
+    said = read_progress(replica_progress(folder, number))
     if said.exit_code == CANNOT_CONTINUE:
         raise CannotContinue(said.message)
     if said.exit_code == USER_ERROR:
         raise UserError(said.message)
-    files.release(number)
-    if code:
-        print(f"replica {number} ended with code {code}; the others take over its shards", flush=True)
 
 
 def replica_progress(folder: Path, number: int) -> Path:
     """Return the file in which a replica leaves the reason when it ends early."""
     return folder / f"replica_{number}.progress.json"
+
+
+def ready_file(folder: Path, number: int) -> Path:
+    """Return the file that a replica makes when its model is loaded."""
+    return folder / f"replica_{number}.ready"

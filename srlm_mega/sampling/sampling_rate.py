@@ -1,13 +1,14 @@
 """Sampling speed of a stage: metrics.jsonl, with a line per shard and one for all, and progress with the time left.
 
-The requests of a shard are answered together, so latency is measured per shard. Its percentiles matter because a stage
-waits for its slowest shards at the end.
+A shard's seconds are from its first request to its last answer; an engine works on several at once, so the rates of
+one say less than those of the stage. The percentiles matter because a stage waits for its slowest shards at the end.
 """
 
 import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import quantiles
+from typing import Protocol
 
 import orjson
 
@@ -17,12 +18,37 @@ ProgressCallback = Callable[[int, int, str], None]
 """Function that is given the requests answered so far, their total, and a note of a few words."""
 
 
+def unreported(done: int, total: int, note: str) -> None:
+    """Show no progress."""
+
+
+class Watch(Protocol):
+    """Hears of the answers and shards of a process as they come."""
+
+    def answered(self) -> None:
+        """Count a request that has its result."""
+
+    def finished(self, report: ShardReport) -> None:
+        """Count a shard that is finished."""
+
+
+class Unwatched:
+    """A `Watch` that counts nothing: a replica's, whose shards are counted by their files."""
+
+    def answered(self) -> None:
+        """Do nothing."""
+
+    def finished(self, report: ShardReport) -> None:
+        """Do nothing."""
+
+
 class ShardWatch:
-    """Turns the reports of finished shards into metrics and progress. `total`: requests of the stage; `devices`: GPUs
-    of one replica; `on_progress` gets requests done, total, and a note with the time left."""
+    """Turns answers and the reports of finished shards into metrics and progress. `metrics_file`: None for none;
+    `total`: requests of the stage; `devices`: GPUs of one replica; `on_progress` gets requests done, total, and a note
+    with the time left."""
 
     def __init__(
-        self, metrics_file: Path, on_progress: ProgressCallback, total: int, devices: int, replicas: int
+        self, metrics_file: Path | None, on_progress: ProgressCallback, total: int, devices: int, replicas: int
     ) -> None:
         self._file = metrics_file
         self._on_progress = on_progress
@@ -31,7 +57,9 @@ class ShardWatch:
         self._replicas = replicas
         self._begin = time.monotonic()
         self._reports: list[ShardReport] = []
-        self._done = self._before = 0
+        self._done = self._before = 0  # of whole shards; and those of earlier attempts
+        self._within = 0  # answers of unfinished shards
+        self._note = ""
         on_progress(0, total, "")
 
     def earlier(self, report: ShardReport) -> None:
@@ -40,15 +68,22 @@ class ShardWatch:
         self._before += report.requests
         self._on_progress(self._done, self._total, "")
 
+    def answered(self) -> None:
+        """Count a request of an unfinished shard."""
+        self._within += 1
+        self._on_progress(self._done + self._within, self._total, self._note)
+
     def finished(self, report: ShardReport) -> None:
         """Count a shard that was finished just now, write its line and report the time left."""
         self._reports.append(report)
         self._done += report.requests
+        self._within = max(0, self._within - report.requests)
         self._write(shard_metrics(report, self._devices))
         seconds = time.monotonic() - self._begin
         left = duration((self._total - self._done) / ((self._done - self._before) / seconds))
         tokens_per_second = sum(report.output_tokens for report in self._reports) / seconds
-        self._on_progress(self._done, self._total, f"{left} left, {tokens_per_second:,.0f} tokens/s")
+        self._note = f"{left} left, {tokens_per_second:,.0f} tokens/s"
+        self._on_progress(self._done + self._within, self._total, self._note)
 
     def close(self) -> None:
         """Write the line for all shards of this attempt."""
@@ -57,6 +92,8 @@ class ShardWatch:
             self._write(stage_metrics(self._reports, seconds, self._devices * self._replicas))
 
     def _write(self, metrics: dict[str, float]) -> None:
+        if self._file is None:
+            return
         with self._file.open("ab") as file:
             file.write(orjson.dumps(metrics, option=orjson.OPT_APPEND_NEWLINE))
 

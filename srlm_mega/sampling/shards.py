@@ -1,15 +1,15 @@
 """Shards: slices of a stage's requests that survive a kill, and that several processes can share.
 
-The requests are a fixed list; a shard is a slice of it with a seed of its own, so its records are the same whether the
-stage ran through or was started ten times, and whichever process made them. A killed stage repeats at most the shards
+The requests are a fixed list, and a shard is a slice of it whose draws follow from its seed, so its records do not
+depend on how often the stage was started, nor on which process made them. A killed stage repeats at most the shards
 it was working on. Several processes (replicas) work on one list: each takes shards by lease files in the folder of the
-finished shards. Doing a shard twice does no harm.
+finished shards (in_flight.py). Doing a shard twice does no harm.
 """
 
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -26,16 +26,19 @@ from srlm_mega.seeds import derive_seed
 FAILED = "failed.jsonl"
 WAIT_SECONDS = 0.2  # between two looks at the files of other processes
 R = TypeVar("R")
+A = TypeVar("A")
 
 
 @dataclass(frozen=True)
 class Shard(Generic[R]):
-    """A slice of the requests with its own seed; `first` is the position of its first request in the whole list."""
+    """A slice of the requests. `first` is the position of its first request in the whole list, `position` the one that
+    decides that request's draws together with `seed`: 0 where the shard has a seed of its own."""
 
     number: int
     first: int
     seed: int
     requests: Sequence[R]
+    position: int = 0
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,19 @@ class Answered:
     failed: Sequence[FailedRequest] = ()
     prompt_tokens: int = 0
     output_tokens: int = 0
+
+    def report(self, shard: Shard[Any], replica: int, queue_seconds: float, seconds: float) -> "ShardReport":
+        """Return the shard's report."""
+        return ShardReport(
+            shard=shard.number,
+            replica=replica,
+            requests=len(shard.requests),
+            failed=len(self.failed),
+            prompt_tokens=self.prompt_tokens,
+            output_tokens=self.output_tokens,
+            queue_seconds=round(queue_seconds, 3),
+            seconds=round(seconds, 3),
+        )
 
 
 @dataclass(frozen=True)
@@ -67,6 +83,14 @@ def cut_into_shards(requests: Sequence[R], shard_size: int, run_seed: int, *name
     the names of its purpose (such as round and stage) and its number."""
     return [
         Shard(number, first, derive_seed(run_seed, *names, number), requests[first : first + shard_size])
+        for number, first in enumerate(range(0, len(requests), shard_size))
+    ]
+
+
+def cut_one_call(requests: Sequence[R], shard_size: int, seed: int) -> list[Shard[R]]:
+    """Cut requests into slices that share a seed, so that the draws do not depend on `shard_size`."""
+    return [
+        Shard(number, first, seed, requests[first : first + shard_size], first)
         for number, first in enumerate(range(0, len(requests), shard_size))
     ]
 
@@ -93,11 +117,20 @@ class ShardFiles(Generic[R]):
 
     def missing(self) -> list[Shard[R]]:
         """Return the shards that no process has finished."""
-        return [shard for shard in self.shards if not self._file(shard, ".jsonl").exists()]
+        names = self._names()
+        return [shard for shard in self.shards if self._file(shard, ".jsonl").name not in names]
 
     def finished(self) -> list[Shard[R]]:
         """Return the shards that some process has finished."""
-        return [shard for shard in self.shards if self._file(shard, ".jsonl").exists()]
+        names = self._names()
+        return [shard for shard in self.shards if self._file(shard, ".jsonl").name in names]
+
+    def lease_next(self, replica: int, take_over_seconds: float) -> Shard[R] | None:
+        """Take the first free shard for a replica, else one that another has held for too long; None without either."""
+        names = self._names()
+        unfinished = [shard for shard in self.shards if self._file(shard, ".jsonl").name not in names]
+        unfinished.sort(key=lambda shard: self._file(shard, ".lease").name in names)  # the free ones first
+        return next((shard for shard in unfinished if self.lease(shard, replica, take_over_seconds)), None)
 
     def lease(self, shard: Shard[R], replica: int, take_over_seconds: float) -> bool:
         """Take a shard for a replica if it is free, or if another replica has held it for more than
@@ -155,26 +188,41 @@ class ShardFiles(Generic[R]):
         """Read the report of a finished shard."""
         return ShardReport(**orjson.loads(self._file(shard, ".report.json").read_bytes()))
 
-    def merge(self) -> None:
-        """Write the records of all shards to the output, and their failures, if any, to failed.jsonl next to it.
-        CannotContinue when more than `allowed` failed: the next attempt repeats the shards that have failures."""
+    def read(self, kind: type[A]) -> Iterator[A]:
+        """Yield the records of all shards, in order."""
+        return (record for shard in self.shards for record in read_jsonl(self._file(shard, ".jsonl"), kind))
+
+    def check_failures(self) -> list[FailedRequest]:
+        """Return the failed requests of all shards. CannotContinue when more than `allowed` failed: the next attempt
+        repeats the shards that have failures."""
+        failed: list[FailedRequest] = []
         with_failures = [shard for shard in self.shards if self._file(shard, ".failed.jsonl").exists()]
-        parts = [self._file(shard, ".failed.jsonl") for shard in with_failures]
-        failed = [one for part in parts for one in read_jsonl(part, FailedRequest)]
+        for shard in with_failures:
+            failed += read_jsonl(self._file(shard, ".failed.jsonl"), FailedRequest)
         if self.allowed is not None and len(failed) > self.allowed:
             for shard in with_failures:
                 self._file(shard, ".jsonl").unlink()
             raise too_many_failed(failed, self.allowed)
+        return failed
+
+    def merge(self, write: Callable[[Path], object] | None = None) -> None:
+        """Write the output by `write`, or the records of all shards, and the failures, if any, to failed.jsonl next to
+        it. CannotContinue as `check_failures` does."""
+        failed = self.check_failures()
         if failed:
-            write_durably(self.output.with_name(FAILED), partial(concatenate, parts))
+            write_durably(self.output.with_name(FAILED), partial(write_jsonl, records=failed))
         else:  # that of an earlier comparison in this folder
             self.output.with_name(FAILED).unlink(missing_ok=True)
-        write_durably(self.output, partial(concatenate, [self._file(shard, ".jsonl") for shard in self.shards]))
+        records = partial(concatenate, [self._file(shard, ".jsonl") for shard in self.shards])
+        write_durably(self.output, write or records)
 
     def tidy(self) -> None:
         """Remove the shards' folder, which nobody needs after the merge."""
         if self.folder.exists():
             shutil.rmtree(self.folder)
+
+    def _names(self) -> set[str]:
+        return set(os.listdir(self.folder)) if self.folder.is_dir() else set()
 
     def _file(self, shard: Shard[R], suffix: str) -> Path:
         return self.folder / f"shard_{shard.number:05d}{suffix}"
@@ -209,46 +257,22 @@ def run_shards(
     on_earlier: Callable[[ShardReport], None] = ignore,
     on_finished: Callable[[ShardReport], None] = ignore,
 ) -> None:
-    """Work on all unfinished shards in this process, in order, and merge them. `on_earlier` gets the reports of shards
-    that an earlier attempt finished, `on_finished` those of this one. CannotContinue when too many requests failed."""
+    """Work on all unfinished shards in this process, one after the other, and merge them. `on_earlier` gets the reports
+    of shards that an earlier attempt finished, `on_finished` those of this one. CannotContinue when too many requests
+    failed."""
     if not files.merged:
         files.prepare()
         for shard in files.finished():
             on_earlier(files.report(shard))
-        take_shards(files, work, 0, float("inf"), on_finished)
+        ready = time.monotonic()
+        for shard in files.missing():
+            begin = time.monotonic()
+            answered = work(shard)
+            report = answered.report(shard, 0, begin - ready, time.monotonic() - begin)
+            files.finish(shard, answered, report)
+            on_finished(report)
         files.merge()
     files.tidy()
-
-
-def take_shards(
-    files: ShardFiles[R],
-    work: Callable[[Shard[R]], Answered],
-    replica: int,
-    take_over_seconds: float,
-    on_finished: Callable[[ShardReport], None] = ignore,
-) -> None:
-    """Work on shards that no other process holds, until all shards are finished. A shard that another replica has held
-    for more than `take_over_seconds` is taken over."""
-    ready = time.monotonic()
-    while missing := files.missing():
-        shard = next((one for one in missing if files.lease(one, replica, take_over_seconds)), None)
-        if shard is None:  # others hold all that is left; one of them may still end, and release its shard
-            time.sleep(WAIT_SECONDS)
-            continue
-        begin = time.monotonic()
-        answered = work(shard)
-        report = ShardReport(
-            shard=shard.number,
-            replica=replica,
-            requests=len(shard.requests),
-            failed=len(answered.failed),
-            prompt_tokens=answered.prompt_tokens,
-            output_tokens=answered.output_tokens,
-            queue_seconds=round(begin - ready, 3),
-            seconds=round(time.monotonic() - begin, 3),
-        )
-        files.finish(shard, answered, report)
-        on_finished(report)
 
 
 def concatenate(parts: Sequence[Path], path: Path) -> None:

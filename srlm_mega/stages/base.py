@@ -12,10 +12,10 @@ from srlm_mega.checkpoints_conversion.model_folder import check_model_folder
 from srlm_mega.checkpoints_conversion.random_weights import random_weights
 from srlm_mega.config.training import ModelConfig
 from srlm_mega.errors import UserError
-from srlm_mega.run.work import Done, Work
 from srlm_mega.seeds import derive_seed
 from srlm_mega.stages.chat_format import chosen_template
 from srlm_mega.stages.sampler_weights import require_verified
+from srlm_mega.stages.work import Done, Work
 
 
 def make_base(work: Work) -> Done:

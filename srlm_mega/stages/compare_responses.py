@@ -10,15 +10,14 @@ from srlm_mega.evaluation.lengths import length_controlled
 from srlm_mega.evaluation.results import Comparison, EvaluationSample
 from srlm_mega.evaluation.win_rates import head_to_head_of
 from srlm_mega.judging.pairwise import Outcome, outcome, pairwise_template
-from srlm_mega.records import Candidate, FailedRequest, PairwiseJudgement, read_jsonl
+from srlm_mega.records import Candidate, PairwiseJudgement, read_jsonl
 from srlm_mega.run.stage_kinds import EVALUATION
-from srlm_mega.run.work import Work
-from srlm_mega.sampling.sampling_rate import ProgressCallback, ShardWatch
-from srlm_mega.sampling.shards import FAILED, ShardFiles, cut_into_shards, run_shards
+from srlm_mega.sampling.sampling_rate import ProgressCallback
 from srlm_mega.stages.judges import open_judge, open_m1
 from srlm_mega.stages.pairwise_judge import OpenJudge, PairwiseQuestion
 from srlm_mega.stages.sampler_weights import loaded_folder
 from srlm_mega.stages.sampling_task import report_progress
+from srlm_mega.stages.work import Work
 
 
 @dataclass(frozen=True)
@@ -42,9 +41,9 @@ def compare_with_m1(work: Work, samples: Sequence[EvaluationSample]) -> Comparis
 
     opener: OpenJudge
     if settings is None:
-        opener = partial(open_m1, work.run, config, loaded_folder(work, "M1"))
+        opener = partial(open_m1, work.run, work.samplers, loaded_folder(work, "M1"))
     else:
-        opener = partial(open_judge, settings, config.sampler, config.model.allow_unverified)
+        opener = partial(open_judge, settings, work.samplers, config.model.allow_unverified)
     on_progress = partial(report_progress, work, "questions to the judge")
     return compare((work.stage.model, "M1"), matches, opener, work.out / "pairwise.jsonl", on_progress)
 
@@ -63,13 +62,10 @@ def compare(
         # A prompt is left out as a whole when one of its two orders is too long: a verdict takes both.
         too_long = {question.prompt_id for question in questions if not judge.fits(question.text)}
         sent = [question for question in questions if question.prompt_id not in too_long]
-        watch = ShardWatch(file.with_name("metrics.jsonl"), on_progress, len(sent), devices=1, replicas=1)
-        files = ShardFiles(cut_into_shards(sent, judge.shard_size, 0, "pairwise"), file)
-        run_shards(files, judge.answer, watch.earlier, watch.finished)
-        watch.close()
+        judge.judge(sent, file, on_progress)
     judgements = list(read_jsonl(file, PairwiseJudgement))
-    failed_file = file.with_name(FAILED)
-    failed = {one.id for one in read_jsonl(failed_file, FailedRequest)} if failed_file.exists() else set[str]()
+    judged = {(one.prompt_id, one.ours_first) for one in judgements}
+    failed = {one.prompt_id for one in sent if (one.prompt_id, one.ours_first) not in judged}
     outcomes = outcomes_of(judgements)
     decided = [match for match in matches if match.prompt_id in outcomes]
     controlled = (

@@ -1,7 +1,7 @@
 """Comparisons while training is paused: the newest checkpoint answers the validation prompts, and a judge compares its
 responses with those of the best checkpoint before it. The verdict is a file that the training reads."""
 
-from collections.abc import Sequence
+from contextlib import closing
 from functools import partial
 
 from srlm_mega.config.file import load_config
@@ -12,27 +12,28 @@ from srlm_mega.run.plan import find_stage
 from srlm_mega.run.progress import Progress
 from srlm_mega.run.run_dir import RunDir
 from srlm_mega.run.stage_kinds import model_name
-from srlm_mega.run.work import Work
+from srlm_mega.sampling.samplers import Samplers
 from srlm_mega.stages.compare_responses import compare, matches_of
 from srlm_mega.stages.judges import open_judge
 from srlm_mega.stages.responses import Writer, respond
 from srlm_mega.stages.sampling_task import report_progress
+from srlm_mega.stages.work import Work
 
 
-def compare_checkpoints(run: RunDir, name: str, parts: Sequence[str]) -> int:
-    """Do the comparison (`parts`: `responses`, `verdict` or both) that a paused training stage waits for. Returns the
-    exit code; an error's message is in the progress file. UserError when no checkpoint waits."""
+def compare_checkpoints(run: RunDir, name: str) -> int:
+    """Do the comparison that a paused training stage waits for. Returns the exit code; an error's message is in the
+    progress file. UserError when no checkpoint waits."""
     config = load_config(run.config_file)
     progress = Progress(run.progress_file(f"{name}/early_stopping"))
-    work = Work(run, config, find_stage(config, name), run.partial(name), progress)
+    samplers = Samplers(config, run.replicas)
+    work = Work(run, config, find_stage(config, name), run.partial(name), progress, samplers)
     files = EarlyStoppingFiles(work.out)
     step = files.waiting()
     if step is None:
         raise UserError(f"{name} has no checkpoint that waits for a comparison: `srlm run` resumes it by itself")
     try:
-        if "responses" in parts:
+        with closing(samplers):
             sample_responses(work, files, step)
-        if "verdict" in parts:
             write_verdict(work, files, step)
     except (UserError, CannotContinue, OSError) as error:
         progress.failed(exit_code(error), reason(error))
@@ -53,7 +54,7 @@ def sample_responses(work: Work, files: EarlyStoppingFiles, step: int) -> None:
                 writer = Writer(work.run.digest(start), work.run.weights(start))
             else:
                 writer = Writer(f"{work.stage.name} step {one}", files.export(one))
-            respond(work.config, writer, prompts, 0.0, 1.0, files.responses(one), on_progress)
+            respond(work.samplers, writer, prompts, 0.0, 1.0, files.responses(one), on_progress)
 
 
 def write_verdict(work: Work, files: EarlyStoppingFiles, step: int) -> None:
@@ -61,7 +62,7 @@ def write_verdict(work: Work, files: EarlyStoppingFiles, step: int) -> None:
     settings, verdicts, exported = work.config.early_stopping, files.verdicts(), files.exported(step)
     assert settings is not None and exported is not None, f"no early stopping, or no export of step {step}"
     against, file = kept_step(verdicts), files.judgements(step)
-    opener = partial(open_judge, settings.judge, work.config.sampler, work.config.model.allow_unverified)
+    opener = partial(open_judge, settings.judge, work.samplers, work.config.model.allow_unverified)
     names, on_progress = (f"step {step}", f"step {against}"), partial(report_progress, work, "questions to the judge")
     matches = matches_of(files.responses(step), files.responses(against))
     comparison = compare(names, matches, opener, file, on_progress)

@@ -18,11 +18,11 @@ from srlm_mega.data.eft_selection import (
 )
 from srlm_mega.errors import CannotContinue
 from srlm_mega.records import Judgement, RankedReplies, SftExample, read_jsonl, write_jsonl
-from srlm_mega.run.work import Done, Work
 from srlm_mega.sampling.sampler import SamplingParams
 from srlm_mega.seeds import derive_seed
 from srlm_mega.stages.sampling_task import SampledBy, SamplingRequest, SamplingTask, judge_template, judgements_of
 from srlm_mega.stages.sharded import sample_in_shards
+from srlm_mega.stages.work import Done, Work
 
 MODEL = "sft_baseline"
 JUDGEMENTS = "judgements.jsonl"

@@ -1,12 +1,15 @@
 """The pairwise judge behind an OpenAI-compatible endpoint: several questions at once, failures counted."""
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from srlm_mega.config.comparison import PairwiseJudgeConfig
 from srlm_mega.errors import CannotContinue
 from srlm_mega.judging.endpoint import Endpoint, RequestFailed
 from srlm_mega.records import Decoding, FailedRequest, PairwiseJudgement
-from srlm_mega.sampling.shards import Answered, Shard
+from srlm_mega.sampling.sampling_rate import ProgressCallback, ShardWatch
+from srlm_mega.sampling.shards import Answered, Shard, ShardFiles, cut_into_shards, run_shards
 from srlm_mega.stages.pairwise_judge import PairwiseQuestion, judgement_of
 from srlm_mega.stages.sampling_task import CompletionFields
 
@@ -18,7 +21,7 @@ class EndpointJudge:
 
     def __init__(self, settings: PairwiseJudgeConfig, allowed: int) -> None:
         """Open the connection. UserError when the environment variable with the endpoint's key is not set."""
-        self.name, self.shard_size = settings.model, SHARD_SIZE
+        self.name = settings.model
         self._settings, self._endpoint, self._allowed = settings, Endpoint(settings), allowed
         self._failed = 0
 
@@ -26,8 +29,15 @@ class EndpointJudge:
         """Return True: only the endpoint knows its limit, and a question that it refuses is a failed request."""
         return True
 
-    def answer(self, shard: Shard[PairwiseQuestion]) -> Answered:
-        """Answer a shard's questions, several at once, as `PairwiseJudge.answer` specifies."""
+    def judge(self, questions: Sequence[PairwiseQuestion], file: Path, on_progress: ProgressCallback) -> None:
+        """Ask all questions as `PairwiseJudge.judge` specifies."""
+        watch = ShardWatch(file.with_name("metrics.jsonl"), on_progress, len(questions), devices=1, replicas=1)
+        files = ShardFiles(cut_into_shards(questions, SHARD_SIZE, 0, "pairwise"), file)
+        run_shards(files, self._answer, watch.earlier, watch.finished)
+        watch.close()
+
+    def _answer(self, shard: Shard[PairwiseQuestion]) -> Answered:
+        """Answer a shard's questions, several at once."""
         with ThreadPoolExecutor(self._settings.concurrent_requests) as threads:
             answers = list(threads.map(self._ask, shard.requests))
         failed = [answer for answer in answers if isinstance(answer, FailedRequest)]

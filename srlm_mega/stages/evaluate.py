@@ -25,17 +25,17 @@ from srlm_mega.evaluation.results import (
 )
 from srlm_mega.evaluation.win_rates import HeadToHead, head_to_head
 from srlm_mega.judging.scores import mean_score, score_of
-from srlm_mega.records import Prompt, RankedReplies, read_jsonl, write_jsonl
+from srlm_mega.records import Prompt, PromptTokens, RankedReplies, read_jsonl, write_jsonl
 from srlm_mega.run.stage_kinds import BEFORE_ROUNDS, EVALUATION
-from srlm_mega.run.work import Done, Work
-from srlm_mega.sampling.retries import RetryingSampler, none_failed
+from srlm_mega.sampling.job_files import SampledModel
 from srlm_mega.sampling.sampler import SamplingParams
 from srlm_mega.sampling.shards import write_durably
 from srlm_mega.seeds import derive_seed
 from srlm_mega.stages.compare_responses import compare_with_m1
 from srlm_mega.stages.responses import held_out
-from srlm_mega.stages.sampler_weights import open_model
+from srlm_mega.stages.sampler_weights import sampled_model
 from srlm_mega.stages.sampling_task import judge_template
+from srlm_mega.stages.work import Done, Work
 
 
 def evaluate(work: Work) -> Done:
@@ -83,14 +83,12 @@ def measure(work: Work, model: str, keep: bool) -> tuple[list[EvaluationSample],
     if keep and samples_file.exists():  # it is written last, so measured.json is there too
         (measured,) = read_jsonl(measured_file, Measured)
         return list(read_jsonl(samples_file, EvaluationSample)), measured
-    chat = Chat.from_folder(work.run.weights(model))
-    sampler = open_model(work, model, allowed=0)  # no request may fail: models are compared on the same prompts
+    chat, sampled = Chat.from_folder(work.run.weights(model)), sampled_model(work, model)
     work.progress.update(0, 2, "parts", "responses")
-    samples, lengths, too_long = make_samples(work, chat, sampler)
+    samples, lengths, too_long = make_samples(work, chat, sampled)
     work.progress.update(1, 2, "parts", "judgements")
-    judged, judgements = measure_judge(work, chat, sampler)
+    judged, judgements = measure_judge(work, chat, sampled)
     measured = Measured(tuple(lengths), too_long, tuple(judged), judgements)
-    sampler.close()
     if keep:
         write_durably(measured_file, partial(write_jsonl, records=[measured]))
     write_durably(samples_file, partial(write_jsonl, records=samples))
@@ -110,7 +108,7 @@ def pairwise_counts(comparison: Comparison) -> dict[str, float]:
     return counts | {f"pairwise_{key}": number for key, number in result.items()}
 
 
-def make_samples(work: Work, chat: Chat, sampler: RetryingSampler) -> tuple[list[EvaluationSample], list[int], int]:
+def make_samples(work: Work, chat: Chat, model: SampledModel) -> tuple[list[EvaluationSample], list[int], int]:
     """Return a greedy and a sampled response per held-out prompt, the lengths of the sampled ones in tokens, and the
     number of prompts left out because a whole response would not fit. UserError when none fits."""
     settings, length = work.config.evaluation, work.config.candidates.max_new_tokens
@@ -119,24 +117,24 @@ def make_samples(work: Work, chat: Chat, sampler: RetryingSampler) -> tuple[list
     prompts = [prompt for prompt in given if len(chat.prompt(prompt.text, prompt.system)) <= longest]
     if not prompts:
         raise UserError(f"no held-out prompt has {longest} tokens or fewer: lower candidates.max_new_tokens")
-    ids = [chat.prompt(prompt.text, prompt.system) for prompt in prompts]
+    requests = [PromptTokens(prompt.id, chat.prompt(prompt.text, prompt.system)) for prompt in prompts]
     # The same draws for every model, so that differences come from the models alone.
     seed = derive_seed(work.config.run.seed, "evaluation", "responses")
-    names = [prompt.id for prompt in prompts]
-    greedy = none_failed(sampler.sample(names, ids, SamplingParams(1, 0.0, 1.0, length, seed)))
+    # No request may fail: models are compared on the same prompts.
+    greedy = work.samplers.ask(model, requests, SamplingParams(1, 0.0, 1.0, length, seed), work.out / "greedy")
     params = SamplingParams(1, settings.temperature, settings.top_p, length, seed)
-    sampled = none_failed(sampler.sample(names, ids, params))
+    sampled = work.samplers.ask(model, requests, params, work.out / "sampled")
     has_truth = work.config.seed_data.source == "toy_world"
     samples = []
     for prompt, *answers in zip(prompts, greedy, sampled, strict=True):
-        texts = [chat.decode(completion.token_ids) for (completion,) in answers]
+        texts = [answer.completions[0].text for answer in answers]
         qualities = [quality(prompt.text, text) if has_truth else None for text in texts]
         samples.append(EvaluationSample(prompt.id, prompt.question, texts[0], texts[1], *qualities))
-    lengths = [len(completion.token_ids) for (completion,) in sampled]
+    lengths = [len(answer.completions[0].token_ids) for answer in sampled]
     return samples, lengths, len(given) - len(prompts)
 
 
-def measure_judge(work: Work, chat: Chat, sampler: RetryingSampler) -> tuple[list[JudgedBy], JudgementCounts]:
+def measure_judge(work: Work, chat: Chat, model: SampledModel) -> tuple[list[JudgedBy], JudgementCounts]:
     """Measure how well the model's scores agree with ranked replies, for means of judge.n judgements, single judgements
     and means of each size in evaluation.judge_means. All share evaluation.judge_replicates replicates, of which smaller
     sizes take the first judgements. Return the metrics of each size, and counts of the judgements. Write
@@ -144,7 +142,7 @@ def measure_judge(work: Work, chat: Chat, sampler: RetryingSampler) -> tuple[lis
     judge, evaluation = work.config.judge, work.config.evaluation
     sets = list(read_jsonl(work.read("seed", "eft_eval.jsonl"), RankedReplies))
     most = max(judge.n, *evaluation.judge_means)
-    scores, counts = score_replies(work, chat, sampler, sets, most * evaluation.judge_replicates)
+    scores, counts = score_replies(work, chat, model, sets, most * evaluation.judge_replicates)
 
     def replicates(size: int, ranked: RankedReplies, replies: list[list[float | None]]) -> list[list[RankedScore]]:
         min_valid, starts = min(judge.min_valid, size), range(0, most * evaluation.judge_replicates, most)
@@ -166,7 +164,7 @@ def measure_judge(work: Work, chat: Chat, sampler: RetryingSampler) -> tuple[lis
 
 
 def score_replies(
-    work: Work, chat: Chat, sampler: RetryingSampler, sets: Sequence[RankedReplies], judgements: int
+    work: Work, chat: Chat, model: SampledModel, sets: Sequence[RankedReplies], judgements: int
 ) -> tuple[list[list[list[float | None]]], JudgementCounts]:
     """Return scores[set][reply][judgement], None where there is none, with an empty list for a reply that is too long;
     and counts of the judgements."""
@@ -180,13 +178,13 @@ def score_replies(
     ]
     seed = derive_seed(work.config.run.seed, "evaluation", "judgements")
     params = SamplingParams(judgements, judge.temperature, judge.top_p, judge.max_new_tokens, seed)
-    names = [f"{sets[number].id}/{index}" for number, index, _ in requests]
-    answers = none_failed(sampler.sample(names, [ids for _, _, ids in requests], params))
+    asked = [PromptTokens(f"{sets[number].id}/{index}", ids) for number, index, ids in requests]
+    answers = work.samplers.ask(model, asked, params, work.out / "scores")
     scores: list[list[list[float | None]]] = [[[] for _ in ranked.replies] for ranked in sets]
-    for (number, index, _), completions in zip(requests, answers, strict=True):
-        scores[number][index] = [score_of(chat.decode(one.token_ids), one.finish_reason) for one in completions]
+    for (number, index, _), answer in zip(requests, answers, strict=True):
+        scores[number][index] = [score_of(one.text, one.finish_reason) for one in answer.completions]
     given = [score for one in scores for replies in one for score in replies]
-    cut = sum(one.finish_reason == "length" for completions in answers for one in completions)
+    cut = sum(one.finish_reason == "length" for answer in answers for one in answer.completions)
     return scores, JudgementCounts(len(given), sum(score is None for score in given), cut)
 
 

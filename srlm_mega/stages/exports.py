@@ -7,6 +7,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from srlm_mega.chat import Chat
 from srlm_mega.errors import UserError
@@ -17,11 +18,11 @@ from srlm_mega.evaluation.export_formats import (
     alpaca_json,
     mt_bench_line,
 )
-from srlm_mega.records import Candidate, Prompt, read_jsonl
+from srlm_mega.records import Candidate, Prompt, PromptTokens, SampledText, read_jsonl
 from srlm_mega.run.files import write_atomic
 from srlm_mega.run.identity import responding
-from srlm_mega.sampling.retries import RetryingSampler, none_failed, open_retrying_sampler
-from srlm_mega.sampling.sampler import Completion, SamplingParams
+from srlm_mega.sampling.sampler import SamplingParams
+from srlm_mega.sampling.samplers import Samplers
 from srlm_mega.seeds import derive_seed
 from srlm_mega.stages.head_to_head import RunModel, begin, print_progress
 from srlm_mega.stages.responses import respond
@@ -45,9 +46,9 @@ def export_alpaca_eval(
         "settings": responding(model.config),
     }
     begin(folder, identity)
-    too_long = respond(
-        model.config, model.writer, prompts, temperature, top_p, file, partial(print_progress, "responses")
-    )
+    with closing(Samplers(model.config, folder / "replicas")) as samplers:
+        on_progress = partial(print_progress, "responses")
+        too_long = respond(samplers, model.writer, prompts, temperature, top_p, file, on_progress)
     outputs = [
         AlpacaOutput(candidate.prompt, candidate.text, generator, instructions[int(candidate.prompt_id)].dataset)
         for candidate in read_jsonl(file, Candidate)
@@ -61,10 +62,13 @@ def export_mt_bench(model: RunModel, questions: Sequence[MtBenchQuestion], model
     """Write a model's answers to every turn of MT-Bench's questions. UserError when a turn does not fit."""
     chat = Chat.from_folder(model.writer.folder)
     conversations = [Conversation(question, (), ()) for question in questions]
-    with closing(open_retrying_sampler(model.config.sampler, model.writer.folder, chat.end_ids, allowed=0)) as sampler:
+    with (
+        TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as folder,
+        closing(Samplers(model.config, Path(folder) / "replicas")) as samplers,
+    ):
         for turn in range(max(len(question.turns) for question in questions)):
             for temperature in sorted({question.temperature for question in questions}):
-                conversations = take_turn(model, chat, sampler, conversations, turn, temperature)
+                conversations = take_turn(model, chat, samplers, Path(folder), conversations, turn, temperature)
     now = time.time()
     write_atomic(out, b"".join(mt_bench_line(one.question, model_id, one.answers, now) for one in conversations))
 
@@ -77,23 +81,23 @@ class Conversation:
     token_ids: tuple[int, ...]
     answers: tuple[str, ...]
 
-    def answered(self, prompt: tuple[int, ...], completion: Completion, chat: Chat) -> "Conversation":
+    def answered(self, prompt: tuple[int, ...], completion: SampledText, chat: Chat) -> "Conversation":
         """Return the conversation with one more turn; a cut-off answer gets the end token that it lacks."""
         end = () if completion.token_ids[-1] in chat.end_ids else chat.end_ids[:1]
-        said = chat.decode(completion.token_ids)
-        return Conversation(self.question, prompt + completion.token_ids + end, (*self.answers, said))
+        return Conversation(self.question, prompt + completion.token_ids + end, (*self.answers, completion.text))
 
 
 def take_turn(
     model: RunModel,
     chat: Chat,
-    sampler: RetryingSampler,
+    samplers: Samplers,
+    folder: Path,
     conversations: Sequence[Conversation],
     turn: int,
     temperature: float,
 ) -> list[Conversation]:
     """Answer a turn of the conversations that have it and are sampled at this temperature; return all of them, in
-    order. UserError when a prompt leaves no room for an answer."""
+    order. `folder`: for files that go when it is done. UserError when a prompt leaves no room for an answer."""
     length = min(MT_BENCH_TOKENS, model.config.candidates.max_new_tokens)
     prompts = {
         number: one.token_ids + (chat.next_prompt if turn else chat.prompt)(one.question.turns[turn])
@@ -111,8 +115,9 @@ def take_turn(
     # A call's draws follow from the seed and the position, so turns and temperatures need seeds of their own.
     seed = derive_seed(model.config.run.seed, "mt_bench", turn, str(temperature))
     params = SamplingParams(1, temperature, 1.0, length, seed)
-    sampled = none_failed(sampler.sample(list(names.values()), list(prompts.values()), params)) if prompts else []
+    requests = [PromptTokens(names[number], prompt) for number, prompt in prompts.items()]
+    sampled = samplers.ask(model.writer.sampled, requests, params, folder / f"turn_{turn}_{temperature}")
     result = list(conversations)
-    for (number, prompt), (completion,) in zip(prompts.items(), sampled, strict=True):
-        result[number] = result[number].answered(prompt, completion, chat)
+    for (number, prompt), answer in zip(prompts.items(), sampled, strict=True):
+        result[number] = result[number].answered(prompt, answer.completions[0], chat)
     return result

@@ -1,6 +1,7 @@
 """Head-to-head of any two finished models, outside a run's plan (`srlm evaluate head-to-head`)."""
 
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from srlm_mega.run.files import write_atomic
 from srlm_mega.run.identity import responding
 from srlm_mega.run.manifest import IDENTITY, file_hash
 from srlm_mega.run.run_dir import RunDir
+from srlm_mega.sampling.samplers import Samplers
 from srlm_mega.stages.compare_responses import compare, matches_of
 from srlm_mega.stages.judges import open_judge, open_m1
 from srlm_mega.stages.pairwise_judge import OpenJudge
@@ -95,27 +97,29 @@ def head_to_head(request: HeadToHeadRequest, out: Path) -> Comparison:
     }
     begin(out, identity)
     files = []
-    for side, writer in (("ours", model.writer), ("theirs", theirs)):
-        files.append(out / side / "responses.jsonl")
-        files[-1].parent.mkdir(exist_ok=True)
-        if not files[-1].exists():
-            on_progress = partial(print_progress, f"responses of {side}")
-            respond(model.config, writer, prompts, request.temperature, request.top_p, files[-1], on_progress)
-    matches = matches_of(*files)
-    if len(matches) < len(prompts):
-        print(f"left out {len(prompts) - len(matches)} prompts: a whole response of one of the models does not fit")
-    names, file = (str(request.ours), str(request.theirs)), out / "judgements.jsonl"
-    result = compare(names, matches, judge_of(model, request.judge), file, partial(print_progress, "judgements"))
+    with closing(Samplers(model.config, out / "replicas")) as samplers:
+        for side, writer in (("ours", model.writer), ("theirs", theirs)):
+            files.append(out / side / "responses.jsonl")
+            files[-1].parent.mkdir(exist_ok=True)
+            if not files[-1].exists():
+                on_progress = partial(print_progress, f"responses of {side}")
+                respond(samplers, writer, prompts, request.temperature, request.top_p, files[-1], on_progress)
+        matches = matches_of(*files)
+        if len(matches) < len(prompts):
+            print(f"left out {len(prompts) - len(matches)} prompts: a whole response of one of the models does not fit")
+        names, file = (str(request.ours), str(request.theirs)), out / "judgements.jsonl"
+        opener = judge_of(model, request.judge, samplers)
+        result = compare(names, matches, opener, file, partial(print_progress, "judgements"))
     write_atomic(out / "result.json", orjson.dumps(result, option=orjson.OPT_INDENT_2))
     return result
 
 
-def judge_of(model: RunModel, settings: PairwiseJudgeConfig | None) -> OpenJudge:
+def judge_of(model: RunModel, settings: PairwiseJudgeConfig | None, samplers: Samplers) -> OpenJudge:
     """Return the function that opens the configured judge or, without one, M1 of the model's run."""
     if settings is not None:
-        return partial(open_judge, settings, model.config.sampler, False)
+        return partial(open_judge, settings, samplers, False)
     m1 = RunModel.at(model.run.output("M1"))
-    return partial(open_m1, m1.run, m1.config, m1.writer.folder)
+    return partial(open_m1, m1.run, samplers, m1.writer.folder)
 
 
 def begin(folder: Path, identity: Mapping[str, object]) -> None:

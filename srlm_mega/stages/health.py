@@ -9,7 +9,7 @@ from srlm_mega.evaluation.health_limits import HealthFigure, RoundHealth, pair_c
 from srlm_mega.evaluation.results import ModelEvaluation
 from srlm_mega.records import parse_line
 from srlm_mega.run.stage_kinds import EVALUATION, model_name
-from srlm_mega.run.work import Done, Work
+from srlm_mega.stages.work import Done, Work
 
 # Each figure in words, and what helps when it is beyond its limit; causes come before what follows from them.
 MEANINGS = {

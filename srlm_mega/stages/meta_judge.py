@@ -19,12 +19,21 @@ from srlm_mega.judging.meta import (
 from srlm_mega.judging.pairwise import verdict_of
 from srlm_mega.judging.rewards import reward_of
 from srlm_mega.judging.scored_candidates import judgements_by_candidate, score_candidate
-from srlm_mega.records import Candidate, Judgement, Message, MetaJudgement, PreferencePair, read_jsonl, write_jsonl
+from srlm_mega.records import (
+    Candidate,
+    Judgement,
+    Message,
+    MetaJudgement,
+    PreferencePair,
+    SampledText,
+    read_jsonl,
+    write_jsonl,
+)
 from srlm_mega.run.stage_kinds import CANDIDATES, JUDGEMENTS, PAIRS, model_name
-from srlm_mega.run.work import Done, Work
-from srlm_mega.sampling.sampler import Completion, SamplingParams
+from srlm_mega.sampling.sampler import SamplingParams
 from srlm_mega.stages.sampling_task import SampledBy, SamplingRequest, SamplingTask, judge_template
 from srlm_mega.stages.sharded import sample_in_shards
+from srlm_mega.stages.work import Done, Work
 
 SPARE = 1.5  # responses that are compared per pair that can be used, as some end in a draw
 
@@ -80,7 +89,7 @@ def comparisons_task(work: Work) -> tuple[SamplingTask[JudgementComparison], int
     requests = [request(contest, *both) for contest in contests for both in comparisons(contest)]
 
     def records(
-        request: SamplingRequest[JudgementComparison], completions: Sequence[Completion]
+        request: SamplingRequest[JudgementComparison], completions: Sequence[SampledText]
     ) -> Iterator[MetaJudgement]:
         for completion in completions:
             fields = by.fields(completion)

@@ -21,8 +21,8 @@ from srlm_mega.run.stage_kinds import (
     StageKind,
     model_name,
 )
-from srlm_mega.run.work import Done, Work
 from srlm_mega.seeds import derive_seed
+from srlm_mega.stages.work import Done, Work
 
 MAX_UNKNOWN = 0.05  # share of unknown tokens that explains bad answers
 

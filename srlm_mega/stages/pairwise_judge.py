@@ -1,12 +1,13 @@
-"""The interface of pairwise judges: questions in shards, verdicts out. judges.py opens the configured one."""
+"""The interface of pairwise judges: questions in, verdicts out. judges.py opens the configured one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from srlm_mega.judging.pairwise import verdict_of
 from srlm_mega.records import PairwiseJudgement
-from srlm_mega.sampling.shards import Answered, Shard
+from srlm_mega.sampling.sampling_rate import ProgressCallback
 from srlm_mega.stages.sampling_task import CompletionFields
 
 
@@ -36,15 +37,12 @@ class PairwiseJudge(Protocol):
     def name(self) -> str:
         """The judge's name in records."""
 
-    @property
-    def shard_size(self) -> int:
-        """Number of questions that are asked together, and repeated together after a kill."""
-
     def fits(self, text: str) -> bool:
         """Return True when a question leaves room for a whole answer."""
 
-    def answer(self, shard: Shard[PairwiseQuestion]) -> Answered:
-        """Return a PairwiseJudgement or a FailedRequest per question. CannotContinue when too many have failed."""
+    def judge(self, questions: Sequence[PairwiseQuestion], file: Path, on_progress: ProgressCallback) -> None:
+        """Write a PairwiseJudgement per question to `file`, by way of shards that survive a kill, but for questions
+        that failed. CannotContinue when too many have failed."""
 
     def close(self) -> None:
         """Free the model or the connection."""

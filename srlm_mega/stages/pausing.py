@@ -20,7 +20,7 @@ from srlm_mega.evaluation.checkpoint_choice import (
 )
 from srlm_mega.run.files import fsync
 from srlm_mega.run.run_dir import files_below
-from srlm_mega.run.work import Done, Work
+from srlm_mega.stages.work import Done, Work
 from srlm_mega.training.topology import Topology
 from srlm_mega.training.trainer import TrainingPart, TrainingSummary
 

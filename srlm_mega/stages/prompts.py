@@ -9,15 +9,14 @@ from itertools import count
 from srlm_mega.chat import Chat
 from srlm_mega.data.self_instruct import KnownTexts, TaskFilter, few_shot_prompt, parse_tasks
 from srlm_mega.errors import CannotContinue, UserError
-from srlm_mega.records import FailedRequest, Prompt, PromptDraft, RankedReplies, SftExample, read_jsonl, write_jsonl
+from srlm_mega.records import Prompt, PromptDraft, PromptTokens, RankedReplies, SftExample, read_jsonl, write_jsonl
 from srlm_mega.run.stage_kinds import PROMPTS, model_name
-from srlm_mega.run.work import Done, Work
-from srlm_mega.sampling.retries import RetryingSampler
 from srlm_mega.sampling.sampler import ModelLimits, SamplingParams
 from srlm_mega.sampling.shards import write_durably
 from srlm_mega.seeds import derive_seed
-from srlm_mega.stages.sampler_weights import open_model
+from srlm_mega.stages.sampler_weights import sampled_model
 from srlm_mega.stages.sampling_task import SampledBy
+from srlm_mega.stages.work import Done, Work
 
 REQUESTS_PER_WAVE = 64
 
@@ -68,7 +67,7 @@ def self_instruct(work: Work) -> Done:
     stop = writer_chat.stop(settings.stop)
     params = SamplingParams(1, settings.temperature, settings.top_p, settings.max_new_tokens, seed=0, stop=stop)
     by = SampledBy(writer_chat, work.run.digest(writer), params)
-    sampler = open_model(work, writer, int(work.config.sampler.max_failed_share * settings.max_requests))
+    allowed = int(work.config.sampler.max_failed_share * settings.max_requests)
     seeds = [example.prompt for example in read_jsonl(work.read("seed", "ift.jsonl"), SftExample)]
     shots = settings.shots_ift + settings.shots_generated
     if len(seeds) < shots:
@@ -92,7 +91,8 @@ def self_instruct(work: Work) -> Done:
             )
         path = work.out / f"drafts_{wave:05d}.jsonl"
         if not path.exists():  # else a killed attempt got this far
-            drafts = sample_drafts(work, wave, seeds, earlier, accepted, by, sampler)
+            drafts, failed = sample_drafts(work, wave, seeds, earlier, accepted, by, allowed)
+            allowed -= failed
             write_durably(path, partial(write_jsonl, records=drafts))
         for draft in read_jsonl(path, PromptDraft):
             for task in parse_tasks(draft.text, truncated=draft.finish_reason == "length"):
@@ -104,7 +104,6 @@ def self_instruct(work: Work) -> Done:
         work.progress.update(len(accepted), settings.per_round, "prompts")
         if len(accepted) == settings.per_round:
             break
-    sampler.close()
     write_jsonl(work.out / "prompts.jsonl", accepted)
     requests = min((wave + 1) * REQUESTS_PER_WAVE, settings.max_requests)
     return Done(len(accepted), {**task_filter.rejected, "no_room": no_room, "requests": requests})
@@ -117,10 +116,11 @@ def sample_drafts(
     earlier: Sequence[str],
     accepted: Sequence[Prompt],
     by: SampledBy,
-    sampler: RetryingSampler,
-) -> list[PromptDraft]:
+    allowed: int,
+) -> tuple[list[PromptDraft], int]:
     """Sample one wave of requests, each of which shows IFT tasks and, once there are enough, generated ones: of earlier
-    rounds, and those `accepted` so far. The last wave is as short as prompts.max_requests makes it."""
+    rounds, and those `accepted` so far. The last wave is as short as prompts.max_requests makes it. Return the drafts,
+    and how many requests failed for good, which may be `allowed`."""
     settings, generated = work.config.prompts, [*earlier, *(prompt.text for prompt in accepted)]
     seed = derive_seed(work.config.run.seed, work.stage.name, wave)
     rng = random.Random(seed)
@@ -130,28 +130,33 @@ def sample_drafts(
         work.run.weights(writer_model(work))
     ).max_positions  # those of a model from outside may be few
     longest = min(work.config.model.seq_length, positions) - settings.max_new_tokens
-    requests: list[tuple[str, tuple[int, ...]]] = []
+    requests: dict[str, tuple[str, tuple[int, ...]]] = {}  # by name
     for _ in range(min(REQUESTS_PER_WAVE, settings.max_requests - wave * REQUESTS_PER_WAVE)):
         shots = rng.sample(seeds, num_ift) + rng.sample(generated, num_generated)
         rng.shuffle(shots)
         request = few_shot_prompt(shots)
         ids = by.chat.running_text(request)
         if len(ids) <= longest:  # a request is never cut
-            requests.append((request, ids))
-    names = [f"r{work.round}-w{wave:05d}-{number:02d}" for number in range(len(requests))]
+            requests[f"r{work.round}-w{wave:05d}-{len(requests):02d}"] = request, ids
 
-    def report(answered: int) -> None:
-        note = f"wave {wave + 1}: {answered} of {len(requests)} requests answered"
+    def report(answered: int, total: int, note: str) -> None:
+        note = f"wave {wave + 1}: {answered} of {total} requests answered"
         work.progress.update(len(accepted), settings.per_round, "prompts", note)
 
-    report(0)
-    answers = sampler.sample(names, [ids for _, ids in requests], replace(by.params, seed=seed), report)
-    return [
-        PromptDraft(id=name, request=request, cumulative_logprob=completion.cumulative_logprob, **by.fields(completion))
-        for name, (request, _), completions in zip(names, requests, answers, strict=True)
-        if not isinstance(completions, FailedRequest)  # the next wave makes up for it
-        for completion in completions
+    asked = [PromptTokens(name, ids) for name, (_, ids) in requests.items()]
+    params, file = replace(by.params, seed=seed), work.out / f"wave_{wave:05d}"
+    answers = work.samplers.ask(sampled_model(work, writer_model(work)), asked, params, file, allowed, report)
+    drafts = [
+        PromptDraft(
+            id=answer.id,
+            request=requests[answer.id][0],
+            cumulative_logprob=completion.cumulative_logprob,
+            **by.fields(completion),
+        )
+        for answer in answers
+        for completion in answer.completions
     ]
+    return drafts, len(asked) - len(answers)  # the next wave makes up for them
 
 
 def writer_model(work: Work) -> str:

@@ -1,22 +1,21 @@
 """One response of a model to each of a list of prompts, for comparisons and exports."""
 
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from srlm_mega.chat import Chat
-from srlm_mega.config import Config
 from srlm_mega.errors import UserError
-from srlm_mega.records import Prompt
+from srlm_mega.records import Prompt, PromptTokens, write_jsonl
 from srlm_mega.run.run_dir import RunDir
-from srlm_mega.sampling.retries import open_retrying_sampler
+from srlm_mega.sampling.job_files import SampledModel
 from srlm_mega.sampling.sampler import SamplingParams
-from srlm_mega.sampling.sampling_rate import ProgressCallback, ShardWatch
-from srlm_mega.sampling.shards import ShardFiles, cut_into_shards, run_shards
+from srlm_mega.sampling.samplers import Samplers
+from srlm_mega.sampling.sampling_rate import ProgressCallback
+from srlm_mega.sampling.shards import write_durably
 from srlm_mega.seeds import derive_seed
-from srlm_mega.stages.sampling_task import SampledBy, SamplingRequest, answer, candidates_of, fitting_requests
+from srlm_mega.stages.sampling_task import SampledBy, SamplingRequest, candidates_of, fitting_requests
 
 
 @dataclass(frozen=True)
@@ -25,6 +24,11 @@ class Writer:
 
     name: str
     folder: Path
+
+    @property
+    def sampled(self) -> SampledModel:
+        """The model as the sampler loads it."""
+        return SampledModel(self.folder, self.folder)
 
 
 def held_out(run: RunDir) -> Path:
@@ -35,7 +39,7 @@ def held_out(run: RunDir) -> Path:
 
 
 def respond(
-    config: Config,
+    samplers: Samplers,
     writer: Writer,
     prompts: Sequence[Prompt],
     temperature: float,
@@ -49,6 +53,7 @@ def respond(
     The draws depend only on the run's seed and the prompts, so that differences between models come from the models.
     For the same reason no request may fail: CannotContinue. UserError when no prompt fits.
     """
+    config = samplers.config
     length = config.candidates.max_new_tokens
     chat = Chat.from_folder(writer.folder)
     asked = [SamplingRequest(prompt.id, prompt, chat.prompt(prompt.text, prompt.system)) for prompt in prompts]
@@ -56,13 +61,11 @@ def respond(
     if not requests:
         longest = config.longest_prompt(length)
         raise UserError(f"no prompt has {longest} tokens or fewer: lower candidates.max_new_tokens")
-    params = SamplingParams(1, temperature, top_p, length, seed=0)
-    records = partial(candidates_of, SampledBy(chat, writer.name, params), "c")
-    shards = cut_into_shards(requests, config.sampler.shard_size, derive_seed(config.run.seed, "responses"))
-    devices = config.sampler.devices_per_replica
-    watch = ShardWatch(file.with_name("metrics.jsonl"), on_progress, len(requests), devices, replicas=1)
-    with closing(open_retrying_sampler(config.sampler, writer.folder, chat.end_ids, allowed=0)) as sampler:
-        ask = partial(answer, params, records, sampler)
-        run_shards(ShardFiles(shards, file), ask, watch.earlier, watch.finished)
-    watch.close()
+    params = SamplingParams(1, temperature, top_p, length, derive_seed(config.run.seed, "responses"))
+    by = SampledBy(chat, writer.name, params)
+    sent, part = [PromptTokens(one.id, one.token_ids) for one in requests], file.with_name(f"{file.name}.part")
+    answers = samplers.ask(writer.sampled, sent, params, part, on_progress=on_progress)
+    pairs = zip(requests, answers, strict=True)
+    records = (one for request, answer in pairs for one in candidates_of(by, "c", request, answer.completions))
+    write_durably(file, partial(write_jsonl, records=records))
     return len(prompts) - len(requests)

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from importlib.metadata import version
 from pkgutil import resolve_name
 
@@ -24,7 +24,8 @@ from srlm_mega.run.identity import identity_of
 from srlm_mega.run.plan import Stage, find_stage
 from srlm_mega.run.progress import Progress
 from srlm_mega.run.run_dir import RunDir, stopwatch
-from srlm_mega.run.work import Done, Work
+from srlm_mega.sampling.samplers import Samplers
+from srlm_mega.stages.work import Done, Work
 
 
 def run_stages(run: RunDir, names: Sequence[str]) -> int:
@@ -34,8 +35,8 @@ def run_stages(run: RunDir, names: Sequence[str]) -> int:
     config = load_config(run.config_file)
     stages = [find_stage(config, name) for name in names]
     try:
-        with joined_ranks(config, stages):
-            codes = (run_stage(run, config, stage) for stage in stages)
+        with joined_ranks(config, stages), closing(Samplers(config, run.replicas)) as samplers:
+            codes = (run_stage(run, samplers, stage) for stage in stages)
             code = next((code for code in codes if code), 0)
             return 0 if code == PAUSED else code  # torchrun would report a failure; the progress file says what it is
     except UserError as error:
@@ -61,13 +62,14 @@ def joined_ranks(config: Config, stages: Sequence[Stage]) -> AbstractContextMana
     return process_group(config.trainer)
 
 
-def run_stage(run: RunDir, config: Config, stage: Stage) -> int:
-    """Make one output. Returns the exit code; the message of an explained error is in the progress file."""
+def run_stage(run: RunDir, samplers: Samplers, stage: Stage) -> int:
+    """Make one output, with the models that this process samples. Returns the exit code; the message of an explained
+    error is in the progress file."""
     progress = Progress(run.progress_file(stage.name))
     try:
         if run.manifest(stage.name) is not None:
             raise UserError(f"{run.output(stage.name)} is finished. Make it again: srlm run ... --redo {stage.name}")
-        work = Work(run, config, stage, run.partial(stage.name), progress)
+        work = Work(run, samplers.config, stage, run.partial(stage.name), progress, samplers)
         if stage.kind.parallel:
             run_parallel(work)
         else:

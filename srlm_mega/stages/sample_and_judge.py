@@ -11,7 +11,6 @@ from srlm_mega.config.data import CandidatesConfig, JudgeConfig
 from srlm_mega.judging.scores import MAX_SCORE, score_variance
 from srlm_mega.records import Candidate, Judgement, Prompt, read_jsonl
 from srlm_mega.run.stage_kinds import ANCHOR_JUDGEMENTS, ANCHORS, CANDIDATES, PREVIOUS_JUDGEMENTS, PROMPTS, model_name
-from srlm_mega.run.work import Done, Work
 from srlm_mega.sampling.sampler import SamplingParams
 from srlm_mega.sampling.shards import Answered, Shard, run_shards
 from srlm_mega.stages.sampling_task import (
@@ -23,6 +22,7 @@ from srlm_mega.stages.sampling_task import (
     judgements_of,
 )
 from srlm_mega.stages.sharded import sample_in_shards, shard_files
+from srlm_mega.stages.work import Done, Work
 
 
 def sample_candidates(work: Work) -> Done:

@@ -21,19 +21,17 @@ from srlm_mega.checkpoints_conversion.verify import check_verified, prove
 from srlm_mega.errors import UserError
 from srlm_mega.records import SftExample, read_jsonl
 from srlm_mega.run.stage_kinds import SAMPLER_WEIGHTS, model_name
-from srlm_mega.run.work import Done, Work
-from srlm_mega.sampling.retries import RetryingSampler, open_retrying_sampler
+from srlm_mega.sampling.job_files import SampledModel
 from srlm_mega.seeds import derive_seed
+from srlm_mega.stages.work import Done, Work
 
 AMAX, CHECKPOINT, ENGINE, FOLDER = "amax.json", "checkpoint", "engine", "huggingface"
 MIB = 1 << 20
 
 
-def open_model(work: Work, model: str, allowed: int) -> RetryingSampler:
-    """Load a model of the run with the configured backend; at most `allowed` requests may fail for good."""
-    folder = work.run.weights(model)
-    end_ids = Chat.from_folder(folder).end_ids
-    return open_retrying_sampler(work.config.sampler, loaded_folder(work, model), end_ids, allowed)
+def sampled_model(work: Work, model: str) -> SampledModel:
+    """Return a model of the run as the sampler loads it. UserError when it was converted and not verified."""
+    return SampledModel(work.run.weights(model), loaded_folder(work, model))
 
 
 def loaded_folder(work: Work, model: str) -> Path:

@@ -11,17 +11,15 @@ from srlm_mega.judging.template import JudgeTemplate
 from srlm_mega.records import (
     Candidate,
     Decoding,
-    FailedRequest,
     FinishReason,
     Judgement,
     MetaJudgement,
     PairwiseJudgement,
     Prompt,
+    SampledText,
 )
-from srlm_mega.run.work import Work
-from srlm_mega.sampling.retries import RetryingSampler
-from srlm_mega.sampling.sampler import Completion, SamplingParams
-from srlm_mega.sampling.shards import Answered, Shard
+from srlm_mega.sampling.sampler import SamplingParams
+from srlm_mega.stages.work import Work
 
 T = TypeVar("T")
 Sampled = Candidate | Judgement | MetaJudgement | PairwiseJudgement
@@ -36,7 +34,7 @@ class SamplingRequest(Generic[T]):
     token_ids: tuple[int, ...]
 
 
-Records = Callable[[SamplingRequest[T], Sequence[Completion]], Iterator[Sampled]]
+Records = Callable[[SamplingRequest[T], Sequence[SampledText]], Iterator[Sampled]]
 """Function that turns a request and its completions into records."""
 
 
@@ -82,11 +80,10 @@ class SampledBy:
         """Return the entry for a model of the stage's run."""
         return cls(Chat.from_folder(work.run.weights(model)), work.run.digest(model), params)
 
-    def fields(self, completion: Completion) -> CompletionFields:
-        """Return a completion's record fields; its text ends before the stop string."""
-        text, stop = self.chat.decode(completion.token_ids), self.params.stop
+    def fields(self, completion: SampledText) -> CompletionFields:
+        """Return a completion's record fields."""
         return {
-            "text": text if stop is None else stop.before(text),
+            "text": completion.text,
             "finish_reason": completion.finish_reason,
             "seed": completion.seed,
             "model_hash": self.model_hash,
@@ -106,7 +103,7 @@ def judge_template(work: Work) -> JudgeTemplate:
 
 
 def candidates_of(
-    by: SampledBy, letter: str, request: SamplingRequest[Prompt], completions: Sequence[Completion]
+    by: SampledBy, letter: str, request: SamplingRequest[Prompt], completions: Sequence[SampledText]
 ) -> Iterator[Candidate]:
     """Yield the responses to one prompt, whose id is the request's."""
     for number, completion in enumerate(completions):
@@ -122,7 +119,7 @@ def candidates_of(
 
 
 def judgements_of(
-    by: SampledBy, letter: str, request: SamplingRequest[T], completions: Sequence[Completion]
+    by: SampledBy, letter: str, request: SamplingRequest[T], completions: Sequence[SampledText]
 ) -> Iterator[Judgement]:
     """Yield the judgements of one response, whose id is the request's."""
     for number, completion in enumerate(completions):
@@ -142,22 +139,3 @@ def fitting_requests(
     """Return the requests that leave room for a whole answer; the others are never sent and never cut."""
     longest = config.longest_prompt(max_new_tokens)
     return [request for request in requests if len(request.token_ids) <= longest]
-
-
-def answer(
-    params: SamplingParams, records: Records[T], sampler: RetryingSampler, shard: Shard[SamplingRequest[T]]
-) -> Answered:
-    """Sample a shard with its seed, all n completions of a prompt as one request, and make the records."""
-    requests = shard.requests
-    answers = sampler.sample(
-        [one.id for one in requests], [one.token_ids for one in requests], replace(params, seed=shard.seed)
-    )
-    made: list[Sampled] = []
-    failed: list[FailedRequest] = []
-    for request, completions in zip(requests, answers, strict=True):
-        if isinstance(completions, FailedRequest):
-            failed.append(completions)
-        else:
-            made += records(request, completions)
-    prompt_tokens = sum(len(request.token_ids) for request in requests)
-    return Answered(made, failed, prompt_tokens, sum(len(record.token_ids) for record in made))

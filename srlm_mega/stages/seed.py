@@ -21,9 +21,9 @@ from srlm_mega.data.toy_world.word_tokenizer import toy_tokenizer
 from srlm_mega.errors import CannotContinue, UserError
 from srlm_mega.judging.template import load_template
 from srlm_mega.records import write_jsonl
-from srlm_mega.run.work import Done, Work
 from srlm_mega.seeds import derive_seed
 from srlm_mega.stages.chat_format import chosen_template
+from srlm_mega.stages.work import Done, Work
 
 
 def make_seed(work: Work) -> Done:

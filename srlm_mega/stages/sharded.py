@@ -1,92 +1,54 @@
-"""Sampling a task in shards: in this process, or by replicas that share the shards."""
+"""Sampling a stage's task in shards, with metrics, progress, and failed requests counted."""
 
-import os
-import subprocess
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
 from functools import partial
-from pkgutil import resolve_name
 from typing import TypeVar
 
-from srlm_mega.config.file import load_config
-from srlm_mega.errors import CannotContinue, UserError, exit_code
-from srlm_mega.launch.child_process import die_with, show_stacks_when_asked
-from srlm_mega.launch.sampler_environment import devices_of, sampler_process
-from srlm_mega.run.plan import find_stage
-from srlm_mega.run.progress import Progress
-from srlm_mega.run.run_dir import RunDir
-from srlm_mega.run.work import Work
-from srlm_mega.sampling.replicas import replica_progress, run_replicas
+from srlm_mega.records import PromptTokens, SampledTexts, write_jsonl
 from srlm_mega.sampling.sampling_rate import ShardWatch
-from srlm_mega.sampling.shards import ShardFiles, cut_into_shards, run_shards, take_shards
+from srlm_mega.sampling.shards import ShardFiles, cut_into_shards
 from srlm_mega.seeds import derive_seed
-from srlm_mega.stages.sampler_weights import open_model
-from srlm_mega.stages.sampling_task import SamplingTask, answer, report_progress
+from srlm_mega.stages.sampler_weights import sampled_model
+from srlm_mega.stages.sampling_task import Sampled, SamplingTask, report_progress
+from srlm_mega.stages.work import Work
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 def sample_in_shards(work: Work, task: SamplingTask[T]) -> None:
     """Sample a task into its file in the stage's output, with metrics.jsonl and (for failed requests) failed.jsonl next
     to it. CannotContinue when more than sampler.max_failed_share of the requests failed."""
-    config, files = work.config, shard_files(work, task.requests, task.file)
-    watch = ShardWatch(
-        work.out / "metrics.jsonl",
-        partial(report_progress, work, task.unit),
-        len(task.requests),
-        config.sampler.devices_per_replica,
-        config.sampler_replicas,
-    )
-    if config.sampler_replicas > 1:
-        run_replicas(files, partial(start_replica, work), config.sampler_replicas, watch)
-    else:
-        with closing(open_model(work, task.model, failures_allowed(work, task.requests))) as sampler:
-            run_shards(files, partial(answer, task.params, task.records, sampler), watch.earlier, watch.finished)
-    watch.close()
+    config, requests = work.config, [PromptTokens(one.id, one.token_ids) for one in task.requests]
+    files = shard_files(work, requests, task.file)
+    if not files.merged:
+        watch = ShardWatch(
+            work.out / "metrics.jsonl",
+            partial(report_progress, work, task.unit),
+            len(requests),
+            config.sampler.devices_per_replica,
+            config.sampler_replicas,
+        )
+        work.samplers.answer(sampled_model(work, task.model), files, task.params, watch)
+        files.merge(partial(write_jsonl, records=records_of(task, files)))
+        watch.close()
+    files.tidy()
 
 
-def start_replica(work: Work, number: int) -> "subprocess.Popen[bytes]":
-    """Start `srlm replica` in the sampler's environment; it ends with this process."""
-    threads = work.config.sampling_threads(work.config.sampler_replicas)
-    return subprocess.Popen(
-        sampler_process(work.config, ["replica", str(work.run.root), work.stage.name, str(number)]),
-        stdin=subprocess.DEVNULL,
-        preexec_fn=partial(die_with, os.getpid()),
-        env=dict(os.environ) | devices_of(number, work.config) | {"OMP_NUM_THREADS": str(threads)},
-    )
+def records_of(task: SamplingTask[T], files: ShardFiles[PromptTokens]) -> Iterator[Sampled]:
+    """Yield the records of all answers, in the order of the requests."""
+    requests = {request.id: request for request in task.requests}
+    for answered in files.read(SampledTexts):
+        yield from task.records(requests[answered.id], answered.completions)
 
 
-def work_as_replica(run: RunDir, stage_name: str, number: int) -> int:
-    """Work on the shards of a stage that another process began, until all are finished. Returns the exit code; the
-    message of a UserError or CannotContinue is left for that process."""
-    config = load_config(run.config_file)
-    stage = find_stage(config, stage_name)
-    if stage.kind.requests is None:
-        raise UserError(f"{stage_name} is not sampled in shards, so replicas have nothing to share")
-    die_with(os.getppid())
-    show_stacks_when_asked()
-    progress = Progress(run.progress_file(f"{stage_name}.replica_{number}"))
-    work = Work(run, config, stage, run.partial(stage_name), progress)
-    task: SamplingTask[object]
-    task, *_ = resolve_name(stage.kind.requests)(work)
-    files = shard_files(work, task.requests, task.file)
-    try:
-        with closing(open_model(work, task.model, failures_allowed(work, task.requests))) as sampler:
-            seconds = work.config.sampler.take_over_seconds
-            take_shards(files, partial(answer, task.params, task.records, sampler), number, seconds)
-    except (UserError, CannotContinue) as error:
-        Progress(replica_progress(files.folder, number)).failed(exit_code(error), str(error))
-        return exit_code(error)
-    return 0
-
-
-def shard_files(work: Work, requests: Sequence[T], file: str) -> ShardFiles[T]:
-    """Return the stage's shards, which are the same in every process that works on them."""
+def shard_files(work: Work, requests: Sequence[R], file: str) -> ShardFiles[R]:
+    """Return the stage's shards, the same in every attempt."""
     seed = derive_seed(work.config.run.seed, work.stage.name)
-    shards = cut_into_shards(requests, work.config.sampler.shard_size, seed)
+    shards = cut_into_shards(requests, work.config.sampler.requests_per_shard, seed)
     return ShardFiles(shards, work.out / file, failures_allowed(work, requests))
 
 
-def failures_allowed(work: Work, requests: Sequence[T]) -> int:
+def failures_allowed(work: Work, requests: Sequence[object]) -> int:
     """Return how many requests of a stage may fail for good."""
     return int(work.config.sampler.max_failed_share * len(requests))

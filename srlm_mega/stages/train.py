@@ -12,10 +12,10 @@ from srlm_mega.errors import UserError
 from srlm_mega.records import Candidate, PreferencePair, ReferenceLogprobs, SftExample, read_jsonl, write_jsonl
 from srlm_mega.run.plan import eft_source, stops_early
 from srlm_mega.run.stage_kinds import META_JUDGEMENTS, PAIRS, POSITIVES, REFERENCE, SFT, model_name
-from srlm_mega.run.work import Done, Work
 from srlm_mega.seeds import derive_seed
 from srlm_mega.stages.base import write_random
 from srlm_mega.stages.pausing import train_with_pauses
+from srlm_mega.stages.work import Done, Work
 from srlm_mega.training.batch import PairSequences, TokenSequence
 from srlm_mega.training.reference_logprobs import compute_reference
 from srlm_mega.training.replay import num_replayed

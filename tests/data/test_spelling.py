@@ -22,8 +22,9 @@ from srlm_mega.records import Prompt, RankedReplies, RankedReply, SftExample
 from srlm_mega.run.plan import find_stage
 from srlm_mega.run.progress import Progress
 from srlm_mega.run.run_dir import RunDir
-from srlm_mega.run.work import Work
+from srlm_mega.sampling.samplers import Samplers
 from srlm_mega.stages.seed import make_seed
+from srlm_mega.stages.work import Work
 
 TOY_TEXT, ENGLISH = "list 4 animals upper", "Give three tips for staying healthy."
 
@@ -129,7 +130,14 @@ def work(tmp_path: Path, *overrides: str) -> Work:
     run = RunDir(tmp_path / "run")
     out = run.partial("seed")
     out.mkdir(parents=True)
-    return Work(run, config, find_stage(config, "seed"), out, Progress(tmp_path / "progress.json"))
+    return Work(
+        run,
+        config,
+        find_stage(config, "seed"),
+        out,
+        Progress(tmp_path / "progress.json"),
+        Samplers(config, Path("replicas")),
+    )
 
 
 def test_stage_seed_refuses_english_for_the_toys_model(tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ from srlm_mega.judging.pairwise import outcome, pairwise_template, parse_verdict
 from srlm_mega.records import Decoding, PairwiseJudgement, read_jsonl, write_jsonl
 from srlm_mega.run.plan import find_stage
 from srlm_mega.run.progress import Progress
-from srlm_mega.run.work import Work
+from srlm_mega.sampling.samplers import Samplers
 from srlm_mega.stages.compare_responses import compare_with_m1, outcomes_of
+from srlm_mega.stages.work import Work
 
 
 @pytest.mark.parametrize(
@@ -76,7 +77,7 @@ def test_m1_is_asked_in_both_orders(tmp_path: Path) -> None:
     with_files(run, config, "M1/evaluation", lambda out: write_jsonl(out / "samples.jsonl", theirs))
     stage = find_stage(config, "M2/evaluation")
     assert stage.inputs == ("M2", "seed", "M1", "M1/evaluation")
-    work = Work(run, config, stage, tmp_path, Progress(tmp_path / "progress.json"))
+    work = Work(run, config, stage, tmp_path, Progress(tmp_path / "progress.json"), Samplers(config, Path("replicas")))
     comparison = compare_with_m1(work, samples("M2", 5, 400, 6))
     asked = list(read_jsonl(tmp_path / "pairwise.jsonl", PairwiseJudgement))
     assert [(one.prompt_id, one.ours_first) for one in asked] == [

@@ -17,8 +17,8 @@ from srlm_mega.launch.cores import usable_cores, with_cores
 from srlm_mega.run.identity import check_unchanged, config_of, layout_of
 from srlm_mega.run.plan import find_stage
 from srlm_mega.run.run_dir import RunDir
-from srlm_mega.run.work import Work
-from srlm_mega.stages import sharded
+from srlm_mega.sampling.job_files import SampledModel
+from srlm_mega.sampling.replicas import Replicas
 
 THREADS = "launch.threads_per_process"
 
@@ -49,25 +49,25 @@ def test_usable_cores_are_the_fewest_of_affinity_job_and_quota(tmp_path: Path, m
 
 
 @pytest.mark.parametrize(
-    ("options", "training", "alone", "replicas"),
+    ("options", "training", "replicas"),
     [
-        (["launch.cores_per_node=8"], 4, 8, 8),
-        (["launch.cores_per_node=8", "sampler.num_devices=3"], 4, 8, 2),
-        (["launch.cores_per_node=1", "sampler.num_devices=4"], 1, 1, 1),
-        (["launch.cores_per_node=96", "sampler.slurm=true", "sampler.num_devices=16"], 48, 12, 12),
-        (["launch.cores_per_node=8", f"{THREADS}=3", "sampler.num_devices=4"], 3, 3, 3),
-        ([], 1, 1, 1),
+        (["launch.cores_per_node=8"], 4, 8),
+        (["launch.cores_per_node=8", "sampler.num_devices=3"], 4, 2),
+        (["launch.cores_per_node=1", "sampler.num_devices=4"], 1, 1),
+        (["launch.cores_per_node=96", "sampler.slurm=true", "sampler.num_devices=16"], 48, 12),
+        (["launch.cores_per_node=8", f"{THREADS}=3", "sampler.num_devices=4"], 3, 3),
+        ([], 1, 1),
     ],
 )
 def test_cores_are_divided_among_the_processes_that_run_at_once(
-    options: list[str], training: int, alone: int, replicas: int
+    options: list[str], training: int, replicas: int
 ) -> None:
     config = configured(*options)
     assert config.training_threads == training
-    assert config.sampling_threads() == alone and config.sampling_threads(config.sampler_replicas) == replicas
+    assert config.sampling_threads == replicas
     assert layout_of(find_stage(config, "M2"), config)[THREADS] == training
-    for name, threads in (("M1/evaluation", alone), ("round_1/prompts", alone), ("round_1/candidates", replicas)):
-        assert config_of(find_stage(config, name), config)[THREADS] == threads, name
+    for name in ("M1/evaluation", "round_1/prompts", "round_1/candidates"):
+        assert config_of(find_stage(config, name), config)[THREADS] == replicas, name
 
 
 def test_on_gpus_the_number_of_threads_decides_nothing() -> None:
@@ -122,12 +122,13 @@ def test_processes_are_started_with_their_threads(tmp_path: Path, monkeypatch: p
         raise Started(threads)
 
     monkeypatch.setattr(loop, "started", start)
-    for name, threads in (("M1", 4), ("M1/evaluation", 8), ("round_1/candidates", 8)):
+    for name, threads in (("M1", 4), ("M1/evaluation", 2), ("round_1/candidates", 2)):
         with pytest.raises(Started, match=str(threads)):
             loop.execute([find_stage(config, name)], config, run, SimpleNamespace(), SimpleNamespace())  # type: ignore[arg-type]
 
     replicas: list[str] = []
     monkeypatch.setattr(subprocess, "Popen", lambda *_, env, **__: replicas.append(env["OMP_NUM_THREADS"]))
-    stage = find_stage(config, "round_1/candidates")
-    sharded.start_replica(Work(run, config, stage, tmp_path, SimpleNamespace()), 0)  # type: ignore[arg-type]
+    started = Replicas(config, SampledModel(tmp_path, tmp_path), tmp_path / "replicas")
+    started._started(0)
+    started.close()
     assert replicas == ["2"], "8 cores, 4 replicas"

@@ -254,18 +254,19 @@ def test_a_backend_that_nobody_knows_is_named() -> None:
 
 
 def test_which_stages_start_in_the_samplers_environment() -> None:
-    """Those that sample; replicas of the sharded ones are started there by a process that stays here."""
+    """Those that convert; the replicas of those that sample are started there by a process that stays here."""
 
     def groups(*overrides: str) -> list[list[str]]:
         config = load_config(TOY, ["sampler.backend=trtllm_torch", *overrides])
         return [[stage.name for stage in group] for group in stage_groups(plan(config), plan(config), config)]
 
-    alone = groups("sampler.container=image")
-    assert ["M1/evaluation", "round_1/prompts", "round_1/candidates", "round_1/judgements"] in alone
-    assert ["round_1/pairs", "round_1/health"] in alone
-    replicated = groups("sampler.container=image", "sampler.num_devices=4")
-    assert ["M1/evaluation", "round_1/prompts"] in replicated
-    assert ["round_1/candidates", "round_1/judgements", "round_1/pairs", "round_1/health"] in replicated
+    made = ["M1/evaluation", "round_1/prompts", "round_1/candidates", "round_1/judgements", "round_1/pairs"]
+    for overrides in (("sampler.container=image",), ("sampler.container=image", "sampler.num_devices=4")):
+        found = groups(*overrides)
+        assert [*made, "round_1/health"] in found
+        assert all(len(group) == 1 for group in found if group[0].endswith("/sampler_weights"))
+    converted = groups("sampler.container=image", "sampler.quantization=fp8")
+    assert ["M1/sampler_weights"] in converted
 
 
 def test_a_folder_that_a_container_cannot_see_is_named() -> None:

@@ -12,7 +12,6 @@ import srlm_mega
 from srlm_mega.config.file import load_config, to_yaml
 from srlm_mega.controller.stage_process import launch_mode
 from srlm_mega.controller.stall_watchdog import stall_seconds
-from srlm_mega.errors import UserError
 from srlm_mega.gpus import find_gpu
 from srlm_mega.report.costs import devices_of
 from srlm_mega.report.plots import PART_COLORS, row_of
@@ -20,10 +19,10 @@ from srlm_mega.run import stage_kinds
 from srlm_mega.run.manifest import Identity
 from srlm_mega.run.plan import Stage, plan
 from srlm_mega.run.run_dir import RunDir
-from srlm_mega.run.stage_kinds import DPO, EVALUATION, PAIRS, PROMPTS, REFERENCE, Estimate, Part, StageKind
-from srlm_mega.run.work import Done, Work
+from srlm_mega.run.stage_kinds import DPO, EVALUATION, PAIRS, Estimate, Part, StageKind
+from srlm_mega.sampling.samplers import Samplers
 from srlm_mega.stages.run_stages import run_stage
-from srlm_mega.stages.sharded import work_as_replica
+from srlm_mega.stages.work import Done, Work
 from srlm_mega.tools.planner.training_steps import Lengths, layout_of
 from srlm_mega.tools.planner.whole_run import Cluster, stage_times
 
@@ -38,16 +37,13 @@ NAMING = ("stage_kinds.py", "plan.py")  # files that may put names of outputs to
 def test_every_function_of_the_table_is_there(kind: StageKind) -> None:
     arguments = list(inspect.signature(resolve_name(kind.function)).parameters)
     assert arguments == (["work", "topology"] if kind.parallel else ["work"])
-    if kind.requests is not None:
-        assert list(inspect.signature(resolve_name(kind.requests)).parameters) == ["work"]
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_rows_contradict_neither_themselves_nor_each_other(kind: StageKind) -> None:
     assert not (kind.parallel and kind.samples), "sampling and training share no process"
     assert kind.parallel or not kind.trains, "training takes ranks"
-    assert kind.samples or not kind.in_shards, "shards are sampled"
-    assert kind.resumable or not (kind.trains or kind.in_shards), "what leaves checkpoints or shards resumes them"
+    assert kind.resumable or not (kind.trains or kind.samples), "what leaves checkpoints or shards resumes them"
 
 
 def test_every_kind_is_in_some_plan() -> None:
@@ -150,7 +146,7 @@ def begin(root: Path) -> RunDir:
 def test_a_new_kind_of_stage_runs_and_is_planned_and_shown(tmp_path: Path) -> None:
     """Nothing but its row, its function and its stage in the plan is written for it."""
     run, stage = begin(tmp_path / "run"), Stage(ECHO, 2, ("seed",), ("run.seed",))
-    assert run_stage(run, CONFIG, stage) == 0
+    assert run_stage(run, Samplers(CONFIG, run.replicas), stage) == 0
     assert (run.root / "round_2/echo/echo.txt").read_text() == "round 2 hello"
     manifest = run.manifest("round_2/echo")
     assert manifest is not None and manifest.rows == 1
@@ -163,10 +159,4 @@ def test_a_new_kind_of_stage_runs_and_is_planned_and_shown(tmp_path: Path) -> No
 def test_a_function_that_is_not_there_is_named(tmp_path: Path) -> None:
     stage = Stage(replace(ECHO, function=f"{__name__}:shout"), 1, ("seed",), ())
     with pytest.raises(AttributeError, match="shout"):
-        run_stage(begin(tmp_path / "run"), CONFIG, stage)
-
-
-@pytest.mark.parametrize("kind", [PROMPTS, REFERENCE])
-def test_replicas_share_nothing_but_shards(tmp_path: Path, kind: StageKind) -> None:
-    with pytest.raises(UserError, match=rf"{kind.of(1)} is not sampled in shards"):
-        work_as_replica(begin(tmp_path / "run"), kind.of(1), 0)
+        run_stage(begin(tmp_path / "run"), Samplers(CONFIG, tmp_path / "replicas"), stage)

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,7 @@ from srlm_mega.records import FailedRequest, Prompt, read_jsonl
 from srlm_mega.run.plan import find_stage
 from srlm_mega.run.progress import Progress
 from srlm_mega.run.run_dir import RunDir
-from srlm_mega.run.work import Work as StageWork
+from srlm_mega.sampling.samplers import Samplers
 from srlm_mega.sampling.shards import (
     Answered,
     Shard,
@@ -26,9 +25,9 @@ from srlm_mega.sampling.shards import (
     ShardReport,
     cut_into_shards,
     run_shards,
-    take_shards,
 )
 from srlm_mega.stages.sharded import shard_files
+from srlm_mega.stages.work import Work as StageWork
 
 REQUESTS = [f"request {number}" for number in range(23)]
 Work = Callable[[Shard[str]], Answered]
@@ -145,7 +144,8 @@ def test_failures_of_a_shard_that_was_not_finished_are_forgotten(tmp_path: Path)
     output = tmp_path / "out.jsonl"
     files = files_of(output)
     files.prepare()
-    take_shards(files, first_fails, 0, 60, quiet)
+    for shard in files.shards:
+        files.finish(shard, first_fails(shard), ShardReport(shard.number, 0, 5, 1, 0, 0, 0.0, 1.0))
     (files.folder / "shard_00002.jsonl").unlink()  # as if killed between its failures and its records
     run(output)
     assert [one.id for one in read_jsonl(tmp_path / "failed.jsonl", FailedRequest)] == ["p0", "p5", "p15", "p20"]
@@ -158,23 +158,13 @@ def test_failures_count_together_whichever_process_had_them(tmp_path: Path) -> N
     def files() -> ShardFiles[str]:
         return ShardFiles(cut_into_shards(REQUESTS, 5, 7, 1, "test"), output, allowed=3)
 
-    def dies_after(last: int) -> Work:
-        def work(shard: Shard[str]) -> Answered:
-            if shard.number > last:
-                raise KeyboardInterrupt
-            return first_fails(shard)
-
-        return work
-
     def counts(shard: Shard[str]) -> Answered:
         asked.append(shard.number)
         return answers(shard)
 
     files().prepare()
-    for last in (1, 3):
-        with pytest.raises(KeyboardInterrupt):
-            take_shards(files(), dies_after(last), last, 60, quiet)
-        files().release(last)
+    for shard in files().shards[:4]:
+        files().finish(shard, first_fails(shard), ShardReport(shard.number, shard.number // 2, 5, 1, 0, 0, 0.0, 1.0))
     with pytest.raises(
         CannotContinue,
         match=r"max_failed_share allows 3\. The last is p15: broken\. .* resumes",
@@ -189,7 +179,7 @@ def test_failures_count_together_whichever_process_had_them(tmp_path: Path) -> N
 def test_a_stages_shards_allow_the_configured_share_of_its_requests(tmp_path: Path) -> None:
     config = load_config(TOY, [f"run.dir={tmp_path}", "sampler.max_failed_share=0.1"])
     stage, progress = find_stage(config, "round_1/candidates"), Progress(tmp_path / "progress.json")
-    work = StageWork(RunDir(tmp_path), config, stage, tmp_path, progress)
+    work = StageWork(RunDir(tmp_path), config, stage, tmp_path, progress, Samplers(config, tmp_path / "replicas"))
     assert shard_files(work, REQUESTS, "out.jsonl").allowed == 2
 
 
@@ -214,36 +204,6 @@ def test_reports_of_this_attempt_and_of_the_one_before(tmp_path: Path) -> None:
         files_of(tmp_path / "out.jsonl"), answers, lambda r: earlier.append(r.shard), lambda r: now.append(r.shard)
     )
     assert (earlier, now) == ([0, 1], [2, 3, 4])
-
-
-@pytest.mark.timing
-def test_two_take_every_shard_once(tmp_path: Path) -> None:
-    """Two takers at once; the barrier proves that neither did all alone."""
-    whole = run(tmp_path / "whole" / "out.jsonl")
-    files = files_of(tmp_path / "out.jsonl")
-    files.prepare()
-    both = threading.Barrier(2, timeout=20)
-    done: list[tuple[int, int]] = []
-
-    def work(shard: Shard[str]) -> Answered:
-        if shard.number < 2:
-            both.wait()
-        return answers(shard)
-
-    takers = [
-        threading.Thread(
-            target=take_shards, args=(files, work, number, 1e9, lambda r: done.append((r.shard, r.replica)))
-        )
-        for number in range(2)
-    ]
-    for taker in takers:
-        taker.start()
-    for taker in takers:
-        taker.join(timeout=30)
-    assert sorted(shard for shard, _ in done) == [0, 1, 2, 3, 4]
-    assert {replica for shard, replica in done if shard < 2} == {0, 1}
-    files.merge()
-    assert files.output.read_bytes() == whole
 
 
 def test_a_lease_is_one_replicas_until_it_is_too_old_or_given_back(tmp_path: Path) -> None:
@@ -271,19 +231,27 @@ def test_a_shard_that_was_finished_since_one_looked_is_not_taken_again(tmp_path:
     assert not list(files.folder.glob("*.lease"))
 
 
-def test_a_slow_replicas_shard_is_done_by_another(tmp_path: Path) -> None:
+def test_coming_late_does_no_harm(tmp_path: Path) -> None:
     whole = run(tmp_path / "whole" / "out.jsonl")
     files = files_of(tmp_path / "out.jsonl")
     files.prepare()
-    assert files.lease(files.shards[0], 9, 1e9), "replica 9 has begun, and is never heard of again"
-    take_shards(files, answers, 0, 0.5, quiet)
+    for replica in (0, 9):
+        for shard in files.shards if replica == 0 else files.shards[:1]:
+            files.finish(shard, answers(shard), ShardReport(shard.number, replica, 5, 0, 0, 0, 0.0, 1.0))
     files.merge()
     assert files.output.read_bytes() == whole
-    assert {files.report(shard).replica for shard in files.shards} == {0}
-    late = ShardReport(0, 9, 5, 0, 0, 0, 0.0, 99.0)
-    files.finish(files.shards[0], answers(files.shards[0]), late)
-    files.merge()
-    assert files.output.read_bytes() == whole, "coming late does no harm"
+
+
+def test_free_shards_come_before_those_of_others(tmp_path: Path) -> None:
+    files = files_of(tmp_path / "out.jsonl")
+    files.prepare()
+    assert files.lease(files.shards[0], 9, 1e9)
+    taken = [files.lease_next(0, 60) for _ in range(5)]
+    assert [None if shard is None else shard.number for shard in taken] == [1, 2, 3, 4, None]
+    hour_ago = time.time() - 3600
+    os.utime(files.folder / "shard_00000.lease", (hour_ago, hour_ago))
+    late = files.lease_next(0, 60)
+    assert late is not None and late.number == 0, "taken over"
 
 
 SLOW_STAGE = """

@@ -40,6 +40,7 @@ from srlm_mega.run.progress import read_progress
 from srlm_mega.run.run_dir import RunDir
 from srlm_mega.sampling.huggingface_sampler import HuggingFaceSampler
 from srlm_mega.sampling.sampler import SamplingParams
+from srlm_mega.sampling.samplers import Samplers
 from srlm_mega.stages import meta_judge as meta
 from srlm_mega.stages.run_stages import run_stage
 
@@ -79,12 +80,14 @@ class Run:
         """Stages, one after another."""
         for name in names:
             self.folder.remove(name)
-            assert run_stage(self.folder, self.config, find_stage(self.config, name)) == 0, name
+            assert (
+                run_stage(self.folder, Samplers(self.config, self.folder.replicas), find_stage(self.config, name)) == 0
+            ), name
         return self
 
     def refused(self, name: str) -> tuple[int, str]:
         """Exit code and message of a stage that does not come to its end."""
-        code = run_stage(self.folder, self.config, find_stage(self.config, name))
+        code = run_stage(self.folder, Samplers(self.config, self.folder.replicas), find_stage(self.config, name))
         return code, read_progress(self.folder.progress_file(name)).message
 
     def counts(self, name: str) -> dict[str, float]:
@@ -129,7 +132,7 @@ def test_without_eft_the_judge_fails_and_pairs_vanish(other: Callable[..., Run])
         counts, examples = run.counts("round_1/judgements"), run.folder.manifest("M1")
         assert examples is not None
         run.folder.remove("round_1/pairs")
-        code = run_stage(run.folder, run.config, find_stage(run.config, "round_1/pairs"))
+        code = run_stage(run.folder, Samplers(run.config, run.folder.replicas), find_stage(run.config, "round_1/pairs"))
         assert code in (0, 3), "without any pair the run stops"
         pairs = 0 if code else len(run.rows("round_1/pairs", PreferencePair))
         return examples.rows, counts["unparsed"] / len(run.rows("round_1/judgements", Judgement)), pairs

@@ -14,7 +14,7 @@ from sampling_run import with_files, write_model
 from srlm_mega.config import Config
 from srlm_mega.config.comparison import EarlyStoppingConfig
 from srlm_mega.config.file import check_endpoints, load_config, to_yaml
-from srlm_mega.controller.stage_process import comparison_commands
+from srlm_mega.controller.stage_process import comparison_command
 from srlm_mega.data.toy_world.word_tokenizer import toy_tokenizer
 from srlm_mega.errors import CANNOT_CONTINUE, USER_ERROR, UserError
 from srlm_mega.evaluation.checkpoint_choice import EarlyStoppingFiles, Exported, Verdict, comparison_steps, decide
@@ -128,7 +128,7 @@ def paused(tmp_path: Path) -> Callable[..., RunDir]:
 
 def compare(run: RunDir) -> tuple[int, ProgressState]:
     """The exit code of the comparison, and what it left for the controller."""
-    code = compare_checkpoints(run, "M2", ["responses", "verdict"])
+    code = compare_checkpoints(run, "M2")
     return code, read_progress(run.progress_file("M2/early_stopping"))
 
 
@@ -264,19 +264,13 @@ def test_a_judge_without_llamas_tokens_is_refused(paused: Callable[..., RunDir],
 
 
 def test_where_a_comparison_runs(tmp_path: Path) -> None:
-    """Responses with the sampler; an endpoint is asked from here; a container gets the key's variable by its name."""
+    """Here: its replicas run in the container, and an endpoint is asked from here."""
     run, stage = RunDir(tmp_path), find_stage(load_config(TOY, JUDGE), "M2")
     endpoint, container = "early_stopping.judge.endpoint=http://host/v1", "sampler.container=image"
 
-    def starts(*overrides: str) -> list[list[str]]:
-        return [start.argv for start in comparison_commands(stage, load_config(TOY, [*JUDGE, *overrides]), run)]
-
-    assert [argv[-2:] for argv in starts(endpoint)] == [["responses", "verdict"]]
-    there, here = starts(endpoint, VARIABLE, container)
-    assert there[0] == "docker" and there[-1] == "responses" and "--env=JUDGE_KEY" in there
-    assert here[0].endswith("srlm") and here[-1] == "verdict"
-    (local,) = starts(container)
-    assert local[0] == "docker" and local[-2:] == ["responses", "verdict"]
+    for overrides in ((), (endpoint,), (endpoint, VARIABLE, container), (container,)):
+        argv = comparison_command(stage, load_config(TOY, [*JUDGE, *overrides]), run).argv
+        assert argv[0].endswith("srlm") and argv[1:] == ["compare-checkpoints", str(tmp_path), "M2"]
 
 
 @pytest.mark.parametrize(

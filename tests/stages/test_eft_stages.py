@@ -18,15 +18,15 @@ from srlm_mega.data.toy_world.word_tokenizer import toy_tokenizer
 from srlm_mega.data.toy_world.world import all_instructions
 from srlm_mega.errors import CannotContinue, UserError
 from srlm_mega.judging.scores import parse_score
-from srlm_mega.records import Judgement, RankedReplies, RankedReply, SftExample, read_jsonl, write_jsonl
+from srlm_mega.records import Judgement, RankedReplies, RankedReply, SampledText, SftExample, read_jsonl, write_jsonl
 from srlm_mega.run.plan import find_stage, plan
 from srlm_mega.run.progress import Progress
 from srlm_mega.run.run_dir import RunDir
-from srlm_mega.run.work import Work
-from srlm_mega.sampling.sampler import Completion
+from srlm_mega.sampling.samplers import Samplers
 from srlm_mega.stages.eft import build_eft, score_by_rank
 from srlm_mega.stages.sampling_task import SamplingTask
 from srlm_mega.stages.seed import make_seed
+from srlm_mega.stages.work import Work
 
 BUILD = ("eft.build=true", "seed_data.num_eft_sources=60")
 
@@ -36,7 +36,7 @@ def test_where_the_stages_stand_in_the_plan() -> None:
     names = [stage.name for stage in plan(built)]
     assert names[:6] == ["seed", "M0", "sft_baseline", "eft", "M1", "M1/evaluation"]
     assert find_stage(built, "M1").inputs == ("M0", "seed", "eft")
-    assert find_stage(built, "eft").kind.in_shards and find_stage(built, "sft_baseline").kind.trains
+    assert find_stage(built, "eft").kind.samples and find_stage(built, "sft_baseline").kind.trains
     for overrides in ((), ("eft.enabled=false",), (*BUILD, "eft.enabled=false")):
         config = load_config(TOY, overrides)
         assert "eft" not in {stage.name for stage in plan(config)}
@@ -78,9 +78,9 @@ def judge_by_table(work: Work, task: SamplingTask[Any]) -> None:
     write_jsonl(work.out / task.file, records)
 
 
-def completion(chat: Chat, text: str, whole: bool) -> Completion:
+def completion(chat: Chat, text: str, whole: bool) -> SampledText:
     ids = chat.encode(text)
-    return Completion((*ids, chat.end_ids[0]) if whole else ids, "stop" if whole else "length", seed=1)
+    return SampledText(text, (*ids, chat.end_ids[0]) if whole else ids, "stop" if whole else "length", seed=1)
 
 
 def eft_work(tmp_path: Path, *overrides: str, sets: Sequence[RankedReplies] = SETS) -> Work:
@@ -94,7 +94,14 @@ def eft_work(tmp_path: Path, *overrides: str, sets: Sequence[RankedReplies] = SE
 
     with_files(run, config, "seed", seed)
     with_files(run, config, "sft_baseline", lambda out: write_model(config, out / "huggingface", toy_tokenizer()))
-    work = Work(run, config, find_stage(config, "eft"), run.partial("eft"), Progress(tmp_path / "progress.json"))
+    work = Work(
+        run,
+        config,
+        find_stage(config, "eft"),
+        run.partial("eft"),
+        Progress(tmp_path / "progress.json"),
+        Samplers(config, Path("replicas")),
+    )
     work.out.mkdir(parents=True)
     return work
 
@@ -174,7 +181,14 @@ def seed_work(tmp_path: Path, path: Path, *overrides: str) -> Work:
     small = ("seed_data.num_documents=50", "seed_data.num_ift=20", "seed_data.num_validation=10")
     given = (f"run.dir={tmp_path / 'run'}", f"seed_data.eft_path={path}", *small, *overrides)
     config, run = load_config(TOY, given), RunDir(tmp_path / "run")
-    work = Work(run, config, find_stage(config, "seed"), run.partial("seed"), Progress(tmp_path / "progress.json"))
+    work = Work(
+        run,
+        config,
+        find_stage(config, "seed"),
+        run.partial("seed"),
+        Progress(tmp_path / "progress.json"),
+        Samplers(config, Path("replicas")),
+    )
     work.out.mkdir(parents=True)
     return work
 

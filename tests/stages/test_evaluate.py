@@ -13,9 +13,10 @@ from srlm_mega.records import Prompt, RankedReplies, RankedReply, read_jsonl, wr
 from srlm_mega.run.plan import find_stage
 from srlm_mega.run.progress import Progress
 from srlm_mega.run.run_dir import RunDir
-from srlm_mega.run.work import Work
+from srlm_mega.sampling.samplers import Samplers
 from srlm_mega.stages import evaluate
 from srlm_mega.stages.responses import held_out
+from srlm_mega.stages.work import Work
 
 SETS = [RankedReplies("e0", "why?", (RankedReply("good", 0), RankedReply("bad", 1)))]
 # Of each reply six judgements, two replicates of three. Means of three: 4 against 3, and 2 against 4; single ones (the
@@ -34,7 +35,14 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., l
         run.root.mkdir()
         run.config_file.write_text(to_yaml(config))
         with_files(run, config, "seed", lambda out: write_jsonl(out / "eft_eval.jsonl", SETS))
-        work = Work(run, config, find_stage(config, "M1/evaluation"), tmp_path, Progress(run.root / "p.json"))
+        work = Work(
+            run,
+            config,
+            find_stage(config, "M1/evaluation"),
+            tmp_path,
+            Progress(run.root / "p.json"),
+            Samplers(config, Path("replicas")),
+        )
 
         def scores(*arguments: object) -> object:
             assert arguments[-1] == asked

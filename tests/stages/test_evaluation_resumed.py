@@ -15,6 +15,7 @@ from srlm_mega.evaluation.results import EvaluationSample, JudgedBy, JudgementCo
 from srlm_mega.records import PairwiseJudgement, parse_line, read_jsonl, write_jsonl
 from srlm_mega.run.plan import find_stage
 from srlm_mega.run.progress import read_progress
+from srlm_mega.sampling.samplers import Samplers
 from srlm_mega.stages import evaluate
 from srlm_mega.stages.run_stages import run_stage
 
@@ -28,13 +29,6 @@ def samples(text: str) -> list[EvaluationSample]:
     return [EvaluationSample(f"v{number}", f"list {number} animals", "", text, None, None) for number in range(10)]
 
 
-class NoSampler:
-    """What `make_samples` and `measure_judge` are given; both are replaced."""
-
-    def close(self) -> None:
-        """Nothing to free."""
-
-
 def test_only_what_is_missing_is_asked_about_the_same_responses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -44,7 +38,6 @@ def test_only_what_is_missing_is_asked_about_the_same_responses(
         sampled.append(f"attempt {len(sampled) + 1}")
         return samples(sampled[-1]), [3] * 10, 2
 
-    monkeypatch.setattr(evaluate, "open_model", lambda *arguments, **more: NoSampler())
     monkeypatch.setattr(evaluate, "make_samples", make_samples)
     monkeypatch.setattr(evaluate, "measure_judge", lambda *arguments: (JUDGED, COUNTS))
     units: set[str] = set()
@@ -60,12 +53,12 @@ def test_only_what_is_missing_is_asked_about_the_same_responses(
         with_files(run, config, "M2", lambda out: write_model(config, out / "huggingface", toy_tokenizer()))
         with_files(run, config, "M1/evaluation", lambda out: write_jsonl(out / "samples.jsonl", samples("theirs")))
         is_well = False
-        assert run_stage(run, config, find_stage(config, STAGE)) == CANNOT_CONTINUE
+        assert run_stage(run, Samplers(config, run.replicas), find_stage(config, STAGE)) == CANNOT_CONTINUE
         said = read_progress(run.progress_file(STAGE)).message
         assert "4 questions to the judge j" in said and "out of credit" in said and len(fake.asked) == 20
         is_well = True
         units.clear()
-        assert run_stage(run, config, find_stage(config, STAGE)) == 0
+        assert run_stage(run, Samplers(config, run.replicas), find_stage(config, STAGE)) == 0
     assert len(fake.asked) == 24, "the sixteen answers are not paid for again"
     assert all("attempt 1" in asked.text for asked in fake.asked) and sampled == ["attempt 1"]
     assert units == {"questions to the judge"}

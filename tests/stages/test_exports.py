@@ -20,8 +20,11 @@ from srlm_mega.evaluation.export_formats import (
     read_alpaca_instructions,
     read_mt_bench_questions,
 )
+from srlm_mega.records import PromptTokens, SampledText, SampledTexts
 from srlm_mega.run.run_dir import RunDir
-from srlm_mega.sampling.sampler import Completion
+from srlm_mega.sampling.job_files import SampledModel
+from srlm_mega.sampling.sampler import SamplingParams
+from srlm_mega.sampling.samplers import Samplers
 from srlm_mega.stages.exports import Conversation, export_mt_bench
 from srlm_mega.stages.head_to_head import RunModel
 
@@ -78,23 +81,16 @@ def test_mt_benchs_answers(run: RunDir, tmp_path: Path) -> None:
 
 
 def test_the_second_turn_sees_the_first(run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from srlm_mega.stages import exports
-
     sent: list[tuple[float, list[tuple[int, ...]]]] = []
-    opened = exports.open_retrying_sampler
+    ask = Samplers.ask
 
-    def listening(*arguments: object, **named: object) -> object:
-        sampler = opened(*arguments, **named)  # type: ignore[arg-type]
-        sample = sampler.sample
+    def noted(
+        self: Samplers, model: SampledModel, requests: list[PromptTokens], params: SamplingParams, file: Path
+    ) -> list[SampledTexts]:
+        sent.append((params.temperature, [request.token_ids for request in requests]))
+        return ask(self, model, requests, params, file)
 
-        def noted(names: object, prompts: list[tuple[int, ...]], params: object) -> object:
-            sent.append((params.temperature, list(prompts)))  # type: ignore[attr-defined]
-            return sample(names, prompts, params)  # type: ignore[arg-type]
-
-        monkeypatch.setattr(sampler, "sample", noted)
-        return sampler
-
-    monkeypatch.setattr(exports, "open_retrying_sampler", listening)
+    monkeypatch.setattr(Samplers, "ask", noted)
     path = tmp_path / "question.jsonl"
     path.write_bytes(b"".join(orjson.dumps(one) + b"\n" for one in QUESTIONS))
     export_mt_bench(RunModel.at(run.root / "M1"), read_mt_bench_questions(path), "mine", tmp_path / "out.jsonl")
@@ -113,7 +109,7 @@ def test_the_second_turn_sees_the_first(run: RunDir, tmp_path: Path, monkeypatch
 def test_a_cut_off_answer_is_closed_and_any_end_token_closes_one() -> None:
     chat, question = SimpleNamespace(end_ids=(2, 7), decode=str), MtBenchQuestion(1, "writing", ("t",))
     for sampled, kept in (((5, 6), (5, 6, 2)), ((5, 7), (5, 7)), ((5, 2), (5, 2))):
-        answered = Conversation(question, (), ()).answered((1,), Completion(sampled, "stop", 0), chat)  # type: ignore[arg-type]
+        answered = Conversation(question, (), ()).answered((1,), SampledText("", sampled, "stop", 0), chat)  # type: ignore[arg-type]
         assert answered.token_ids == (1, *kept)
 
 

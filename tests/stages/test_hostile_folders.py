@@ -36,8 +36,9 @@ from srlm_mega.errors import UserError
 from srlm_mega.run.plan import find_stage
 from srlm_mega.run.progress import Progress
 from srlm_mega.run.run_dir import RunDir
-from srlm_mega.run.work import Work
+from srlm_mega.sampling.samplers import Samplers
 from srlm_mega.stages.seed import make_seed
+from srlm_mega.stages.work import Work
 
 Change = Callable[[Path], object]
 TEXTS = (
@@ -68,7 +69,14 @@ def start(folder: Path, *overrides: str) -> Path:
     config = load_config(configuration(folder.parent, {"path": str(folder)}), overrides)
     check_outside_files(config)
     run, stage = RunDir(config.run.dir), find_stage(config, "seed")
-    work = Work(run, config, stage, run.partial("seed"), Progress(config.run.dir / "progress.json"))
+    work = Work(
+        run,
+        config,
+        stage,
+        run.partial("seed"),
+        Progress(config.run.dir / "progress.json"),
+        Samplers(config, Path("replicas")),
+    )
     work.out.mkdir(parents=True)
     make_seed(work)
     make_m0(config)

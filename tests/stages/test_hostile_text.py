@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from sampling_run import CANDIDATES, JUDGEMENTS, TEMPLATE, begin_run
+from scripted_sampler import OneCallSampler
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from srlm_mega.chat import Chat
@@ -15,11 +16,12 @@ from srlm_mega.records import Candidate, Judgement, read_jsonl
 from srlm_mega.run.plan import find_stage
 from srlm_mega.run.progress import Progress
 from srlm_mega.run.run_dir import RunDir
-from srlm_mega.run.work import Work
-from srlm_mega.sampling import retries
+from srlm_mega.sampling import local_model
 from srlm_mega.sampling.sampler import Completion, SamplingParams
+from srlm_mega.sampling.samplers import Samplers
 from srlm_mega.stages.run_stages import run_stage
 from srlm_mega.stages.sample_and_judge import judgements_task
+from srlm_mega.stages.work import Work
 
 SPECIAL = ("<unk>", "<s>", "</s>", "[INST]", "[/INST]")
 HOSTILE = [
@@ -53,7 +55,7 @@ CHAT = Chat(byte_tokenizer())
 SPECIAL_IDS = frozenset(range(len(SPECIAL)))
 
 
-class Scripted:
+class Scripted(OneCallSampler):
     """Answers prompt i with the i-th text, in all copies, and remembers what it was sent."""
 
     def __init__(self, texts: Sequence[str]) -> None:
@@ -70,16 +72,13 @@ class Scripted:
             for _, text in zip(prompts, texts, strict=False)
         ]
 
-    def close(self) -> None:
-        """Nothing to free."""
-
 
 def run_scripted(run: RunDir, stage: str, texts: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> Scripted:
     """A stage of the run with answers from a script."""
     scripted = Scripted(texts)
-    monkeypatch.setattr(retries, "open_sampler", lambda *_: scripted)
+    monkeypatch.setattr(local_model, "open_sampler", lambda *_: scripted)
     config = load_config(run.config_file, [])
-    assert run_stage(run, config, find_stage(config, stage)) == 0
+    assert run_stage(run, Samplers(config, run.replicas), find_stage(config, stage)) == 0
     return scripted
 
 
@@ -130,7 +129,16 @@ def test_judge_requests_of_a_prompt_follow_one_another(run: RunDir, monkeypatch:
     run_scripted(run, CANDIDATES, [f"answer {number}" for number in range(20)], monkeypatch)
     config = load_config(run.config_file, [])
     stage = find_stage(config, JUDGEMENTS)
-    task, _ = judgements_task(Work(run, config, stage, run.partial(JUDGEMENTS), Progress(run.root / "progress")))
+    task, _ = judgements_task(
+        Work(
+            run,
+            config,
+            stage,
+            run.partial(JUDGEMENTS),
+            Progress(run.root / "progress"),
+            Samplers(config, Path("replicas")),
+        )
+    )
     prompts = [request.source.prompt_id for request in task.requests]
     assert prompts == sorted(prompts) and len(set(prompts)) == len(HOSTILE)
     template = JudgeTemplate.from_text(TEMPLATE, "test")

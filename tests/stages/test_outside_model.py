@@ -19,14 +19,22 @@ from srlm_mega.launch.slurm import SlurmJob
 from srlm_mega.run.plan import find_stage
 from srlm_mega.run.progress import Progress
 from srlm_mega.run.run_dir import RunDir
-from srlm_mega.run.work import Work
+from srlm_mega.sampling.samplers import Samplers
 from srlm_mega.stages.base import make_base
 from srlm_mega.stages.run_stages import joined_ranks, run_stage
+from srlm_mega.stages.work import Work
 
 
 def make_m0(config: Config) -> None:
     run, stage = RunDir(config.run.dir), find_stage(config, "M0")
-    work = Work(run, config, stage, run.partial("M0"), Progress(config.run.dir / "progress.json"))
+    work = Work(
+        run,
+        config,
+        stage,
+        run.partial("M0"),
+        Progress(config.run.dir / "progress.json"),
+        Samplers(config, Path("replicas")),
+    )
     work.out.mkdir(parents=True)
     make_base(work)
 
@@ -122,7 +130,7 @@ def test_a_tied_and_scaled_model_goes_on_to_m1(tmp_path: Path, given: str) -> No
     config, run = load_config(file), RunDir(tmp_path / "run")
     stages = [find_stage(config, name) for name in ("seed", "M0", "M1")]
     with joined_ranks(config, stages):
-        assert [run_stage(run, config, stage) for stage in stages] == [0, 0, 0]
+        assert [run_stage(run, Samplers(config, run.replicas), stage) for stage in stages] == [0, 0, 0]
     start, trained = (tmp_path / "run" / name / "huggingface" for name in ("M0", "M1"))
     assert read_shape(trained) == read_shape(start) == config.model.shape
     assert "lm_head.weight" not in open_weights(trained)

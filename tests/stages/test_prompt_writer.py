@@ -16,9 +16,10 @@ from srlm_mega.records import Prompt, PromptDraft, RankedReplies, RankedReply, S
 from srlm_mega.run.plan import find_stage, plan
 from srlm_mega.run.progress import Progress
 from srlm_mega.run.run_dir import RunDir
-from srlm_mega.run.work import Work
+from srlm_mega.sampling.samplers import Samplers
 from srlm_mega.stages.base import take_writer
 from srlm_mega.stages.prompts import seed_prompts, write_prompts
+from srlm_mega.stages.work import Work
 
 TOY = ROOT / "launch/configs/toy_cpu.yaml"
 
@@ -54,7 +55,14 @@ def begin(tmp_path: Path, stage: str, *overrides: str) -> Work:
     run = RunDir(tmp_path / "run")
     with_files(run, config, "seed", write_seed)
     with_files(run, config, "M0", lambda out: write_model(config, out / "huggingface", toy_tokenizer()))
-    work = Work(run, config, find_stage(config, stage), run.partial(stage), Progress(tmp_path / "progress.json"))
+    work = Work(
+        run,
+        config,
+        find_stage(config, stage),
+        run.partial(stage),
+        Progress(tmp_path / "progress.json"),
+        Samplers(config, Path("replicas")),
+    )
     work.out.mkdir(parents=True)
     return work
 

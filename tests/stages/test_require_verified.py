@@ -18,10 +18,11 @@ from srlm_mega.errors import UserError
 from srlm_mega.run.plan import find_stage
 from srlm_mega.run.progress import Progress
 from srlm_mega.run.run_dir import RunDir
-from srlm_mega.run.work import Work
+from srlm_mega.sampling.samplers import Samplers
 from srlm_mega.stages.base import take_writer
 from srlm_mega.stages.head_to_head import writer_at
 from srlm_mega.stages.judges import open_judge
+from srlm_mega.stages.work import Work
 
 TOY = ROOT / "launch/configs/toy_cpu.yaml"
 REFUSED = "converted was converted and not verified: srlm convert verify .*source .*converted"
@@ -44,7 +45,14 @@ def writing(folder: Path, writer: Path, *overrides: str) -> Work:
     """A run that is about to take its writer."""
     config = load_config(TOY, [f"prompts.writer={writer}", *overrides])
     run, stage = RunDir(folder), find_stage(config, "prompt_writer")
-    work = Work(run, config, stage, run.partial(stage.name), Progress(folder / "progress.json"))
+    work = Work(
+        run,
+        config,
+        stage,
+        run.partial(stage.name),
+        Progress(folder / "progress.json"),
+        Samplers(config, Path("replicas")),
+    )
     work.out.mkdir(parents=True)
     return work
 

@@ -21,9 +21,10 @@ from srlm_mega.run.manifest import Identity
 from srlm_mega.run.plan import Stage, find_stage, plan
 from srlm_mega.run.progress import Progress
 from srlm_mega.run.run_dir import RunDir
-from srlm_mega.run.work import Done, Work
+from srlm_mega.sampling.samplers import Samplers
 from srlm_mega.stages import sampler_weights
 from srlm_mega.stages.sampler_weights import loaded_folder, make_sampler_weights
+from srlm_mega.stages.work import Done, Work
 
 FP8 = ("sampler.backend=trtllm_torch", "sampler.quantization=fp8", "sampler.calibration_size=8")
 ENGINE = ("sampler.backend=trtllm_engine",)
@@ -56,7 +57,7 @@ def make(run: RunDir, config: Config, name: str) -> Done:
 
 
 def work_of(run: RunDir, config: Config, stage: Stage, out: Path) -> Work:
-    return Work(run, config, stage, out, Progress(run.progress_file(stage.name)))
+    return Work(run, config, stage, out, Progress(run.progress_file(stage.name)), Samplers(config, Path("replicas")))
 
 
 def ranges(value: float, seen: list[int]) -> object:

@@ -12,8 +12,9 @@ from srlm_mega.run.identity import identity_of
 from srlm_mega.run.plan import find_stage
 from srlm_mega.run.progress import Progress
 from srlm_mega.run.run_dir import RunDir
-from srlm_mega.run.work import Work
+from srlm_mega.sampling.samplers import Samplers
 from srlm_mega.stages.train import check_reference
+from srlm_mega.stages.work import Work
 
 
 def finish(run: RunDir, config: Config, name: str, content: str) -> None:
@@ -32,7 +33,14 @@ def work(tmp_path: Path) -> Work:
     for name in ("seed", "M0", "M1", "prompts", "candidates", "judgements", "pairs", "reference"):
         in_round = name in ("prompts", "candidates", "judgements", "pairs", "reference")
         finish(run, config, f"round_1/{name}" if in_round else name, name)
-    return Work(run, config, find_stage(config, "M2"), run.partial("M2"), Progress(tmp_path / "progress.json"))
+    return Work(
+        run,
+        config,
+        find_stage(config, "M2"),
+        run.partial("M2"),
+        Progress(tmp_path / "progress.json"),
+        Samplers(config, Path("replicas")),
+    )
 
 
 def test_a_reference_of_this_training_is_taken(work: Work) -> None:

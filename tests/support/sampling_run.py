@@ -20,7 +20,8 @@ from srlm_mega.run.manifest import Identity
 from srlm_mega.run.plan import find_stage
 from srlm_mega.run.progress import Progress
 from srlm_mega.run.run_dir import RunDir
-from srlm_mega.run.work import Work
+from srlm_mega.sampling.samplers import Samplers
+from srlm_mega.stages.work import Work
 
 CANDIDATES, JUDGEMENTS = "round_1/candidates", "round_1/judgements"
 
@@ -59,7 +60,14 @@ def write_model(config: Config, folder: Path, tokenizer: Tokenizer, seed: int = 
 def work_of(run: RunDir, stage: str) -> Work:
     """A stage's work, as its process has it."""
     config = load_config(run.config_file)
-    work = Work(run, config, find_stage(config, stage), run.partial(stage), Progress(run.root / "progress.json"))
+    work = Work(
+        run,
+        config,
+        find_stage(config, stage),
+        run.partial(stage),
+        Progress(run.root / "progress.json"),
+        Samplers(config, Path("replicas")),
+    )
     work.out.mkdir(parents=True)
     return work
 

@@ -91,7 +91,7 @@ def test_more_replicas_sample_faster_and_more_steps_take_longer() -> None:
 
     more = request(gpus=128)
     assert hours(more, "round_1/candidates") < hours(request(), "round_1/candidates")
-    assert hours(more, "round_1/prompts") == hours(request(), "round_1/prompts"), "one replica writes the prompts"
+    assert hours(more, "round_1/prompts") < hours(request(), "round_1/prompts"), "all replicas write the prompts"
     longer = request("llama2_70b_64gpu.yaml", "dpo.epochs=6")
     assert hours(longer, "M2") > 1.5 * hours(request(), "M2")
     assert hours(longer, "M1") == hours(request(), "M1")

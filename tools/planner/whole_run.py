@@ -145,12 +145,12 @@ def conversion_time(name: str, config: Config, cluster: Cluster) -> StageTime:
 
 
 def sampling_time(stage: Stage, config: Config, cluster: Cluster, lengths: Lengths) -> StageTime:
-    """Plan a stage that samples; in one replica (prompts, evaluations) it leaves the other GPUs idle."""
+    """Plan a stage that samples, on all replicas."""
     requests = requests_of(stage.kind.estimate, config, lengths)
     if not requests:
         return StageTime(stage.name, stage.kind.estimate, "no model", 0, CPU_STAGE_SECONDS)
     each = replica_of(config, cluster)
-    replicas = max(1, cluster.sampler_gpus // each.gpus) if stage.kind.in_shards else 1
+    replicas = max(1, cluster.sampler_gpus // each.gpus)
     busy = sum(
         each.seconds(group.count / replicas, group.prompt, group.prompt, group.samples, group.output)
         for group in requests

@@ -8,17 +8,20 @@ from srlm_mega.config import Config
 from srlm_mega.run.plan import Stage
 from srlm_mega.run.progress import Progress
 from srlm_mega.run.run_dir import RunDir
+from srlm_mega.sampling.samplers import Samplers
 
 
 @dataclass(frozen=True)
 class Work:
-    """Argument of a stage's function: where to read, where to write (`out`), and where to report progress."""
+    """Argument of a stage's function: where to read, where to write (`out`), where to report progress, and the models
+    that its process samples."""
 
     run: RunDir
     config: Config
     stage: Stage
     out: Path
     progress: Progress
+    samplers: Samplers
 
     def read(self, stage: str, file: str) -> Path:
         """Return the path of a file of a finished input. AssertionError for a stage that is not among the inputs."""
