@@ -8,36 +8,33 @@ from collections.abc import Mapping
 
 PR_SET_PDEATHSIG = 1
 SHOW_STACKS = signal.SIGUSR2
-# What `environment` sets; a container is given these by name, with whatever values they have.
-SETTINGS = (
-    "OMP_NUM_THREADS", "PYTHONSAFEPATH", "CUDA_DEVICE_MAX_CONNECTIONS", "HF_HUB_OFFLINE", "TRANSFORMERS_VERBOSITY",
-    "TOKENIZERS_PARALLELISM", "NCCL_DEBUG", "TORCH_NCCL_ASYNC_ERROR_HANDLING", "PYTORCH_CUDA_ALLOC_CONF",
-    "CUDA_VISIBLE_DEVICES", "OMP_WAIT_POLICY",
-)  # fmt: skip
-PREFERENCES = {
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "NCCL_DEBUG": "WARN",
+# What every process of a run is given; of PREFERENCES a user's own values count.
+SETTINGS = {
+    "PYTHONSAFEPATH": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+PREFERENCES = {"OMP_WAIT_POLICY": "PASSIVE", "NCCL_DEBUG": "WARN"}
+# What is for training and bad for engines that sample (`sampler_variables` takes it away).
+TRAINING_SETTINGS = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+TRAINING_PREFERENCES = {
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+}
+# Megatron wraps functions in torch.compile when it is imported; its fusions are for GPUs, and loading the compiler
+# costs every rank more than a second. Transformer Engine and apex are not expected on a CPU.
+CPU_TRAINING_SETTINGS = {
+    "TORCHDYNAMO_DISABLE": "1",
+    "PYTHONWARNINGS": "ignore:Transformer Engine and Apex,ignore:Apex is not installed",
 }
 
 
 def environment(inherited: Mapping[str, str], threads: int, cpu: bool) -> dict[str, str]:
     """Return the environment of a stage's processes. env.sh has the reasons, and sets the same but for `cpu`."""
-    settings = {
-        "OMP_NUM_THREADS": str(threads),
-        "PYTHONSAFEPATH": "1",
-        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    if cpu:
-        # Megatron wraps functions in torch.compile when it is imported; its fusions are for GPUs, and loading the
-        # compiler costs every rank more than a second. Transformer Engine and apex are not expected on a CPU.
-        settings["TORCHDYNAMO_DISABLE"] = "1"
-        settings["PYTHONWARNINGS"] = "ignore:Transformer Engine and Apex,ignore:Apex is not installed"
-    return PREFERENCES | dict(inherited) | settings
+    settings = SETTINGS | TRAINING_SETTINGS | {"OMP_NUM_THREADS": str(threads)}
+    on_cpu = CPU_TRAINING_SETTINGS if cpu else {}
+    return PREFERENCES | TRAINING_PREFERENCES | dict(inherited) | settings | on_cpu
 
 
 def die_with(parent_pid: int) -> None:

@@ -1,12 +1,14 @@
 # shellcheck shell=bash
 # Variables that every process of a run needs, each with its reason; srlm sets the same for the stages it starts
-# (environment() in child_process.py). Source this file before you start ranks yourself.
+# (environment() in child_process.py). Source this file before you start ranks yourself. A process that samples is
+# not given those marked (training), unless you gave them another value (sampler_variables() in sampler_environment.py).
 
-# Ranks share the cores; more threads than cores make every rank slower. srlm run divides the cores among its processes.
+# Ranks share the cores; more threads than cores make every rank slower. srlm run divides the cores among its
+# processes, and lets an engine on GPUs choose for itself.
 export OMP_NUM_THREADS=1
 # The project's root holds folders named kernels and tools, which other packages would import.
 export PYTHONSAFEPATH=1
-# Megatron's overlap of tensor-parallel communication wants one queue.
+# (training) Megatron's overlap of tensor-parallel communication wants one queue. An engine's copies would wait in it.
 export CUDA_DEVICE_MAX_CONNECTIONS=1
 # A stage reads local files only, and prints what matters itself.
 export HF_HUB_OFFLINE=1
@@ -19,7 +21,8 @@ export TOKENIZERS_PARALLELISM=false
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 # NCCL prints only when something is wrong.
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
-# A rank whose partner is lost ends with an error and does not wait for ever.
+# (training) A rank whose partner is lost ends with an error and does not wait for ever.
 export TORCH_NCCL_ASYNC_ERROR_HANDLING="${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}"
-# Batches differ in length: the allocator extends its segments and keeps no pieces that are too small to use.
+# (training) Batches differ in length: the allocator extends its segments and keeps no pieces that are too small to use.
+# Memory in such segments cannot be shared with other processes, as engines do where they split a model.
 export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"

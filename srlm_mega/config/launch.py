@@ -58,8 +58,8 @@ class LaunchConfig(Section, decides="layout"):
     threads_per_process: int | None = Field(
         None,
         ge=1,
-        description="CPU threads (OMP_NUM_THREADS) of each process of a stage; null: cores_per_node divided by the "
-        "processes that run at once on a node.",
+        description="CPU threads (OMP_NUM_THREADS) of each process of a stage, but not of samplers on GPUs; null: "
+        "cores_per_node divided by the processes that run at once on a node.",
     )
     cores_per_node: int | None = Field(
         None,

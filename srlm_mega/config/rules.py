@@ -202,6 +202,16 @@ def sampler_problems(config: "Config") -> Iterator[str]:
             f"a replica of {size} GPUs on nodes of {sampler.devices_per_node} (sampler.devices_per_node) "
             "needs whole nodes and sampler.slurm=true"
         )
+    if size > sampler.devices_per_node and sampler.traits.splits_model and not sampler.traits.needs_mpi:
+        yield (
+            f"sampler.backend={sampler.backend} splits a model over the GPUs of one node: TP * PP is {size}, "
+            f"sampler.devices_per_node {sampler.devices_per_node}"
+        )
+    if size < sampler.devices_per_node < sampler.num_devices and sampler.devices_per_node % size:
+        yield (
+            f"a node's {sampler.devices_per_node} GPUs (sampler.devices_per_node) are not divisible by a replica's "
+            f"TP * PP = {size}: on several nodes a replica would lie on two of them"
+        )
     if sampler.num_devices > sampler.devices_per_node and not sampler.slurm:
         yield (
             f"sampler.num_devices {sampler.num_devices} are more than a node's {sampler.devices_per_node}: "

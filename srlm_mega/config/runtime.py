@@ -134,6 +134,11 @@ class SamplerConfig(Section, decides="output"):
         return self.tp_size * self.pp_size
 
     @property
+    def on_gpus(self) -> bool:
+        """True where it is certain that the model computes on GPUs."""
+        return self.traits.needs_gpu or self.device == "cuda"
+
+    @property
     def elsewhere(self) -> bool:
         """True where the sampler's processes start in another way than the trainer's."""
         return self.python is not None or self.container is not None or self.slurm

@@ -130,8 +130,8 @@ def execute(group: list[Stage], config: Config, run: RunDir, display: Display, r
     comparison."""
     for stage in group:
         run.progress_file(stage.name).unlink(missing_ok=True)
-    threads = config.training_threads if group[0].kind.parallel else config.sampling_threads
-    with started(stage_command(group, config, run), group[0].name, config, run, threads) as process:
+    as_ranks = group[0].kind.parallel
+    with started(stage_command(group, config, run), group[0].name, config, run, as_ranks) as process:
         for stage in group:
             limit = stall_seconds(stage, config)
             watchdog = StallWatchdog(stage.name, run.partial(stage.name), process.log_path, limit)
@@ -147,7 +147,7 @@ def compare_checkpoints(stage: Stage, config: Config, run: RunDir, display: Disp
     """Compare a paused training's newest checkpoint, in processes that reach the sampler and the judge."""
     name = f"{stage.name}/early_stopping"
     run.progress_file(name).unlink(missing_ok=True)
-    with started(comparison_command(stage, config, run), name, config, run, config.sampling_threads) as process:
+    with started(comparison_command(stage, config, run), name, config, run, as_ranks=False) as process:
         limit = 60 * config.runtime.progress_timeout_minutes
         watchdog = StallWatchdog(name, run.partial(stage.name), process.log_path, limit)
         seconds = watch(name, process, run, display, watchdog, stoppable=True)

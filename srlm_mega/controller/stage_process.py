@@ -14,7 +14,12 @@ from srlm_mega.config import Config
 from srlm_mega.errors import ENDS, StageCrashed
 from srlm_mega.launch.child_process import die_with, environment
 from srlm_mega.launch.ranks import Start, start_one, start_ranks
-from srlm_mega.launch.sampler_environment import check_sampler_environment, sampler_process
+from srlm_mega.launch.sampler_environment import (
+    check_sampler_environment,
+    sampler_process,
+    sampler_variables,
+    stop_container,
+)
 from srlm_mega.run.plan import Stage
 from srlm_mega.run.progress import read_progress
 from srlm_mega.run.run_dir import RunDir
@@ -95,9 +100,9 @@ def last_lines(text: str) -> list[str]:
 
 
 @contextmanager
-def started(start: Start, name: str, config: Config, run: RunDir, threads: int) -> Iterator[StageProcess]:
-    """Start a process with so many CPU threads, which logs to the log of `name`. When the block is done, it has a
-    minute to end.
+def started(start: Start, name: str, config: Config, run: RunDir, as_ranks: bool) -> Iterator[StageProcess]:
+    """Start a process, with the variables of training's ranks or of samplers, which logs to the log of `name`. When the
+    block is done, it has a minute to end.
 
     It is a session of its own, so that what is sent to this one, such as Ctrl-C, reaches it as the stop file only:
     torchrun would give its ranks no time for a checkpoint.
@@ -106,6 +111,9 @@ def started(start: Start, name: str, config: Config, run: RunDir, threads: int) 
     log_file.parent.mkdir(parents=True, exist_ok=True)
     if start.logs is not None:
         start.logs.mkdir(parents=True, exist_ok=True)
+    cpu, threads = config.trainer.device == "cpu", config.training_threads
+    here = environment(os.environ, threads, cpu) if as_ranks else sampler_variables(os.environ, config, None)
+    stop_container(start.argv)  # one whose client was killed
     with log_file.open("ab") as log:
         earlier_bytes = log.tell()
         process = subprocess.Popen(
@@ -115,7 +123,7 @@ def started(start: Start, name: str, config: Config, run: RunDir, threads: int) 
             stderr=subprocess.STDOUT,
             start_new_session=True,
             preexec_fn=partial(die_with, os.getpid()),
-            env=environment(os.environ, threads, cpu=config.trainer.device == "cpu"),
+            env=here,
         )
         try:
             yield StageProcess(process, log_file, earlier_bytes, start.logs)

@@ -50,8 +50,7 @@ def responding(config: Config) -> dict[str, Any]:
 def sampling_threads(config: Config) -> int | None:
     """Return the number of CPU threads of each replica, which decides the last digits of what is computed on CPUs. On
     GPUs it decides nothing, and is None where the configuration leaves it open."""
-    on_gpus = config.sampler.traits.needs_gpu or config.sampler.device == "cuda"
-    return config.launch.threads_per_process if on_gpus else config.sampling_threads
+    return config.launch.threads_per_process if config.sampler.on_gpus else config.sampling_threads
 
 
 def within(key: str, parts: Container[str]) -> bool:

@@ -88,7 +88,9 @@ class ShardsInFlight:
                     self._recover(failures, error)
                 finally:
                     answers.close()  # type: ignore[attr-defined]
-            if not worked and not self._open:  # others hold all that is left; one of them may still end, and release its shards
+            if (
+                not worked and not self._open
+            ):  # others hold all that is left; one of them may still end, and release its shards
                 self._sleep(WAIT_SECONDS)
 
     def _next(self, answers: Iterator[Answer]) -> Answer | None:

@@ -12,7 +12,7 @@ from threading import Event, Thread
 from srlm_mega.config import Config
 from srlm_mega.errors import CANNOT_CONTINUE, USER_ERROR, CannotContinue, UserError
 from srlm_mega.launch.child_process import die_with
-from srlm_mega.launch.sampler_environment import devices_of, sampler_process
+from srlm_mega.launch.sampler_environment import node_of, sampler_process, sampler_variables, stop_container
 from srlm_mega.records import PromptTokens
 from srlm_mega.run.progress import read_progress
 from srlm_mega.sampling.job_files import CurrentJob, ReplicaSettings, SampledModel, write_job
@@ -80,27 +80,24 @@ class Replicas:
                 f"all {self._config.sampler_replicas} replicas ended, {len(files.missing())} shards are not finished: "
                 "their last lines above say why; the same command resumes the stage"
             )
-        loading = {self._node(number) for number in self._alive if not self._ready(number).exists()}
+        loading = {node_of(number, self._config) for number in self._alive if not self._ready(number).exists()}
         for number in list(self._waiting):
-            if self._node(number) not in loading:
-                loading.add(self._node(number))
+            if node_of(number, self._config) not in loading:
+                loading.add(node_of(number, self._config))
                 self._waiting.remove(number)
                 self._alive[number] = self._started(number)
 
     def _started(self, number: int) -> "subprocess.Popen[bytes]":
         """Start `srlm replica` in the sampler's environment; it ends with this process."""
         self._ready(number).unlink(missing_ok=True)
-        threads = self._config.sampling_threads
+        command = sampler_process(self._config, ["replica", str(self._folder), str(number)], number)
+        stop_container(command)  # one whose client was killed
         return subprocess.Popen(
-            sampler_process(self._config, ["replica", str(self._folder), str(number)]),
+            command,
             stdin=subprocess.DEVNULL,
             preexec_fn=partial(die_with, os.getpid()),
-            env=dict(os.environ) | devices_of(number, self._config) | {"OMP_NUM_THREADS": str(threads)},
+            env=sampler_variables(os.environ, self._config, number),
         )
-
-    def _node(self, number: int) -> int:
-        sampler = self._config.sampler
-        return number * sampler.devices_per_replica // sampler.devices_per_node
 
     def _ready(self, number: int) -> Path:
         return ready_file(self._folder, number)
@@ -122,6 +119,7 @@ def terminate(processes: list[subprocess.Popen[bytes]]) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+        stop_container(process.args)
 
 
 def raise_reason(folder: Path, number: int) -> None:

@@ -118,13 +118,14 @@ def test_processes_are_started_with_their_threads(tmp_path: Path, monkeypatch: p
     class Started(Exception):
         """Nothing is run."""
 
-    def start(command: object, name: str, config: Config, run: RunDir, threads: int) -> None:
-        raise Started(threads)
+    def start(*command: object, env: dict[str, str], **options: object) -> None:
+        raise Started(env["OMP_NUM_THREADS"])
 
-    monkeypatch.setattr(loop, "started", start)
-    for name, threads in (("M1", 4), ("M1/evaluation", 2), ("round_1/candidates", 2)):
-        with pytest.raises(Started, match=str(threads)):
-            loop.execute([find_stage(config, name)], config, run, SimpleNamespace(), SimpleNamespace())  # type: ignore[arg-type]
+    with monkeypatch.context() as nothing_runs:
+        nothing_runs.setattr(subprocess, "Popen", start)
+        for name, threads in (("M1", 4), ("M1/evaluation", 2), ("round_1/candidates", 2)):
+            with pytest.raises(Started, match=str(threads)):
+                loop.execute([find_stage(config, name)], config, run, SimpleNamespace(), SimpleNamespace())  # type: ignore[arg-type]
 
     replicas: list[str] = []
     monkeypatch.setattr(subprocess, "Popen", lambda *_, env, **__: replicas.append(env["OMP_NUM_THREADS"]))

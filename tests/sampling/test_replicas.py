@@ -4,6 +4,8 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +14,7 @@ import orjson
 import psutil
 import pytest
 from places import ROOT
-from sampling_run import CANDIDATES, begin_run, finish_stage, start_stage, with_files
+from sampling_run import CANDIDATES, JUDGEMENTS, begin_run, finish_stage, start_stage, with_files
 
 from srlm_mega.checkpoints_conversion.convert import Record
 from srlm_mega.config.file import load_config
@@ -109,14 +111,32 @@ def test_the_shards_of_a_killed_replica_are_taken_over(tmp_path: Path, whole: by
 
 @pytest.mark.extra
 def test_without_any_replica_the_stage_crashes_and_can_go_on(tmp_path: Path, whole: bytes) -> None:
+    """Each is started once more before the stage gives up."""
     run = begin_run(tmp_path / "run", PROMPTS, *TWO)
     process = start_stage(run, CANDIDATES)
     first_to_finish(run)
-    for child in psutil.Process(process.pid).children(recursive=True):
-        child.send_signal(signal.SIGKILL)
+    for attempt in range(2):
+        killed = started_replicas(process.pid)
+        for child in killed:
+            child.send_signal(signal.SIGKILL)
+        psutil.wait_procs(killed)
+        assert len(shard_reports(run)) < 25, f"attempt {attempt} was killed too late to prove anything"
     assert process.wait(timeout=300) == 1
-    assert "all 2 replicas ended" in run.log_file(CANDIDATES).read_text()
+    said = run.log_file(CANDIDATES).read_text()
+    assert said.count("its shards are free, it starts again") == 2 and "all 2 replicas ended" in said
     assert finish_stage(run, CANDIDATES) == whole
+
+
+@pytest.mark.extra
+def test_one_load_serves_all_stages_of_a_model(tmp_path: Path) -> None:
+    """Candidates and their judgements: two replicas each load M1 once, and nothing of theirs is left."""
+    run = begin_run(tmp_path / "run", PROMPTS[:24], "sampler.num_devices=2", "candidates.max_new_tokens=8")
+    argv = [str(Path(sys.executable).parent / "srlm"), "stage", str(run.root), CANDIDATES, JUDGEMENTS]
+    said = subprocess.run(argv, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert said.returncode == 0, said.stderr
+    assert said.stderr.count("Loading weights: 100%") == 2
+    assert run.manifest(CANDIDATES) is not None and run.manifest(JUDGEMENTS) is not None
+    assert not run.replicas.exists()
 
 
 def test_a_replicas_mistake_is_the_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
