@@ -56,7 +56,8 @@ class SamplerConfig(Section, decides="output"):
     """Backend, decoding and processes of the sampler. Where it runs, and on how many GPUs, changes no completion."""
 
     backend: SamplerBackend = Field(
-        "huggingface", description="transformers, or TensorRT-LLM on a folder (trtllm_torch) or engine (trtllm_engine)."
+        "huggingface",
+        description="transformers, or TensorRT-LLM on a folder (trtllm_torch) or, up to 1.2, engine (trtllm_engine).",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Device of backend=huggingface.")
     batch_size: int = Field(64, ge=1, description="Number of sequences per forward pass.")
@@ -72,6 +73,24 @@ class SamplerConfig(Section, decides="output"):
     kv_cache_dtype: Literal["auto", "fp8"] = Field("auto", description="Number format of the KV cache (trtllm_torch).")
     kv_cache_fraction: float = Field(
         0.9, gt=0, lt=1, description="Share of free GPU memory for the KV cache (TensorRT-LLM)."
+    )
+    scheduler_policy: Literal["MAX_UTILIZATION", "GUARANTEED_NO_EVICT"] = Field(
+        "MAX_UTILIZATION",
+        description="Requests that TensorRT-LLM lets in: as many as run now, some of which it must stop and compute "
+        "again; or as many as fit with max_new_tokens each.",
+    )
+    batch_wait_timeout_iters: int | None = Field(
+        32,
+        ge=0,
+        description="Iterations for which new prompts wait to be computed together (trtllm_torch; null: its default).",
+    )
+    batch_wait_max_tokens_ratio: float | None = Field(
+        0.5, ge=0, le=1, description="Share of max_num_tokens at which they no longer wait (trtllm_torch)."
+    )
+    allreduce_strategy: Literal["NCCL", "AUTO", "ONESHOT", "TWOSHOT"] = Field(
+        "NCCL",
+        description="Sum over tp_size GPUs (trtllm_torch). NVIDIA's reinforcement learning takes NCCL: with several "
+        "replicas the default (AUTO) spoilt convergence.",
     )
     quantization: Literal["fp8"] | None = Field(
         None, description="FP8 linear layers (TensorRT-LLM): every model is converted, and verified."
