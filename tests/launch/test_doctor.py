@@ -265,6 +265,22 @@ def test_what_is_tested_is_within_what_is_needed() -> None:
                 assert fits(version, package.needs), (purpose, name)
 
 
+def test_each_line_of_tensorrt_llm_has_a_set_of_its_own() -> None:
+    sets = {name: version_set(name).packages["tensorrt-llm"] for name in ("sampling", "sampling_trtllm_1_4")}
+    fitting = {
+        version: [name for name, package in sets.items() if fits(version, package.needs)]
+        for version in ("1.2.1", "1.3.0rc24", "1.3.0rc26", "1.4.0rc4")
+    }
+    assert fitting == {
+        "1.2.1": ["sampling"],
+        "1.3.0rc24": [],
+        "1.3.0rc26": ["sampling_trtllm_1_4"],
+        "1.4.0rc4": ["sampling_trtllm_1_4"],
+    }
+    assert fits("1.4.0rc4", sets["sampling_trtllm_1_4"].tested)
+    assert "trtllm_engine ends" in version_set("sampling").source
+
+
 @pytest.mark.parametrize("purpose", ["cpu", "training"])
 def test_what_is_needed_is_what_pip_would_ask_for(purpose: Purpose) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
