@@ -11,7 +11,7 @@ import pytest
 from places import ROOT
 
 LINKED = ("kernels", "launch", "tools", "checkpoints_conversion")
-HEAVY = {"torch", "transformers", "megatron", "transformer_engine", "matplotlib", "tensorrt_llm"}
+HEAVY = {"torch", "transformers", "megatron", "transformer_engine", "matplotlib", "tensorrt_llm", "vllm"}
 TRUTH = "srlm_mega.data.toy_world.truth"
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 80
 FLOORS: tuple[tuple[str, ...], ...] = (

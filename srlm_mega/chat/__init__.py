@@ -46,9 +46,9 @@ class StopStrings:
         texts = (self.tokenizer.decode(tail, skip_special_tokens=True) for tail in starts)
         return any(string in text for text in texts for string in self.strings)
 
-    def cut(self, token_ids: Sequence[int]) -> tuple[int, ...] | None:
-        """Return the tokens up to the first end; None without one."""
-        ends = (end for end in range(1, len(token_ids) + 1) if self.is_end(token_ids[:end]))
+    def cut(self, token_ids: Sequence[int], looked_at: int = 0) -> tuple[int, ...] | None:
+        """Return the tokens up to the first end; None without one. The first `looked_at` tokens hold none."""
+        ends = (end for end in range(looked_at + 1, len(token_ids) + 1) if self.is_end(token_ids[:end]))
         end = next(ends, None)
         return None if end is None else tuple(token_ids[:end])
 

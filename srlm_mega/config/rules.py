@@ -189,7 +189,7 @@ def sampler_problems(config: "Config") -> Iterator[str]:
     if not sampler.traits.splits_model and size > 1:
         yield f"sampler.backend={sampler.backend} holds a model on one device: TP * PP is {size}"
     if not sampler.traits.quantizes and sampler.quantization is not None:
-        yield f"sampler.quantization={sampler.quantization} is for TensorRT-LLM: set sampler.backend"
+        yield f"sampler.quantization={sampler.quantization} is for vllm and TensorRT-LLM: set sampler.backend"
     folders = [section for section, judge in config.pairwise_judges.items() if judge.endpoint is None]
     folders += ["early_stopping"] if config.early_stopping is not None else []
     if sampler.traits.loads_engine and folders:

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from srlm_mega.config.section import Decides, Section
 
-SamplerBackend = Literal["huggingface", "trtllm_torch", "trtllm_engine"]
+SamplerBackend = Literal["huggingface", "vllm", "trtllm_torch", "trtllm_engine"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,10 @@ def traits_of(backend: SamplerBackend) -> BackendTraits:
                 loads_engine=False,
                 continuous=False,
             )
+        case "vllm":
+            return BackendTraits(
+                needs_gpu=False, needs_mpi=False, splits_model=True, quantizes=True, loads_engine=False, continuous=True
+            )
         case "trtllm_torch":
             return BackendTraits(
                 needs_gpu=True, needs_mpi=True, splits_model=True, quantizes=True, loads_engine=False, continuous=True
@@ -57,9 +61,9 @@ class SamplerConfig(Section, decides="output"):
 
     backend: SamplerBackend = Field(
         "huggingface",
-        description="transformers, or TensorRT-LLM on a folder (trtllm_torch) or, up to 1.2, engine (trtllm_engine).",
+        description="transformers, vLLM, or TensorRT-LLM on a folder (trtllm_torch) or engine (trtllm_engine, ending).",
     )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Device of backend=huggingface.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Device of huggingface and vllm.")
     batch_size: int = Field(64, ge=1, description="Number of sequences per forward pass.")
     shard_size: int | None = Field(
         None,
@@ -67,12 +71,20 @@ class SamplerConfig(Section, decides="output"):
         description="Requests per shard, which a kill repeats; null: 256 for huggingface, 16 for engines, which "
         "work on several shards at once.",
     )
-    tp_size: int = Field(1, ge=1, description="GPUs that share each layer (TensorRT-LLM only).")
-    pp_size: int = Field(1, ge=1, description="Pipeline stages, a GPU each (TensorRT-LLM only).")
-    max_num_tokens: int = Field(8192, ge=1, description="Largest number of tokens per forward pass (trtllm_torch).")
-    kv_cache_dtype: Literal["auto", "fp8"] = Field("auto", description="Number format of the KV cache (trtllm_torch).")
+    tp_size: int = Field(1, ge=1, description="GPUs that share each layer (vLLM, TensorRT-LLM).")
+    pp_size: int = Field(1, ge=1, description="Pipeline stages, a GPU each (vLLM, TensorRT-LLM).")
+    max_num_tokens: int = Field(
+        8192, ge=1, description="Largest number of tokens per forward pass (vllm, trtllm_torch)."
+    )
+    kv_cache_dtype: Literal["auto", "fp8"] = Field(
+        "auto", description="Number format of the KV cache (vllm, trtllm_torch)."
+    )
     kv_cache_fraction: float = Field(
-        0.9, gt=0, lt=1, description="Share of free GPU memory for the KV cache (TensorRT-LLM)."
+        0.9,
+        gt=0,
+        lt=1,
+        description="Share of free GPU memory for the KV cache (TensorRT-LLM); of a GPU's memory for all of vLLM, "
+        "or of free memory for its KV cache on CPUs.",
     )
     scheduler_policy: Literal["MAX_UTILIZATION", "GUARANTEED_NO_EVICT"] = Field(
         "MAX_UTILIZATION",
@@ -93,7 +105,7 @@ class SamplerConfig(Section, decides="output"):
         "replicas the default (AUTO) spoilt convergence.",
     )
     quantization: Literal["fp8"] | None = Field(
-        None, description="FP8 linear layers (TensorRT-LLM): every model is converted, and verified."
+        None, description="FP8 linear layers (vLLM, TensorRT-LLM): every model is converted, and verified."
     )
     calibration_size: int = Field(256, ge=1, description="IFT examples whose activations set FP8's ranges.")
     calibration_probe: int = Field(16, ge=1, description="Calibration examples that try the last model's FP8 ranges.")

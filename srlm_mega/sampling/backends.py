@@ -1,11 +1,22 @@
 """Opening the configured sampler backend."""
 
+import os
 from pathlib import Path
 from typing import assert_never
 
 from srlm_mega.checkpoints_conversion.huggingface_files import INDEX, WEIGHTS, files_by_tensor
 from srlm_mega.config.runtime import SamplerConfig
 from srlm_mega.sampling.sampler import Sampler
+
+# vLLM and what it imports read these when they are imported.
+VLLM_SETTINGS = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the scheduler here: in a process of its own, its death would go unnoticed
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # OMP_NUM_THREADS holds, and replicas share the cores
+    "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": "1",  # when a rank has died the others only wait for it
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
 
 
 def open_sampler(config: SamplerConfig, model_folder: Path, end_ids: tuple[int, ...]) -> Sampler:
@@ -31,5 +42,11 @@ def open_sampler(config: SamplerConfig, model_folder: Path, end_ids: tuple[int, 
             from srlm_mega.sampling.trtllm_engine import open_trtllm_engine
 
             return open_trtllm_engine(config, model_folder, end_ids)
+        case "vllm":
+            os.environ.update(VLLM_SETTINGS)
+            os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+            from srlm_mega.sampling.vllm_sampler import open_vllm
+
+            return open_vllm(config, model_folder, end_ids)
         case _:
             assert_never(config.backend)

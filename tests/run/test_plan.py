@@ -232,7 +232,9 @@ def test_the_sampler_in_a_container() -> None:
     assert "--env=CUDA_VISIBLE_DEVICES" in argv and "--env=PYTHONSAFEPATH" in argv
 
 
-def test_the_sampler_in_steps_of_an_allocation(own_python: str, tmp_path: Path) -> None:
+def test_the_sampler_in_steps_of_an_allocation(
+    own_python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """TP 8 x PP 2 on nodes of 8: two nodes, a task per device, the command in the first of them only."""
     step = "sampler.slurm=true"
     argv = sampler_process(devices(16, own_python, step, pipeline=2), ["replica", "r", "s", "3"])
@@ -245,6 +247,10 @@ def test_the_sampler_in_steps_of_an_allocation(own_python: str, tmp_path: Path) 
     assert "--gres=gpu:8" in by_gres and not any(word.startswith("--gpus") for word in by_gres)
     plain = sampler_process(devices(1, own_python, step, backend=()), ["stage", "r", "s"])
     assert "--mpi=pmix" not in plain and "trtllm-llmapi-launch" not in plain and "--ntasks=1" in plain
+    monkeypatch.setenv("SLURM_CPUS_ON_NODE", "64")
+    vllm = sampler_process(devices(4, own_python, step, backend=("sampler.backend=vllm", "sampler.device=cuda")), [])
+    assert {"--nodes=1", "--ntasks=1", "--gpus-per-node=4", "--cpus-per-task=32"} <= set(vllm)
+    assert "--mpi=pmix" not in vllm and "trtllm-llmapi-launch" not in vllm
 
 
 def test_a_backend_that_nobody_knows_is_named() -> None:
