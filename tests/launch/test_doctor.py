@@ -14,13 +14,14 @@ from srlm_mega.launch.doctor import (
     FILE,
     DoctorRow,
     Probed,
-    Purpose,
     VersionSet,
+    best_fit,
     diagnose,
     fits,
     is_well,
     run_probe,
     version_set,
+    version_sets,
 )
 from srlm_mega.launch.probe import ProbeAnswer
 
@@ -37,6 +38,7 @@ WELL = {
     "flash-attn": ProbeAnswer(absent=True),
     "triton": ProbeAnswer("3.6.0"),
     "tensorrt-llm": ProbeAnswer(absent=True),
+    "vllm": ProbeAnswer(absent=True),
     "modelopt": ProbeAnswer("0.47.0"),
     "transformers": ProbeAnswer("5.23.0"),
     "slurm": ProbeAnswer("24.05.3", detail="controller is UP"),
@@ -97,6 +99,30 @@ def test_what_is_needed_depends_on_the_purpose() -> None:
     assert bad(CPU, torch=ProbeAnswer(absent=True)).name == "torch"
     missing = [row.name for row in rows(SAMPLING).values() if row.status == "bad"]
     assert missing == ["torch", "tensorrt-llm", "transformers"], "the trainer's environment is not the sampler's"
+
+
+@pytest.mark.parametrize(
+    ("here", "chosen"),
+    [
+        ({"tensorrt-llm": ProbeAnswer("1.2.1"), "torch": ProbeAnswer("2.9.1", cuda="13.0")}, "sampling"),
+        ({"vllm": ProbeAnswer("0.32.0"), "torch": ProbeAnswer("2.13.0", cuda="13.0")}, "sampling_vllm"),
+        (
+            {"vllm": ProbeAnswer("0.32.0"), "torch": ProbeAnswer("2.13.0+cpu"), "cuda": None, "nccl": None},
+            "sampling_vllm_cpu",
+        ),
+    ],
+)
+def test_the_set_of_the_sampler_that_is_here(here: dict[str, ProbeAnswer | None], chosen: str) -> None:
+    probed = [
+        Probed(name, answer, "OSError: libcuda.so.1" if answer is None else "")
+        for name, answer in (WELL | here).items()
+    ]
+    assert best_fit(probed, version_sets("sampling", None), False)[0].name == chosen
+    names = {one.name for one in version_sets("sampling", "vllm")}
+    assert names == {"sampling_vllm", "sampling_vllm_cpu"}
+    versions, rows = best_fit(probed, version_sets("sampling", "vllm"), False)
+    wrong = {row.name for row in rows if row.status == "bad"}
+    assert versions.name in names and ("vllm" in wrong) == (chosen == "sampling"), "the backend that was asked for"
 
 
 def test_an_untested_version_is_yellow_and_no_failure() -> None:
@@ -282,14 +308,16 @@ def test_each_line_of_tensorrt_llm_has_a_set_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("purpose", ["cpu", "training"])
-def test_what_is_needed_is_what_pip_would_ask_for(purpose: Purpose) -> None:
+def test_what_is_needed_is_what_pip_would_ask_for(purpose: str) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for name in ("torch", "megatron-core", "transformers"):
         assert f"{name}{version_set(purpose).packages[name].needs}" in project["dependencies"]
 
 
-@pytest.mark.parametrize(("file", "purpose"), [("training", "training"), ("sampler", "sampling")])
-def test_the_dockerfiles_are_built_on_the_table(file: str, purpose: Purpose) -> None:
+@pytest.mark.parametrize(
+    ("file", "purpose"), [("training", "training"), ("sampler", "sampling"), ("vllm", "sampling_vllm")]
+)
+def test_the_dockerfiles_are_built_on_the_table(file: str, purpose: str) -> None:
     text = (ROOT / "launch" / "containers" / f"{file}.Dockerfile").read_text()
     chosen = version_set(purpose)
     assert re.findall(r"^FROM (.+)$", text, re.MULTILINE) == [chosen.image]
@@ -307,7 +335,7 @@ def test_the_dockerfiles_are_built_on_the_table(file: str, purpose: Purpose) -> 
 
 
 def test_the_dockerfiles_copy_the_whole_package() -> None:
-    for file in ("training", "sampler"):
+    for file in ("training", "sampler", "vllm"):
         text = (ROOT / "launch" / "containers" / f"{file}.Dockerfile").read_text()
         for link in (path for path in (ROOT / "srlm_mega").iterdir() if path.is_symlink()):
             assert f"COPY {link.name} /opt/srlm-mega/{link.name}" in text

@@ -1,6 +1,7 @@
 """vLLM itself, on CPUs, in an environment of its own: the sampler's contract in fp32 and bf16, two ranks, kills, and
 SmolLM2. The tests are those of tests/support/vllm_real.py."""
 
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -54,3 +55,11 @@ def test_smollm2(vllm_python: Path, smollm2_gguf: Path, srlm: Path, tmp_path: Pa
     ]
     subprocess.run(argv, check=True, capture_output=True)
     assert "1 passed" in run_there(vllm_python, "-k", "real_model", SRLM_VLLM_MODEL=str(folder))
+
+
+def test_the_doctor_knows_this_environment(vllm_python: Path) -> None:
+    done = subprocess.run([str(vllm_python.parent / "srlm"), "doctor", "--for", "sampling", "--backend", "vllm", "--json"],
+                          capture_output=True, text=True, cwd="/")  # fmt: skip
+    found = json.loads(done.stdout)
+    assert (done.returncode, found["set"]) == (0, "sampling_vllm_cpu"), done.stdout
+    assert {row["name"]: row["status"] for row in found["rows"]}["vllm"] == "ok"
