@@ -58,8 +58,9 @@ def test_smollm2(vllm_python: Path, smollm2_gguf: Path, srlm: Path, tmp_path: Pa
 
 
 def test_the_doctor_knows_this_environment(vllm_python: Path) -> None:
-    done = subprocess.run([str(vllm_python.parent / "srlm"), "doctor", "--for", "sampling", "--backend", "vllm", "--json"],
-                          capture_output=True, text=True, cwd="/")  # fmt: skip
+    srlm = str(vllm_python.parent / "srlm")
+    argv = [srlm, "doctor", "--for", "sampling", "--backend", "vllm", "--json"]
+    done = subprocess.run(argv, capture_output=True, text=True, cwd="/")
     found = json.loads(done.stdout)
     assert (done.returncode, found["set"]) == (0, "sampling_vllm_cpu"), done.stdout
     assert {row["name"]: row["status"] for row in found["rows"]}["vllm"] == "ok"
