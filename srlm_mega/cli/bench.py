@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from srlm_mega.cli.arguments import OVERRIDES, ConfigFile, Overrides, RunFolder
+from srlm_mega.config.runtime import SamplerBackend
 from srlm_mega.errors import UserError
 
 if TYPE_CHECKING:
@@ -100,12 +101,15 @@ def bench_sampling(
     prompts: Annotated[int, typer.Option(min=1, help="Number of prompts of round 1.")] = 100,
     repetitions: Annotated[int, typer.Option(min=1, help="Number of times that all take turns.")] = 3,
     batch_size: Annotated[list[int] | None, typer.Option(help="Further batch size; may be repeated.")] = None,
+    backend: Annotated[
+        SamplerBackend | None, typer.Option(help="Another backend, in the environment of sampler.python.")
+    ] = None,
     json: JsonFile = None,
 ) -> None:
     """Measure the sampler on the prompts of a run. Compares it with transformers' generate on round 1."""
     from srlm_mega.tools.bench_sampling import measure
 
-    measure(run, overrides or [], prompts, repetitions, batch_size or [], json)
+    measure(run, overrides or [], prompts, repetitions, batch_size or [], backend, json)
 
 
 def sweep_training(text: str, json: Path | None) -> None:

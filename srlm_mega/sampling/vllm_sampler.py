@@ -60,12 +60,20 @@ class OpenCopy:
     logprobs: list[float] = field(default_factory=list)
 
 
+@dataclass
+class EngineCounts:
+    """Steps so far, and completions that they had at work (summed); tokens of the prompts of all finished copies, and
+    those of them that were in the KV cache already."""
+
+    steps: int = 0
+    at_work: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+
+
 class VllmSampler:
     """A `Sampler` of a vLLM engine, which decodes up to `max_sequences` completions at a time. A copy of a request is a
-    request to the engine: vLLM reuses the prompt that they share, and makes n requests of one with n copies anyway.
-
-    prompt_tokens, cached_tokens: tokens of all copies' prompts so far, and those of them that were not computed again.
-    """
+    request to the engine: vLLM reuses the prompt that they share, and makes n requests of one with n copies anyway."""
 
     def __init__(self, engine: LLMEngine, end_ids: tuple[int, ...], limits: ModelLimits, max_sequences: int) -> None:
         self._engine = engine
@@ -75,7 +83,7 @@ class VllmSampler:
         self._ids = count()
         self._copies: dict[str, OpenCopy] = {}  # by the engine's request, of all streams
         self._is_dead = False
-        self.prompt_tokens = self.cached_tokens = 0
+        self.counts = EngineCounts()
 
     def sample(
         self, prompts: Sequence[tuple[int, ...]], params: SamplingParams, first: int = 0
@@ -152,6 +160,8 @@ class VllmSampler:
         """Compute the next token of all copies at work. EngineDied when the engine cannot go on."""
         if self._is_dead:
             raise EngineDied("vLLM's engine has ended before")
+        self.counts.steps += 1
+        self.counts.at_work += len(self._copies)
         try:
             with own_random_state():
                 outputs = self._engine.step()
@@ -175,8 +185,8 @@ class VllmSampler:
         if cut is None and new.finish_reason is None:
             return
         del self._copies[output.request_id]
-        self.prompt_tokens += len(copy.whole.request.prompt)
-        self.cached_tokens += output.num_cached_tokens or 0
+        self.counts.prompt_tokens += len(copy.whole.request.prompt)
+        self.counts.cached_tokens += output.num_cached_tokens or 0
         if new.finish_reason is None:
             self._engine.abort_request([output.request_id])
         elif new.finish_reason not in ("stop", "length"):

@@ -242,10 +242,11 @@ def test_a_real_model() -> None:
     ]
     Ties(BF16_GAP, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)).check(found, expected, prompts)
     drawn = SamplingParams(4, 0.7, 0.9, max_new_tokens=24, seed=1, logprobs=True)
-    before = sampler.prompt_tokens, sampler.cached_tokens
+    before = replace(sampler.counts)
     first = sampler.sample(prompts, drawn)
-    prompt_tokens, cached = sampler.prompt_tokens - before[0], sampler.cached_tokens - before[1]
-    assert prompt_tokens == 4 * sum(map(len, prompts)) and cached >= 0.6 * prompt_tokens
+    prompt_tokens = sampler.counts.prompt_tokens - before.prompt_tokens
+    cached_tokens = sampler.counts.cached_tokens - before.cached_tokens
+    assert prompt_tokens == 4 * sum(map(len, prompts)) and cached_tokens >= 0.6 * prompt_tokens
     assert all(one.cumulative_logprob is not None and one.cumulative_logprob < 0 for one in flat(first))
     assert [[one.token_ids for one in group] for group in sampler.sample(prompts, drawn)] == [
         [one.token_ids for one in group] for group in first
