@@ -84,7 +84,7 @@ class SamplerConfig(Section, decides="output"):
         gt=0,
         lt=1,
         description="Share of free GPU memory for the KV cache (TensorRT-LLM); of a GPU's memory for all of vLLM, "
-        "or of free memory for its KV cache on CPUs.",
+        "or, on CPUs, of free memory for its KV cache, of which it takes about 4 GiB at most.",
     )
     scheduler_policy: Literal["MAX_UTILIZATION", "GUARANTEED_NO_EVICT"] = Field(
         "MAX_UTILIZATION",

@@ -32,6 +32,7 @@ from srlm_mega.errors import UserError
 from srlm_mega.sampling.sampler import Answer, Completion, EngineDied, ModelLimits, Request, SamplingParams
 from srlm_mega.seeds import derive_seed
 
+CPU_CACHE = 4 * 2**30  # bytes of a replica's KV cache, which are filled at once, unless a single sequence needs more
 CPU_BLOCK = 32  # tokens of a KV cache block, whose multiples are reused as prefixes: the fewest that CPU kernels take
 
 
@@ -277,13 +278,15 @@ def cpu_arguments(config: SamplerConfig, model_folder: Path, limits: ModelLimits
             "sampler.backend=huggingface, or a model with such heads"
         )
     layers, groups = int(settings["num_hidden_layers"]), int(settings.get("num_key_value_heads") or heads)
-    per_token = 2 * layers * groups * size * getattr(torch, dtype_of(settings)).itemsize
-    free = int(psutil.virtual_memory().available * config.kv_cache_fraction) // config.devices_per_replica
+    per_sequence = 2 * layers * groups * size * getattr(torch, dtype_of(settings)).itemsize
+    per_sequence *= limits.max_positions + CPU_BLOCK
+    wanted = max(per_sequence, min(per_sequence * config.batch_size, CPU_CACHE))
+    free = int(psutil.virtual_memory().available * config.kv_cache_fraction)
     return {
         "enforce_eager": True,  # compilation takes minutes
         "enable_chunked_prefill": False,  # a request with a seed ends the engine when its prompt is computed in parts
         "block_size": CPU_BLOCK,
-        "kv_cache_memory_bytes": min(free, per_token * config.batch_size * (limits.max_positions + CPU_BLOCK)),
+        "kv_cache_memory_bytes": min(wanted, free // config.devices_per_replica),
     }
 
 

@@ -41,6 +41,13 @@ def test_every_stage_of_the_run_is_planned() -> None:
     assert plan.fits and len(plan.memory) == 4
 
 
+def test_vllm_is_planned_as_trtllm_torch_is() -> None:
+    plans = [
+        make_plan(request("llama2_70b_64gpu.yaml", f"sampler.backend={name}")) for name in ("vllm", "trtllm_torch")
+    ]
+    assert plans[0].times == plans[1].times
+
+
 def test_stages_that_only_some_runs_have() -> None:
     everything = request(
         "llama2_70b_64gpu.yaml", "sampler.backend=trtllm_engine", "meta_judge.enabled=true", "pairs.consistency=true",
