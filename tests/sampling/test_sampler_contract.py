@@ -11,9 +11,12 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+import torch
 from places import ROOT
+from safetensors.torch import load_file
 from sampler_contract import *  # noqa: F403
 from sampler_contract import END_IDS, EOS, GREEDY, POSITIONS, SAMPLED, VOCABULARY, Prompts, flat, make_model
+from trtllm_cases import Case, make_bf16_model, open_case
 
 from srlm_mega.checkpoints_conversion.engine import EngineRecord, Limits, Runtime, write_record
 from srlm_mega.config.runtime import SamplerConfig
@@ -358,6 +361,21 @@ def test_an_engine_says_that_its_backend_is_ending(form: str, folder: Path, caps
         with pytest.raises(UserError, match=r"1.4.0rc4\+stand.in loads no engines: .*trtllm_torch"):
             trtllm(folder, "trtllm_engine")
     assert "trtllm_engine is ending" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("case", ["one GPU", "two GPUs", "FP8"])
+def test_what_the_gpu_tests_sample_is_made(stand_in: None, tmp_path: Path, case: Case) -> None:
+    """Heads of 64 and sizes of 16s in bf16, which TensorRT-LLM's kernels know; the stand-in looks at neither."""
+    folder = tmp_path / "huggingface"
+    make_bf16_model(folder)
+    found = json.loads((folder / "config.json").read_text())
+    assert found["hidden_size"] // found["num_attention_heads"] == 64
+    assert not any(found[name] % 16 for name in ("hidden_size", "intermediate_size", "vocab_size"))
+    assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {torch.bfloat16}
+    sampler = open_case(case, folder)
+    (answer,) = sampler.stream(iter([Request((3, 4), SAMPLED, 0)]))
+    assert len(answer.completions) == SAMPLED.n
+    sampler.close()
 
 
 def test_an_engine_that_is_absent_or_of_another_version_is_refused(stand_in: None, tmp_path: Path) -> None:
