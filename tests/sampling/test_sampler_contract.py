@@ -96,7 +96,7 @@ def trtllm(folder: Path, backend: str = "trtllm_torch") -> Sampler:
     return open_sampler(SamplerConfig(backend=backend, batch_size=16), loaded, END_IDS)  # type: ignore[arg-type]
 
 
-def test_the_stand_in_refuses_what_the_documentation_does_not_have(stand_in: None, folder: Path) -> None:
+def test_the_stand_in_refuses_what_the_documentation_does_not_have(form: str, folder: Path) -> None:
     from tensorrt_llm import LLM, SamplingParams
     from tensorrt_llm.llmapi import KvCacheConfig
 
@@ -104,12 +104,25 @@ def test_the_stand_in_refuses_what_the_documentation_does_not_have(stand_in: Non
         lambda: LLM(model=str(folder), skip_tokenizer_init=True, tp_size=2),
         lambda: SamplingParams(max_new_tokens=3),
         lambda: KvCacheConfig(reuse=True),
+        lambda: LLM(model=str(folder), skip_tokenizer_init=True, cuda_graph_config={"padding": True}),
         lambda: SamplingParams(n=2),  # greedy: nothing says how to sample
+        lambda: SamplingParams(n=2, temperature=0.0),
+        lambda: SamplingParams(temperature=-0.1),
+        lambda: SamplingParams(top_p=1.1),
+        lambda: SamplingParams(top_k=-1),
         lambda: LLM(model=str(folder), skip_tokenizer_init=True).generate([[3]], SamplingParams()),
         lambda: LLM(model=str(folder), skip_tokenizer_init=True).generate([(3, 4)], SamplingParams(end_id=2)),
     ):
         with pytest.raises((TypeError, ValueError)):
             wrong()
+
+
+def test_the_stand_in_takes_zeros_for_greedy(form: str) -> None:
+    from tensorrt_llm import SamplingParams
+
+    asked = ({}, {"top_k": 1}, {"temperature": 0.0, "top_p": 0.9}, {"temperature": 1.0, "top_p": 0.0})
+    assert all(SamplingParams(**settings).greedy for settings in asked)
+    assert not SamplingParams(temperature=1.0).greedy
 
 
 def test_seeds_need_the_sampler_that_honours_them(stand_in: None, folder: Path, prompts: Prompts) -> None:
