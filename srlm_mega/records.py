@@ -5,7 +5,7 @@ errors where the line is read, with the file and the line number.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -19,6 +19,16 @@ FinishReason = Literal["stop", "length"]
 STRICT = ConfigDict(extra="forbid")
 T = TypeVar("T")
 BUFFER = 1024**2  # bytes: lines have a few thousand, and a system call for each would cost more than copying it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WithoutLogprob:
+    """A record whose lines of older versions have a `cumulative_logprob`, which nothing reads: it is dropped."""
+
+    cumulative_logprob: InitVar[float | None] = None
+
+    def __post_init__(self, cumulative_logprob: float | None) -> None:
+        """Drop it."""
 
 
 @with_config(STRICT)
@@ -117,7 +127,7 @@ class SampledTexts:
 
 @with_config(STRICT)
 @dataclass(frozen=True, slots=True)
-class PromptDraft:
+class PromptDraft(WithoutLogprob):
     """The prompt writer's request and what it wrote, from which several prompts are read, or none."""
 
     id: str
@@ -127,7 +137,6 @@ class PromptDraft:
     seed: int
     model_hash: str
     token_ids: tuple[int, ...] = ()
-    cumulative_logprob: float | None = None
     decoding: Decoding | None = None
 
 
@@ -135,8 +144,8 @@ class PromptDraft:
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """One sampled response. Training uses `prompt_token_ids + token_ids` exactly as they were sampled;
-    `token_ids` ends with an end token exactly when `finish_reason` is `stop`. `cumulative_logprob` is the sum over
-    `token_ids` in nats, where the sampler gives it."""
+    `token_ids` ends with an end token exactly when `finish_reason` is `stop`. `cumulative_logprob` is the sampler's, as
+    `sampling.sampler.Completion` defines it; None where it was not asked for it or has none."""
 
     id: str
     prompt_id: str
@@ -159,7 +168,7 @@ class Candidate:
 
 @with_config(STRICT)
 @dataclass(frozen=True, slots=True)
-class Judgement:
+class Judgement(WithoutLogprob):
     """One sampled judgement of one candidate. `score` is None, never NaN, when no score could be parsed. A random
     judge samples nothing: no token ids, no decoding."""
 
@@ -171,7 +180,6 @@ class Judgement:
     seed: int
     model_hash: str
     token_ids: tuple[int, ...] = ()
-    cumulative_logprob: float | None = None
     decoding: Decoding | None = None
 
 
@@ -205,7 +213,7 @@ class PairwiseJudgement:
 
 @with_config(STRICT)
 @dataclass(frozen=True, slots=True)
-class MetaJudgement:
+class MetaJudgement(WithoutLogprob):
     """One comparison of two judgements of one candidate, in one order. `verdict` is None when none could be parsed."""
 
     id: str
@@ -218,7 +226,6 @@ class MetaJudgement:
     seed: int
     model_hash: str
     token_ids: tuple[int, ...]
-    cumulative_logprob: float | None
     decoding: Decoding
 
 
@@ -246,7 +253,8 @@ class Message:
 class PreferencePair:
     """Best and worst candidate of one prompt (or, from the meta-judge, two judgements of one response). `prompt`,
     `chosen`, `rejected` are in TRL's conversational form; DPO trains on the token ids. `consistency` is the confidence
-    in the order, c in [0, 1]: the loss is c times the pair's own and 1 - c times the swapped pair's."""
+    in the order, c in [0, 1]: the loss is c times the pair's own and 1 - c times the swapped pair's. `chosen_logprob`
+    and `rejected_logprob` are the `cumulative_logprob` of candidates of the round's model, else None."""
 
     id: str
     prompt: tuple[Message, ...]
@@ -260,6 +268,8 @@ class PreferencePair:
     chosen_token_ids: tuple[int, ...]
     rejected_token_ids: tuple[int, ...]
     consistency: float = 1.0
+    chosen_logprob: float | None = None
+    rejected_logprob: float | None = None
 
 
 @with_config(STRICT)

@@ -112,6 +112,9 @@ class SamplerConfig(Section, decides="output"):
     calibration_margin: float = Field(
         1.1, ge=1, description="Factor up to which activations may exceed an FP8 range that is kept for the next model."
     )
+    logprobs: bool = Field(
+        True, description="Log-probabilities of the candidates, which the check of sampler against trainer reads."
+    )
     attempts: int = Field(3, ge=1, description="Tries of a batch, and then of each of its requests alone.")
     max_failed_share: Annotated[float, Decides("limit")] = Field(
         0.01, ge=0, lt=1, description="Largest share of a stage's requests that may fail for good; more stop the run."

@@ -124,4 +124,6 @@ def preference_pair(chosen: Ranked, rejected: Ranked, weight: float) -> Preferen
         chosen_token_ids=best.token_ids,
         rejected_token_ids=worst.token_ids,
         consistency=weight,
+        chosen_logprob=best.cumulative_logprob,
+        rejected_logprob=worst.cumulative_logprob if worst.model_hash == best.model_hash else None,
     )

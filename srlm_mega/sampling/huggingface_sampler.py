@@ -109,7 +109,8 @@ class HuggingFaceSampler:
         active = torch.arange(len(seeds), device=self._device)  # rows that are still being decoded
         for step in range(params.max_new_tokens):
             chosen = choose(logits, params, draws[active, step])
-            logprobs[active] += logprob_of(chosen, logits)
+            if params.logprobs:
+                logprobs[active] += logprob_of(chosen, logits)
             for row, token in zip(active.tolist(), chosen.tolist(), strict=True):
                 tokens[row].append(token)
             is_last = step + 1 == params.max_new_tokens
@@ -118,7 +119,8 @@ class HuggingFaceSampler:
                 whole = self._is_whole(tokens[row], params)
                 if whole or is_last:
                     reason: FinishReason = "stop" if whole else "length"
-                    yield row, Completion(tuple(tokens[row]), reason, seeds[row], round(logprobs[row].item(), 4))
+                    logprob = round(logprobs[row].item(), 4) if params.logprobs else None
+                    yield row, Completion(tuple(tokens[row]), reason, seeds[row], logprob)
                 else:
                     kept.append(place)
             if not kept:

@@ -24,7 +24,8 @@ class SamplingParams:
     - max_new_tokens: longest completion in tokens, its end token included; at least 1.
     - seed: with a prompt's position and a completion's number it decides all random draws.
     - stop: strings that end a completion in addition to the end tokens; None for no such strings.
-    - logprobs: whether completions are to have their cumulative_logprob, which costs some engines time.
+    - logprobs: whether completions are to have their cumulative_logprob, which costs some engines time. It is no part
+      of `decoding`: the completions are the same.
     """
 
     n: int
@@ -60,9 +61,10 @@ class Completion:
     - finish_reason: `stop`, or `length` for a completion that max_new_tokens cut off. One that stops exactly at
       max_new_tokens is a `stop`.
     - seed: seed of this completion's own draws; no other completion of the call has the same.
-    - cumulative_logprob: sum of the tokens' log-probabilities in nats, None where the backend gives none. Backend
-      huggingface takes them from the model itself, before temperature and top-p. The last digits depend on the batch,
-      so it is left out when completions are compared.
+    - cumulative_logprob: sum over token_ids, an end token included, of each token's log-probability in nats under the
+      model's own distribution, before temperature and top-p: what the trainer computes for the same tokens. None unless
+      params.logprobs asks for it, and where a backend cannot give exactly this sum. The last digits depend on the
+      batch, so it is left out when completions are compared.
     """
 
     token_ids: tuple[int, ...]

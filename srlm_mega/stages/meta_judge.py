@@ -99,7 +99,6 @@ def comparisons_task(work: Work) -> tuple[SamplingTask[JudgementComparison], int
                 first_id=request.source.first.id,
                 second_id=request.source.second.id,
                 verdict=verdict_of(fields["text"], fields["finish_reason"]),
-                cumulative_logprob=completion.cumulative_logprob,
                 **fields,
             )
 

@@ -147,12 +147,7 @@ def sample_drafts(
     params, file = replace(by.params, seed=seed), work.out / f"wave_{wave:05d}"
     answers = work.samplers.ask(sampled_model(work, writer_model(work)), asked, params, file, allowed, report)
     drafts = [
-        PromptDraft(
-            id=answer.id,
-            request=requests[answer.id][0],
-            cumulative_logprob=completion.cumulative_logprob,
-            **by.fields(completion),
-        )
+        PromptDraft(id=answer.id, request=requests[answer.id][0], **by.fields(completion))
         for answer in answers
         for completion in answer.completions
     ]

@@ -3,6 +3,7 @@ anchor model answers them too (anchors), and the previous model judges them too 
 """
 
 import random
+from dataclasses import replace
 from functools import partial
 from typing import assert_never
 
@@ -77,7 +78,8 @@ def candidates_task(work: Work) -> tuple[SamplingTask[Prompt], int]:
     """Return a task with a request per prompt, and the number of prompts that leave no room for a whole response."""
     is_anchor = work.stage.kind is ANCHORS
     writer, letter = (work.config.pairs.rejected_from, "a") if is_anchor else (model_name(work.round), "c")
-    by = SampledBy.of_run(work, writer, params_of(work.config.candidates))
+    params = replace(params_of(work.config.candidates), logprobs=work.config.sampler.logprobs)
+    by = SampledBy.of_run(work, writer, params)
     prompts = read_jsonl(work.read(PROMPTS.of(work.round), "prompts.jsonl"), Prompt)
     requests = [SamplingRequest(one.id, one, by.chat.prompt(one.text, one.system)) for one in prompts]
     records = partial(candidates_of, by, letter)

@@ -57,7 +57,7 @@ class SamplingTask(Generic[T]):
 
 
 class CompletionFields(TypedDict):
-    """Fields that every record of a completion has; some records keep `cumulative_logprob` in addition."""
+    """Fields that every record of a completion has; a candidate keeps `cumulative_logprob` in addition."""
 
     text: str
     finish_reason: FinishReason
@@ -128,7 +128,6 @@ def judgements_of(
             id=f"{request.id}-{letter}{number}",
             candidate_id=request.id,
             score=score_of(fields["text"], fields["finish_reason"]),
-            cumulative_logprob=completion.cumulative_logprob,
             **fields,
         )
 

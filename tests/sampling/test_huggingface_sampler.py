@@ -197,8 +197,12 @@ def test_cumulative_log_probabilities_are_the_models(
     folder: Path, sampler: HuggingFaceSampler, prompts: Prompts
 ) -> None:
     """Against a plain forward pass over prompt and completion: before temperature and top-p, the end token included."""
-    model = LlamaForCausalLM.from_pretrained(folder)
-    for prompt, group in zip(prompts, sampler.sample(prompts, replace(SAMPLED, temperature=0.7)), strict=True):
+    model, params = LlamaForCausalLM.from_pretrained(folder), replace(SAMPLED, temperature=0.7)
+    not_asked = sampler.sample(prompts, params)
+    assert {completion.cumulative_logprob for group in not_asked for completion in group} == {None}
+    asked = sampler.sample(prompts, replace(params, logprobs=True))
+    assert asked == not_asked, "the same completions"
+    for prompt, group in zip(prompts, asked, strict=True):
         for completion in group:
             with torch.inference_mode():
                 logits = model(torch.tensor([prompt + completion.token_ids])).logits[0, len(prompt) - 1 : -1]

@@ -110,7 +110,6 @@ def judgement(number: int, turn: int, rng: random.Random) -> Judgement:
         seed=number,
         model_hash="0" * 32,
         token_ids=some_tokens(rng, tokens),
-        cumulative_logprob=-12.5,
         decoding=Decoding(0.7, 0.9, 512),
     )
 
