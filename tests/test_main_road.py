@@ -224,6 +224,7 @@ def test_summary_has_the_final_table(whole: Path) -> None:
         } <= row.keys()
         assert {"pair_acc_untied", "tie_rate", "parse_failure"} <= row["judge"].keys()
     row = summary["models"]["M2"]
+    assert 0 < row["logprob_difference_mean"] <= row["logprob_difference_max"] < 1e-4, "sampler and trainer agree"
     assert row["win_vs_m1"] + row["tie_vs_m1"] + row["loss_vs_m1"] == pytest.approx(1)
     assert set(summary["seconds"]) >= {"seed", "M0", "M1", "round_1/pairs", "M2", "M2/evaluation"}
     assert "<html" in (whole / "report.html").read_text(encoding="utf-8")

@@ -28,6 +28,7 @@ from srlm_mega.config.training import (
     ModelConfig,
     OptimizationConfig,
     ParallelConfig,
+    Precision,
     TrackingConfig,
     TrainerConfig,
 )
@@ -103,6 +104,15 @@ class Config(Section, decides="output"):
     def data_parallel_size(self) -> int:
         """Number of replicas of the model in a training stage."""
         return self.world_size // self.parallel.model_parallel_size
+
+    @property
+    def logprob_precision(self) -> Precision:
+        """Coarsest number format in which sampler or trainer compute log-probabilities: a folder has the trainer's, and
+        engines compute attention in 16 bits at most."""
+        sampler = self.sampler
+        if sampler.quantization is not None or sampler.kv_cache_dtype == "fp8" or self.trainer.fp8 is not None:
+            return "fp8"
+        return "bf16" if self.trainer.bf16 or sampler.backend != "huggingface" else "fp32"
 
     @property
     def sampler_replicas(self) -> int:

@@ -1,10 +1,12 @@
 """Training of a round: the method, which pairs, meta-judge pairs, and limits that stop it."""
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from srlm_mega.config.section import Decides, Section
+from srlm_mega.config.training import Precision
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Ties = Literal["random", "shortest", "lowest_variance"]
@@ -68,10 +70,32 @@ class Limit(Section, decides="limit"):
     stop: float | None = Field(None, description="Value from which the run stops (exit code 3); null: never.")
 
 
+class PrecisionLimit(Section, decides="limit"):
+    """Limits of a difference that rounding alone brings about: auto is what rounding explains in the number format."""
+
+    warn: float | Literal["auto"] | None = Field(
+        "auto", description="Value from which there is a warning; auto: by precision; null: never."
+    )
+    stop: float | Literal["auto"] | None = Field(
+        "auto", description="Value from which the run stops (exit code 3); auto: by precision; null: never."
+    )
+
+    def resolved(self, auto: Limit) -> Limit:
+        """Return the limits with those of `auto` where they are left to the precision."""
+        warn = auto.warn if self.warn == "auto" else self.warn
+        return Limit(warn=warn, stop=auto.stop if self.stop == "auto" else self.stop)
+
+
 class HealthConfig(Section, decides="limit"):
     """Limits of a round's figures, causes before what follows from them, checked before it trains; docs/protocol.md
     defines each figure."""
 
+    logprob_difference_mean: PrecisionLimit = Field(
+        PrecisionLimit(), description="Mean difference of sampler and trainer, nats per token, at most."
+    )
+    logprob_difference_max: PrecisionLimit = Field(
+        PrecisionLimit(), description="Largest difference of sampler and trainer, nats per token, at most."
+    )
     unknown_tokens: Limit = Field(
         Limit(warn=0.005, stop=0.05), description="Share of unknown tokens in the prompts, at most."
     )
@@ -88,3 +112,12 @@ class HealthConfig(Section, decides="limit"):
         Limit(warn=1.5), description="Length of held-out responses over the last model's, at most."
     )
     agreement_drop: Limit = Field(Limit(warn=0.02), description="Fall of the accuracy on EFT-eval, ties half, at most.")
+
+
+# Mean and largest difference of sampler and trainer (nats per token) that rounding does not explain, as measured in
+# docs/protocol.md. By default a single response stops no run.
+LOGPROB_LIMITS: Mapping[Precision, tuple[Limit, Limit]] = {
+    "fp32": (Limit(warn=0.001, stop=0.01), Limit(warn=0.01)),
+    "bf16": (Limit(warn=0.02, stop=0.04), Limit(warn=0.2)),
+    "fp8": (Limit(warn=0.1, stop=0.2), Limit(warn=1.0)),
+}

@@ -1,18 +1,21 @@
-"""Health of a round's data before training: figures, each with its limits."""
+"""Health of a round before training: figures of its data, and of sampler against trainer, each with its limits."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Literal
 
 import orjson
 from pydantic import with_config
 
-from srlm_mega.config.rounds import HealthConfig, Limit
+from srlm_mega.config.rounds import LOGPROB_LIMITS, HealthConfig, Limit
+from srlm_mega.config.training import Precision
 from srlm_mega.evaluation.judge_metrics import ratio
 from srlm_mega.evaluation.results import ModelEvaluation
 from srlm_mega.judging.pair_counts import PairCounts
 from srlm_mega.records import STRICT, parse_line
 from srlm_mega.run.run_dir import RunDir
-from srlm_mega.run.stage_kinds import CANDIDATES, HEALTH, PAIRS
+from srlm_mega.run.stage_kinds import CANDIDATES, HEALTH, PAIRS, REFERENCE
 
 State = Literal["fine", "warn", "stop", "unknown"]
 
@@ -20,7 +23,8 @@ State = Literal["fine", "warn", "stop", "unknown"]
 @with_config(STRICT)
 @dataclass(frozen=True, slots=True)
 class HealthFigure:
-    """One figure and its limits. Without a measurement, the value is None and the state `unknown` stops nothing."""
+    """One figure and its limits. Without a measurement, the value is None and the state `unknown` stops nothing. NaN,
+    which JSON has as null too, is beyond every limit."""
 
     value: float | None
     warn: float | None
@@ -37,6 +41,12 @@ class RoundHealth:
     round: int
     state: Literal["fine", "warn", "stop"]
     figures: dict[str, HealthFigure]
+
+    @classmethod
+    def of(cls, number: int, figures: dict[str, HealthFigure]) -> "RoundHealth":
+        """Return the health of round `number` with the state that follows from its figures."""
+        states = {figure.state for figure in figures.values()}
+        return cls(number, "stop" if "stop" in states else "warn" if "warn" in states else "fine", figures)
 
     def beyond(self, state: State) -> dict[str, HealthFigure]:
         """Return the figures of that state."""
@@ -80,16 +90,28 @@ def round_health(
         "length_growth": figure(growth, limits.length_growth),
         "agreement_drop": figure(agreement_drop(now, before), limits.agreement_drop),
     }
-    states = {figure.state for figure in figures.values()}
-    worst: Literal["fine", "warn", "stop"] = "stop" if "stop" in states else "warn" if "warn" in states else "fine"
-    return RoundHealth(number, worst, figures)
+    return RoundHealth.of(number, figures)
+
+
+def sampler_health(
+    number: int, differences: Sequence[float], limits: HealthConfig, precision: Precision
+) -> RoundHealth:
+    """Return the health of round `number` by the `differences` of sampler and trainer, unknown where there is none.
+    `precision` is the coarser one of the two."""
+    mean, largest = (fmean(differences), max(differences)) if differences else (None, None)
+    auto_mean, auto_largest = LOGPROB_LIMITS[precision]
+    figures = {
+        "logprob_difference_mean": figure(mean, limits.logprob_difference_mean.resolved(auto_mean)),
+        "logprob_difference_max": figure(largest, limits.logprob_difference_max.resolved(auto_largest)),
+    }
+    return RoundHealth.of(number, figures)
 
 
 def figure(value: float | None, limit: Limit, low_is_bad: bool = False) -> HealthFigure:
     """Return a value with its limits and its state: a value on a limit is still fine."""
 
     def beyond(bound: float | None) -> bool:
-        return value is not None and bound is not None and (value < bound if low_is_bad else value > bound)
+        return value is not None and bound is not None and not (value >= bound if low_is_bad else value <= bound)
 
     state: State = (
         "unknown" if value is None else "stop" if beyond(limit.stop) else "warn" if beyond(limit.warn) else "fine"
@@ -128,10 +150,11 @@ def health_table(run: RunDir, rounds: int) -> HealthTable | None:
 
 
 def read_health(run: RunDir, number: int) -> RoundHealth | None:
-    """Read one round's health.json, of a round that it stopped from the partial stage. None without one."""
-    stage = HEALTH.of(number)
-    for folder in (run.output(stage), run.partial(stage)):
-        path = folder / "health.json"
-        if path.is_file():
-            return parse_line(RoundHealth, path.read_bytes())
-    return None
+    """Read a round's figures from the health.json of its reference, which may explain the others, and of its data. Of a
+    round that one of them stopped, it is in the partial stage. None without any."""
+    figures: dict[str, HealthFigure] = {}
+    for stage in (REFERENCE.of(number), HEALTH.of(number)):
+        for path in (run.partial(stage) / "health.json", run.output(stage) / "health.json"):
+            if path.is_file():
+                figures |= parse_line(RoundHealth, path.read_bytes()).figures
+    return RoundHealth.of(number, figures) if figures else None

@@ -155,7 +155,10 @@ def shares_of(run: RunDir, stage: Stage, manifest: Manifest) -> RoundShares:
     }
     health = read_health(run, stage.round)
     figures = {} if health is None else health.beyond("stop") | health.beyond("warn")
-    beyond = tuple(f"{figure.state}: {key} {figure.value:.3g}" for key, figure in figures.items())
+    beyond = tuple(
+        f"{one.state}: {key} {'NaN or inf' if one.value is None else f'{one.value:.3g}'}"
+        for key, one in figures.items()
+    )
     return RoundShares(round_folder(stage.round), shares, beyond)
 
 

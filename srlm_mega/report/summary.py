@@ -1,6 +1,6 @@
 """The final table of a run, `summary.json`, built from the stages that are finished."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from srlm_mega.records import parse_line, read_jsonl
 from srlm_mega.run.files import write_atomic
 from srlm_mega.run.plan import plan
 from srlm_mega.run.run_dir import RunDir
-from srlm_mega.run.stage_kinds import DPO, EVALUATION, PAIRS
+from srlm_mega.run.stage_kinds import DPO, EVALUATION, PAIRS, REFERENCE
 
 ABSENT = "–"
 
@@ -44,8 +44,9 @@ class ModelIntervals:
 @dataclass(frozen=True, slots=True)
 class ModelSummary:
     """One row of the table, with fields of ModelEvaluation. `pairs` is the number of pairs that the model's DPO trained
-    on, without those that were too long; `mean_gap` their mean difference in score. Both are None for a model without
-    DPO (M1)."""
+    on, without those that were too long; `mean_gap` their mean difference in score; `logprob_difference_mean` and
+    `logprob_difference_max` sampler against trainer on them, in nats per token, None where it was not measured. All are
+    None for a model without DPO (M1)."""
 
     quality_sampled: float | None
     quality_greedy: float | None
@@ -57,6 +58,8 @@ class ModelSummary:
     mean_length: float
     pairs: int | None
     mean_gap: float | None
+    logprob_difference_mean: float | None
+    logprob_difference_max: float | None
     intervals: ModelIntervals
 
 
@@ -107,9 +110,10 @@ def build_summary(run: Path) -> Summary:
     for stage in finished:
         if stage.kind is EVALUATION:
             one = Evaluated.read(folder.output(stage.name), config.judge.n)
-            made = folder.manifest(PAIRS.of(stage.round)) if stage.model in pairs else None
-            gap = None if made is None else made.counts.get("mean_gap")
-            models[stage.model] = _model_summary(one, list(evaluated.values()), pairs.get(stage.model), gap)
+            parts = [PAIRS, REFERENCE] if stage.model in pairs else []
+            made = [manifest for kind in parts if (manifest := folder.manifest(kind.of(stage.round))) is not None]
+            counts = {key: value for manifest in made for key, value in manifest.counts.items()}
+            models[stage.model] = _model_summary(one, list(evaluated.values()), pairs.get(stage.model), counts)
             evaluated[stage.model] = one
     return Summary(models, {stage.name: manifest.seconds for stage, manifest in finished.items()})
 
@@ -122,7 +126,7 @@ def write_summary(run: Path) -> Summary:
 
 
 def _model_summary(
-    one: Evaluated, before: Sequence[Evaluated], pairs: int | None, mean_gap: float | None
+    one: Evaluated, before: Sequence[Evaluated], pairs: int | None, counts: Mapping[str, float]
 ) -> ModelSummary:
     evaluation = one.evaluation
     first = next((other for other in before if other.sampled), None)
@@ -136,7 +140,9 @@ def _model_summary(
         judge_single=evaluation.judge_single,
         mean_length=evaluation.mean_length,
         pairs=pairs,
-        mean_gap=mean_gap,
+        mean_gap=counts.get("mean_gap"),
+        logprob_difference_mean=counts.get("logprob_difference_mean"),
+        logprob_difference_max=counts.get("logprob_difference_max"),
         intervals=ModelIntervals(
             quality_sampled=estimate(one.sampled),
             quality_greedy=estimate(one.greedy),

@@ -211,7 +211,9 @@ def train_on_pairs(config: Config, t: int) -> tuple[Stage, ...]:
     judged = (kinds.CANDIDATES.of(t), kinds.JUDGEMENTS.of(t), pairs, "seed", *loaded(config, current))
     meta_config = (*SAMPLER, *JUDGING, "judge.min_valid", "meta_judge")
     meta = (Stage(kinds.META_JUDGEMENTS, t, judged, meta_config),) if config.meta_judge.enabled else ()
-    reference = Stage(kinds.REFERENCE, t, (current, pairs, *(stage.name for stage in meta)), (*TRAINER, *BATCHES))
+    reference = Stage(
+        kinds.REFERENCE, t, (current, pairs, *(stage.name for stage in meta)), (*TRAINER, *BATCHES, "health")
+    )
     stops = stops_early(config, "dpo")
     seed = {*((eft_source(config),) if config.dpo.eft_replay > 0 else ()), *(("seed",) if stops else ())}
     inputs = (*reference.inputs, reference.name, *sorted(seed))

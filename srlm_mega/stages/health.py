@@ -1,4 +1,5 @@
-"""Stage health: figures of a round's data, checked against limits before anything is trained on it."""
+"""Stage health: figures of a round's data, checked against limits before anything is trained on it. Stage reference
+passes the same gate with its figures of sampler against trainer."""
 
 from pathlib import Path
 
@@ -13,6 +14,16 @@ from srlm_mega.stages.work import Done, Work
 
 # Each figure in words, and what helps when it is beyond its limit; causes come before what follows from them.
 MEANINGS = {
+    "logprob_difference_mean": (
+        "nats per token between the sampler's and the trainer's log-probabilities of the same tokens, on average",
+        "one of the two does not compute this model. Look for other weights in the sampler, FP8 scales that do not "
+        "fit, tokens that the engine adds to a prompt (a chat template or begin token of its own), log-probabilities "
+        "after temperature or top-p, a GPU that computes badly. A run with sampler.backend=huggingface tells which",
+    ),
+    "logprob_difference_max": (
+        "nats per token between the two in one response",
+        "if the mean is small, few responses are affected: look for a replica or a GPU that computes badly",
+    ),
     "unknown_tokens": (
         "of the prompts' tokens are unknown to the tokenizer",
         "give the tokenizer that the model was trained with, or prompts in a language that it knows",
@@ -43,15 +54,23 @@ def check_health(work: Work) -> Done:
     before = None if number == 1 else read_evaluation(work, number - 1)
     now = read_evaluation(work, number)
     health = round_health(number, counts, now, before, work.config.health, unknown_share(work.run, number))
+    write_health(work, health)
+    return Done(0, pass_gate(work, health))
+
+
+def write_health(work: Work, health: RoundHealth) -> None:
+    """Write `health.json`, and print the figures beyond a limit."""
     (work.out / "health.json").write_bytes(orjson.dumps(health, option=orjson.OPT_INDENT_2))
-    bad = health.beyond("stop") | health.beyond("warn")
-    for key, figure in bad.items():
+    for key, figure in (health.beyond("stop") | health.beyond("warn")).items():
         print(in_words(key, figure), flush=True)
+
+
+def pass_gate(work: Work, health: RoundHealth) -> dict[str, float]:
+    """Return the figures as counts for the manifest. CannotContinue when one is beyond its limit `stop`."""
     if health.state == "stop":
         raise CannotContinue(why_stopped(health, work.out / "health.json"))
-    return Done(
-        0, {"warnings": len(bad)} | {key: one.value for key, one in health.figures.items() if one.value is not None}
-    )
+    known = {key: one.value for key, one in health.figures.items() if one.value is not None}
+    return {"warnings": len(health.beyond("warn")), **known}
 
 
 def read_evaluation(work: Work, number: int) -> ModelEvaluation:

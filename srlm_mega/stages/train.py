@@ -9,11 +9,14 @@ from typing import assert_never
 from srlm_mega.chat import Chat
 from srlm_mega.config.training import OptimizationConfig
 from srlm_mega.errors import UserError
+from srlm_mega.evaluation.health_limits import sampler_health
+from srlm_mega.evaluation.logprob_difference import logprob_differences
 from srlm_mega.records import Candidate, PreferencePair, ReferenceLogprobs, SftExample, read_jsonl, write_jsonl
 from srlm_mega.run.plan import eft_source, stops_early
 from srlm_mega.run.stage_kinds import META_JUDGEMENTS, PAIRS, POSITIVES, REFERENCE, SFT, model_name
 from srlm_mega.seeds import derive_seed
 from srlm_mega.stages.base import write_random
+from srlm_mega.stages.health import pass_gate, write_health
 from srlm_mega.stages.pausing import train_with_pauses
 from srlm_mega.stages.work import Done, Work
 from srlm_mega.training.batch import PairSequences, TokenSequence
@@ -131,13 +134,21 @@ def tokenized(examples: Iterable[SftExample], chat: Chat) -> Iterable[TokenSeque
 
 
 def reference(work: Work, topology: Topology) -> Done:
-    """Write the log-probabilities of the round's pairs under its starting model."""
-    pairs = read_pairs(work)
+    """Write the log-probabilities of the round's pairs under its starting model, and in `health.json` how far those of
+    the sampler are from them. CannotContinue when that is beyond its limit `stop`; the files are written anyway."""
+    pairs, config = read_pairs(work), work.config
     start, report = work.run.weights(model_name(work.round)), work.progress.update
-    records = compute_reference(topology, work.config, start, pairs, report)
+    records = compute_reference(topology, config, start, pairs, report)
+    sampled = read_jsonl(work.read(PAIRS.of(work.round), "pairs.jsonl"), PreferencePair)
+    differences = logprob_differences(sampled, records)
+    health = sampler_health(work.round, differences, config.health, config.logprob_precision)
     if topology.is_main:
         write_jsonl(work.out / "reference.jsonl", records)
-    return Done(len(pairs))
+        write_health(work, health)
+        if not differences:
+            print("sampler and trainer were not compared: the pairs have none of the sampler's sums", flush=True)
+    topology.barrier()  # each rank ends at the gate with the same message, once the files are there
+    return Done(len(pairs), {**pass_gate(work, health), "compared": len(differences)})
 
 
 def preference(work: Work, topology: Topology) -> Done:

@@ -105,6 +105,7 @@ def test_summary_has_the_keys_of_the_final_table(finished: Path) -> None:
         assert set(row) == {
             *("quality_sampled", "quality_greedy", "win_vs_m1", "tie_vs_m1", "loss_vs_m1"),
             *("judge", "judge_single", "mean_length", "pairs", "mean_gap", "intervals"),
+            *("logprob_difference_mean", "logprob_difference_max"),
         }
         assert set(row["intervals"]) == {
             *("quality_sampled", "quality_greedy", "score_vs_m1", "judge_accuracy"),
@@ -350,6 +351,13 @@ def more(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     health is finished; round 2 was stopped by it, so it is in the partial stage."""
     run = tmp_path_factory.mktemp("more") / "toy"
     shutil.copytree(finished, run)
+    figures = {
+        "logprob_difference_mean": {"value": 4.1e-6, "warn": 0.001, "stop": 0.01, "state": "fine"},
+        "logprob_difference_max": {"value": 2.5e-5, "warn": 0.01, "stop": None, "state": "fine"},
+    }
+    (run / "round_1/reference").mkdir()
+    record = {"round": 1, "state": "fine", "figures": figures}
+    (run / "round_1/reference/health.json").write_bytes(orjson.dumps(record))
     rounds = (("round_1/health", 1, 0.25, "warn"), ("round_2/health.partial", 2, 0.5, "stop"))
     for folder, number, value, state in rounds:
         figures = {
@@ -374,6 +382,18 @@ def more(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_health_is_shown_where_a_round_has_it(more: str, page: str) -> None:
     assert "tie rate 0.2 0.4 0.25 warn 0.5 stop length growth 1.5 – – –" in more
     assert "Health" not in words(page)
+
+
+def test_sampler_against_trainer_is_shown_and_its_absence_said(finished: Path, tmp_path: Path, more: str) -> None:
+    """Round 2 was stopped before its reference. Rounds of older versions, and of SFT on positives, have none."""
+    assert "logprob difference mean 0.001 0.01 4.1e-06 – logprob difference max 0.01 – 2.5e-05 – tie rate" in more
+    assert "no round has been measured" not in more
+    run = shutil.copytree(finished, tmp_path / "toy")
+    (run / "round_1/health").mkdir()
+    figure = {"value": 0.1, "warn": 0.2, "stop": None, "state": "fine"}
+    record = {"round": 1, "state": "fine", "figures": {"tie_rate": figure}}
+    (run / "round_1/health/health.json").write_bytes(orjson.dumps(record))
+    assert "logprob difference) is in nats per token; no round has been measured." in words(render(run))
 
 
 def test_the_plan_is_shown_beside_what_happened(more: str, page: str) -> None:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from srlm_mega.config.rounds import HealthConfig, Limit
-from srlm_mega.evaluation.health_limits import HealthFigure, round_health
+from srlm_mega.evaluation.health_limits import HealthFigure, round_health, sampler_health
 from srlm_mega.evaluation.judge_metrics import judge_metrics
 from srlm_mega.evaluation.results import ModelEvaluation
 from srlm_mega.judging.pair_counts import PairCounts
@@ -43,7 +43,7 @@ def test_figures_by_hand() -> None:
             "agreement_drop": 0.1,
         }
     )
-    assert list(found) == list(HealthConfig.model_fields)
+    assert [*sampler_health(2, [], HealthConfig(), "fp32").figures, *found] == list(HealthConfig.model_fields)
 
 
 def test_only_what_is_beyond_a_limit_warns() -> None:
@@ -65,6 +65,9 @@ def test_nothing_stops_unless_it_is_asked_to() -> None:
 
 def test_what_cannot_be_measured_stops_nothing() -> None:
     nothing = PairCounts(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
-    strict = HealthConfig(**{key: Limit(stop=0.0) for key in HealthConfig.model_fields})
-    health = round_health(1, nothing, evaluation(1, 0, 5.0), None, strict)
-    assert health.state == "fine" and {figure.state for figure in health.figures.values()} == {"unknown"}
+    strict = HealthConfig.model_validate({key: {"stop": 0.0} for key in HealthConfig.model_fields})
+    for health in (
+        round_health(1, nothing, evaluation(1, 0, 5.0), None, strict),
+        sampler_health(1, [], strict, "fp32"),
+    ):
+        assert health.state == "fine" and {figure.state for figure in health.figures.values()} == {"unknown"}

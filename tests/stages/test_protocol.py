@@ -88,9 +88,11 @@ def test_the_paper_has_no_option_of_later_work() -> None:
     assert found["pairs.rho"] == 0 and found["pairs.rejected_from"] == "round" and not found["pairs.consistency"]
     assert not found["meta_judge.enabled"] and found["dpo.eft_replay"] == 0 == found["dpo.rpo_alpha"]
     stops = {key: value for key, value in found.items() if key.startswith("health.") and key.endswith(".stop")}
+    by_precision = {f"health.logprob_difference_{what}.stop" for what in ("mean", "max")}
+    assert {stops.pop(key) for key in by_precision} == {"auto"}
     assert (
         stops.pop("health.unknown_tokens.stop") == 0.05
         and set(stops.values()) == {None}
-        and len(stops) == len(HealthConfig.model_fields) - 1
+        and len(stops) == len(HealthConfig.model_fields) - 3
     )
     assert (PAPER.sft.hidden_dropout, PAPER.dpo.attention_dropout, PAPER.dpo.beta) == (0.1, 0.1, 0.1)
