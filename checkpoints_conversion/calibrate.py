@@ -1,40 +1,107 @@
-"""FP8 calibration by nvidia-modelopt: the largest |input| of every linear layer over some prompts, as `amax.json`.
+"""FP8 calibration: the largest |input| of every linear layer over some prompts, as `amax.json`.
 
-The whole model is held in memory, on a GPU if there is one. (It has not run on a GPU yet.)
+One layer of the model is in memory at a time, on a GPU if there is one: its weights are read, every prompt goes through
+it, and the weights of the next one take its place. Between two layers the prompts' hidden states are on the CPU. The
+ranges are those of the whole model, which nvidia-modelopt measures too. (It has not run on a GPU yet.)
 """
 
-from collections.abc import Sequence
-from copy import deepcopy
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
-import modelopt.torch.quantization as mtq
 import orjson
 import torch
-from torch import nn
-from transformers import AutoTokenizer, LlamaForCausalLM
+from torch import Tensor, nn
+from transformers import AutoTokenizer, LlamaConfig, LlamaModel
 
-from srlm_mega.checkpoints_conversion.fp8 import Amax, linear_names
-from srlm_mega.checkpoints_conversion.huggingface import read_shape
+from srlm_mega.checkpoints_conversion.bar import no_bar
+from srlm_mega.checkpoints_conversion.convert import Bar, open_checkpoint
+from srlm_mega.checkpoints_conversion.fp8 import GROUPS, Amax
+from srlm_mega.checkpoints_conversion.llama import EMBEDDING
+from srlm_mega.checkpoints_conversion.logits import TORCH_DTYPES, default_dtype, fill_parameter, numbers
+from srlm_mega.checkpoints_conversion.reader import Checkpoint, Reader
 
 MAX_PROMPTS, MAX_TOKENS = 512, 2048
 
 
-def calibrate(folder: Path, prompts: Sequence[list[int]]) -> Amax:
-    """Measure the input ranges of a Hugging Face folder's model on these token ids. ValueError when there are none."""
+def calibrate(folder: Path, prompts: Sequence[Sequence[int]], bar: Bar = no_bar) -> Amax:
+    """Measure the input ranges of a checkpoint's model on these token ids. ValueError when there are none, for ids that
+    are not of its vocabulary, and where inputs are not finite."""
+    checkpoint = open_checkpoint(folder)
+    _check_prompts(prompts, checkpoint.shape.vocab_size)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = _one_layer(checkpoint, device)
+    layer, num_layers = model.layers[0], checkpoint.shape.num_layers
+    nbytes = sum(parameter.nbytes for parameter in layer.parameters())
+    largest = _watch(layer)
+    inputs: dict[str, float] = {}
+    with Reader(checkpoint) as reader, bar("FP8 ranges", num_layers * nbytes) as report, torch.no_grad():
+        states = _embed(reader, checkpoint, prompts)
+        for number in range(num_layers):
+            for name, parameter in layer.named_parameters():
+                fill_parameter(parameter, reader, checkpoint.sources[f"model.layers.{number}.{name}"])
+            largest.update(dict.fromkeys(largest, torch.zeros((), device=device)))
+            for state in states:
+                state.copy_(model(inputs_embeds=state[None].to(device), use_cache=False).last_hidden_state[0])
+            inputs |= {f"model.layers.{number}.{member}": float(value) for member, value in largest.items()}
+            _check_finite(inputs, folder)
+            report(nbytes)
+    return Amax(len(prompts), inputs)
+
+
+def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
     if not prompts:
         raise ValueError("a calibration needs prompts, 128 to 512 of them")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = LlamaForCausalLM.from_pretrained(folder, dtype="auto").to(device).eval()
+    for number, tokens in enumerate(prompts, start=1):
+        if not tokens:
+            raise ValueError(f"calibration prompt {number} has no tokens: leave it out")
+        for token in (min(tokens), max(tokens)):
+            if not 0 <= token < vocab_size:
+                raise ValueError(
+                    f"calibration prompt {number} has the token id {token}, and the model knows {vocab_size} tokens: "
+                    "encode it with the model's own tokenizer"
+                )
 
-    def forward(quantized: nn.Module) -> None:
-        with torch.no_grad():
-            for tokens in prompts:
-                quantized(torch.tensor([tokens[:MAX_TOKENS]], device=device))
 
-    mtq.quantize(model, deepcopy(mtq.FP8_DEFAULT_CFG), forward)
-    inputs = {name: float(model.get_submodule(name).input_quantizer.amax) for name in linear_names(read_shape(folder))}
-    return Amax(len(prompts), inputs)
+def _check_finite(inputs: Mapping[str, float], folder: Path) -> None:
+    for linear, value in inputs.items():
+        if not value < float("inf"):
+            raise ValueError(f"{folder}: {linear} has inputs up to {value}: the model is broken, take another")
+
+
+def _one_layer(checkpoint: Checkpoint, device: str) -> LlamaModel:
+    """Return transformers' model, mask and rotary table included, with one layer and nothing before and after it."""
+    sizes = {"num_hidden_layers": 1, "vocab_size": 1, "pad_token_id": None}  # it is never asked for an embedding
+    with torch.device(device), default_dtype(TORCH_DTYPES[checkpoint.dtype]):
+        model = LlamaModel(LlamaConfig(**checkpoint.config | sizes)).eval()
+    model.norm = nn.Identity()
+    return model
+
+
+def _watch(layer: nn.Module) -> dict[str, Tensor]:
+    """Return what will hold the largest |input| of each linear layer, as long as this decoder layer computes."""
+    largest: dict[str, Tensor] = {}
+
+    def watch(member: str) -> None:
+        def record(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            largest[member] = torch.maximum(largest[member], inputs[0].abs().amax())
+
+        layer.get_submodule(member).register_forward_pre_hook(record)
+        largest[member] = torch.zeros(())
+
+    for members in GROUPS.values():
+        for member in members:
+            watch(member)
+    return largest
+
+
+def _embed(reader: Reader, checkpoint: Checkpoint, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Return the embeddings of each prompt's first tokens, [tokens, hidden] on the CPU; rows of others are not read."""
+    tokens = [torch.tensor(prompt[:MAX_TOKENS]) for prompt in prompts]
+    used, places = torch.cat(tokens).unique(return_inverse=True)
+    source, dtype = checkpoint.sources[EMBEDDING], TORCH_DTYPES[checkpoint.dtype]
+    rows = [numbers(reader.rows(EMBEDDING, token, 1), source).to(dtype, copy=True) for token in used.tolist()]
+    return list(torch.cat(rows)[places].split([len(ids) for ids in tokens]))
 
 
 def read_prompts(path: Path, folder: Path) -> list[list[int]]:

@@ -5,6 +5,7 @@ everybody else takes for it. Other kinds, and FP8 folders, it cannot load: our r
 """
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from srlm_mega.checkpoints_conversion.bits import DType, to_float32
+from srlm_mega.checkpoints_conversion.bits import Bits, DType, to_float32
 from srlm_mega.checkpoints_conversion.build import MAX_BLOCK_BYTES
 from srlm_mega.checkpoints_conversion.convert import open_checkpoint
 from srlm_mega.checkpoints_conversion.huggingface_files import KIND
-from srlm_mega.checkpoints_conversion.reader import Checkpoint, Reader
+from srlm_mega.checkpoints_conversion.reader import Checkpoint, Reader, TensorSource
 from srlm_mega.checkpoints_conversion.verify import check_shapes
 
 PROMPTS, LENGTH, SEED = 4, 32, 20401
@@ -78,14 +79,21 @@ def load(checkpoint: Checkpoint, dtype: torch.dtype) -> LlamaForCausalLM:
     if checkpoint.kind == KIND and not checkpoint.is_fp8:
         folder = str(checkpoint.folder)
         return LlamaForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
+    with default_dtype(dtype):
+        model = LlamaForCausalLM(LlamaConfig(**checkpoint.config)).eval()
+    fill(model, checkpoint)
+    return model
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Make modules whose weights are of `dtype`, and whose tables are of the dtype that their code says."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        model = LlamaForCausalLM(LlamaConfig(**checkpoint.config)).eval()
+        yield
     finally:
         torch.set_default_dtype(before)
-    fill(model, checkpoint)
-    return model
 
 
 def round_weights(model: LlamaForCausalLM, dtype: DType) -> None:
@@ -99,24 +107,25 @@ def fill(model: LlamaForCausalLM, checkpoint: Checkpoint) -> None:
     """Load the weights of a checkpoint of any kind into a model."""
     parameters: Mapping[str, Any] = dict(model.named_parameters())
     with Reader(checkpoint) as reader, torch.no_grad():
-        for name in checkpoint.sources:
-            target = parameters[name].data
-            rows = target.view(-1, target.shape[-1])
-            start = 0
-            for block in _numbers(reader, checkpoint, name):
-                rows[start : start + len(block)].copy_(block)
-                start += len(block)
+        for name, source in checkpoint.sources.items():
+            fill_parameter(parameters[name].data, reader, source)
 
 
-def _numbers(reader: Reader, checkpoint: Checkpoint, name: str) -> Iterator[Tensor]:
-    source = checkpoint.sources[name]
+def fill_parameter(target: Tensor, reader: Reader, source: TensorSource) -> None:
+    """Load one tensor of a checkpoint into a tensor of its shape, on any device."""
+    rows, start = target.view(-1, target.shape[-1]), 0
+    for block in reader.blocks(source.name, MAX_BLOCK_BYTES):
+        rows[start : start + len(block)].copy_(numbers(block, source))
+        start += len(block)
+
+
+def numbers(block: Bits, source: TensorSource) -> Tensor:
+    """Return rows that were read of a tensor as fp32, FP8 times its scale."""
+    if source.dtype is not DType.FLOAT8_E4M3:
+        return torch.from_numpy(to_float32(block, source.dtype))
     scale = source.cover[0][1].scale
-    for block in reader.blocks(name, MAX_BLOCK_BYTES):
-        if source.dtype is DType.FLOAT8_E4M3:
-            assert scale is not None, f"{name} is FP8 without a scale"
-            yield torch.from_numpy(block).view(torch.float8_e4m3fn).float() * scale
-        else:
-            yield torch.from_numpy(to_float32(block, source.dtype))
+    assert scale is not None, f"{source.name} is FP8 without a scale"
+    return torch.from_numpy(block).view(torch.float8_e4m3fn).float() * scale
 
 
 def swap_queries_and_keys(model: LlamaForCausalLM) -> None:

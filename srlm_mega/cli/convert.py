@@ -79,9 +79,10 @@ def activation_ranges(source: Path, calibration: Path) -> "Amax":
         return Amax.load(calibration, open_checkpoint(source).shape)
     if (kind := recognise(source)) is not Kind.HUGGINGFACE:
         raise UserError(f"{source} is {kind}, and prompts calibrate a Hugging Face folder: convert it to one first")
+    from srlm_mega.checkpoints_conversion.bar import progress_bar
     from srlm_mega.checkpoints_conversion.calibrate import calibrate, read_prompts
 
-    amax = calibrate(source, read_prompts(calibration, source))
+    amax = calibrate(source, read_prompts(calibration, source), progress_bar)
     amax.save(calibration.with_name("amax.json"))
     return amax
 

@@ -77,7 +77,9 @@ class SamplerConfig(Section, decides="output"):
         8192, ge=1, description="Largest number of tokens per forward pass (vllm, trtllm_torch)."
     )
     kv_cache_dtype: Literal["auto", "fp8"] = Field(
-        "auto", description="Number format of the KV cache (vllm, trtllm_torch)."
+        "auto",
+        description="Number format of the KV cache (vllm, trtllm_torch); auto: FP8 with quantization=fp8, since such a "
+        "folder asks for it, else 16 bits.",
     )
     kv_cache_fraction: float = Field(
         0.9,
@@ -161,6 +163,11 @@ class SamplerConfig(Section, decides="output"):
     def converts(self) -> bool:
         """True where the sampler loads something else than the trainer's Hugging Face folders."""
         return self.traits.loads_engine or self.quantization is not None
+
+    @property
+    def has_fp8_cache(self) -> bool:
+        """True where keys and values are kept in FP8: by request, or because an FP8 folder or engine says so itself."""
+        return self.kv_cache_dtype == "fp8" or self.quantization == "fp8"
 
     @property
     def devices_per_replica(self) -> int:

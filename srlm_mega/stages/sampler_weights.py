@@ -83,18 +83,20 @@ def make_sampler_weights(work: Work) -> Done:
 def activation_ranges(work: Work, source: Path) -> tuple[Amax, dict[str, float]]:
     """Return the activation ranges for FP8 and the manifest's counts. The previous model's ranges serve as long as a
     probe of few prompts stays within them; otherwise the model is calibrated anew."""
-    # It imports nvidia-modelopt and torch, which only FP8 needs.
+    # It imports torch and transformers, which only FP8 needs.
     from srlm_mega.checkpoints_conversion.calibrate import calibrate
 
     settings, prompts = work.config.sampler, calibration_prompts(work, source)
+    print(f"FP8 weights and inputs; kv_cache_dtype={settings.kv_cache_dtype}: keys and values in FP8 too", flush=True)
+    bar = partial(progress_bar, work)
     before = SAMPLER_WEIGHTS.of(model_name(work.stage.round))
     if before in work.stage.inputs:
         reference = Amax.load(work.read(before, AMAX), open_checkpoint(source).shape)
-        probe = calibrate(source, prompts[: settings.calibration_probe])
+        probe = calibrate(source, prompts[: settings.calibration_probe], bar)
         grown = outgrown(reference, probe, settings.calibration_margin)
         if not grown:
             return reference, {"calibrated": 0}
-    return calibrate(source, prompts), {"calibrated": 1}
+    return calibrate(source, prompts, bar), {"calibrated": 1}
 
 
 def calibration_prompts(work: Work, source: Path) -> list[list[int]]:

@@ -9,6 +9,7 @@ from sampling_run import write_model
 from trtllm_commands import commands
 
 from srlm_mega.checkpoints_conversion import calibrate as calibration
+from srlm_mega.checkpoints_conversion.convert import Bar
 from srlm_mega.checkpoints_conversion.engine import Runtime, read_record
 from srlm_mega.checkpoints_conversion.fp8 import Amax, linear_names
 from srlm_mega.checkpoints_conversion.huggingface import read_shape
@@ -63,7 +64,7 @@ def work_of(run: RunDir, config: Config, stage: Stage, out: Path) -> Work:
 def ranges(value: float, seen: list[int]) -> object:
     """A stand-in of the calibration: every layer's largest input is `value`."""
 
-    def calibrate(folder: Path, prompts: list[list[int]]) -> Amax:
+    def calibrate(folder: Path, prompts: list[list[int]], bar: Bar) -> Amax:
         seen.append(len(prompts))
         return Amax(len(prompts), dict.fromkeys(linear_names(read_shape(folder)), value))
 
@@ -133,10 +134,10 @@ def test_an_engine_is_built_of_a_proven_checkpoint_and_found_again(
     assert read_record(loaded_folder(work, "M1")) == record
 
 
-@pytest.mark.extra
-def test_modelopt_calibrates_a_model_of_the_run(tmp_path: Path) -> None:
+def test_a_model_of_the_run_is_calibrated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, config = begin(tmp_path / "run", *FP8)
     make(run, config, "M1/sampler_weights")
+    assert "kv_cache_dtype=auto: keys and values in FP8 too" in capsys.readouterr().out
     shape = read_shape(run.weights("M1"))
     amax = Amax.load(run.output("M1/sampler_weights") / "amax.json", shape)
     assert amax.num_prompts == 8 and len(set(amax.inputs.values())) > 3

@@ -19,10 +19,11 @@ from srlm_mega.run.stage_kinds import Estimate
 from srlm_mega.tools.planner.advice import RUN_ADVICE, STEP_ADVICE, kind_of, step_advice
 from srlm_mega.tools.planner.plan_command import PlanRequest, make_plan, planned, predictions, searched
 from srlm_mega.tools.planner.points import CALIBRATION_FILE
+from srlm_mega.tools.planner.sampler_memory import require_calibration_fits
 from srlm_mega.tools.planner.search import COUNTS, search
 from srlm_mega.tools.planner.show import MEMORY_PARTS, messages
 from srlm_mega.tools.planner.training_steps import TERMS, Lengths, layout_of, training_job, whole_micro_batches
-from srlm_mega.tools.planner.whole_run import Requests, requests_of
+from srlm_mega.tools.planner.whole_run import Requests, replica_of, requests_of
 
 CONFIGS = Path("launch/configs")
 LENGTHS = Lengths()
@@ -160,6 +161,27 @@ def test_fp8_is_neither_planned_nor_advised_where_a_gpu_has_none() -> None:
     asked = request("llama2_7b_8gpu.yaml")
     assert "or FP8 (" in planned(asked, json=False, figure=None)
     assert "or FP8 (" not in planned(replace(asked, gpu="a100"), json=False, figure=None)
+
+
+def test_a_sampler_that_does_not_fit_is_refused_with_the_arithmetic() -> None:
+    """70B in 16 bits: 137.95e9 bytes. 4,096 tokens of 2 * 80 * 1024 * 2 bytes are 1.25 GiB, in FP8 half of it."""
+    with pytest.raises(UserError, match=r"weights 128\.5 GiB, .* 4096 tokens 1\.25 GiB; a replica has 1 x 79\.6 GiB"):
+        make_plan(request("llama2_70b_64gpu.yaml", "sampler.tp_size=1"))
+    one = make_plan(request("llama2_70b_64gpu.yaml", "sampler.tp_size=1", "sampler.quantization=fp8"))
+    assert {time.what for time in one.times if time.name.endswith("sampler_weights")} == {"calibration, conversion"}
+    assert replica_of(request("llama2_70b_64gpu.yaml", "sampler.quantization=fp8").config, one.cluster).fp8_cache
+    assert not replica_of(request().config, one.cluster).fp8_cache
+
+
+@pytest.mark.parametrize(("gib", "fits"), [(2.5, True), (2.3, False)])
+def test_calibration_needs_one_layer_and_one_prompt(gib: float, fits: bool) -> None:
+    """70B: a layer of 855.7e6 parameters is 1.59 GiB; 2,048 tokens of 8 * 8192 + 4 * 8192 + 2 * 57344 numbers 0.81."""
+    config, gpu = request().config, replace(find_gpu("h100"), memory_gib=gib / 0.95)
+    if fits:
+        require_calibration_fits(config, gpu)
+    else:
+        with pytest.raises(UserError, match=r"one layer 1\.6 GiB, its results for a prompt of 2048 tokens 0\.8 GiB; a"):
+            require_calibration_fits(config, gpu)
 
 
 def test_the_command(srlm: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from srlm_mega.tools.planner.step_time import FITTED
 
 TOKEN_SECONDS = 4.5e-5  # of a replica for each sampled token, outside the model: scheduling and sampling
 ALL_REDUCE_SECONDS = 12e-6  # the shortest one over NVLink
+USABLE = 0.95  # of a GPU's memory; the rest is the CUDA context and the allocator's
 STEP_SECONDS = 2e-3  # of a decoding step outside the model
 
 
@@ -41,7 +42,7 @@ class Replica:
     @property
     def cache_tokens(self) -> float:
         """Number of tokens that fit with the weights; 0 when the weights alone do not fit."""
-        free = self.gpus * self.gpu.memory_bytes * 0.95 - self.weight_bytes
+        free = self.gpus * self.gpu.memory_bytes * USABLE - self.weight_bytes
         return max(0.0, free * self.cache_fraction / self.token_cache_bytes)
 
     def batch(self, context: float) -> float:

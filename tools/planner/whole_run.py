@@ -9,6 +9,7 @@ from srlm_mega.run.plan import Stage, plan
 from srlm_mega.run.stage_kinds import Estimate
 from srlm_mega.tools.planner.generation import Replica
 from srlm_mega.tools.planner.job import ParallelLayout
+from srlm_mega.tools.planner.sampler_memory import require_calibration_fits, require_replica_fits
 from srlm_mega.tools.planner.training_steps import Lengths, measure, step_tokens, steps_of, training_job
 
 # Guesses, none of them measured by this project on a GPU.
@@ -77,7 +78,7 @@ def stage_times(stage: Stage, config: Config, cluster: Cluster, lengths: Lengths
         case Estimate.FORWARD_PASS:
             return [reference_time(stage.name, config, cluster, lengths)]
         case Estimate.CONVERSION:
-            return [conversion_time(stage.name, config, cluster)]
+            return [conversion_time(stage.name, config, cluster, lengths)]
         case Estimate.PRETRAINING | Estimate.SFT_ON_IFT | Estimate.SFT | Estimate.SFT_ON_POSITIVES | Estimate.DPO:
             return training_times(stage, config, cluster, lengths)
         case Estimate.PROMPTS | Estimate.CANDIDATES | Estimate.JUDGEMENTS | Estimate.META_JUDGEMENTS:
@@ -134,14 +135,21 @@ def reference_time(name: str, config: Config, cluster: Cluster, lengths: Lengths
     return StageTime(name, Estimate.FORWARD_PASS, "forward pass", cluster.layout.gpus, seconds)
 
 
-def conversion_time(name: str, config: Config, cluster: Cluster) -> StageTime:
-    """Plan the sampler's weights: read, written and verified; an engine is built on top."""
-    each = replica_of(config, cluster)
-    moved = (2 * 2 * config.model.sizes.parameters + 2 * each.weight_bytes) / DISK_BYTES_PER_SECOND
-    if not config.sampler.traits.loads_engine:
-        return StageTime(name, Estimate.CONVERSION, "conversion", each.gpus, moved + START_SECONDS)
-    build = ENGINE_SECONDS + ENGINE_SECONDS_PER_BYTE * each.weight_bytes / each.gpus
-    return StageTime(name, Estimate.CONVERSION, "conversion, engine build", each.gpus, moved + build + START_SECONDS)
+def conversion_time(name: str, config: Config, cluster: Cluster, lengths: Lengths) -> StageTime:
+    """Plan the sampler's weights: read, written and verified. FP8 reads them twice before, for a calibration on one GPU
+    and for the weights' own ranges; an engine is built on top."""
+    each, what = replica_of(config, cluster), "conversion"
+    weights = 2 * config.model.sizes.parameters
+    moved = 2 * weights + 2 * each.weight_bytes
+    seconds = START_SECONDS
+    if each.fp8:
+        what, moved = "calibration, conversion", moved + 2 * weights
+        one = replace(each, gpus=1, fp8=False)
+        seconds += config.sampler.calibration_size * one.prefill_seconds(lengths.sequence)
+    if config.sampler.traits.loads_engine:
+        what += ", engine build"
+        seconds += ENGINE_SECONDS + ENGINE_SECONDS_PER_BYTE * each.weight_bytes / each.gpus
+    return StageTime(name, Estimate.CONVERSION, what, each.gpus, moved / DISK_BYTES_PER_SECOND + seconds)
 
 
 def sampling_time(stage: Stage, config: Config, cluster: Cluster, lengths: Lengths) -> StageTime:
@@ -202,16 +210,19 @@ def new_prompts(config: Config, lengths: Lengths) -> list[Requests]:
 
 
 def replica_of(config: Config, cluster: Cluster) -> Replica:
-    """Return one of the sampler's replicas. UserError for FP8 on a GPU without it."""
+    """Return one of the sampler's replicas. UserError for FP8 on a GPU without it, and where the model does not fit."""
     sampler = config.sampler
     if sampler.quantization == "fp8":
         cluster.gpu.require_fp8()
-    return Replica(
+        require_calibration_fits(config, cluster.gpu)
+    replica = Replica(
         config.model.sizes,
         cluster.gpu,
         sampler.devices_per_replica,
         sampler.quantization == "fp8",
-        sampler.kv_cache_dtype == "fp8",
+        sampler.has_fp8_cache,
         sampler.batch_size,
         sampler.kv_cache_fraction,
     )
+    require_replica_fits(replica, config.model.seq_length)
+    return replica
