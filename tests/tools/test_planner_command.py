@@ -70,12 +70,12 @@ def test_requests_by_hand() -> None:
     judge reads its template of 420 tokens, 120 of the prompt and 350 of the response."""
     config = request("llama2_70b_64gpu.yaml", "seed_data.num_test=0").config
     (file,) = requests_of(Estimate.PROMPTS, config, LENGTHS)
-    assert (file.count, file.samples, file.output) == (5000 / 4, 1, 480)
-    assert requests_of(Estimate.CANDIDATES, config, LENGTHS) == [Requests(5000, 120, 4, 350)]
-    assert requests_of(Estimate.JUDGEMENTS, config, LENGTHS) == [Requests(20_000, 890, 3, 140)]
+    assert (file.count, file.samples, file.output, file.cap) == (5000 / 4, 1, 480, 1024)
+    assert requests_of(Estimate.CANDIDATES, config, LENGTHS) == [Requests(5000, 120, 4, 350, 2048)]
+    assert requests_of(Estimate.JUDGEMENTS, config, LENGTHS) == [Requests(20_000, 890, 3, 140, 512)]
     answers, judgements = requests_of(Estimate.EVALUATION, config, LENGTHS)
-    assert answers == Requests(config.seed_data.num_validation, 120, 2, 350)
-    assert judgements == Requests(config.seed_data.num_eft_eval, 890, 3, 140)
+    assert answers == Requests(config.seed_data.num_validation, 120, 2, 350, 2048)
+    assert judgements == Requests(config.seed_data.num_eft_eval, 890, 3, 140, 512)
     random = request("llama2_70b_64gpu.yaml", "judge.backend=random").config
     assert requests_of(Estimate.JUDGEMENTS, random, LENGTHS) == []
 

@@ -5,6 +5,7 @@ overhead per token, TOKEN_SECONDS, is set by four published figures (tools/scrip
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from srlm_mega.config.model_sizes import ModelSizes
 from srlm_mega.gpus import GpuModel
@@ -28,18 +29,18 @@ class Replica:
     batch_limit: int = 2048
     cache_fraction: float = 0.9  # of the memory that the weights leave free
 
-    @property
+    @cached_property
     def weight_bytes(self) -> float:
         """Bytes of the whole model; embeddings and head stay in 16 bits."""
         vocabulary = (1 if self.shape.tied else 2) * self.shape.vocab * self.shape.hidden
         return (self.shape.parameters - vocabulary) * (1 if self.fp8 else 2) + vocabulary * 2
 
-    @property
+    @cached_property
     def token_cache_bytes(self) -> float:
         """Bytes of one token's keys and values, on all GPUs together."""
         return 2 * self.shape.num_layers * self.shape.kv_size * (1 if self.fp8_cache else 2)
 
-    @property
+    @cached_property
     def cache_tokens(self) -> float:
         """Number of tokens that fit with the weights; 0 when the weights alone do not fit."""
         free = self.gpus * self.gpu.memory_bytes * USABLE - self.weight_bytes
@@ -78,7 +79,7 @@ class Replica:
         steps = requests * samples * output / batch
         return requests * prefill + steps * self.decode_seconds(batch, context)
 
-    @property
+    @cached_property
     def _flops_per_second(self) -> float:
         gpu = self.gpu
         factor = FITTED.matrices_fp8 if self.fp8 else FITTED.matrices_bf16

@@ -1,12 +1,15 @@
 """Requests and seconds of every stage of a run, by the plan that `srlm run` follows."""
 
 from dataclasses import dataclass, replace
+from functools import cache
+from math import ceil
 
 from srlm_mega.config import Config
 from srlm_mega.config.training import OptimizationConfig
 from srlm_mega.gpus import GpuModel
 from srlm_mega.run.plan import Stage, plan
 from srlm_mega.run.stage_kinds import Estimate
+from srlm_mega.tools.planner.engine_model import OutputLengths, SchedulerPolicy, share_seconds
 from srlm_mega.tools.planner.generation import Replica
 from srlm_mega.tools.planner.job import ParallelLayout
 from srlm_mega.tools.planner.sampler_memory import require_calibration_fits, require_replica_fits
@@ -21,6 +24,8 @@ PAIR_SHARE = 0.9  # of prompts that give a pair
 POSITIVE_SHARE = 0.2  # of candidates that have a perfect score
 PROMPTS_PER_REQUEST = 4  # new instructions that pass the filters, of a Self-Instruct request
 REPLIES_PER_SOURCE = 4  # ranked replies that EFT is built from
+LENGTH_SPREAD = 0.8  # of the logarithm of outputs' lengths
+SCHEDULER_POLICY: SchedulerPolicy = "MAX_UTILIZATION"
 FORWARD_SHARE = 1 / 2  # of a step with frozen weights, which is forward and one of two backward products
 
 
@@ -57,12 +62,14 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Requests:
-    """`count` prompts of `prompt` tokens; each is answered `samples` times with `output` tokens."""
+    """`count` prompts of `prompt` tokens; each is answered `samples` times with a mean of `output` tokens, `cap` at
+    most."""
 
     count: float
     prompt: int
     samples: int
     output: int
+    cap: int
 
 
 def run_times(config: Config, cluster: Cluster, lengths: Lengths) -> list[StageTime]:
@@ -159,22 +166,28 @@ def sampling_time(stage: Stage, config: Config, cluster: Cluster, lengths: Lengt
         return StageTime(stage.name, stage.kind.estimate, "no model", 0, CPU_STAGE_SECONDS)
     each = replica_of(config, cluster)
     replicas = max(1, cluster.sampler_gpus // each.gpus)
-    busy = sum(
-        each.seconds(group.count / replicas, group.prompt, group.prompt, group.samples, group.output)
-        for group in requests
-    )
+    busy = sum(busy_seconds(group, each, replicas) for group in requests)
     load = START_SECONDS + each.weight_bytes / DISK_BYTES_PER_SECOND
     gpus = replicas * each.gpus
     speed = sum(group.count * group.samples * group.output for group in requests) / busy / gpus
     return StageTime(stage.name, stage.kind.estimate, f"{replicas} x {each.gpus} GPUs", gpus, busy + load, speed)
 
 
+@cache
+def busy_seconds(requests: Requests, each: Replica, replicas: int) -> float:
+    """Return the seconds in which all replicas answer the requests, stragglers included: each has an even share."""
+    lengths = OutputLengths(requests.output, requests.cap, LENGTH_SPREAD)
+    count = ceil(requests.count / replicas)
+    return share_seconds(each, SCHEDULER_POLICY, count, requests.prompt, requests.samples, lengths)
+
+
 def requests_of(estimate: Estimate, config: Config, lengths: Lengths) -> list[Requests]:
     """Return the requests of a kind of stage to a model; empty where it samples nothing."""
     prompts, judged = config.prompts.per_round, lengths.judge_template + lengths.sequence
-    judgement = min(lengths.judgement, config.judge.max_new_tokens)
-    answers = Requests(prompts, lengths.prompt, config.candidates.n, lengths.response)
-    judgements = Requests(prompts * config.candidates.n, judged, config.judge.n, judgement)
+    answer_cap, judge_cap = config.candidates.max_new_tokens, config.judge.max_new_tokens
+    response, judgement = min(lengths.response, answer_cap), min(lengths.judgement, judge_cap)
+    answers = Requests(prompts, lengths.prompt, config.candidates.n, response, answer_cap)
+    judgements = Requests(prompts * config.candidates.n, judged, config.judge.n, judgement, judge_cap)
     match estimate:
         case Estimate.PROMPTS:
             return new_prompts(config, lengths)
@@ -184,16 +197,16 @@ def requests_of(estimate: Estimate, config: Config, lengths: Lengths) -> list[Re
             return [] if config.judge.backend == "random" else [judgements]
         case Estimate.META_JUDGEMENTS:  # two judgements of a response side by side, in both orders
             compared = prompts * config.judge.n * (config.judge.n - 1)
-            return [Requests(compared, judged + 2 * judgement, 1, judgement)]
+            return [Requests(compared, judged + 2 * judgement, 1, judgement, judge_cap)]
         case Estimate.EFT:
             replies = config.seed_data.num_eft_sources * REPLIES_PER_SOURCE
-            return [Requests(replies, judged, config.eft.attempts, judgement)]
+            return [Requests(replies, judged, config.eft.attempts, judgement, judge_cap)]
         case Estimate.EVALUATION:
             held_out = config.seed_data.num_test or config.seed_data.num_validation
             samples = config.judge.n * config.evaluation.judge_replicates
             return [
-                Requests(held_out, lengths.prompt, 2, lengths.response),
-                Requests(config.seed_data.num_eft_eval, judged, samples, judgement),
+                Requests(held_out, lengths.prompt, 2, response, answer_cap),
+                Requests(config.seed_data.num_eft_eval, judged, samples, judgement, judge_cap),
             ]
         case Estimate.NO_GPU | Estimate.FORWARD_PASS | Estimate.CONVERSION:
             return []
@@ -206,7 +219,8 @@ def new_prompts(config: Config, lengths: Lengths) -> list[Requests]:
     if config.prompts.generator == "file":
         return []
     shots = (config.prompts.shots_ift + config.prompts.shots_generated) * lengths.prompt // 3
-    return [Requests(config.prompts.per_round / PROMPTS_PER_REQUEST, shots, 1, PROMPTS_PER_REQUEST * lengths.prompt)]
+    count, cap = config.prompts.per_round / PROMPTS_PER_REQUEST, config.prompts.max_new_tokens
+    return [Requests(count, shots, 1, min(PROMPTS_PER_REQUEST * lengths.prompt, cap), cap)]
 
 
 def replica_of(config: Config, cluster: Cluster) -> Replica:
