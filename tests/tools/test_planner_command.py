@@ -107,6 +107,18 @@ def test_more_replicas_sample_faster_and_more_steps_take_longer() -> None:
     assert hours(fewer, "round_1/judgements") < hours(request(), "round_1/judgements")
 
 
+def test_a_model_is_loaded_once_for_stages_that_follow_one_another() -> None:
+    """90 s to start, and 70B's 138 GB at 2 GB/s; the judgements of M1, and those of its anchors, find it loaded."""
+    overrides = ("pairs.rejected_from=M1", "pairs.consistency=true")
+    times = {time.name: time.seconds for time in make_plan(request("llama2_70b_64gpu.yaml", *overrides)).times}
+    load = 90 + 2 * request().config.model.sizes.parameters / 2e9
+    first, second = (times[f"round_{t}/judgements"] for t in (1, 2))
+    assert first == second == times["round_1/anchor_judgements"]
+    assert times["round_2/anchor_judgements"] == pytest.approx(first + load), "after M1's anchors, M2 is loaded again"
+    assert times["round_2/previous_judgements"] == pytest.approx(first + load), "M1 judges again"
+    assert times["round_1/candidates"] - load == pytest.approx(times["round_1/anchors"])
+
+
 def test_gpus_that_do_not_divide_are_refused() -> None:
     with pytest.raises(UserError, match="--gpus 40 is not divisible by TP \\* PP \\* CP = 32"):
         make_plan(request(gpus=40))

@@ -106,6 +106,11 @@ class EngineModel:
         self._prefilled: set[int] = set()
 
     @property
+    def batch_limit(self) -> int:
+        """Number of sequences that may run together."""
+        return self._replica.batch_limit
+
+    @property
     def waiting(self) -> int:
         """Number of sequences that wait for room."""
         return len(self._waiting)

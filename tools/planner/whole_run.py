@@ -71,14 +71,28 @@ class Requests:
     output: int
     cap: int
 
+    @property
+    def lengths(self) -> OutputLengths:
+        """Distribution of the outputs' lengths."""
+        return OutputLengths(self.output, self.cap, LENGTH_SPREAD)
+
 
 def run_times(config: Config, cluster: Cluster, lengths: Lengths) -> list[StageTime]:
-    """Plan all stages in order; training has a second line, for writing the Hugging Face folder."""
-    return [time for stage in plan(config) for time in stage_times(stage, config, cluster, lengths)]
+    """Plan all stages in order; training has a second line, for writing the Hugging Face folder. A model is loaded once
+    for the stages that sample it one after the other."""
+    times, loaded = list[StageTime](), set[str]()
+    for stage in plan(config):
+        models = {name for name in stage.inputs if name != "seed" and "/" not in name}
+        times += stage_times(stage, config, cluster, lengths, loaded=stage.kind.samples and bool(models & loaded))
+        if stage.kind.estimate is not Estimate.NO_GPU:
+            loaded = models if stage.kind.samples else set()
+    return times
 
 
-def stage_times(stage: Stage, config: Config, cluster: Cluster, lengths: Lengths) -> list[StageTime]:
-    """Plan the lines of one stage."""
+def stage_times(
+    stage: Stage, config: Config, cluster: Cluster, lengths: Lengths, loaded: bool = False
+) -> list[StageTime]:
+    """Plan the lines of one stage. `loaded`: the replicas have the model that it samples."""
     match stage.kind.estimate:
         case Estimate.NO_GPU:
             return [StageTime(stage.name, Estimate.NO_GPU, "no GPU", 0, CPU_STAGE_SECONDS)]
@@ -89,9 +103,9 @@ def stage_times(stage: Stage, config: Config, cluster: Cluster, lengths: Lengths
         case Estimate.PRETRAINING | Estimate.SFT_ON_IFT | Estimate.SFT | Estimate.SFT_ON_POSITIVES | Estimate.DPO:
             return training_times(stage, config, cluster, lengths)
         case Estimate.PROMPTS | Estimate.CANDIDATES | Estimate.JUDGEMENTS | Estimate.META_JUDGEMENTS:
-            return [sampling_time(stage, config, cluster, lengths)]
+            return [sampling_time(stage, config, cluster, lengths, loaded)]
         case Estimate.EFT | Estimate.EVALUATION:
-            return [sampling_time(stage, config, cluster, lengths)]
+            return [sampling_time(stage, config, cluster, lengths, loaded)]
 
 
 def training_times(stage: Stage, config: Config, cluster: Cluster, lengths: Lengths) -> list[StageTime]:
@@ -159,15 +173,15 @@ def conversion_time(name: str, config: Config, cluster: Cluster, lengths: Length
     return StageTime(name, Estimate.CONVERSION, what, each.gpus, moved / DISK_BYTES_PER_SECOND + seconds)
 
 
-def sampling_time(stage: Stage, config: Config, cluster: Cluster, lengths: Lengths) -> StageTime:
-    """Plan a stage that samples, on all replicas."""
+def sampling_time(stage: Stage, config: Config, cluster: Cluster, lengths: Lengths, loaded: bool) -> StageTime:
+    """Plan a stage that samples, on all replicas, which have loaded the model (`loaded`) or load it first."""
     requests = requests_of(stage.kind.estimate, config, lengths)
     if not requests:
         return StageTime(stage.name, stage.kind.estimate, "no model", 0, CPU_STAGE_SECONDS)
     each = replica_of(config, cluster)
     replicas = max(1, cluster.sampler_gpus // each.gpus)
     busy = sum(busy_seconds(group, each, replicas) for group in requests)
-    load = START_SECONDS + each.weight_bytes / DISK_BYTES_PER_SECOND
+    load = 0.0 if loaded else START_SECONDS + each.weight_bytes / DISK_BYTES_PER_SECOND
     gpus = replicas * each.gpus
     speed = sum(group.count * group.samples * group.output for group in requests) / busy / gpus
     return StageTime(stage.name, stage.kind.estimate, f"{replicas} x {each.gpus} GPUs", gpus, busy + load, speed)
@@ -176,9 +190,8 @@ def sampling_time(stage: Stage, config: Config, cluster: Cluster, lengths: Lengt
 @cache
 def busy_seconds(requests: Requests, each: Replica, replicas: int) -> float:
     """Return the seconds in which all replicas answer the requests, stragglers included: each has an even share."""
-    lengths = OutputLengths(requests.output, requests.cap, LENGTH_SPREAD)
     count = ceil(requests.count / replicas)
-    return share_seconds(each, SCHEDULER_POLICY, count, requests.prompt, requests.samples, lengths)
+    return share_seconds(each, SCHEDULER_POLICY, count, requests.prompt, requests.samples, requests.lengths)
 
 
 def requests_of(estimate: Estimate, config: Config, lengths: Lengths) -> list[Requests]:
