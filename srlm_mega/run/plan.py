@@ -73,11 +73,13 @@ def self_rewarding_round(config: Config, t: int) -> list[Stage]:
     prompts, candidates, judgements = kinds.PROMPTS.of(t), kinds.CANDIDATES.of(t), kinds.JUDGEMENTS.of(t)
     earlier_prompts = tuple(kinds.PROMPTS.of(earlier) for earlier in range(1, t))
     judge = () if config.judge.backend == "random" else loaded(config, current)
-    extra = (*anchor_stages(config, t), *previous_judge(config, t))
-    judged = (candidates, judgements, *(stage.name for stage in extra))
+    anchor, judge_of_anchor = anchor_stages(config, t)
+    extra = (*judge_of_anchor, *previous_judge(config, t))
+    judged = (candidates, judgements, *(stage.name for stage in (*anchor, *extra)))
     prompts_config = (*SAMPLER, "prompts", "candidates.max_new_tokens")
     return [
         Stage(kinds.PROMPTS, t, ("seed", *prompt_source(config, t), *earlier_prompts), prompts_config),
+        *anchor,  # before the stages that sample M(t), which then follow one another and load it once
         Stage(kinds.CANDIDATES, t, (prompts, *loaded(config, current)), (*SAMPLER, "candidates")),
         Stage(kinds.JUDGEMENTS, t, (candidates, "seed", *judge), (*SAMPLER, *JUDGING, "judge.backend")),
         *extra,
@@ -179,15 +181,16 @@ def prompt_source(config: Config, t: int) -> tuple[str, ...]:
             return ("M0", *(loaded(config, "prompt_writer") if config.prompts.generator == "self_instruct" else ()))
 
 
-def anchor_stages(config: Config, t: int) -> tuple[Stage, ...]:
-    """Plan an anchor that gives the rejected responses: it answers the round's prompts, and M(t) judges its answers."""
+def anchor_stages(config: Config, t: int) -> tuple[tuple[Stage, ...], tuple[Stage, ...]]:
+    """Plan an anchor that gives the rejected responses: it answers the round's prompts, and M(t) judges its answers.
+    Two empty tuples without one."""
     anchor = config.pairs.rejected_from
     if anchor == "round":
-        return ()
+        return (), ()
     sampled, judge = (*SAMPLER, "candidates", "pairs.rejected_from"), loaded(config, model_name(t))
     return (
-        Stage(kinds.ANCHORS, t, (kinds.PROMPTS.of(t), *loaded(config, anchor)), sampled),
-        Stage(kinds.ANCHOR_JUDGEMENTS, t, (kinds.ANCHORS.of(t), "seed", *judge), (*SAMPLER, *JUDGING)),
+        (Stage(kinds.ANCHORS, t, (kinds.PROMPTS.of(t), *loaded(config, anchor)), sampled),),
+        (Stage(kinds.ANCHOR_JUDGEMENTS, t, (kinds.ANCHORS.of(t), "seed", *judge), (*SAMPLER, *JUDGING)),),
     )
 
 

@@ -45,8 +45,9 @@ def folders(*overrides: str) -> list[str]:
 
 def test_options_of_a_round_add_their_stages() -> None:
     anchored = folders("pairs.rejected_from=M1")
-    place = anchored.index("round_1/judgements")
-    assert anchored[place + 1 : place + 4] == ["round_1/anchors", "round_1/anchor_judgements", "round_1/pairs"]
+    place = anchored.index("round_1/prompts")
+    made = ["anchors", "candidates", "judgements", "anchor_judgements", "pairs"]
+    assert anchored[place + 1 : place + 6] == [f"round_1/{name}" for name in made], "M1 is loaded once"
     consistent = folders("pairs.consistency=true")
     assert "round_1/previous_judgements" not in consistent, "before M1 nobody judged"
     assert "M1" in find_stage(load_config(TOY, ["pairs.consistency=true"]), "round_2/previous_judgements").inputs
