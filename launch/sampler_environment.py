@@ -25,9 +25,8 @@ from srlm_mega.launch.ranks import gpu_request, number_in, pyxis
 OURS = TRAINING_SETTINGS | TRAINING_PREFERENCES | CPU_TRAINING_SETTINGS
 OURS |= {"PYTORCH_ALLOC_CONF": OURS["PYTORCH_CUDA_ALLOC_CONF"]}  # its name since torch 2.9
 HIDDEN = ("", "-1", "NoDevFiles")  # values of CUDA_VISIBLE_DEVICES where there is to be no GPU, the last one Slurm's
-ENGINE_SETTINGS = {"VLLM_NO_USAGE_STATS": "1"}
 # A container is given these by name, where they are set.
-PASSED_ON = (*SETTINGS, *PREFERENCES, *OURS, *ENGINE_SETTINGS, "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+PASSED_ON = (*SETTINGS, *PREFERENCES, *OURS, "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 
 # A task of an MPI replica's step. What it is given: TensorRT-LLM's launcher ($0), which starts the command in its first
 # task and an MPI leader beside it, and the command. Older launchers (1.1.0rc6) split the command's words at spaces, so
@@ -110,7 +109,7 @@ def sampler_variables(inherited: Mapping[str, str], config: Config, replica: int
     CUDA_VISIBLE_DEVICES has too few devices."""
     sampler = config.sampler
     kept = {name: value for name, value in inherited.items() if OURS.get(name) != value and name != "OMP_NUM_THREADS"}
-    made = PREFERENCES | kept | SETTINGS | ENGINE_SETTINGS
+    made = PREFERENCES | kept | SETTINGS
     if not sampler.on_gpus:
         made["OMP_NUM_THREADS"] = str(config.sampling_threads)
     if sampler.container is None:  # an MPI engine's launcher, and the python3 that it calls, are this environment's
