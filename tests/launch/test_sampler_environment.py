@@ -56,7 +56,6 @@ def test_a_sampler_has_nothing_that_is_for_training(cpu: bool) -> None:
     assert made == USERS | {
         "CUDA_VISIBLE_DEVICES": "0", "HF_HUB_OFFLINE": "1", "NCCL_DEBUG": "WARN", "OMP_WAIT_POLICY": "PASSIVE",
         "PYTHONSAFEPATH": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error",
-        "VLLM_NO_USAGE_STATS": "1",
     }  # fmt: skip
     assert sampler_variables(USERS, config_of("sampler.container=image"), 0) == made, "whoever starts it"
 
@@ -209,9 +208,7 @@ def test_a_containers_name_and_limits() -> None:
     words = " ".join(sampler_process(config, [], 1))
     assert words.startswith(f"docker run --name {names[2]} --rm --init --gpus=all ")
     assert " --ulimit memlock=-1 --ulimit stack=67108864 --ipc=host " in words
-    assert all(f"--env={name}" in words for name in (*TRAINING, "VLLM_NO_USAGE_STATS")), (
-        "a user's own value is passed on"
-    )
+    assert all(f"--env={name}" in words for name in TRAINING), "a user's own value is passed on"
     assert "--gpus" not in " ".join(sampler_process(load_config(TOY, ["sampler.container=image"]), []))
 
 
