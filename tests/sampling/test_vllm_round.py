@@ -1,4 +1,4 @@
-"""A round's candidates and judgements by vLLM itself, on CPUs: two replicas in an environment of their own, one killed."""
+"""A round's candidates and judgements by vLLM itself, on CPUs: two replicas in their own environment, one killed."""
 
 import signal
 import subprocess
