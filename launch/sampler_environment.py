@@ -153,6 +153,13 @@ def container_name(config: Config, replica: int | None) -> str:
     return f"srlm-{run}-{hashlib.sha256(bytes(folder)).hexdigest()[:8]}-{'alone' if replica is None else replica}"
 
 
+def stop_containers(config: Config) -> None:
+    """Stop the containers of all replicas on this node, for a process that ended before it could do so itself."""
+    if config.sampler.container is not None and not config.sampler.slurm:
+        for replica in range(config.sampler_replicas):
+            stop_container(docker(config, config.sampler.container, replica))
+
+
 def stop_container(command: object) -> None:
     """Stop the container of a command of `sampler_process` (`Popen.args`), and free its name; nothing happens for other
     commands, and where there is none. A container lives on when its docker client is killed, so this is to be called

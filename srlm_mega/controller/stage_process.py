@@ -19,6 +19,7 @@ from srlm_mega.launch.sampler_environment import (
     sampler_process,
     sampler_variables,
     stop_container,
+    stop_containers,
 )
 from srlm_mega.run.plan import Stage
 from srlm_mega.run.progress import read_progress
@@ -132,6 +133,7 @@ def started(start: Start, name: str, config: Config, run: RunDir, as_ranks: bool
         finally:
             if process.poll() is None:
                 terminate([process])
+                stop_containers(config)
 
 
 def raise_failure(name: str, process: StageProcess, run: RunDir) -> NoReturn:
