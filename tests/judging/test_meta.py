@@ -37,7 +37,7 @@ def judged(of: Candidate, *scores: float | None) -> tuple[object, list[Judgement
 
 def battle(first: str, second: str, verdict: str | None) -> MetaJudgement:
     decoding = Decoding(0.7, 0.9, 8)
-    return MetaJudgement(f"{first}-{second}", "c", first, second, "", verdict, "stop", 0, "m", (), None, decoding)  # type: ignore[arg-type]
+    return MetaJudgement(f"{first}-{second}", "c", first, second, "", verdict, "stop", 0, "m", (), decoding)  # type: ignore[arg-type]
 
 
 def test_the_response_whose_scores_vary_most_is_asked_about() -> None:
