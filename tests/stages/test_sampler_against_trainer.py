@@ -36,6 +36,7 @@ from srlm_mega.run.progress import read_progress
 from srlm_mega.run.run_dir import RunDir
 from srlm_mega.sampling import huggingface_sampler
 from srlm_mega.sampling.sampler import SamplingParams
+from srlm_mega.sampling.samplers import Samplers
 from srlm_mega.stages.run_stages import run_stage
 
 PAIRS, REFERENCE = "round_1/pairs", "round_1/reference"
@@ -124,7 +125,7 @@ def sampled_run(folder: Path, *overrides: str) -> RunDir:
     """A run with a random M1, its candidates, and pairs of each prompt's first two."""
     run = begin_run(folder, PROMPTS, *ONE_RANK, "candidates.max_new_tokens=12", *overrides)
     config = load_config(run.config_file)
-    assert run_stage(run, config, find_stage(config, CANDIDATES)) == 0
+    assert run_stage(run, Samplers(config, run.replicas), find_stage(config, CANDIDATES)) == 0
     by_prompt: dict[str, list[Ranked]] = {}
     for candidate in read_jsonl(run.output(CANDIDATES) / "candidates.jsonl", Candidate):
         by_prompt.setdefault(candidate.prompt_id, []).append(Ranked(1.0, candidate, None))
@@ -136,7 +137,7 @@ def sampled_run(folder: Path, *overrides: str) -> RunDir:
 def refer(run: RunDir, *overrides: str) -> tuple[int, str]:
     """Run stage reference; exit code and message."""
     config = load_config(run.config_file, overrides)
-    code = run_stage(run, config, find_stage(config, REFERENCE))
+    code = run_stage(run, Samplers(config, run.replicas), find_stage(config, REFERENCE))
     return code, read_progress(run.progress_file(REFERENCE)).message if code else ""
 
 
@@ -227,7 +228,7 @@ def test_only_candidates_are_asked_for(tmp_path: Path, monkeypatch: pytest.Monke
     assert set(asked) == {True}
     asked.clear()
     config = load_config(run.config_file)
-    assert run_stage(run, config, find_stage(config, JUDGEMENTS)) == 0
+    assert run_stage(run, Samplers(config, run.replicas), find_stage(config, JUDGEMENTS)) == 0
     assert set(asked) == {False}
 
 
