@@ -71,7 +71,8 @@ def _check_finite(inputs: Mapping[str, float], folder: Path) -> None:
 
 def _one_layer(checkpoint: Checkpoint, device: str) -> LlamaModel:
     """Return transformers' model, mask and rotary table included, with one layer and nothing before and after it."""
-    sizes = {"num_hidden_layers": 1, "vocab_size": 1, "pad_token_id": None}  # it is never asked for an embedding
+    # It is never asked for an embedding, so it needs no table, and then no id may be in it.
+    sizes = {"num_hidden_layers": 1, "vocab_size": 1, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     with torch.device(device), default_dtype(TORCH_DTYPES[checkpoint.dtype]):
         model = LlamaModel(LlamaConfig(**checkpoint.config | sizes)).eval()
     model.norm = nn.Identity()
