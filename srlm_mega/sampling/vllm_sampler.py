@@ -266,9 +266,14 @@ def open_vllm(config: SamplerConfig, model_folder: Path, end_ids: tuple[int, ...
 
 
 def cpu_arguments(config: SamplerConfig, model_folder: Path, limits: ModelLimits) -> dict[str, Any]:
-    """Return what the engine is told besides on a CPU. UserError for heads that its kernels do not have: it would load
-    the model, and end at the first request."""
+    """Return what the engine is told besides on a CPU. UserError for FP8 and for heads that its kernels do not have: it
+    would load the model, and end at the first request."""
     settings = read_json(model_folder / CONFIG)
+    if "quantization_config" in settings:
+        raise UserError(
+            f"{model_folder} is quantized, and vLLM on a CPU has no kernel (silu_and_mul_quant) for it: leave out "
+            "sampler.quantization, or sample on a GPU"
+        )
     heads = int(settings["num_attention_heads"])
     size = int(settings.get("head_dim") or settings["hidden_size"] // heads)
     sizes = CPUAttentionBackend.get_supported_head_sizes()

@@ -1,6 +1,7 @@
 """The contract of a sampler against vLLM itself, and what is vLLM's own. tests/sampling/test_vllm.py runs this file in
 an environment that has it."""
 
+import json
 import os
 import subprocess
 import sys
@@ -164,6 +165,10 @@ def test_heads_that_a_cpu_does_not_have_are_refused_before_loading(tmp_path: Pat
         open_sampler(config(), tmp_path, END_IDS)
     with pytest.raises(UserError, match=r"sampler\.device=cuda: .* pip install vllm$"):
         open_sampler(config(device="cuda"), tmp_path, END_IDS)
+    settings = json.loads((tmp_path / "config.json").read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"quantization_config": {"quant_method": "modelopt"}}))
+    with pytest.raises(UserError, match=r"is quantized, and vLLM on a CPU has no kernel .*sampler\.quantization"):
+        open_sampler(config(), tmp_path, END_IDS)
 
 
 def ranks_of(process: psutil.Process) -> list[psutil.Process]:
