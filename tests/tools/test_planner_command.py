@@ -119,6 +119,15 @@ def test_a_model_is_loaded_once_for_stages_that_follow_one_another() -> None:
     assert times["round_1/candidates"] - load == pytest.approx(times["round_1/anchors"])
 
 
+def test_reserving_max_new_tokens_leaves_room_for_fewer_sequences() -> None:
+    """2,168 tokens of each in place of those that it has so far: a third of the cache holds 78 instead of 256."""
+    small = ("sampler.kv_cache_fraction=0.3",)
+    reserved = (*small, "sampler.scheduler_policy=GUARANTEED_NO_EVICT")
+    used, kept = (make_plan(request("llama2_70b_64gpu.yaml", *overrides)).times for overrides in (small, reserved))
+    seconds = [[time.seconds for time in times if time.name == "round_1/candidates"] for times in (used, kept)]
+    assert seconds[0] < seconds[1]
+
+
 def test_gpus_that_do_not_divide_are_refused() -> None:
     with pytest.raises(UserError, match="--gpus 40 is not divisible by TP \\* PP \\* CP = 32"):
         make_plan(request(gpus=40))

@@ -20,10 +20,10 @@ STEP_ADVICE = {
     "virtual_pipeline_model_parallel_size",
 }
 RUN_ADVICE = {
-    "prompts": "one replica writes them: prompts.generator=file, or a smaller prompts.per_round",
+    "prompts": "prompts.generator=file, or a smaller prompts.per_round",
     "candidates": "more sampler GPUs (sampler.num_devices), fewer candidates.n",
     "judgements": "more sampler GPUs, fewer judge.n",
-    "evaluation": "one replica makes them: fewer held-out prompts, or a replica of more GPUs",
+    "evaluation": "fewer held-out prompts",
     "conversion": "a faster file system",
     "reference": "a layout with fewer pipeline stages, or a larger dpo.packed_sequence_size",
     "training": "a better layout (srlm plan CONFIG --search), fewer epochs",

@@ -25,7 +25,6 @@ POSITIVE_SHARE = 0.2  # of candidates that have a perfect score
 PROMPTS_PER_REQUEST = 4  # new instructions that pass the filters, of a Self-Instruct request
 REPLIES_PER_SOURCE = 4  # ranked replies that EFT is built from
 LENGTH_SPREAD = 0.8  # of the logarithm of outputs' lengths
-SCHEDULER_POLICY: SchedulerPolicy = "MAX_UTILIZATION"
 FORWARD_SHARE = 1 / 2  # of a step with frozen weights, which is forward and one of two backward products
 
 
@@ -180,7 +179,7 @@ def sampling_time(stage: Stage, config: Config, cluster: Cluster, lengths: Lengt
         return StageTime(stage.name, stage.kind.estimate, "no model", 0, CPU_STAGE_SECONDS)
     each = replica_of(config, cluster)
     replicas = max(1, cluster.sampler_gpus // each.gpus)
-    busy = sum(busy_seconds(group, each, replicas) for group in requests)
+    busy = sum(busy_seconds(group, each, config.sampler.scheduler_policy, replicas) for group in requests)
     load = 0.0 if loaded else START_SECONDS + each.weight_bytes / DISK_BYTES_PER_SECOND
     gpus = replicas * each.gpus
     speed = sum(group.count * group.samples * group.output for group in requests) / busy / gpus
@@ -188,10 +187,10 @@ def sampling_time(stage: Stage, config: Config, cluster: Cluster, lengths: Lengt
 
 
 @cache
-def busy_seconds(requests: Requests, each: Replica, replicas: int) -> float:
+def busy_seconds(requests: Requests, each: Replica, policy: SchedulerPolicy, replicas: int) -> float:
     """Return the seconds in which all replicas answer the requests, stragglers included: each has an even share."""
     count = ceil(requests.count / replicas)
-    return share_seconds(each, SCHEDULER_POLICY, count, requests.prompt, requests.samples, requests.lengths)
+    return share_seconds(each, policy, count, requests.prompt, requests.samples, requests.lengths)
 
 
 def requests_of(estimate: Estimate, config: Config, lengths: Lengths) -> list[Requests]:
