@@ -24,12 +24,13 @@ FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 1.0, 60.0
 @dataclass(frozen=True)
 class Taker:
     """How a process takes shards: its number among the replicas, the seconds after which it takes over another's shard,
-    the tries of a request, and whether its engine works on several shards at once."""
+    the tries of a request, whether its engine works on several shards at once, and how many replicas share them now."""
 
     replica: int = 0
     take_over_seconds: float = float("inf")
     attempts: int = 3
     mixes_shards: bool = False
+    replicas: Callable[[], int] = lambda: 1
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,9 @@ class ShardsInFlight:
             yield self._again.popleft()
         while True:
             try:
-                shard = self._files.lease_next(self._taker.replica, self._taker.take_over_seconds)
+                shard = self._files.lease_next(
+                    self._taker.replica, self._taker.take_over_seconds, len(self._open), self._taker.replicas()
+                )
             except OSError as error:
                 self._file_error = error
                 return

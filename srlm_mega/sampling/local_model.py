@@ -1,5 +1,6 @@
 """A model in this process: a replica's, or the only one."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from srlm_mega.chat import Chat, StopStrings
@@ -16,10 +17,13 @@ from srlm_mega.sampling.shards import ShardFiles
 class LocalModel:
     """An `OpenModel` in this process."""
 
-    def __init__(self, sampler: SamplerConfig, model: SampledModel, replica: int) -> None:
-        """Load the model. UserError or ValueError when the folder does not fit the backend."""
+    def __init__(
+        self, sampler: SamplerConfig, model: SampledModel, replica: int = 0, replicas: Callable[[], int] = lambda: 1
+    ) -> None:
+        """Load the model, as one of so many replicas that have loaded it. UserError or ValueError when the folder does
+        not fit the backend."""
         self._chat = Chat.from_folder(model.weights)
-        self._taker = Taker(replica, sampler.take_over_seconds, sampler.attempts, sampler.traits.continuous)
+        self._taker = Taker(replica, sampler.take_over_seconds, sampler.attempts, sampler.traits.continuous, replicas)
         self._sampler = open_sampler(sampler, model.loaded, self._chat.end_ids)
 
     def answer(self, files: ShardFiles[PromptTokens], params: SamplingParams, watch: Watch) -> None:

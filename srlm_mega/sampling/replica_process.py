@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 from srlm_mega.errors import ENGINE_DIED, CannotContinue, UserError, exit_code
@@ -12,7 +13,7 @@ from srlm_mega.launch.child_process import die_with, show_stacks_when_asked
 from srlm_mega.run.progress import Progress
 from srlm_mega.sampling.job_files import CurrentJob, ReplicaSettings
 from srlm_mega.sampling.local_model import LocalModel
-from srlm_mega.sampling.replicas import HEARTBEAT, HEARTBEAT_SECONDS, ready_file, replica_progress
+from srlm_mega.sampling.replicas import HEARTBEAT, HEARTBEAT_SECONDS, ready_file, ready_replicas, replica_progress
 from srlm_mega.sampling.sampler import EngineDied
 from srlm_mega.sampling.sampling_rate import Unwatched
 from srlm_mega.sampling.shards import WAIT_SECONDS
@@ -27,7 +28,7 @@ def work_as_replica(folder: Path, number: int) -> int:
     show_stacks_when_asked()
     settings = ReplicaSettings.load(folder)
     try:
-        with closing(LocalModel(settings.sampler, settings.model, number)) as model:
+        with closing(LocalModel(settings.sampler, settings.model, number, partial(ready_replicas, folder))) as model:
             ready_file(folder, number).touch()
             for job in jobs(folder):
                 model.answer_job(job.shards, Unwatched())

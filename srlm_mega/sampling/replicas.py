@@ -139,3 +139,8 @@ def replica_progress(folder: Path, number: int) -> Path:
 def ready_file(folder: Path, number: int) -> Path:
     """Return the file that a replica makes when its model is loaded."""
     return folder / f"replica_{number}.ready"
+
+
+def ready_replicas(folder: Path) -> int:
+    """Return the number of replicas that have loaded their model."""
+    return len(list(folder.glob("replica_*.ready")))

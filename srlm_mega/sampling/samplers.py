@@ -86,4 +86,4 @@ class Samplers:
     def _opened(self, model: SampledModel) -> OpenModel:
         if self.config.starts_replicas:
             return Replicas(self.config, model, self._folder)
-        return LocalModel(self.config.sampler, model, replica=0)
+        return LocalModel(self.config.sampler, model)

@@ -118,19 +118,27 @@ class ShardFiles(Generic[R]):
     def missing(self) -> list[Shard[R]]:
         """Return the shards that no process has finished."""
         names = self._names()
-        return [shard for shard in self.shards if self._file(shard, ".jsonl").name not in names]
+        return [shard for shard in self.shards if name_of(shard, ".jsonl") not in names]
 
     def finished(self) -> list[Shard[R]]:
         """Return the shards that some process has finished."""
         names = self._names()
-        return [shard for shard in self.shards if self._file(shard, ".jsonl").name in names]
+        return [shard for shard in self.shards if name_of(shard, ".jsonl") in names]
 
-    def lease_next(self, replica: int, take_over_seconds: float) -> Shard[R] | None:
-        """Take the first free shard for a replica, else one that another has held for too long; None without either."""
+    def lease_next(self, replica: int, take_over_seconds: float, held: int = 0, replicas: int = 1) -> Shard[R] | None:
+        """Take the first free shard for a replica, else one that another has held for too long; None without either,
+        and when it holds its share of the unfinished ones already: others could begin at once what would only wait in
+        its engine."""
         names = self._names()
-        unfinished = [shard for shard in self.shards if self._file(shard, ".jsonl").name not in names]
-        unfinished.sort(key=lambda shard: self._file(shard, ".lease").name in names)  # the free ones first
-        return next((shard for shard in unfinished if self.lease(shard, replica, take_over_seconds)), None)
+        unfinished = [shard for shard in self.shards if name_of(shard, ".jsonl") not in names]
+        if held and held * replicas >= len(unfinished):
+            return None
+        free = [shard for shard in unfinished if name_of(shard, ".lease") not in names]
+        leased = next((shard for shard in free if self.lease(shard, replica, take_over_seconds)), None)
+        if leased is not None:
+            return leased
+        too_long = (one for one in unfinished if self._take_over(self._file(one, ".lease"), replica, take_over_seconds))
+        return next(too_long, None)
 
     def lease(self, shard: Shard[R], replica: int, take_over_seconds: float) -> bool:
         """Take a shard for a replica if it is free, or if another replica has held it for more than
@@ -225,7 +233,12 @@ class ShardFiles(Generic[R]):
         return set(os.listdir(self.folder)) if self.folder.is_dir() else set()
 
     def _file(self, shard: Shard[R], suffix: str) -> Path:
-        return self.folder / f"shard_{shard.number:05d}{suffix}"
+        return self.folder / name_of(shard, suffix)
+
+
+def name_of(shard: Shard[Any], suffix: str) -> str:
+    """Return the name of one of a shard's files."""
+    return f"shard_{shard.number:05d}{suffix}"
 
 
 def too_many_failed(failed: Sequence[FailedRequest], allowed: int) -> CannotContinue:

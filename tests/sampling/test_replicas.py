@@ -20,6 +20,7 @@ from srlm_mega.checkpoints_conversion.convert import Record
 from srlm_mega.config.file import load_config
 from srlm_mega.run.progress import read_progress
 from srlm_mega.run.run_dir import RunDir
+from srlm_mega.sampling.replicas import ready_file, ready_replicas
 
 pytestmark = pytest.mark.timing
 STAND_IN = ROOT / "tests/support/tensorrt_llm_stand_in"
@@ -125,6 +126,13 @@ def test_without_any_replica_the_stage_crashes_and_can_go_on(tmp_path: Path, who
     said = run.log_file(CANDIDATES).read_text()
     assert said.count("its shards are free, it starts again") == 2 and "all 2 replicas ended" in said
     assert finish_stage(run, CANDIDATES) == whole
+
+
+def test_replicas_that_have_loaded_are_counted(tmp_path: Path) -> None:
+    for number in (0, 11):
+        ready_file(tmp_path, number).touch()
+        (tmp_path / f"replica_{number}.progress.json").touch()
+    assert ready_replicas(tmp_path) == 2
 
 
 @pytest.mark.extra

@@ -254,6 +254,19 @@ def test_free_shards_come_before_those_of_others(tmp_path: Path) -> None:
     assert late is not None and late.number == 0, "taken over"
 
 
+def test_a_replica_that_holds_its_share_leaves_the_rest_to_others(tmp_path: Path) -> None:
+    """Of five shards two replicas have three at most; of the last two, one each."""
+    files = files_of(tmp_path / "out.jsonl")
+    files.prepare()
+    taken = [files.lease_next(0, 60, held, replicas=2) for held in range(4)]
+    assert [None if shard is None else shard.number for shard in taken] == [0, 1, 2, None]
+    for shard in files.shards[:3]:
+        files.finish(shard, answers(shard), ShardReport(shard.number, 0, 5, 0, 0, 0, 0.0, 1.0))
+    one = files.lease_next(0, 60, 0, replicas=2)
+    assert one is not None and files.lease_next(0, 60, 1, replicas=2) is None
+    assert files.lease_next(1, 60, 0, replicas=2) == files.shards[4]
+
+
 SLOW_STAGE = """
 import sys, time
 from pathlib import Path
