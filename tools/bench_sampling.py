@@ -83,7 +83,7 @@ def measure(
     config = load_config(run.config_file, overrides)
     parts = requests_of(run, config, prompts)
     with ExitStack() as processes:
-        ways = methods(run, config, batch_sizes)
+        ways = methods(run, config, batch_sizes, also_generate=backend is None)
         if backend is not None:
             if config.sampler.python is None:
                 raise UserError(f"--backend {backend} needs its environment: sampler.python=PATH/bin/python")
@@ -114,9 +114,9 @@ def requests_of(run: RunDir, config: Config, prompts: int) -> list[BenchPart]:
     return [BenchPart("candidates", asked, candidates.params), BenchPart("judgements", judged, judgements.params)]
 
 
-def methods(run: RunDir, config: Config, batch_sizes: Sequence[int]) -> dict[str, Method]:
-    """Return our sampler by batch size and without reuse of prefills; for the transformers backend also `generate`
-    with the same model."""
+def methods(run: RunDir, config: Config, batch_sizes: Sequence[int], also_generate: bool) -> dict[str, Method]:
+    """Return our sampler by batch size and without reuse of prefills; for the transformers backend, where it is wanted,
+    also `generate` with the same model."""
     folder, settings = run.weights("M1"), config.sampler
     end_ids = Chat.from_folder(folder).end_ids
 
@@ -131,7 +131,7 @@ def methods(run: RunDir, config: Config, batch_sizes: Sequence[int]) -> dict[str
     for size in batch_sizes:
         if size != settings.batch_size:
             found[f"{OURS}, batch_size={size}"] = ours(settings.model_copy(update={"batch_size": size}))
-    if settings.backend == "huggingface":
+    if settings.backend == "huggingface" and also_generate:
         device = torch.device(automatic_device() if settings.device == "auto" else settings.device)
         model = AutoModelForCausalLM.from_pretrained(str(folder), dtype="auto").to(device).eval()
         size = settings.batch_size

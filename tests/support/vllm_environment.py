@@ -46,7 +46,7 @@ def cached_environment() -> Path:
     folder = ROOT / "build" / VLLM.replace("==", "-")
     python = folder / "bin/python"
     folder.parent.mkdir(exist_ok=True)
-    with folder.with_suffix(".lock").open("w") as lock:
+    with folder.with_name(f"{folder.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if (folder / "complete").is_file():
             return python
