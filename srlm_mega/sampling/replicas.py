@@ -66,6 +66,7 @@ class Replicas:
         for number in [number for number, process in self._alive.items() if process.poll() is not None]:
             code = self._alive.pop(number).returncode
             raise_reason(self._folder, number)
+            self._ready(number).unlink(missing_ok=True)
             files.release(number)
             again = number not in restarted
             print(
@@ -89,7 +90,6 @@ class Replicas:
 
     def _started(self, number: int) -> "subprocess.Popen[bytes]":
         """Start `srlm replica` in the sampler's environment; it ends with this process."""
-        self._ready(number).unlink(missing_ok=True)
         command = sampler_process(self._config, ["replica", str(self._folder), str(number)], number)
         stop_container(command)  # one whose client was killed
         return subprocess.Popen(
