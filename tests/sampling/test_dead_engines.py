@@ -3,8 +3,10 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 from places import ROOT
 from sampling_run import CANDIDATES, begin_run
@@ -18,13 +20,20 @@ PROMPTS = [f"list {number % 4 + 2} animals upper please" for number in range(40)
 SAMPLER = ["sampler.backend=trtllm_torch", "sampler.num_devices=2", "sampler.batch_size=8", "sampler.shard_size=2"]
 
 
-def sample(run: RunDir, **failures: str) -> tuple[int, str]:
-    """Sample the candidates by two replicas: the exit code of the stage, and what all of them printed."""
+def start(run: RunDir, **failures: str) -> "subprocess.Popen[str]":
+    """Sample the candidates by two replicas."""
     path = os.pathsep.join([str(STAND_IN), os.environ.get("PYTHONPATH", "")])
     argv = [str(Path(sys.executable).parent / "srlm"), "stage", str(run.root), CANDIDATES]
     environment = {**os.environ, "PYTHONPATH": path, **failures}
-    done = subprocess.run(argv, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
-    return done.returncode, done.stdout + done.stderr
+    pipe = subprocess.PIPE
+    return subprocess.Popen(argv, stdout=pipe, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=environment)
+
+
+def sample(run: RunDir, **failures: str) -> tuple[int, str]:
+    """The same to its end: the exit code of the stage, and what all of them printed."""
+    process = start(run, **failures)
+    said, _ = process.communicate()
+    return process.returncode, said
 
 
 def candidates(run: RunDir) -> list[str]:
@@ -57,6 +66,26 @@ def test_when_every_engine_dies_again_the_stage_is_worth_another_attempt(tmp_pat
     assert candidates(run) == ALL
     again = [line for line in (run.output(CANDIDATES) / "metrics.jsonl").read_text().splitlines() if '"shard":' in line]
     assert len(again) == 20, "none was done twice"
+
+
+def test_when_the_stage_is_killed_its_replicas_end_with_requests_in_flight(tmp_path: Path) -> None:
+    """Their engines hang; what was committed before is not done again."""
+    run = begin_run(tmp_path / "run", PROMPTS, *SAMPLER)
+    process = start(run, STAND_IN_HANGS_AFTER="8")
+    finished = run.partial(CANDIDATES) / "candidates.jsonl.shards"
+    while not list(finished.glob("*.report.json")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    replicas = [one for one in psutil.Process(process.pid).children(recursive=True) if "replica" in one.cmdline()]
+    process.kill()
+    process.communicate()
+    _, alive = psutil.wait_procs(replicas, timeout=60)
+    assert replicas and not alive
+    kept = len(list(finished.glob("*.report.json")))
+    code, said = sample(run)
+    assert code == 0 and candidates(run) == ALL, said[-4000:]
+    lines = (run.output(CANDIDATES) / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 20 - kept + 1, "a line per shard of this attempt, and one for all"
 
 
 def test_a_bad_request_costs_itself(tmp_path: Path) -> None:

@@ -9,18 +9,22 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import orjson
 import psutil
 import pytest
-from places import ROOT
+from places import ROOT, TOY
 from sampling_run import CANDIDATES, JUDGEMENTS, begin_run, finish_stage, start_stage, with_files
 
 from srlm_mega.checkpoints_conversion.convert import Record
 from srlm_mega.config.file import load_config
+from srlm_mega.records import PromptTokens
 from srlm_mega.run.progress import read_progress
 from srlm_mega.run.run_dir import RunDir
-from srlm_mega.sampling.replicas import ready_file, ready_replicas
+from srlm_mega.sampling.job_files import SampledModel
+from srlm_mega.sampling.replicas import Replicas, ready_file, ready_replicas
+from srlm_mega.sampling.shards import ShardFiles, cut_one_call
 
 pytestmark = pytest.mark.timing
 STAND_IN = ROOT / "tests/support/tensorrt_llm_stand_in"
@@ -133,6 +137,40 @@ def test_replicas_that_have_loaded_are_counted(tmp_path: Path) -> None:
         ready_file(tmp_path, number).touch()
         (tmp_path / f"replica_{number}.progress.json").touch()
     assert ready_replicas(tmp_path) == 2
+
+
+def test_replicas_of_a_node_start_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four on two nodes; one that dies while it loads starts again after the one that waited for it."""
+    slurm = ["sampler.slurm=true", "sampler.num_devices=4", "sampler.devices_per_node=2"]
+    config = load_config(TOY, [f"run.dir={tmp_path / 'run'}", *slurm])
+    files = ShardFiles(cut_one_call([PromptTokens("p", (3,))], 1, 0), tmp_path / "answers", 0)
+    files.prepare()
+    replicas = Replicas(config, SampledModel(tmp_path, tmp_path), tmp_path / "replicas")
+    started: list[int] = []
+
+    def start(self: Replicas, number: int) -> SimpleNamespace:
+        started.append(number)
+        return SimpleNamespace(
+            poll=lambda: codes.get(number), returncode=-9, terminate=int, wait=lambda timeout: 0, args=[]
+        )
+
+    codes: dict[int, int] = {}
+    monkeypatch.setattr(Replicas, "_started", start)
+    again = set[int]()
+    replicas._tend(files, again)
+    replicas._tend(files, again)
+    assert started == [0, 2], "one on each node, until it has loaded"
+    ready_file(tmp_path / "replicas", 2).touch()
+    replicas._tend(files, again)
+    assert started == [0, 2, 3]
+    codes[0] = -9
+    replicas._tend(files, again)
+    assert started == [0, 2, 3, 1] and again == {0}
+    codes.clear()
+    ready_file(tmp_path / "replicas", 1).touch()
+    replicas._tend(files, again)
+    assert started == [0, 2, 3, 1, 0]
+    replicas.close()
 
 
 @pytest.mark.extra
