@@ -180,7 +180,8 @@ def test_one_load_serves_all_stages_of_a_model(tmp_path: Path) -> None:
     argv = [str(Path(sys.executable).parent / "srlm"), "stage", str(run.root), CANDIDATES, JUDGEMENTS]
     said = subprocess.run(argv, capture_output=True, text=True, check=False, cwd=ROOT)
     assert said.returncode == 0, said.stderr
-    assert said.stderr.count("Loading weights: 100%") == 2
+    loads = said.stderr.count("Loading weights: 100%")
+    assert 1 <= loads <= 2, "the first may be done before the second has loaded"
     assert run.manifest(CANDIDATES) is not None and run.manifest(JUDGEMENTS) is not None
     assert not run.replicas.exists()
 
