@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AttentionInterface, LlamaForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from vllm_environment import python_with_vllm
 
 from srlm_mega.chat import Chat
 from srlm_mega.checkpoints_conversion.bits import DType
@@ -31,10 +32,7 @@ from srlm_mega.checkpoints_conversion.calibrate import calibrate
 from srlm_mega.checkpoints_conversion.convert import Kind, Wish, convert
 from srlm_mega.checkpoints_conversion.fp8 import QUANT_CONFIG
 
-pytestmark = [
-    pytest.mark.extra,
-    pytest.mark.skipif("SRLM_VLLM_PYTHON" not in os.environ, reason="SRLM_VLLM_PYTHON names no Python with vLLM"),
-]
+pytestmark = pytest.mark.extra
 CALIBRATED, COMPARED = 24, 5  # conversations, a hundred tokens each
 SUMS = 1536**0.5 * 2.0**-23  # fp32's error of a sum of as many products as SmolLM2's longest, in another order
 CONTINUOUS = 1e-3  # nats per token, between two programs that round nothing to e4m3 as they go
@@ -70,12 +68,12 @@ def lines(name: str) -> list[dict[str, Any]]:
 
 
 def in_vllm(folder: Path, dtype: str, texts: list[list[int]], mode: str = "as it is") -> dict[str, Any]:
-    """What vllm_fp8_worker.py finds in the environment that SRLM_VLLM_PYTHON names."""
+    """What vllm_fp8_worker.py finds in an environment with vLLM."""
     name = f"{folder.name} {dtype} {mode}"
     job, out = folder.with_name(f"{name}.job"), folder.with_name(f"{name}.json")
     job.write_text(json.dumps({"folder": str(folder), "dtype": dtype, "texts": texts, "out": str(out), "mode": mode}))
     worker = ROOT / "tests/support/vllm_fp8_worker.py"
-    argv = [os.environ["SRLM_VLLM_PYTHON"], str(worker), str(job)]
+    argv = [str(python_with_vllm()), str(worker), str(job)]
     settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(worker.parent)}
     done = subprocess.run(argv, capture_output=True, text=True, env=os.environ | settings, cwd="/")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]

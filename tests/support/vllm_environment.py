@@ -26,7 +26,7 @@ for one in map(Requirement, requires({VLLM.partition("=")[0]!r})):
 
 def environment_with_vllm(folder: Path) -> Path:
     """Python of a new environment in `folder`: vLLM's packages by a link, srlm-mega by `pip install --no-deps`."""
-    packages = Path(os.environ["SRLM_VLLM_PYTHON"]) if "SRLM_VLLM_PYTHON" in os.environ else cached_environment()
+    packages = python_with_vllm()
     venv.create(folder / "sampler", with_pip=False)
     python = folder / "sampler/bin/python"
     (site_packages(python) / "vllm.pth").write_text(f"{site_packages(packages)}\n")
@@ -41,8 +41,11 @@ def environment_with_vllm(folder: Path) -> Path:
     return python
 
 
-def cached_environment() -> Path:
-    """Python of the environment in build/, which one of several processes makes. Skip where pip cannot."""
+def python_with_vllm() -> Path:
+    """The Python that SRLM_VLLM_PYTHON names, else that of the environment in build/, which one of several processes
+    makes. Skip where pip cannot."""
+    if "SRLM_VLLM_PYTHON" in os.environ:
+        return Path(os.environ["SRLM_VLLM_PYTHON"])
     folder = ROOT / "build" / VLLM.replace("==", "-")
     python = folder / "bin/python"
     folder.parent.mkdir(exist_ok=True)

@@ -7,7 +7,7 @@ import pytest
 
 from srlm_mega.config.file import load_config
 from srlm_mega.tools.planner.engine_model import SchedulerPolicy
-from srlm_mega.tools.scripts.bench_schedule import Fleet, StageSeconds, Schedule, fleet_of, main
+from srlm_mega.tools.scripts.bench_schedule import Fleet, Schedule, StageSeconds, fleet_of, main
 
 CONFIG = Path("launch/configs/llama2_70b_64gpu.yaml")
 LOAD = 240.0
