@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -14,6 +15,7 @@ import orjson
 
 from srlm_mega.config.runtime import SamplerConfig
 from srlm_mega.errors import UserError
+from srlm_mega.launch.child_process import die_with
 from srlm_mega.sampling.backends import open_sampler
 from srlm_mega.sampling.sampler import Sampler, SamplingParams
 
@@ -55,6 +57,7 @@ def sampler_process(
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        preexec_fn=partial(die_with, os.getpid()),
     )
 
     def ask(prompts: Prompts, params: SamplingParams) -> Figures:
