@@ -1,14 +1,17 @@
-"""FP8 calibration: the largest |input| of every linear layer over some prompts, as `amax.json`.
+"""FP8 calibration by nvidia-modelopt: the largest |input| of every linear layer over some prompts, as `amax.json`.
 
-One layer of the model is in memory at a time, on a GPU if there is one: its weights are read, every prompt goes through
-it, and the weights of the next one take its place. Between two layers the prompts' hidden states are on the CPU. The
-ranges are those of the whole model, which nvidia-modelopt measures too. (It has not run on a GPU yet.)
+One layer of the model is in memory at a time, on a GPU if there is one: its weights are read, ModelOpt measures while
+every prompt goes through it, and the weights of the next one take its place. Between two layers the prompts' hidden
+states are on the CPU. (It has not run on a GPU yet.)
 """
 
-from collections.abc import Mapping, Sequence
-from itertools import islice
+from collections.abc import Sequence
+from copy import deepcopy
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 
+import modelopt.torch.quantization as mtq
 import orjson
 import torch
 from torch import Tensor, nn
@@ -22,6 +25,7 @@ from srlm_mega.checkpoints_conversion.logits import TORCH_DTYPES, default_dtype,
 from srlm_mega.checkpoints_conversion.reader import Checkpoint, Reader
 
 MAX_PROMPTS, MAX_TOKENS = 512, 2048
+LINEARS = tuple(chain(*GROUPS.values()))
 
 
 def calibrate(folder: Path, prompts: Sequence[Sequence[int]], bar: Bar = no_bar) -> Amax:
@@ -33,18 +37,27 @@ def calibrate(folder: Path, prompts: Sequence[Sequence[int]], bar: Bar = no_bar)
     model = _one_layer(checkpoint, device)
     layer, num_layers = model.layers[0], checkpoint.shape.num_layers
     nbytes = sum(parameter.nbytes for parameter in layer.parameters())
-    largest = _watch(layer)
     inputs: dict[str, float] = {}
     with Reader(checkpoint) as reader, bar("FP8 ranges", num_layers * nbytes) as report, torch.no_grad():
         states = _embed(reader, checkpoint, prompts)
-        for number in range(num_layers):
-            for name, parameter in layer.named_parameters():
-                fill_parameter(parameter, reader, checkpoint.sources[f"model.layers.{number}.{name}"])
-            largest.update(dict.fromkeys(largest, torch.zeros((), device=device)))
+
+        def forward(quantized: nn.Module) -> None:
             for state in states:
-                state.copy_(model(inputs_embeds=state[None].to(device), use_cache=False).last_hidden_state[0])
-            inputs |= {f"model.layers.{number}.{member}": float(value) for member, value in largest.items()}
-            _check_finite(inputs, folder)
+                state.copy_(quantized(inputs_embeds=state[None].to(device), use_cache=False).last_hidden_state[0])
+
+        for number in range(num_layers):
+            name = f"model.layers.{number}"
+            for parameter_name, parameter in layer.named_parameters():
+                fill_parameter(parameter, reader, checkpoint.sources[f"{name}.{parameter_name}"])
+            try:
+                # Quantization is off while it measures, so the states are those of the unquantized model.
+                mtq.calibrate(model, "max", forward)
+            except FloatingPointError as error:
+                raise ValueError(f"{folder}: {name}.{error}: the model is broken, take another") from None
+            for member in LINEARS:
+                quantizer = layer.get_submodule(member).input_quantizer
+                inputs[f"{name}.{member}"] = float(quantizer.amax)
+                quantizer.reset_amax()
             report(nbytes)
     return Amax(len(prompts), inputs)
 
@@ -63,37 +76,26 @@ def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
                 )
 
 
-def _check_finite(inputs: Mapping[str, float], folder: Path) -> None:
-    for linear, value in inputs.items():
-        if not value < float("inf"):
-            raise ValueError(f"{folder}: {linear} has inputs up to {value}: the model is broken, take another")
-
-
 def _one_layer(checkpoint: Checkpoint, device: str) -> LlamaModel:
-    """Return transformers' model, mask and rotary table included, with one layer and nothing before and after it."""
+    """Return transformers' model, mask and rotary table included, with one layer and nothing before and after it, and
+    with ModelOpt's quantizers of the linear layers' inputs."""
     # It is never asked for an embedding, so it needs no table, and then no id may be in it.
     sizes = {"num_hidden_layers": 1, "vocab_size": 1, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     with torch.device(device), default_dtype(TORCH_DTYPES[checkpoint.dtype]):
         model = LlamaModel(LlamaConfig(**checkpoint.config | sizes)).eval()
     model.norm = nn.Identity()
+    for member in LINEARS:
+        model.layers[0].get_submodule(member).register_forward_pre_hook(partial(_check_finite, member))
+    mtq.quantize(model, deepcopy(mtq.FP8_DEFAULT_CFG) | {"algorithm": None})
+    mtq.disable_quantizer(model, "*weight_quantizer")  # they would measure the weights anew for every prompt
     return model
 
 
-def _watch(layer: nn.Module) -> dict[str, Tensor]:
-    """Return what will hold the largest |input| of each linear layer, as long as this decoder layer computes."""
-    largest: dict[str, Tensor] = {}
-
-    def watch(member: str) -> None:
-        def record(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            largest[member] = torch.maximum(largest[member], inputs[0].abs().amax())
-
-        layer.get_submodule(member).register_forward_pre_hook(record)
-        largest[member] = torch.zeros(())
-
-    for members in GROUPS.values():
-        for member in members:
-            watch(member)
-    return largest
+def _check_finite(member: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Name the linear layer, where ModelOpt fails with an assertion about no layer in particular."""
+    largest = float(inputs[0].abs().max())
+    if not largest < float("inf"):
+        raise FloatingPointError(f"{member} has inputs up to {largest}")
 
 
 def _embed(reader: Reader, checkpoint: Checkpoint, prompts: Sequence[Sequence[int]]) -> list[Tensor]:

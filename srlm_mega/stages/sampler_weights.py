@@ -83,7 +83,7 @@ def make_sampler_weights(work: Work) -> Done:
 def activation_ranges(work: Work, source: Path) -> tuple[Amax, dict[str, float]]:
     """Return the activation ranges for FP8 and the manifest's counts. The previous model's ranges serve as long as a
     probe of few prompts stays within them; otherwise the model is calibrated anew."""
-    # It imports torch and transformers, which only FP8 needs.
+    # It imports nvidia-modelopt, torch and transformers, which only FP8 needs.
     from srlm_mega.checkpoints_conversion.calibrate import calibrate
 
     settings, prompts = work.config.sampler, calibration_prompts(work, source)

@@ -1,4 +1,4 @@
-"""FP8's ranges, measured with one layer in memory: those of the whole model, in the memory of one layer."""
+"""FP8's ranges, measured by ModelOpt with one layer in memory: those of the whole model, in the memory of one layer."""
 
 import gc
 from collections.abc import Iterator
@@ -29,8 +29,11 @@ PROMPTS = [[1, 5, 2, 9, 4], [7], [3, 3, 8, 11, 0, 6, 10]]
 
 
 def whole_model(folder: Path, shape: LlamaShape) -> dict[str, float]:
-    """The slow twin: all of transformers' model at once."""
+    """The slow twin: all of transformers' model at once, without ModelOpt."""
     whole = LlamaForCausalLM.from_pretrained(folder, dtype="auto")
+    for parameter in whole.parameters():
+        # Mapped from a file, a matrix begins anywhere, and where it begins decides the order of a product's sums.
+        parameter.data = parameter.data.clone()
     ranges = dict.fromkeys(linear_names(shape), 0.0)
 
     def watch(name: str) -> None:
@@ -54,8 +57,7 @@ def test_the_ranges_are_those_of_the_whole_model(tmp_path: Path, name: str, dtyp
     folder = model(tmp_path / "model", shape, dtype)
     amax = calibrate(folder, PROMPTS)
     assert amax.num_prompts == len(PROMPTS)
-    # A matrix product's order of sums depends on where in memory its operands are: one rounding, no more.
-    assert amax.inputs == pytest.approx(whole_model(folder, shape), rel=2 * torch.finfo(dtype).eps)
+    assert amax.inputs == whole_model(folder, shape)
     assert len(set(amax.inputs.values())) == 4 * shape.num_layers, "q, k, v see one input, and gate and up another"
 
 
@@ -66,11 +68,11 @@ def test_other_kinds_of_checkpoints_have_the_same_ranges(tmp_path: Path) -> None
 
 
 def alive() -> int:
-    """Bytes of all tensors, each memory counted once."""
+    """Bytes of all tensors that were not frozen, each memory counted once."""
     storages = {
         one.untyped_storage().data_ptr(): one.untyped_storage().nbytes()
         for one in gc.get_objects()
-        if isinstance(one, Tensor)
+        if issubclass(type(one), Tensor)  # isinstance would wake up the deprecated objects of other packages
     }
     return sum(storages.values())
 
@@ -89,12 +91,13 @@ def test_memory_does_not_grow_with_the_layers(tmp_path: Path, monkeypatch: pytes
     peaks = {}
     for layers in (1, 8):
         folder = model(tmp_path / f"model_{layers}", replace(GQA, num_layers=layers, hidden_size=128))
-        gc.collect()
-        before = alive()
         found.clear()
+        gc.collect()
+        gc.freeze()  # what is there already counts for nothing, and takes no time
         calibrate(folder, PROMPTS)
+        gc.unfreeze()
         assert len(found) >= layers
-        peaks[layers] = max(found) - before
+        peaks[layers] = max(found)
     assert peaks[8] == pytest.approx(peaks[1], abs=2 * 128 * 24 * 2), "less than a second one of its smallest matrices"
 
 

@@ -1,4 +1,4 @@
-"""nvidia-modelopt as an independent oracle of TensorRT-LLM checkpoints, 16 bits and FP8, and of the calibration."""
+"""nvidia-modelopt on whole models as the oracle of engine checkpoints, 16 bits and FP8, and of the calibration."""
 
 import json
 import os
