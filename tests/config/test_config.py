@@ -220,7 +220,7 @@ def test_a_whole_section_replaces_no_keys_that_came_from_another_one(tmp_path: P
         (["sampler.backend=trtllm_torch", "sampler.tp_size=16", "num_devices=16"], "whole nodes"),
         (
             ["sampler.backend=vllm", "sampler.slurm=true", "sampler.tp_size=8", "sampler.pp_size=2", "num_devices=16"],
-            r"vllm keeps a replica on one node: TP \* PP is 16, and a node has 8",
+            r"vllm splits a model over the GPUs of one node: TP \* PP is 16, sampler.devices_per_node 8",
         ),
         (["num_devices=16"], "more than a node's 8"),
         (["sampler.python=a", "sampler.container=b"], "not both"),
