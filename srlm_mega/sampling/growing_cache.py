@@ -5,7 +5,9 @@ transformers' own cache is copied as a whole in every step, which is a third of 
 
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
 
@@ -38,6 +40,13 @@ def appended(used: Tensor, room: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
         room[..., :begin, :] = used
     room[..., begin:end, :] = new
     return room[..., :end, :], room
+
+
+def rows_appended(above: Tensor, below: Tensor, columns: int) -> Tensor:
+    """Return the rows of both, aligned on the right of dimension `columns`, with zeros on the left."""
+    width = max(above.shape[columns], below.shape[columns])
+    after = (0, 0) * (above.dim() - 1 - columns)  # pad() counts from the last dimension
+    return torch.cat([pad(one, (*after, width - one.shape[columns], 0)) for one in (above, below)])
 
 
 def growing_cache(config: PretrainedConfig) -> DynamicCache:

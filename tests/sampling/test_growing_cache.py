@@ -6,7 +6,7 @@ import torch
 from sampler_contract import make_model
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from srlm_mega.sampling.growing_cache import ROOM, growing_cache
+from srlm_mega.sampling.growing_cache import ROOM, growing_cache, rows_appended
 
 
 def test_its_logits_are_those_of_transformers_cache(tmp_path: Path) -> None:
@@ -31,3 +31,13 @@ def test_its_logits_are_those_of_transformers_cache(tmp_path: Path) -> None:
     layer = ours.layers[0]
     assert len(ids) == 4 and layer.get_seq_length() == 5 + 2 * ROOM + 2
     assert layer.key_room.shape[-2] >= layer.get_seq_length() and layer.keys.data_ptr() == layer.key_room.data_ptr()
+
+
+def test_rows_are_appended_on_the_right() -> None:
+    long, short = torch.tensor([[1, 2, 3]]), torch.tensor([[4], [5]])
+    assert rows_appended(long, short, columns=1).tolist() == [[1, 2, 3], [0, 0, 4], [0, 0, 5]]
+    assert rows_appended(short, long, columns=1).tolist() == [[0, 0, 4], [0, 0, 5], [1, 2, 3]]
+    keys = [one[:, None, :, None].expand(-1, 2, -1, 3) for one in (short, long)]  # two heads of size 3
+    both = rows_appended(*keys, columns=2)
+    assert both.shape == (3, 2, 3, 3) and bool((both == both[:, :1, :, :1]).all())
+    assert both[:, 0, :, 0].tolist() == [[0, 0, 4], [0, 0, 5], [1, 2, 3]]

@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from sampler_contract import END_IDS, GREEDY, SAMPLED, VOCABULARY, Prompts, make_model, random_prompts
-from transformers import GenerationConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from srlm_mega.config.runtime import SamplerConfig
 from srlm_mega.sampling import huggingface_sampler
 from srlm_mega.sampling.backends import open_sampler
-from srlm_mega.sampling.huggingface_sampler import HuggingFaceSampler, choose, choose_in_nucleus
+from srlm_mega.sampling.huggingface_sampler import DecodingBatch, HuggingFaceSampler, choose, choose_in_nucleus
 from srlm_mega.sampling.sampler import SamplingParams
 
 
@@ -68,6 +68,74 @@ def test_the_batch_size_does_not_decide(
 ) -> None:
     other = HuggingFaceSampler(folder, END_IDS, "cpu", batch_size)
     assert other.sample(prompts, SAMPLED) == sampler.sample(prompts, SAMPLED)
+
+
+@pytest.fixture
+def refills(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Rows at work and rows that join them, of every refill."""
+    found: list[tuple[int, int]] = []
+    followed_by = DecodingBatch.followed_by
+
+    def spy(batch: DecodingBatch, other: DecodingBatch) -> DecodingBatch:
+        found.append((len(batch.mask), len(other.mask)))
+        both = followed_by(batch, other)
+        assert bool(both.mask[:, 0].any()), "columns that no row needs are dropped"
+        return both
+
+    monkeypatch.setattr(DecodingBatch, "followed_by", spy)
+    return found
+
+
+@pytest.mark.parametrize("patience", [0, 4])
+def test_waiting_prompts_take_the_place_of_finished_rows(
+    folder: Path,
+    prompts: Prompts,
+    refills: list[tuple[int, int]],
+    patience: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    params = replace(SAMPLED, max_new_tokens=30, logprobs=True)
+    alone = HuggingFaceSampler(folder, END_IDS, "cpu", batch_size=3).sample(prompts, params)
+    assert refills == [], "a batch of one prompt has no room for a second one"
+    monkeypatch.setattr(huggingface_sampler, "PATIENCE", patience)
+    sampler = HuggingFaceSampler(folder, END_IDS, "cpu", batch_size=12)
+    refilled = sampler.sample(prompts, params)
+    assert refilled == alone
+    logprobs = [[one.cumulative_logprob for group in some for one in group] for some in (refilled, alone)]
+    assert logprobs[0] == pytest.approx(logprobs[1], abs=2e-3)
+    assert len(refills) >= 3 and all(old > 0 and new % 3 == 0 and old + new <= 12 for old, new in refills)
+    schedule = list(refills)
+    assert sampler.sample(prompts, params) == refilled and refills == schedule * 2, "it follows from the requests"
+
+
+def test_answers_of_equal_length_are_not_refilled(
+    folder: Path, prompts: Prompts, refills: list[tuple[int, int]]
+) -> None:
+    HuggingFaceSampler(folder, (), "cpu", batch_size=12).sample(prompts, SAMPLED)
+    assert refills == []
+
+
+def test_layers_with_a_window_are_not_refilled(
+    tmp_path: Path, prompts: Prompts, refills: list[tuple[int, int]]
+) -> None:
+    torch.manual_seed(3)
+    config = MistralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=48,
+        sliding_window=6,
+        initializer_range=0.35,
+    )
+    MistralForCausalLM(config).save_pretrained(tmp_path)
+    params = replace(SAMPLED, max_new_tokens=30)
+    alone = HuggingFaceSampler(tmp_path, END_IDS, "cpu", batch_size=1).sample(prompts, params)
+    assert HuggingFaceSampler(tmp_path, END_IDS, "cpu", batch_size=12).sample(prompts, params) == alone
+    assert len({len(one.token_ids) for group in alone for one in group}) > 10, "rows end at different times"
+    assert refills == []
 
 
 def test_sampled_first_tokens_follow_the_models_nucleus(folder: Path, sampler: HuggingFaceSampler) -> None:
