@@ -92,7 +92,7 @@ def test_the_light_modules_are_importable_there_and_nothing_heavy_is(environment
 
 @pytest.mark.extra
 def test_stages_sample_there(environment: Path, tmp_path: Path) -> None:
-    """As `srlm run` starts them; then candidates again by two replicas that a process of this environment starts."""
+    """As `srlm run` starts them: by one replica in that environment, whose process is started here; then by two."""
     overrides = ["sampler.backend=trtllm_torch", "sampler.shard_size=4", f"sampler.python={environment}"]
     prompts = [f"list {number % 7 + 1} animals upper please" for number in range(12)]
     made = begin_run(tmp_path / "run", prompts, *overrides)
@@ -111,6 +111,5 @@ def sample(made: RunDir, stage: str) -> None:
     """A stage by the command line that the controller would use."""
     config = load_config(made.config_file)
     argv = stage_command([find_stage(config, stage)], config, made).argv
-    assert argv[0].startswith(str(config.sampler.python.parent)) == (config.sampler_replicas == 1)  # type: ignore[union-attr]
-    path = os.pathsep.join([str(STAND_IN), *([str(ROOT)] if config.sampler_replicas > 1 else [])])
-    run([*argv], PYTHONPATH=path)
+    assert argv[0] == str(Path(sys.executable).parent / "srlm")
+    run([*argv], PYTHONPATH=str(STAND_IN))
