@@ -73,7 +73,9 @@ def test_one_task_has_all_gpus_and_cores_of_its_replica(
     slurm: Cluster, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An engine that splits a model over the GPUs of a node by itself."""
-    traits = BackendTraits(needs_gpu=True, needs_mpi=False, splits_model=True, quantizes=True, loads_engine=False)
+    traits = BackendTraits(
+        needs_gpu=True, needs_mpi=False, splits_model=True, quantizes=True, loads_engine=False, continuous=True
+    )
     monkeypatch.setattr("srlm_mega.config.runtime.traits_of", lambda backend: traits)
     monkeypatch.setenv("SLURM_CPUS_ON_NODE", "2")
     split = config.model_copy(update={"sampler": config.sampler.model_copy(update={"tp_size": 2})})
