@@ -4,10 +4,11 @@ import ctypes
 import faulthandler
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 PR_SET_PDEATHSIG = 1
 SHOW_STACKS = signal.SIGUSR2
+PARENT_PID = "SRLM_PARENT_PID"  # set by torchrun's agent for its ranks, which its exec does not change
 # What every process of a run is given; of PREFERENCES a user's own values count.
 SETTINGS = {
     "PYTHONSAFEPATH": "1",
@@ -39,10 +40,22 @@ def environment(inherited: Mapping[str, str], threads: int, cpu: bool) -> dict[s
 
 def die_with(parent_pid: int) -> None:
     """Ask Linux to kill this process when its parent ends, however it ends; for `preexec_fn`, since it survives the
-    exec. Ends at once when the parent is already gone."""
+    exec. Ends at once when the parent is already gone: its pid has to be known from before this process began."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent_pid:
         os._exit(1)
+
+
+def announcing_its_pid(argv: Sequence[str]) -> list[str]:
+    """Return a command line whose process gives its children its own pid, for their `die_with_parent`: asked for by a
+    child, the parent's pid is already another one when the parent was killed before the child came to ask."""
+    return ["sh", "-c", f'export {PARENT_PID}=$$; exec "$@"', "sh", *argv]
+
+
+def die_with_parent() -> None:
+    """End with the process that started this one, also when it is already gone: torchrun's agent, in whose place
+    `announcing_its_pid` or launch/torchrun_multinode.sh left its pid, or whatever process started this one."""
+    die_with(int(os.environ.get(PARENT_PID, os.getppid())))
 
 
 def show_stacks_when_asked() -> None:

@@ -10,6 +10,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +18,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from srlm_mega.config.runtime import SamplerBackend
+from srlm_mega.launch.child_process import die_with
 from srlm_mega.launch.probe import MODULES, ProbeAnswer
 
 SCRIPT = Path(__file__).with_name("probe.py")
@@ -124,6 +126,7 @@ def run_probe(name: str, seconds: float) -> Probed:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=partial(die_with, os.getpid()),
     )
     try:
         said, wrong = process.communicate(timeout=seconds)

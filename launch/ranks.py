@@ -14,6 +14,7 @@ from typing import Literal, assert_never
 from srlm_mega.config import Config
 from srlm_mega.config.launch import LaunchConfig
 from srlm_mega.errors import CannotContinue, UserError
+from srlm_mega.launch.child_process import announcing_its_pid
 from srlm_mega.run.run_dir import RunDir
 
 # A node's task of a step. What it is given: a file that all nodes must see, torchrun and its arguments. USR1 (save)
@@ -24,6 +25,7 @@ if [ ! -e "$1" ]; then
   echo "node $(hostname) does not see $1: the run folder must be on a file system that all nodes share" >&2
   exit 2
 fi
+export SRLM_PARENT_PID=$$
 exec "$2" --node-rank="$SLURM_NODEID" "${@:3}"
 """
 
@@ -76,7 +78,8 @@ def start_ranks(config: Config, run: RunDir, name: str, arguments: Sequence[str]
             if launch.nodes > 1:
                 raise CannotContinue(by_hand(launch, name, argv))
             processes = f"--nproc-per-node={launch.processes_per_node}"
-            return Start([str(bin_dir / "torchrun"), "--standalone", processes, "--no-python", *argv])
+            torchrun = [str(bin_dir / "torchrun"), "--standalone", processes, "--no-python"]
+            return Start(announcing_its_pid([*torchrun, *argv]))
         case "slurm":
             allocation = allocation_for(launch.nodes)
             step = job_step(config, run, allocation, name)
@@ -186,7 +189,8 @@ def ranks_on_node(
     bin_dir: Path | None, argv: Sequence[str], launch: LaunchConfig, rendezvous: Rendezvous, node_rank: int
 ) -> list[str]:
     """Return the command line of this node's share of the ranks; every other node is given the same."""
-    return [tool(bin_dir, "torchrun"), f"--node-rank={node_rank}", *agent(launch, rendezvous, argv)]
+    torchrun = [tool(bin_dir, "torchrun"), f"--node-rank={node_rank}"]
+    return announcing_its_pid([*torchrun, *agent(launch, rendezvous, argv)])
 
 
 def ranks_in_step(

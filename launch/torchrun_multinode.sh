@@ -59,6 +59,7 @@ esac
 # shellcheck source=launch/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 export OMP_NUM_THREADS=$threads
+export SRLM_PARENT_PID=$$ # torchrun's, after exec: its ranks end with it
 # No restarts: workers may reconnect to addresses from before the restart. The same lines resume from the checkpoint.
 exec "${TORCHRUN:-$(dirname "$(command -v "$1")")/torchrun}" --node-rank="$node_rank" --nnodes="$nnodes" \
   --nproc-per-node="$nproc" "${place[@]}" --max-restarts=0 --no-python "$@"

@@ -1,7 +1,9 @@
 """`srlm run`, and the commands that it starts: `srlm stage`, `srlm replica`, `srlm compare-checkpoints`."""
 
+import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +12,7 @@ from rich.console import Console
 
 from srlm_mega.cli.arguments import ConfigFile, Overrides, RunFolder
 from srlm_mega.errors import CannotContinue
+from srlm_mega.launch.child_process import die_with
 
 
 def run(
@@ -72,7 +75,7 @@ def compare_checkpoints(run: RunFolder, name: str) -> None:
 def write_report(run: Path) -> None:
     """Run `srlm report` in a process of its own: plots need packages that the controller does without."""
     argv = [str(Path(sys.executable).parent / "srlm"), "report", str(run)]
-    subprocess.run(argv, check=False, stdout=subprocess.DEVNULL)
+    subprocess.run(argv, check=False, stdout=subprocess.DEVNULL, preexec_fn=partial(die_with, os.getpid()))
 
 
 def print_summary(run: Path, console: Console) -> None:

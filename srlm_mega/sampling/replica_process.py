@@ -1,7 +1,6 @@
 """A replica's own process (`srlm replica`): it loads the model and works on one job after the other, until it is ended
 or the process that started it is gone."""
 
-import os
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -9,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from srlm_mega.errors import ENGINE_DIED, CannotContinue, UserError, exit_code
-from srlm_mega.launch.child_process import die_with, show_stacks_when_asked
+from srlm_mega.launch.child_process import die_with_parent, show_stacks_when_asked
 from srlm_mega.run.progress import Progress
 from srlm_mega.sampling.job_files import CurrentJob, ReplicaSettings
 from srlm_mega.sampling.local_model import LocalModel
@@ -24,7 +23,7 @@ SILENT_SECONDS = 30 * HEARTBEAT_SECONDS  # without a heartbeat of the process th
 def work_as_replica(folder: Path, number: int) -> int:
     """Work on the jobs of a folder. Returns the exit code; the message of a UserError or CannotContinue is left for the
     process that started this one."""
-    die_with(os.getppid())
+    die_with_parent()
     show_stacks_when_asked()
     settings = ReplicaSettings.load(folder)
     try:

@@ -1,6 +1,5 @@
 """Running stages in this process: begin an output, call the function of the stage's kind, commit the output."""
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from importlib.metadata import version
@@ -19,7 +18,7 @@ from srlm_mega.errors import (
     exit_code,
     reason,
 )
-from srlm_mega.launch.child_process import die_with, show_stacks_when_asked
+from srlm_mega.launch.child_process import die_with_parent, show_stacks_when_asked
 from srlm_mega.run.identity import identity_of
 from srlm_mega.run.plan import Stage, find_stage
 from srlm_mega.run.progress import Progress
@@ -30,7 +29,7 @@ from srlm_mega.stages.work import Done, Work
 
 def run_stages(run: RunDir, names: Sequence[str]) -> int:
     """Make outputs in the given order until one cannot be made. Returns the exit code (0 when all were made)."""
-    die_with(os.getppid())
+    die_with_parent()
     show_stacks_when_asked()
     config = load_config(run.config_file)
     stages = [find_stage(config, name) for name in names]

