@@ -12,7 +12,7 @@ from typing import Protocol
 
 import orjson
 
-from srlm_mega.sampling.shards import ShardReport
+from srlm_mega.sampling.finished_shard import ShardReport
 
 ProgressCallback = Callable[[int, int, str], None]
 """Function that is given the requests answered so far, their total, and a note of a few words."""

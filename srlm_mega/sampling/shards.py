@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -19,8 +19,9 @@ from typing import Any, Generic, TypeVar
 import orjson
 
 from srlm_mega.errors import CannotContinue
-from srlm_mega.records import FailedRequest, read_jsonl, write_jsonl
+from srlm_mega.records import FailedRequest, parse_line, write_jsonl
 from srlm_mega.run.files import fsync, write_atomic
+from srlm_mega.sampling.finished_shard import FinishedShard, ShardReport
 from srlm_mega.seeds import derive_seed
 
 FAILED = "failed.jsonl"
@@ -50,7 +51,7 @@ class Answered:
     prompt_tokens: int = 0
     output_tokens: int = 0
 
-    def report(self, shard: Shard[Any], replica: int, queue_seconds: float, seconds: float) -> "ShardReport":
+    def report(self, shard: Shard[Any], replica: int, queue_seconds: float, seconds: float) -> ShardReport:
         """Return the shard's report."""
         return ShardReport(
             shard=shard.number,
@@ -62,20 +63,6 @@ class Answered:
             queue_seconds=round(queue_seconds, 3),
             seconds=round(seconds, 3),
         )
-
-
-@dataclass(frozen=True)
-class ShardReport:
-    """Counts and seconds of a finished shard. `queue_seconds`: from the replica's readiness to the shard's start."""
-
-    shard: int
-    replica: int
-    requests: int
-    failed: int
-    prompt_tokens: int
-    output_tokens: int
-    queue_seconds: float
-    seconds: float
 
 
 def cut_into_shards(requests: Sequence[R], shard_size: int, run_seed: int, *names: str | int) -> list[Shard[R]]:
@@ -98,8 +85,8 @@ def cut_one_call(requests: Sequence[R], shard_size: int, seed: int) -> list[Shar
 class ShardFiles(Generic[R]):
     """The shards of one output file, and their files until the merge.
 
-    They lie in `<output>.shards/`: shard_00003.jsonl (finished), .failed.jsonl, .report.json, and .lease while a
-    process works on the shard. The folder must belong to these shards: a caller that changes the requests starts with
+    They lie in `<output>.shards/`: shard_00003.jsonl (finished), and .lease while a process works on the shard. The
+    folder must belong to these shards: a caller that changes the requests starts with
     an empty one. `allowed` requests may fail for good, counted over all processes and attempts; None sets no limit
     here, for callers that count by themselves.
     """
@@ -176,40 +163,42 @@ class ShardFiles(Generic[R]):
                     path.unlink()
 
     def prepare(self) -> None:
-        """Create the folder, or clear an earlier attempt's leases and its replicas' reasons for ending from it."""
+        """Create the folder, or clear an earlier attempt's leases, its replicas' reasons for ending and shards that are
+        not as they were written from it; each of these is named, and done again."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in [*self.folder.glob("*.lease"), *self.folder.glob("replica_*.progress.json")]:
             path.unlink()
+        for shard in self.finished():
+            try:
+                self._load(shard)
+            except ValueError as error:
+                print(f"{error}: the shard is done again", flush=True)
+                self._file(shard, ".jsonl").unlink()
 
     def finish(self, shard: Shard[R], answered: Answered, report: ShardReport) -> None:
-        """Write a shard's files; its records come last, because they mark it as finished."""
-        suffix = f"tmp{report.replica}"
-        if answered.failed:
-            write_durably(self._file(shard, ".failed.jsonl"), partial(write_jsonl, records=answered.failed), suffix)
-        else:  # failures of an attempt that was killed before it wrote its records
-            self._file(shard, ".failed.jsonl").unlink(missing_ok=True)
-        write_atomic(self._file(shard, ".report.json"), orjson.dumps(asdict(report)))
-        write_durably(self._file(shard, ".jsonl"), partial(write_jsonl, records=answered.records), suffix)
+        """Write a shard's file, and free the shard."""
+        lines = b"".join(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE) for record in answered.records)
+        content = FinishedShard(lines, report, tuple(answered.failed)).as_bytes()
+        write_durably(self._file(shard, ".jsonl"), lambda path: path.write_bytes(content), f"tmp{report.replica}")
         self._file(shard, ".lease").unlink(missing_ok=True)
 
     def report(self, shard: Shard[R]) -> ShardReport:
         """Read the report of a finished shard."""
-        return ShardReport(**orjson.loads(self._file(shard, ".report.json").read_bytes()))
+        return self._load(shard).report
 
     def read(self, kind: type[A]) -> Iterator[A]:
-        """Yield the records of all shards, in order."""
-        return (record for shard in self.shards for record in read_jsonl(self._file(shard, ".jsonl"), kind))
+        """Yield the records of all shards, in order. CannotContinue as `check_failures`."""
+        return (parse_line(kind, line) for loaded in self._all() for line in loaded.lines.splitlines())
 
     def check_failures(self) -> list[FailedRequest]:
-        """Return the failed requests of all shards. CannotContinue when more than `allowed` failed: the next attempt
-        repeats the shards that have failures."""
-        failed: list[FailedRequest] = []
-        with_failures = [shard for shard in self.shards if self._file(shard, ".failed.jsonl").exists()]
-        for shard in with_failures:
-            failed += read_jsonl(self._file(shard, ".failed.jsonl"), FailedRequest)
+        """Return the failed requests of all shards. CannotContinue when more than `allowed` failed, or a shard was
+        damaged since it was written: the next attempt repeats such shards."""
+        failures = [(shard, loaded.failed) for shard, loaded in zip(self.shards, self._all(), strict=True)]
+        failed = [one for _, some in failures for one in some]
         if self.allowed is not None and len(failed) > self.allowed:
-            for shard in with_failures:
-                self._file(shard, ".jsonl").unlink()
+            for shard, some in failures:
+                if some:
+                    self._file(shard, ".jsonl").unlink()
             raise too_many_failed(failed, self.allowed)
         return failed
 
@@ -221,8 +210,7 @@ class ShardFiles(Generic[R]):
             write_durably(self.output.with_name(FAILED), partial(write_jsonl, records=failed))
         else:  # that of an earlier comparison in this folder
             self.output.with_name(FAILED).unlink(missing_ok=True)
-        records = partial(concatenate, [self._file(shard, ".jsonl") for shard in self.shards])
-        write_durably(self.output, write or records)
+        write_durably(self.output, write or self._concatenate)
 
     def tidy(self) -> None:
         """Remove the shards' folder, which nobody needs after the merge."""
@@ -231,6 +219,25 @@ class ShardFiles(Generic[R]):
 
     def _names(self) -> set[str]:
         return set(os.listdir(self.folder)) if self.folder.is_dir() else set()
+
+    def _load(self, shard: Shard[R]) -> FinishedShard:
+        """Read a finished shard. ValueError when it is not as it was written, or another's."""
+        loaded, path = FinishedShard.load(self._file(shard, ".jsonl")), self._file(shard, ".jsonl")
+        if (loaded.report.shard, loaded.report.requests) != (shard.number, len(shard.requests)):
+            raise ValueError(f"{path} is another shard's: it says {loaded.report.shard}, {loaded.report.requests}")
+        return loaded
+
+    def _all(self) -> Iterator[FinishedShard]:
+        """Yield all shards. CannotContinue when one is not as it was written."""
+        for shard in self.shards:
+            try:
+                yield self._load(shard)
+            except ValueError as error:
+                raise CannotContinue(f"{error}. The same command does the shard again") from None
+
+    def _concatenate(self, path: Path) -> None:
+        with path.open("wb") as file:
+            file.writelines(loaded.lines for loaded in self._all())
 
     def _file(self, shard: Shard[R], suffix: str) -> Path:
         return self.folder / name_of(shard, suffix)
@@ -286,14 +293,6 @@ def run_shards(
             on_finished(report)
         files.merge()
     files.tidy()
-
-
-def concatenate(parts: Sequence[Path], path: Path) -> None:
-    """Write the parts one after the other to one file."""
-    with path.open("wb") as file:
-        for part in parts:
-            with part.open("rb") as source:
-                shutil.copyfileobj(source, file)
 
 
 def write_durably(path: Path, write: Callable[[Path], object], suffix: str = "tmp") -> None:

@@ -59,7 +59,7 @@ def test_when_every_engine_dies_again_the_stage_is_worth_another_attempt(tmp_pat
     assert code == 1 and "all 2 replicas ended" in said, said[-4000:]
     assert said.count("it starts again") == 2 and "failed for good" not in said
     finished = run.partial(CANDIDATES) / "candidates.jsonl.shards"
-    kept = {path.name: path.stat().st_mtime_ns for path in finished.glob("*.report.json")}
+    kept = {path.name: path.stat().st_mtime_ns for path in finished.glob("shard_*.jsonl")}
     assert 2 <= len(kept) < 20
     code, said = sample(run)
     assert code == 0, said[-4000:]
@@ -73,7 +73,7 @@ def test_when_the_stage_is_killed_its_replicas_end_with_requests_in_flight(tmp_p
     run = begin_run(tmp_path / "run", PROMPTS, *SAMPLER)
     process = start(run, STAND_IN_HANGS_AFTER="8")
     finished = run.partial(CANDIDATES) / "candidates.jsonl.shards"
-    while not list(finished.glob("*.report.json")):
+    while not list(finished.glob("shard_*.jsonl")):
         assert process.poll() is None
         time.sleep(0.05)
     replicas = [one for one in psutil.Process(process.pid).children(recursive=True) if "replica" in one.cmdline()]
@@ -81,7 +81,7 @@ def test_when_the_stage_is_killed_its_replicas_end_with_requests_in_flight(tmp_p
     process.communicate()
     _, alive = psutil.wait_procs(replicas, timeout=60)
     assert replicas and not alive
-    kept = len(list(finished.glob("*.report.json")))
+    kept = len(list(finished.glob("shard_*.jsonl")))
     code, said = sample(run)
     assert code == 0 and candidates(run) == ALL, said[-4000:]
     lines = (run.output(CANDIDATES) / "metrics.jsonl").read_text().splitlines()

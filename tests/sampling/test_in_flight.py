@@ -11,7 +11,7 @@ import pytest
 from scripted_sampler import OneCallSampler
 
 from srlm_mega.errors import CannotContinue
-from srlm_mega.records import FailedRequest, PromptTokens, SampledText, SampledTexts, read_jsonl
+from srlm_mega.records import FailedRequest, PromptTokens, SampledText, SampledTexts
 from srlm_mega.sampling.in_flight import ShardsInFlight, Taker
 from srlm_mega.sampling.sampler import Answer, Completion, EngineDied, Request, Sampler, SamplingParams
 from srlm_mega.sampling.sampling_rate import Unwatched
@@ -219,4 +219,4 @@ def test_a_slow_replicas_shard_is_done_by_another(tmp_path: Path, whole: list[Sa
     os.utime(lease, (hour_ago, hour_ago))
     ShardsInFlight(files, PARAMS, OneByOne(), text_of, Taker(0, 60, mixes_shards=True), Unwatched()).run()
     assert list(files.read(SampledTexts)) == whole
-    assert list(read_jsonl(files.folder / "shard_00000.jsonl", SampledTexts)) == whole[:2]
+    assert files.report(files.shards[0]).replica == 0

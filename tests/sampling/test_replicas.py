@@ -22,6 +22,7 @@ from srlm_mega.config.file import load_config
 from srlm_mega.records import PromptTokens
 from srlm_mega.run.progress import read_progress
 from srlm_mega.run.run_dir import RunDir
+from srlm_mega.sampling.finished_shard import FinishedShard, ShardReport
 from srlm_mega.sampling.job_files import SampledModel
 from srlm_mega.sampling.replicas import Replicas, ready_file, ready_replicas
 from srlm_mega.sampling.shards import ShardFiles, cut_one_call
@@ -43,13 +44,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return records
 
 
-def shard_reports(run: RunDir) -> list[dict[str, float]]:
+def shard_reports(run: RunDir) -> list[ShardReport]:
     """Of the shards that are finished so far."""
     folder = run.partial(CANDIDATES) / "candidates.jsonl.shards"
     reports = []
-    for path in folder.glob("*.report.json"):
+    for path in folder.glob("shard_*.jsonl"):
         with contextlib.suppress(FileNotFoundError):  # merged in between
-            reports.append(orjson.loads(path.read_bytes()))
+            reports.append(FinishedShard.load(path).report)
     return reports
 
 
@@ -60,7 +61,7 @@ def first_to_finish(run: RunDir, count: int = 1) -> int:
     while len(reports := shard_reports(run)) < count:
         assert time.monotonic() < deadline, run.log_file(CANDIDATES).read_text()
         time.sleep(0.01)
-    return int(reports[0]["replica"])
+    return reports[0].replica
 
 
 def started_replicas(stage: int) -> list[psutil.Process]:

@@ -6,8 +6,8 @@ from pathlib import Path
 import orjson
 import pytest
 
+from srlm_mega.sampling.finished_shard import ShardReport
 from srlm_mega.sampling.sampling_rate import ShardWatch, duration, shard_metrics, stage_metrics
-from srlm_mega.sampling.shards import ShardReport
 
 
 def report(number: int, seconds: float, requests: int = 10) -> ShardReport:

@@ -17,12 +17,12 @@ from srlm_mega.records import FailedRequest, Prompt, read_jsonl
 from srlm_mega.run.plan import find_stage
 from srlm_mega.run.progress import Progress
 from srlm_mega.run.run_dir import RunDir
+from srlm_mega.sampling.finished_shard import ShardReport
 from srlm_mega.sampling.samplers import Samplers
 from srlm_mega.sampling.shards import (
     Answered,
     Shard,
     ShardFiles,
-    ShardReport,
     cut_into_shards,
     run_shards,
 )
@@ -54,6 +54,11 @@ def run(output: Path, work: Work = answers, seed: int = 7) -> bytes:
     output.parent.mkdir(exist_ok=True)
     run_shards(files_of(output, seed), work, quiet, quiet)
     return output.read_bytes()
+
+
+def finish(files: ShardFiles[str], shard: Shard[str], work: Work, replica: int = 0) -> None:
+    answered = work(shard)
+    files.finish(shard, answered, answered.report(shard, replica, 0.0, 1.0))
 
 
 def test_requests_are_cut_in_order_with_seeds_of_their_own() -> None:
@@ -102,6 +107,67 @@ def test_a_stage_that_failed_in_a_shard_repeats_only_the_unfinished(tmp_path: Pa
     assert worked == list(range(failing, 5))
 
 
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "emptied": lambda content: b"",
+    "cut in a line": lambda content: content[:-7],
+    "cut by lines": lambda content: b"\n".join(content.split(b"\n")[:2]) + b"\n",
+    "without its last line": lambda content: content[: content.rindex(b"\n", 0, -1) + 1],
+    "without a record": lambda content: content[content.index(b"\n") + 1 :],
+    "a letter changed": lambda content: content.replace(b"request 6", b"request 9"),
+    "a failure added": lambda content: content.replace(
+        b'"failed":[]', b'"failed":[{"id":"p","error":"","attempts":1}]'
+    ),
+    "another count": lambda content: content.replace(b'"requests":5', b'"requests":4'),
+    "a list": lambda content: b"[]\n",
+    "without its line's end": lambda content: content[:-1],
+    "another shard's": lambda content: content.replace(b'"shard":1', b'"shard":2'),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_shard_is_done_again(tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = run(tmp_path / "whole" / "out.jsonl")
+    files, again = files_of(tmp_path / "out.jsonl"), list[int]()
+    files.prepare()
+    for shard in files.shards[:3]:
+        finish(files, shard, answers)
+    path = files.folder / "shard_00001.jsonl"
+    damaged = DAMAGES[damage](path.read_bytes())
+    assert damaged != path.read_bytes()
+    path.write_bytes(damaged)
+
+    def counts(shard: Shard[str]) -> Answered:
+        again.append(shard.number)
+        return answers(shard)
+
+    assert run(tmp_path / "out.jsonl", counts) == whole
+    assert again == [1, 3, 4]
+    assert f"{path}" in capsys.readouterr().out
+
+
+def test_a_shard_of_other_requests_is_done_again(tmp_path: Path) -> None:
+    """Whole, but cut in another size or of another number: found by its report."""
+    files = files_of(tmp_path / "out.jsonl")
+    files.prepare()
+    finish(files, files.shards[0], answers)
+    content = (files.folder / "shard_00000.jsonl").read_bytes()
+    for number in (1, 4):
+        (files.folder / f"shard_{number:05d}.jsonl").write_bytes(content)
+    files.prepare()
+    assert [shard.number for shard in files.finished()] == [0]
+
+
+def test_damage_while_the_stage_works_ends_it_before_the_merge(tmp_path: Path) -> None:
+    files = files_of(tmp_path / "out.jsonl")
+    files.prepare()
+    for shard in files.shards:
+        finish(files, shard, answers)
+    (files.folder / "shard_00003.jsonl").write_bytes(b"")
+    with pytest.raises(CannotContinue, match=r"shard_00003\.jsonl is cut or damaged.* The same command does the shard"):
+        files.merge()
+    assert not files.output.exists()
+
+
 def never(shard: Shard[str]) -> Answered:
     raise AssertionError("all was done")
 
@@ -140,13 +206,13 @@ def test_failures_of_an_earlier_attempt_are_forgotten_once_all_is_answered(tmp_p
     assert not (tmp_path / "failed.jsonl").exists()
 
 
-def test_failures_of_a_shard_that_was_not_finished_are_forgotten(tmp_path: Path) -> None:
+def test_failures_of_a_shard_that_is_done_again_are_forgotten(tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     files = files_of(output)
     files.prepare()
     for shard in files.shards:
-        files.finish(shard, first_fails(shard), ShardReport(shard.number, 0, 5, 1, 0, 0, 0.0, 1.0))
-    (files.folder / "shard_00002.jsonl").unlink()  # as if killed between its failures and its records
+        finish(files, shard, first_fails)
+    (files.folder / "shard_00002.jsonl").unlink()
     run(output)
     assert [one.id for one in read_jsonl(tmp_path / "failed.jsonl", FailedRequest)] == ["p0", "p5", "p15", "p20"]
 
@@ -164,7 +230,7 @@ def test_failures_count_together_whichever_process_had_them(tmp_path: Path) -> N
 
     files().prepare()
     for shard in files().shards[:4]:
-        files().finish(shard, first_fails(shard), ShardReport(shard.number, shard.number // 2, 5, 1, 0, 0, 0.0, 1.0))
+        finish(files(), shard, first_fails, shard.number // 2)
     with pytest.raises(
         CannotContinue,
         match=r"max_failed_share allows 3\. The last is p15: broken\. .* resumes",
@@ -226,7 +292,7 @@ def test_a_shard_that_was_finished_since_one_looked_is_not_taken_again(tmp_path:
     files.prepare()
     first = files.missing()[0]
     assert files.lease(first, 1, 60)
-    files.finish(first, answers(first), ShardReport(0, 1, 5, 0, 0, 0, 0.0, 0.0))
+    finish(files, first, answers, replica=1)
     assert not files.lease(first, 0, 60)
     assert not list(files.folder.glob("*.lease"))
 
@@ -237,7 +303,7 @@ def test_coming_late_does_no_harm(tmp_path: Path) -> None:
     files.prepare()
     for replica in (0, 9):
         for shard in files.shards if replica == 0 else files.shards[:1]:
-            files.finish(shard, answers(shard), ShardReport(shard.number, replica, 5, 0, 0, 0, 0.0, 1.0))
+            finish(files, shard, answers, replica)
     files.merge()
     assert files.output.read_bytes() == whole
 
@@ -261,7 +327,7 @@ def test_a_replica_that_holds_its_share_leaves_the_rest_to_others(tmp_path: Path
     taken = [files.lease_next(0, 60, held, replicas=2) for held in range(4)]
     assert [None if shard is None else shard.number for shard in taken] == [0, 1, 2, None]
     for shard in files.shards[:3]:
-        files.finish(shard, answers(shard), ShardReport(shard.number, 0, 5, 0, 0, 0, 0.0, 1.0))
+        finish(files, shard, answers)
     one = files.lease_next(0, 60, 0, replicas=2)
     assert one is not None and files.lease_next(0, 60, 1, replicas=2) is None
     assert files.lease_next(1, 60, 0, replicas=2) == files.shards[4]

@@ -6,7 +6,6 @@ import sys
 import time
 from pathlib import Path
 
-import orjson
 import psutil
 import pytest
 from places import ROOT
@@ -15,6 +14,7 @@ from vllm_environment import environment_with_vllm
 
 from srlm_mega.records import Candidate, Judgement, read_jsonl
 from srlm_mega.run.run_dir import RunDir
+from srlm_mega.sampling.finished_shard import FinishedShard
 
 pytestmark = [pytest.mark.extra, pytest.mark.timing]
 PROMPTS = [f"list {number % 4 + 2} animals upper please" for number in range(60)]
@@ -31,10 +31,10 @@ def start(run: RunDir) -> "subprocess.Popen[bytes]":
 def wait_for_shards(run: RunDir, process: "subprocess.Popen[bytes]", count: int) -> set[int]:
     """The replicas that finished the first shards of the candidates."""
     folder = run.partial(CANDIDATES) / "candidates.jsonl.shards"
-    while len(reports := list(folder.glob("*.report.json"))) < count:
+    while len(reports := list(folder.glob("shard_*.jsonl"))) < count:
         assert process.poll() is None, run.log_file(CANDIDATES).read_text()[-4000:]
         time.sleep(0.02)
-    return {int(orjson.loads(path.read_bytes())["replica"]) for path in reports if path.exists()}
+    return {FinishedShard.load(path).report.replica for path in reports if path.exists()}
 
 
 def test_one_of_two_replicas_is_killed_and_the_set_of_records_is_whole(tmp_path: Path) -> None:
