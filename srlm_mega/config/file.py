@@ -2,7 +2,6 @@
 
 import difflib
 import os
-import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from importlib.util import find_spec
@@ -16,9 +15,9 @@ from srlm_mega.config import Config
 from srlm_mega.config.compatibility import former, prefer_override, put, rename_old_keys, unknown
 from srlm_mega.config.knobs import flat, knobs
 from srlm_mega.config.outside_models import absence, shape_in
+from srlm_mega.config.strict_yaml import load_yaml
 from srlm_mega.errors import UserError
 
-EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
 PRESETS = Path(__file__).parent.parent / "launch" / "configs"
 
 
@@ -38,8 +37,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Return the sections of a configuration file, or of a preset by its name."""
     path = find_file(path)
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raw = load_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # UnicodeDecodeError is one
         raise UserError(f"{path} is not YAML: {error}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path} must hold sections such as `run:` and `model:`, got {type(raw).__name__}")
@@ -64,26 +63,47 @@ def apply_overrides(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[st
     for override in overrides:
         key, equals, text = override.lstrip("-").partition("=")
         if not equals:
-            raise UserError(f"override {override!r} is not of the form section.key=value, for example dpo.lr=1e-6")
+            raise UserError(f"override {short(override)} is not of the form section.key=value, for example dpo.lr=1e-6")
         key = key.replace("-", "_")
         if key in Config.model_fields:  # a whole section, such as pretrain=null
             merged[key] = scalar(text, override)
         else:
             key = full_key(key, override)
+            check_sections(merged, key, override)
             put(merged, key, scalar(text, override))
         prefer_override(merged, key, override)
     return merged
 
 
+def check_sections(merged: Mapping[str, Any], key: str, override: str) -> None:
+    """UserError when the override's key goes on below a value, as dpo.lr.x does."""
+    here: Any = merged
+    *sections, _ = key.split(".")
+    for number, section in enumerate(sections, start=1):
+        here = here.get(section)
+        if here is None:
+            return
+        if not isinstance(here, dict):
+            raise UserError(
+                f"override {short(override)}: {'.'.join(sections[:number])} is no section, its value is {short(here)}: "
+                "leave out what follows its name"
+            )
+
+
 def scalar(text: str, override: str) -> Any:
-    """Return an override's value, read as YAML. YAML 1.1 takes `1e-6` for text; it is a number here."""
+    """Return an override's value, read as YAML."""
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        return load_yaml(text)
+    except ValueError as error:
         raise UserError(
-            f"override {override!r}: the value is not YAML; quote it, for example run.dir='\"[x\"'"
+            f"override {short(override)}: the value is not YAML ({error}); quote it, for example run.dir='\"[x\"'"
         ) from None
-    return float(text) if isinstance(value, str) and EXPONENT.fullmatch(text) else value
+
+
+def short(value: object) -> str:
+    """Return a value as Python writes it, its middle left out where it is long."""
+    text = repr(value)
+    return text if len(text) <= 160 else f"{text[:100]} ... {text[-40:]}"
 
 
 def full_key(key: str, override: str) -> str:
@@ -94,8 +114,8 @@ def full_key(key: str, override: str) -> str:
     if len(owners) == 1:
         return owners[0]
     if owners:
-        raise UserError(f"override {override!r}: {key} is in several sections; say one of " + ", ".join(owners))
-    raise UserError(f"override {override!r}: unknown key {key}. {nearest(key)}")
+        raise UserError(f"override {short(override)}: {key} is in several sections; say one of " + ", ".join(owners))
+    raise UserError(f"override {short(override)}: unknown key {key}. {nearest(key)}")
 
 
 def parse_config(raw: Mapping[str, Any], source: str) -> Config:
@@ -120,7 +140,7 @@ def describe(item: Mapping[str, Any]) -> str:
             message = str(item["msg"]).removeprefix("Value error, ")
             return f"{where}: {message}" if where else message.replace("; ", "\n")
         case _:
-            return f"{where}: {item['msg']}, got {item['input']!r}"
+            return f"{where}: {item['msg']}, got {short(item['input'])}"
 
 
 def nearest(key: str) -> str:

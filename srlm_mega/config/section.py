@@ -1,9 +1,10 @@
 """The base of all sections of a configuration, and the mark by which a knob says what it decides."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Unpack, get_args
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 from pydantic.fields import FieldInfo
 
 # output: the bytes of a stage's output; a finished stage and a half-done one must still have the same value.
@@ -41,6 +42,19 @@ class Section(BaseModel):
         json_schema_extra=show_decisions,  # type: ignore[typeddict-item]
     )
     own: ClassVar[Decides]
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _in_the_home_folder(cls, value: Any) -> Any:
+        """A path in the home folder, which no shell has put in place of `~` in `run.dir=~/runs`, nor in a file."""
+        if isinstance(value, tuple):
+            return tuple(map(cls._in_the_home_folder, value))
+        if not isinstance(value, Path) or not str(value).startswith("~"):
+            return value
+        try:
+            return value.expanduser()
+        except RuntimeError:
+            raise ValueError(f"there is no home folder for {value.parts[0]}: give an absolute path") from None
 
     def __init_subclass__(cls, decides: Decision, **settings: Unpack[ConfigDict]) -> None:
         super().__init_subclass__(**settings)

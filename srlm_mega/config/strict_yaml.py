@@ -1,0 +1,56 @@
+"""YAML whose values are what they look like: YAML 1.2's numbers and booleans, and no key twice.
+
+YAML 1.1, PyYAML's, takes 010 for 8, 1:30 for 90, yes for true, 2024-01-01 for a date and 1e-6 for text, and of two
+equal keys the last one.
+"""
+
+import re
+from collections.abc import Hashable
+from typing import Any, ClassVar
+
+import yaml
+from yaml.constructor import ConstructorError
+from yaml.nodes import MappingNode, ScalarNode
+
+VALUES = (  # tag, form, first characters
+    ("tag:yaml.org,2002:bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("tag:yaml.org,2002:int", r"[-+]?(0|[1-9][0-9]*)", "-+0123456789"),
+    ("tag:yaml.org,2002:float", r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?", "-+.0123456789"),
+    ("tag:yaml.org,2002:float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+."),
+    ("tag:yaml.org,2002:merge", r"<<", "<"),
+    ("tag:yaml.org,2002:null", r"~|null|Null|NULL|", "~nN"),
+)
+
+
+class StrictLoader(yaml.SafeLoader):
+    """PyYAML's safe loader with the values of YAML 1.2; a key that is given twice is an error."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+
+    def construct_mapping(self, node: MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """Build a mapping. ConstructorError names a key that is given twice."""
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, ScalarNode) and key.value in seen:
+                raise ConstructorError(None, None, f"the key {key.value} is given twice", key.start_mark)
+            seen.add(key.value if isinstance(key, ScalarNode) else key)
+        return super().construct_mapping(node, deep)
+
+
+for tag, form, first in VALUES:
+    StrictLoader.add_implicit_resolver(tag, re.compile(f"^(?:{form})$"), [*first, *([""] if "null" in form else [])])
+
+
+def load_yaml(text: str) -> Any:
+    """Return the values of a YAML document. ValueError says in one line what is wrong, and where."""
+    try:
+        return yaml.load(text, StrictLoader)
+    except yaml.MarkedYAMLError as error:
+        where = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
+        raise ValueError(f"{error.problem}{where}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except ValueError as error:  # a number of more digits than Python reads, a date that does not exist
+        raise ValueError(f"a value cannot be read: {error}") from None
