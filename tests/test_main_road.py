@@ -87,7 +87,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def without_seconds(manifest: Path) -> bytes:
     fields = orjson.loads(manifest.read_bytes())
-    del fields["seconds"]
+    del fields["seconds"], fields["seal"]
     fields["config"].pop("run.dir", None)
     return orjson.dumps(fields)
 

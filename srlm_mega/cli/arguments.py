@@ -17,8 +17,20 @@ def existing_run(run: Path) -> Path:
     return run
 
 
+def sound_run(run: Path) -> Path:
+    """Return the folder. UserError if it is not a run's, or if something in it was altered since it was made."""
+    from srlm_mega.run.run_dir import RunDir
+    from srlm_mega.run.soundness import check_sound
+
+    check_sound(RunDir(existing_run(run)))
+    return run
+
+
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file or preset, for example toy_cpu.", metavar="CONFIG")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Keys to set, as section.key=value.", metavar="OVERRIDES")]
 RunFolder = Annotated[
     Path, typer.Argument(help="Run folder, for example runs/toy.", metavar="RUN", callback=existing_run)
+]
+SoundRunFolder = Annotated[
+    Path, typer.Argument(help="Run folder, for example runs/toy.", metavar="RUN", callback=sound_run)
 ]

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from srlm_mega.cli.arguments import RunFolder
+from srlm_mega.cli.arguments import SoundRunFolder
 
 if TYPE_CHECKING:
     from srlm_mega.config.comparison import PairwiseJudgeConfig
@@ -86,7 +86,7 @@ def described(comparison: "Comparison") -> str:
 
 
 @evaluate_app.command("lengths")
-def lengths(run: RunFolder) -> None:
+def lengths(run: SoundRunFolder) -> None:
     """Print lengths of responses, by model and by round. A round has those of chosen and rejected responses."""
     from srlm_mega.evaluation.run_tables import length_lines
 

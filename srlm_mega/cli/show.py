@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from srlm_mega.cli.arguments import RunFolder, existing_run
+from srlm_mega.cli.arguments import RunFolder, SoundRunFolder, sound_run
 
 show_app = typer.Typer(
     help="Look inside a run, or at the paper's numbers.", no_args_is_help=True, rich_markup_mode=None
@@ -20,21 +20,21 @@ def status(
 ) -> None:
     """Show the progress of a run. Lists stages with rows and seconds, the time left, the newest losses and the rounds'
     health; reads files only."""
-    from srlm_mega.report.status import read_status
+    from srlm_mega.report.status import damages, read_status
     from srlm_mega.report.status_view import view
     from srlm_mega.report.status_view import watch as follow
 
     if json:
         import orjson
 
-        print(orjson.dumps(read_status(run), option=orjson.OPT_INDENT_2).decode())
+        print(orjson.dumps(read_status(run, damages(run)), option=orjson.OPT_INDENT_2).decode())
     elif watch:
         follow(run, Console())
     else:
-        Console().print(view(read_status(run)))
+        Console().print(view(read_status(run, damages(run))))
 
 
-def report(run: RunFolder) -> None:
+def report(run: SoundRunFolder) -> None:
     """Write report.html and summary.json of a run, finished or not."""
     from srlm_mega.report.page import write_report as write_page
     from srlm_mega.report.summary import write_summary
@@ -49,11 +49,11 @@ def compare(
     """Compare the final tables of several runs, as Markdown."""
     from srlm_mega.tools.compare_runs import comparison
 
-    print(comparison([existing_run(run) for run in runs]))
+    print(comparison([sound_run(run) for run in runs]))
 
 
 @show_app.command("pair")
-def show_pair(pair_id: Annotated[str, typer.Argument(metavar="ID")], run: RunFolder) -> None:
+def show_pair(pair_id: Annotated[str, typer.Argument(metavar="ID")], run: SoundRunFolder) -> None:
     """Show a preference pair and all that it came from. Prompt, candidates, scores, judgements, model hash, seeds."""
     from srlm_mega.report.lineage import pair_text
 
@@ -61,7 +61,7 @@ def show_pair(pair_id: Annotated[str, typer.Argument(metavar="ID")], run: RunFol
 
 
 @show_app.command("seed")
-def show_seed(run: RunFolder) -> None:
+def show_seed(run: SoundRunFolder) -> None:
     """Show the seed data, step by step. Lines that were read, left out (and why) and drawn; and the yield of EFT."""
     from srlm_mega.report.lineage import seed_text
 
@@ -78,4 +78,4 @@ def show_paper(
 
     print(as_markdown())
     if run is not None:
-        print(run_as_markdown(existing_run(run)))
+        print(run_as_markdown(sound_run(run)))

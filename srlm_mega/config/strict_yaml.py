@@ -6,7 +6,7 @@ equal keys the last one.
 
 import re
 from collections.abc import Hashable
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 from yaml.constructor import ConstructorError
@@ -25,7 +25,7 @@ VALUES = (  # tag, form, first characters
 class StrictLoader(yaml.SafeLoader):
     """PyYAML's safe loader with the values of YAML 1.2; a key that is given twice is an error."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  PyYAML declares it so
 
     def construct_mapping(self, node: MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         """Build a mapping. ConstructorError names a key that is given twice."""

@@ -15,6 +15,7 @@ from srlm_mega.run.plan import Stage, plan
 from srlm_mega.run.presence import read_controller
 from srlm_mega.run.progress import read_progress
 from srlm_mega.run.run_dir import TRAINING_STATE, RunDir
+from srlm_mega.run.soundness import unsoundness
 from srlm_mega.run.stage_kinds import PAIRS, StageKind, round_folder
 from srlm_mega.sampling.sampling_rate import duration
 from srlm_mega.training.checkpoint_files import complete_steps
@@ -31,10 +32,11 @@ SHARES = {  # label: counts of a round's pairs stage, a part and its whole
 
 @dataclass(frozen=True)
 class StageStatus:
-    """State of one stage, `done` of `total` units while partial; `seconds` it took or may still take, None: unknown."""
+    """State of one stage: `done` of `total` units while partial; `seconds` it took or may still take, None: unknown. A
+    damaged one is not as it was written, and `note` says how."""
 
     name: str
-    state: Literal["done", "partial", "missing"]
+    state: Literal["done", "damaged", "partial", "missing"]
     done: int
     total: int
     unit: str
@@ -74,12 +76,24 @@ class RunStatus:
     health: tuple[RoundShares, ...]
 
 
-def read_status(folder: Path) -> RunStatus:
-    """Read the present state of a run."""
+def damages(folder: Path) -> dict[str, str]:
+    """Return what is wrong with each output of a run that is not as it was written, by the stage's name."""
+    run, config = RunDir(folder), load_config(RunDir(folder).config_file)
+    return {stage.name: found for stage in plan(config) if (found := unsoundness(stage, config, run)) is not None}
+
+
+def read_status(folder: Path, damaged: Mapping[str, str]) -> RunStatus:
+    """Read the present state of a run; `damaged` is what `damages` found when one began to look."""
     run = RunDir(folder)
     stages = plan(load_config(run.config_file))
-    finished = {stage: manifest for stage in stages if (manifest := run.manifest(stage.name)) is not None}
-    states = tuple(state_of(stage, run, finished) for stage in stages)
+    sound = [stage for stage in stages if stage.name not in damaged]
+    finished = {stage: manifest for stage in sound if (manifest := run.manifest(stage.name)) is not None}
+    states = tuple(
+        StageStatus(stage.name, "damaged", 0, 0, "", damaged[stage.name], None)
+        if stage.name in damaged
+        else state_of(stage, run, finished)
+        for stage in stages
+    )
     left = [one.seconds for one in states if one.state != "done"]
     known = [seconds for seconds in left if seconds is not None]
     models = [stage.name for stage in stages if stage.kind.trains]

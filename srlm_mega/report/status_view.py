@@ -10,20 +10,21 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from srlm_mega.report.status import RunStatus, StageStatus, read_status, share_done
+from srlm_mega.report.status import RunStatus, StageStatus, damages, read_status, share_done
 from srlm_mega.sampling.sampling_rate import duration
 
 WATCH_SECONDS = 1.0
-STYLES = {"done": "green", "partial": "yellow", "missing": "dim"}
+STYLES = {"done": "green", "damaged": "red", "partial": "yellow", "missing": "dim"}
 
 
 def watch(folder: Path, console: Console) -> None:
     """Update the table until the run's controller ends; show it once if none is at work."""
-    status = read_status(folder)
+    damaged = damages(folder)
+    status = read_status(folder, damaged)
     with Live(view(status), console=console, auto_refresh=False) as live:
         while status.works:
             time.sleep(WATCH_SECONDS)
-            status = read_status(folder)
+            status = read_status(folder, damaged)
             live.update(view(status), refresh=True)
 
 

@@ -1,7 +1,7 @@
 """Manifest and identity of an output, and the hashes of its files."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,8 @@ class Identity:
 @dataclass(frozen=True)
 class Manifest:
     """The last file of an output. `rows` counts the records of its main file (0 where there are none), `seconds` are
-    those of the attempt that finished it, and `layout` is that attempt's."""
+    those of the attempt that finished it, and `layout` is that attempt's. `seal` is the hash of all the others; an
+    older version wrote none."""
 
     stage: str
     digest: str
@@ -58,6 +59,12 @@ class Manifest:
     logs: tuple[str, ...] = ()
     counts: Mapping[str, float] = field(default_factory=dict)
     layout: Mapping[str, Any] = field(default_factory=dict)
+    seal: str = ""
+
+    def sealed(self) -> "Manifest":
+        """Return the manifest with its seal."""
+        content = orjson.dumps(replace(self, seal=""), option=orjson.OPT_SORT_KEYS)
+        return replace(self, seal=xxhash.xxh3_128_hexdigest(content))
 
 
 def begun_with(path: Path) -> Identity | None:

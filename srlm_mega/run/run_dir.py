@@ -97,7 +97,8 @@ class RunDir:
         return self.output(model) / "huggingface"
 
     def manifest(self, stage: str) -> Manifest | None:
-        """Read the manifest of a finished stage; return None when the stage is not finished."""
+        """Read the manifest of a finished stage; return None when the stage is not finished. UserError for one that
+        was altered."""
         path = self.output(stage) / MANIFEST
         if not path.is_file():
             return None
@@ -105,9 +106,14 @@ class RunDir:
             raw = orjson.loads(path.read_bytes())
             raw["files"] = {name: FileEntry(**entry) for name, entry in raw["files"].items()}
             raw["logs"] = tuple(raw["logs"])
-            return Manifest(**raw)
+            manifest = Manifest(**raw)
         except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is not a manifest ({error}). {remedy(stage)}") from None
+        if manifest.seal and manifest.seal != manifest.sealed().seal:
+            raise UserError(f"{path} was altered: its seal is that of another content. {remedy(stage)}")
+        if manifest.stage != stage:
+            raise UserError(f"{path} is the manifest of {manifest.stage}, not of {stage}. {remedy(stage)}")
+        return manifest
 
     def digest(self, stage: str) -> str:
         """Return the hash that stands for a finished output in lineage. UserError when it is not finished."""
@@ -181,7 +187,7 @@ class RunDir:
             for name in found:
                 fsync(Path(folder) / name)
             fsync(Path(folder))
-        write_atomic(partial / MANIFEST, orjson.dumps(manifest, option=orjson.OPT_INDENT_2))
+        write_atomic(partial / MANIFEST, orjson.dumps(manifest.sealed(), option=orjson.OPT_INDENT_2))
         fsync(partial)
         os.rename(partial, self.output(identity.stage))
         fsync(self.output(identity.stage).parent)

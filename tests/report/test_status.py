@@ -26,7 +26,7 @@ from srlm_mega.run.stage_kinds import DPO, EVALUATION, PAIRS, PRETRAINED_BASE, S
 
 
 def stage(run: Path, name: str) -> StageStatus:
-    return next(one for one in read_status(run).stages if one.name == name)
+    return next(one for one in read_status(run, {}).stages if one.name == name)
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def say(run: RunDir, name: str, done: int, total: int) -> None:
 def test_what_is_left_is_told_from_the_round_before(half: FakeRun) -> None:
     """Round 1: candidates 3.5 s, judgements 9, pairs 0.1, health 0.25, reference 1.5; M2 21.5 s, its evaluation 4."""
     say(half.folder, "round_2/candidates", 3, 10)
-    status = read_status(half.folder.root)
+    status = read_status(half.folder.root, {})
     assert stage(half.folder.root, "round_1/judgements").seconds == 9.0
     candidates = stage(half.folder.root, "round_2/candidates")
     assert (candidates.state, candidates.done, candidates.total, candidates.note) == ("partial", 3, 10, "some words")
@@ -76,12 +76,12 @@ def test_figures_beyond_their_limits_are_named(half: FakeRun) -> None:
     }
     path = half.folder.output("round_1/health") / "health.json"
     path.write_bytes(orjson.dumps({"round": 1, "state": "stop", "figures": figures}))
-    assert read_status(half.folder.root).health[0].beyond == ("stop: duplicates 0.5", "warn: tie_rate 0.25")
+    assert read_status(half.folder.root, {}).health[0].beyond == ("stop: duplicates 0.5", "warn: tie_rate 0.25")
 
 
 def test_nothing_is_guessed_before_a_round_is_known(tmp_path: Path) -> None:
     run = FakeRun(tmp_path / "toy")
-    assert read_status(run.folder.root).seconds_left is None
+    assert read_status(run.folder.root, {}).seconds_left is None
     names = ("seed", "M0", "M1", "M2", "M3", "M1/evaluation", "round_2/pairs")
     assert [find_stage(load_config(run.folder.config_file), name).kind for name in names] == [
         SEED, PRETRAINED_BASE, SFT, DPO, DPO, EVALUATION, PAIRS
@@ -95,7 +95,7 @@ def test_training_is_timed_by_its_newest_steps(half: FakeRun) -> None:
     (half.folder.partial("M3") / "metrics.jsonl").write_bytes(b"\n".join(lines) + b'\n{"step": 61, "lo')
     training = stage(half.folder.root, "M3")
     assert training.seconds == pytest.approx(40 * 5.05) and training.note == "some words, 3 min 22 s left"
-    assert read_status(half.folder.root).losses[-1].model == "M3"
+    assert read_status(half.folder.root, {}).losses[-1].model == "M3"
 
 
 def test_the_controller_says_how_it_ended(tmp_path: Path) -> None:

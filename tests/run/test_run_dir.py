@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import orjson
 import pytest
 
 from srlm_mega.errors import UserError
@@ -175,7 +176,12 @@ def test_a_manifest_altered_with_its_file_is_found(tmp_path: Path) -> None:
     (folder / "pairs.jsonl").write_text("two\n")
     manifest = (folder / MANIFEST).read_text()
     old = file_hash_of("one\n", tmp_path)
-    (folder / MANIFEST).write_text(manifest.replace(old, file_hash(folder / "pairs.jsonl")))
+    altered = manifest.replace(old, file_hash(folder / "pairs.jsonl"))
+    (folder / MANIFEST).write_text(altered)
+    with pytest.raises(UserError, match="its seal is that of another content"):
+        run.verify("round_1/pairs", quick=True)
+    older = orjson.loads(altered) | {"seal": ""}  # as an older version wrote it
+    (folder / MANIFEST).write_bytes(orjson.dumps(older))
     with pytest.raises(UserError, match="its digest is another"):
         run.verify("round_1/pairs", quick=True)
 

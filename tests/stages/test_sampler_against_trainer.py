@@ -240,7 +240,7 @@ def test_the_health_of_a_round_is_that_of_its_data_and_of_its_sampler(tmp_path: 
     with_files(
         run, load_config(run.config_file), "round_1/health", lambda out: (out / "health.json").write_bytes(record)
     )
-    assert read_status(run.root).health[0].beyond == ("warn: tie_rate 0.3",)
+    assert read_status(run.root, {}).health[0].beyond == ("warn: tie_rate 0.3",)
     before = read_health(run, 1)
     assert before is not None and list(before.figures) == ["tie_rate"]
     remade(run, 1.0, seed=2)
@@ -248,5 +248,5 @@ def test_the_health_of_a_round_is_that_of_its_data_and_of_its_sampler(tmp_path: 
     health = read_health(run, 1)
     assert health is not None and health.state == "stop"
     assert list(health.figures) == ["logprob_difference_mean", "logprob_difference_max", "tie_rate"]
-    beyond = read_status(run.root).health[0].beyond
+    beyond = read_status(run.root, {}).health[0].beyond
     assert beyond[0].startswith("stop: logprob_difference_mean ") and beyond[-1] == "warn: tie_rate 0.3"

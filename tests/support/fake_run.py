@@ -15,7 +15,9 @@ from srlm_mega.evaluation.win_rates import head_to_head_of
 from srlm_mega.judging.pair_counts import PairCounts
 from srlm_mega.judging.pairwise import Outcome
 from srlm_mega.records import Candidate, Judgement, Message, PreferencePair, Prompt, write_jsonl
+from srlm_mega.run.identity import config_of
 from srlm_mega.run.manifest import Identity
+from srlm_mega.run.plan import find_stage
 from srlm_mega.run.run_dir import RunDir
 
 HOSTILE = (
@@ -36,8 +38,8 @@ class FakeRun:
         self.random = random.Random(0)
         self.ground_truth, self.text = ground_truth, text
         root.mkdir(parents=True)
-        config = load_config(TOY, [f"run.rounds={rounds}", *overrides])
-        self.folder.config_file.write_text(to_yaml(config), encoding="utf-8")
+        self.config = load_config(TOY, [f"run.rounds={rounds}", *overrides])
+        self.folder.config_file.write_text(to_yaml(self.config), encoding="utf-8")
 
     def commit(
         self,
@@ -47,7 +49,7 @@ class FakeRun:
         counts: dict[str, float] | None = None,
         num_rows: int | None = None,
     ) -> None:
-        identity = Identity(stage, {}, {})
+        identity = Identity(stage, config_of(find_stage(self.config, stage), self.config), {})
         partial = self.folder.begin(identity, resumable=False)
         rows = [write_jsonl(partial / name, records) for name, records in files.items()]
         self.folder.commit(identity, rows[0] if num_rows is None else num_rows, seconds, "0.1.0", counts or {})

@@ -1,0 +1,34 @@
+"""Whether a run is as it was written: for commands that show it, and change nothing."""
+
+from srlm_mega.config import Config
+from srlm_mega.config.compatibility import changed, listed
+from srlm_mega.config.file import load_config
+from srlm_mega.errors import UserError
+from srlm_mega.run.identity import THREADS, config_of, layout_of
+from srlm_mega.run.plan import Stage, plan
+from srlm_mega.run.run_dir import RunDir
+
+
+def check_sound(run: RunDir) -> None:
+    """Raise UserError for a finished output that differs from its manifest, or was made with another configuration than
+    the run's config.yaml says. Files above 256 MiB are compared by size."""
+    config = load_config(run.config_file)
+    for stage in plan(config):
+        if (found := unsoundness(stage, config, run)) is not None:
+            raise UserError(found)
+
+
+def unsoundness(stage: Stage, config: Config, run: RunDir) -> str | None:
+    """Return what is wrong with a stage's output; None where nothing is, or it is not finished."""
+    try:
+        manifest = run.manifest(stage.name)
+        if manifest is None:
+            return None
+        run.verify(stage.name, quick=True)
+    except UserError as error:
+        return str(error)
+    changes = changed(manifest.config, config_of(stage, config), layout_of(stage, config))
+    changes.pop(THREADS, None)  # an older run did not record its cores, and this machine may have others
+    if changes:
+        return f"{run.config_file} is not what {stage.name} was made with; restore it:{listed(changes)}"
+    return None
