@@ -1,15 +1,18 @@
-"""AdamW that keeps its step in the parameter group, as the fused optimizers of Transformer Engine and apex do.
+"""AdamW and the gradients' norm by torch, for Megatron where neither Transformer Engine nor apex is installed.
 
-Megatron's distributed checkpoints read the step there; with torch's own AdamW, which keeps one per parameter, the
-distributed optimizer cannot be loaded. The arithmetic is torch's.
+This AdamW keeps its step in the parameter group, as theirs do: Megatron's distributed checkpoints read it there, and
+with torch's own AdamW, which keeps one per parameter, the distributed optimizer cannot be loaded. The arithmetic is
+torch's.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import megatron.core.optimizer as megatron_optimizer
 import torch
-from megatron.core.optimizer import distrib_optimizer
+from megatron.core.optimizer import clip_grads, distrib_optimizer
+from megatron.core.utils import local_multi_tensor_l2_norm
+from torch import Tensor
 from torch.optim.adamw import adamw
 
 
@@ -34,13 +37,18 @@ class AdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             group["step"] += 1
             params = [param for param in group["params"] if param.grad is not None]
+            if not params:
+                continue
+            # Counted up in place. One tensor in parts: the device fills it once, instead of a copy per parameter.
+            steps = torch.full((len(params),), group["step"] - 1.0, device=params[0].device)
             adamw(
                 params,
                 [param.grad for param in params],
                 [self.state[param]["exp_avg"] for param in params],
                 [self.state[param]["exp_avg_sq"] for param in params],
                 max_exp_avg_sqs=[],
-                state_steps=[torch.tensor(group["step"] - 1.0) for _ in params],  # counted up in place
+                state_steps=list(steps.unbind()),
+                fused=fusible(params),
                 amsgrad=False,
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],
@@ -51,8 +59,24 @@ class AdamW(torch.optim.Optimizer):
             )
 
 
+def fusible(params: Sequence[Tensor]) -> bool:
+    """Tell whether one kernel updates these parameters together: on CUDA. On a CPU it would round otherwise."""
+    return params[0].is_cuda
+
+
+def total_norm(
+    chunk_size: int, noop_flag: Tensor | None, tensor_lists: Sequence[Sequence[Tensor]], per_tensor: bool
+) -> tuple[Tensor, None]:
+    """Return the L2 norm [1] of all tensors, fp32. Megatron's own function, whose arguments these are, takes the norm
+    of each tensor to the host."""
+    (tensors,) = tensor_lists
+    return torch.nn.utils.get_total_norm(tensors).view(1), None
+
+
 def use_without_fused() -> None:
-    """Make Megatron use this AdamW where neither Transformer Engine nor apex is installed."""
+    """Make Megatron use this AdamW and this norm where neither Transformer Engine nor apex is installed."""
+    if clip_grads.l2_norm_impl is local_multi_tensor_l2_norm:
+        clip_grads.l2_norm_impl = total_norm
     if megatron_optimizer.USING_PYTORCH_OPTIMIZER:
         megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
         megatron_optimizer.Adam = distrib_optimizer.Adam = AdamW

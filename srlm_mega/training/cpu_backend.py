@@ -16,7 +16,6 @@ from typing import Any
 
 import megatron.core
 import torch
-from megatron.core import utils as megatron_utils
 from megatron.core.models.common.embeddings import rotary_pos_embedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
@@ -47,11 +46,6 @@ REBINDINGS = (
     Rebinding(schedules.forward_backward_pipelining_with_interleaving, {"cuda": "cpu"}),
     Rebinding(schedules.forward_backward_pipelining_without_interleaving, {"cuda": "cpu"}),
     Rebinding(clip_grads.get_grad_norm_fp32, {"cuda": "cpu"}),
-    Rebinding(
-        clip_grads.clip_grad_by_total_norm_fp32,
-        {"cuda": "cpu", "torch.cuda.FloatTensor": "torch.FloatTensor"},
-    ),
-    Rebinding(megatron_utils.local_multi_tensor_l2_norm, {"cuda": "cpu"}),
     Rebinding(optimizer.FP32Optimizer.__init__, {"cuda": "cpu"}),
     Rebinding(optimizer.MixedPrecisionOptimizer.__init__, {"cuda": "cpu"}),
     Rebinding(optimizer.Float16OptimizerWithFloat16Params.__init__, CUDA_TYPES),

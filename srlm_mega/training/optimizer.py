@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 import torch
 from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 
@@ -45,11 +44,13 @@ def update(optimizer: ChainedOptimizer) -> float:
     A norm of NaN or inf changes nothing: neither weights nor the optimizer's state.
     """
     assert not optimizer.prepare_grads(), "without a loss scale nothing overflows here"
-    norm: float = optimizer.get_grad_norm()
+    norm = float(optimizer.get_grad_norm())  # all that the host reads in an update
     if math.isfinite(norm):
         for part in optimizer.chained_optimizers:
-            if part.get_parameters():
-                clip_grad_by_total_norm_fp32(part.get_parameters(), part.config.clip_grad, norm)
+            coefficient = part.config.clip_grad / (norm + 1e-6)
+            grads = [param.grad for param in part.get_parameters() if param.grad is not None]
+            if grads and coefficient < 1:
+                torch._foreach_mul_(grads, coefficient)
         optimizer.step_with_ready_grads()
     return norm
 

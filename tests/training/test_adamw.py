@@ -1,8 +1,25 @@
-"""Our AdamW is torch's, with its step in another place."""
+"""Our AdamW is torch's, with its step in another place; the norm is Megatron's, without its reads."""
 
+import pytest
 import torch
+from megatron.core.utils import local_multi_tensor_l2_norm
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from srlm_mega.training.adamw import AdamW
+from srlm_mega.training import adamw
+from srlm_mega.training.adamw import AdamW, total_norm
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        """Note the operator's name and run it."""
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
 
 
 def train(optimizer_of: type[torch.optim.Optimizer], **extra: bool) -> list[torch.Tensor]:
@@ -31,3 +48,34 @@ def test_it_is_torchs_bit_by_bit() -> None:
 def test_another_adam_would_be_seen() -> None:
     """Negative control: weight decay that is not decoupled."""
     assert not torch.equal(train(AdamW, adam_w_mode=True)[0], train(torch.optim.Adam)[0])
+
+
+def test_on_a_gpu_one_kernel_updates_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fused road, which torch has on the CPU too: the same up to rounding, and no step is read or copied."""
+    plain = train(AdamW, adam_w_mode=True)
+    monkeypatch.setattr(adamw, "fusible", lambda params: True)
+    with Operators() as fused_calls:
+        fused = train(AdamW, adam_w_mode=True)
+    torch.testing.assert_close(fused, plain, rtol=1e-6, atol=1e-6)
+    assert fused_calls.names.count("_fused_adamw_") == 5 * 2, "once per step and group that has parameters"
+    assert not {"_local_scalar_dense", "_to_copy"} & set(fused_calls.names)
+    monkeypatch.undo()
+    with Operators() as plain_calls:
+        train(AdamW, adam_w_mode=True)
+    assert "_local_scalar_dense" in plain_calls.names, "the slow twin reads its steps"
+
+
+def test_the_norm_is_megatrons_bit_by_bit_without_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    grads = [torch.randn(size, generator=generator) for size in (1, 5, 4097, 70001)]
+    grads.append(torch.randn(33, 65, generator=generator))
+    with Operators() as calls:
+        found, _ = total_norm(2048 * 32, None, [grads], False)
+    assert "_local_scalar_dense" not in calls.names
+    true = torch.cat([grad.double().flatten() for grad in grads]).norm()
+    assert found.shape == (1,) and found.dtype == torch.float32
+    assert found.item() == pytest.approx(true.item(), rel=1e-6)
+    rebound = torch.tensor
+    monkeypatch.setattr(torch, "tensor", lambda *args, **kwargs: rebound(*args, **kwargs | {"device": "cpu"}))
+    megatrons, _ = local_multi_tensor_l2_norm(2048 * 32, None, [grads], False)
+    assert torch.equal(found, megatrons)
