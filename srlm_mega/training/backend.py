@@ -18,6 +18,7 @@ from srlm_mega.training.attention_sdpa import SdpaAttention
 from srlm_mega.training.context_parallel import ContextAttention
 from srlm_mega.training.layer_torch import torch_block
 
+APEX_KERNEL = "fused_weight_gradient_mlp_cuda"  # used where it is installed; else ours
 FP8_CAPABILITY = (8, 9)  # Ada; Hopper is (9, 0)
 
 
@@ -31,10 +32,11 @@ class Backend:
     layers: Literal["transformer_engine", "torch"]
     attention: Attention
     fuse_elementwise: bool  # by torch.compile: dropout with its residual, SwiGLU
-    fuse_weight_gradients: bool  # apex's kernel that adds a weight's gradient to its fp32 buffer
+    fuse_weight_gradients: bool  # of torch layers: added to their fp32 buffers by the product, never rounded to bf16
 
     def __str__(self) -> str:
-        fused = {"elementwise": self.fuse_elementwise, "weight gradients (apex)": self.fuse_weight_gradients}
+        package = "apex" if installed(APEX_KERNEL) else "torch"
+        fused = {"elementwise": self.fuse_elementwise, f"weight gradients ({package})": self.fuse_weight_gradients}
         fused["rotary embedding, weight gradients (Transformer Engine)"] = self.layers == "transformer_engine"
         names = ", ".join(name for name, on in fused.items() if on) or "nothing"
         return f"layers: {self.layers}; attention: {self.attention}; fused: {names}; Adam: {adamw.package()}"
@@ -82,7 +84,8 @@ def choose_backend(config: Config, device: torch.device) -> Backend:
         layers="transformer_engine" if use_engine else "torch",
         attention="transformer_engine" if use_engine else attention,
         fuse_elementwise=on_cuda,
-        fuse_weight_gradients=on_cuda and installed("fused_weight_gradient_mlp_cuda"),
+        # On a CPU in fp32 nothing is rounded, and runs keep their bytes: there the sum would be of other roundings.
+        fuse_weight_gradients=not use_engine and (on_cuda or config.trainer.bf16),
     )
 
 

@@ -1,11 +1,13 @@
 """Llama's layer for Megatron in plain PyTorch, for machines without Transformer Engine, and the block of both.
 
 Megatron's own norm refuses sequence parallelism without Transformer Engine, and its own attention spells the
-softmax out; both are replaced through the layer spec, Megatron's extension point.
+softmax out; both are replaced through the layer spec, Megatron's extension point. Its linears are kept: where they ask
+for apex's kernel of weight gradients, they get ours.
 """
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel import layers
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -18,6 +20,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from srlm_mega.kernels.weight_gradient import add_product
 from srlm_mega.training.attention_sdpa import SdpaAttention
 
 # Transformer Engine fuses each norm into the linear after it: the prefix of its parameters here, and there.
@@ -42,6 +45,22 @@ class RMSNorm(nn.Module):
         return self.weight * F.rms_norm(hidden.float(), (hidden.size(-1),), eps=self.eps).to(hidden.dtype)
 
 
+class WeightGradients:
+    """In place of apex's extension `fused_weight_gradient_mlp_cuda`, what Megatron's linears call of it."""
+
+    @staticmethod
+    def wgrad_gemm_accum_fp32(inputs: Tensor, grad_output: Tensor, main_grad: Tensor) -> None:
+        """Add a weight's gradient to its fp32 buffer [out, in]: inputs [n, in], gradient of the outputs [n, out]."""
+        add_product(main_grad, grad_output, inputs)
+
+
+def use_without_apex() -> None:
+    """Let Megatron's linears add weight gradients to their fp32 buffers where apex is not installed."""
+    if not layers._grad_accum_fusion_available:
+        layers.fused_weight_gradient_mlp_cuda = WeightGradients
+        layers._grad_accum_fusion_available = True
+
+
 def unfused_name(name: str) -> str:
     """Return a parameter's name in these layers, from its name in these or in Transformer Engine's."""
     for plain, fused in FUSED_NORMS.items():
@@ -51,6 +70,7 @@ def unfused_name(name: str) -> str:
 
 def torch_block(num_layers: int, core_attention: type[SdpaAttention]) -> TransformerBlockSubmodules:
     """Return the block of one model chunk in plain PyTorch: `num_layers` Llama layers and the final norm."""
+    use_without_apex()
     return llama_block(num_layers, ColumnParallelLinear, RowParallelLinear, core_attention, RMSNorm, RMSNorm)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from worker import read_metrics
 
 from srlm_mega.kernels import ops
-from srlm_mega.kernels.logprob import WeightGradient
+from srlm_mega.kernels.weight_gradient import WeightGradient
 from srlm_mega.training.topology import Topology, process_group
 from srlm_mega.training.trainer import TrainingJob, train_sft
 

@@ -54,13 +54,25 @@ def test_choices(
     )
     chosen = choose_backend(settings, device)
     assert (chosen.layers, chosen.attention) == (layers, attention)
-    assert chosen.fuse_weight_gradients == (device == CUDA and packages == ALL)
+    assert chosen.fuse_weight_gradients == (layers == "torch"), "Transformer Engine's linears do it themselves"
     assert str(chosen).startswith(f"layers: {layers}; attention: {attention}; fused: ")
 
 
 def test_nothing_is_fused_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In fp32, that is: so a run keeps its bytes. In bf16 weight gradients are added without being rounded first."""
     with_packages(monkeypatch, *ALL)
-    assert not any(on for on in choose_backend(config(), CPU).settings().values() if on != "local")
+    in_fp32 = choose_backend(config("trainer.bf16=false"), CPU)
+    assert not any(on for on in in_fp32.settings().values() if on != "local")
+    in_bf16 = choose_backend(config(), CPU).settings()
+    assert in_bf16 == in_fp32.settings() | {"gradient_accumulation_fusion": True}
+
+
+def test_who_adds_weight_gradients_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    for packages, said in [(ALL, "weight gradients (apex)"), (set[str](), "weight gradients (torch)")]:
+        with_packages(monkeypatch, *packages)
+        assert said in str(choose_backend(config("model.layer_backend=torch"), CUDA))
+    with_packages(monkeypatch, *ALL)
+    assert "weight gradients (Transformer Engine)" in str(choose_backend(config(), CUDA))
 
 
 @pytest.mark.parametrize(
