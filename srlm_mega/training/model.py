@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional as F
@@ -147,7 +148,8 @@ def transformer_config(
 def wrap_data_parallel(
     chunks: Sequence[MegatronModule], config: LlamaConfig, topology: Topology
 ) -> list[MegatronModule]:
-    """Wrap the chunks with gradient buffers that are summed over data-parallel ranks in fp32."""
+    """Wrap the chunks with gradient buffers that are summed over data-parallel ranks in fp32; with an overlap, in
+    buckets of 40 million parameters, or of a million per replica if that is more."""
     parallel = topology.parallel
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -156,8 +158,13 @@ def wrap_data_parallel(
         overlap_param_gather=parallel.overlap_param_gather,
     )
     config.finalize_model_grads_func = finalize_model_grads
-    wrapped = [DistributedDataParallel(config, ddp_config, chunk) for chunk in chunks]
+    # Megatron makes buckets on the first pipeline stage only, and elsewhere starts its messages when all gradients are
+    # there: so the wrapper, which asks its pipeline group for nothing but that, gets a group of this rank alone.
+    groups = ProcessGroupCollection.use_mpu_process_groups(["dp", "dp_cp", "expt_dp", "tp", "pp", "ep"])
+    stage, groups.pp = groups.pp, groups.ep
+    wrapped = [DistributedDataParallel(config, ddp_config, chunk, pg_collection=groups) for chunk in chunks]
     for chunk in wrapped:
+        chunk.pp_group = stage
         fuse_gradients(config.backend, chunk)
     # Without it gradients would be reduced after as many micro batches as the first step had.
     if parallel.overlap_grad_reduce:
