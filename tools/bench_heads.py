@@ -8,15 +8,19 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 from torch.nn import functional as F
 
+from srlm_mega.errors import UserError
 from srlm_mega.kernels import ops, reference
 from srlm_mega.kernels.checks import IGNORE_INDEX
+from srlm_mega.run.provenance import package_version
 
 BETA = 0.1
 Provider = Literal["ours-save", "ours-recompute", "eager", "torch.compile", "liger"]
 PROVIDERS: tuple[Provider, ...] = ("ours-save", "ours-recompute", "eager", "torch.compile", "liger")
+LIGER = Version("0.8.5")  # the oldest that is a baseline
 Head = Callable[[Tensor, Tensor], Tensor]  # hidden [T, H], weight [V, H] -> loss
 
 
@@ -120,7 +124,14 @@ def eager_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 def liger_head(batch: HeadBatch) -> Head:
-    """Return Liger's fused linear DPO loss, a pair at a time (its default); compiled on CUDA, as it is by default."""
+    """Return Liger's fused linear DPO loss, a pair at a time (its default); compiled on CUDA, as it is by default.
+    UserError when the installed version is too old to be a baseline."""
+    installed = package_version("liger-kernel")
+    if installed is None or Version(installed) < LIGER:
+        raise UserError(
+            f"liger-kernel {installed} is older than the baseline of this benchmark, {LIGER}: "
+            f"pip install 'liger-kernel>={LIGER}', or measure without it: pip uninstall liger-kernel"
+        )
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
     head = LigerFusedLinearDPOLoss(beta=BETA, compiled=batch.labels.is_cuda, use_ref_model=False)

@@ -1,9 +1,10 @@
 """`srlm bench kernels`: time and memory of the DPO head, ours against eager PyTorch, torch.compile and Liger.
 
 One process. For each shape every provider is first compared with fp64; one that is wrong is reported and not timed.
-Rounds are interleaved (every provider once, then again), with the L2 cache flushed before each sample; memory is
-measured in a pass of its own. Without a GPU a smoke mode runs tiny shapes, where "ours" is the plain reference: its
-times say nothing. The GPU side of this file has not run yet.
+Rounds are interleaved (every provider once, then again), each sample behind work that empties the L2 cache and hides
+the host (bench_stream.py), whose time is a row of its own; memory is measured in another pass. Without a GPU a smoke
+mode runs tiny shapes, where "ours" is the plain reference: its times say nothing. The GPU side of this file has not run
+yet.
 """
 
 import gc
@@ -34,6 +35,7 @@ from srlm_mega.tools.bench_heads import (
     true_loss,
 )
 from srlm_mega.tools.bench_record import BenchRecord, BenchRow, make_record, make_row, markdown, spread, write_record
+from srlm_mega.tools.bench_stream import StreamSample, StreamTimer
 from srlm_mega.tools.bench_timing import take_turns, timed
 
 SHAPES = (
@@ -59,6 +61,8 @@ DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
 # moves a margin by some tenths of a nat.
 WRONG = {"cuda": 0.1, "cpu": 1e-4}
 ALONE = "alone "  # begins the name of every row of one kernel
+HOST = " host"  # ends the name, and the pass, of a row with the host's time of another row
+FORWARD, BOTH = "forward", "forward + backward"
 FLUSH_BYTES = 256 * 2**20  # several times the L2 cache
 WARMUP_ROUNDS = 3
 Call = Callable[[], object]
@@ -102,23 +106,22 @@ def bench_shape(shape: HeadShape, device: torch.device, rounds: int) -> list[Ben
     errors: dict[str, dict[str, float]] = {}
     refused: list[BenchRow] = []
 
-    def row(provider: str, status: str, name: str, samples: Sequence[float], **extra: float | None) -> BenchRow:
-        labels = {"shape": shape.name, "provider": provider, "status": status} | ({"pass": name} if name else {})
-        full_name = f"{shape.name} {provider} {name}".rstrip()
-        return make_row(full_name, "ms", samples, labels=labels, extra=errors.get(provider, {}) | extra)
+    def refuse(provider: str, status: str) -> None:
+        labels = {"shape": shape.name, "provider": provider, "status": status}
+        refused.append(make_row(f"{shape.name} {provider}", "ms", (), labels=labels, extra=errors.get(provider, {})))
 
     for provider in PROVIDERS if device.type == "cuda" else SMOKE_PROVIDERS:
         if provider == "liger" and package_version("liger-kernel") is None:
-            refused.append(row(provider, "absent", "", ()))
+            refuse(provider, "absent")
             continue
         head = make_head(provider, batch)
         try:
             errors[provider] = errors_of(with_gradients(head, hidden, weight), truth)
         except torch.OutOfMemoryError:
-            refused.append(row(provider, "out of memory", "", ()))
+            refuse(provider, "out of memory")
             continue
         if largest(errors[provider]) > WRONG[device.type]:
-            refused.append(row(provider, "wrong", "", ()))
+            refuse(provider, "wrong")
         else:
             heads[provider] = head
     del truth  # in fp64 it takes memory that the heads may need
@@ -128,11 +131,27 @@ def bench_shape(shape: HeadShape, device: torch.device, rounds: int) -> list[Ben
     timed_rows: list[BenchRow] = []
     for name in heads:
         memory = float(extra_bytes(passes[name], hidden, weight)) if device.type == "cuda" else None
-        timed_rows += [
-            row(name, "ok", "forward", forward[name]),
-            row(name, "ok", "forward + backward", both[name], extra_bytes=memory),
-        ]
+        labels = {"shape": shape.name, "provider": name, "status": "ok"}
+        timed_rows += rows_of(f"{shape.name} {name} ", FORWARD, forward[name], labels, errors[name])
+        timed_rows += rows_of(f"{shape.name} {name} ", BOTH, both[name], labels, errors[name] | {"extra_bytes": memory})
     return timed_rows + refused
+
+
+def rows_of(
+    prefix: str,
+    name: str,
+    samples: Sequence[StreamSample],
+    labels: Mapping[str, str],
+    extra: Mapping[str, float | None],
+) -> list[BenchRow]:
+    """Return the row of a call's times, `extra` with the share of samples in which a GPU had to wait for the host; and,
+    of a GPU, the row of the host's times."""
+    hosts = [sample.host_milliseconds for sample in samples if sample.host_milliseconds is not None]
+    starved = {"starved": sum(sample.starved for sample in samples) / len(samples)} if hosts else {}
+    times = [sample.milliseconds for sample in samples]
+    row = make_row(prefix + name, "ms", times, labels={**labels, "pass": name}, extra={**extra, **starved})
+    host = make_row(prefix + name + HOST, "ms", hosts, labels={**labels, "pass": name + HOST})
+    return [row, host] if hosts else [row]
 
 
 def with_gradients(head: Head, hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
@@ -158,22 +177,19 @@ def largest(errors: Mapping[str, float]) -> float:
     return max(inf if isnan(error) else error for error in errors.values())
 
 
-def interleaved(calls: Mapping[str, Call], device: torch.device, rounds: int) -> dict[str, list[float]]:
-    """Return milliseconds of every call, once per round, after rounds to warm up; between events on a GPU's stream."""
-    flush = torch.empty(FLUSH_BYTES if device.type == "cuda" else 0, dtype=torch.int8, device=device)
+def interleaved(calls: Mapping[str, Call], device: torch.device, rounds: int) -> dict[str, list[StreamSample]]:
+    """Return the samples of every call, once per round, after rounds to warm up."""
+    if device.type == "cuda":
+        flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+        takers = {name: StreamTimer(call, flush.zero_).sample for name, call in calls.items()}
+    else:
+        takers = {name: partial(sample_on_cpu, call) for name, call in calls.items()}
+    return take_turns(takers, rounds, WARMUP_ROUNDS)
 
-    def sample(call: Call) -> float:
-        flush.zero_()  # what the last call left in the L2 cache must not help this one
-        if device.type != "cuda":
-            return timed(call)[1] * 1e3
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        call()
-        stop.record()
-        stop.synchronize()
-        return float(start.elapsed_time(stop))
 
-    return take_turns({name: partial(sample, call) for name, call in calls.items()}, rounds, WARMUP_ROUNDS)
+def sample_on_cpu(call: Call) -> StreamSample:
+    """Time the call once, by the clock."""
+    return StreamSample(timed(call)[1] * 1e3)
 
 
 def extra_bytes(call: Call, hidden: Tensor, weight: Tensor) -> int:
@@ -215,7 +231,7 @@ def bench_parts(device: torch.device, rounds: int) -> list[BenchRow]:
     # Log-probs: read once forward, read and written once backward.
     useful = {"vp_logprob_": 3 * logits.nbytes, "copy": 2 * logits.nbytes, "dpo_loss": 2 * logp.nbytes}
     return [
-        make_row(f"{ALONE}{name}", "ms", samples[name], extra={"useful_bytes": float(useful[name])}) for name in calls
+        row for name in calls for row in rows_of(ALONE, name, samples[name], {}, {"useful_bytes": float(useful[name])})
     ]
 
 
@@ -226,24 +242,34 @@ def tflops(shape: HeadShape, milliseconds: float) -> float:
 
 def as_text(record: BenchRecord, shapes: Mapping[str, HeadShape]) -> str:
     """Return the record as Markdown tables: every provider on every shape, then single kernels."""
-    of_heads = [row for row in record.rows if "provider" in row.labels]
-    heads = [["shape", "provider", "forward", "forward + backward", "TFLOP/s", "extra GB", "off fp64"]]
+    hosts = {row.name.removesuffix(HOST): spread(row, ".3f") for row in record.rows if row.name.endswith(HOST)}
+    rows = [row for row in record.rows if not row.name.endswith(HOST)]
+    of_heads = [row for row in rows if "provider" in row.labels]
+    heads = [["shape", "provider", "forward", "forward + backward", "host", "TFLOP/s", "extra GB", "off fp64"]]
     by_head = groupby(of_heads, key=lambda row: itemgetter("shape", "provider", "status")(row.labels))
     for (shape, provider, status), group in by_head:
-        rows = list(group)  # one where the provider was not timed
-        forward, both = rows[0], rows[-1]
-        cells = [status, "", "", ""]
+        own = list(group)  # one where the provider was not timed
+        forward, both = own[0], own[-1]
+        cells = [status, "", "", "", ""]
         if both.median is not None:
             rate, memory = tflops(shapes[shape], both.median), both.extra["extra_bytes"]
             gigabytes = "" if memory is None else f"{memory / 1e9:.2f}"
-            cells = [spread(forward, ".3f"), spread(both, ".3f"), f"{rate:.1f}", gigabytes]
+            cells = [time_of(forward), time_of(both), hosts.get(both.name, ""), f"{rate:.1f}", gigabytes]
         errors = {name: error for name, error in both.extra.items() if name.startswith("error") and error is not None}
         heads.append([shape, provider, *cells, f"{largest(errors):.1e}" if errors else ""])
-    parts = [["alone", "ms", "GB/s"]]
-    for row in record.rows[len(of_heads) :]:
+    parts = [["alone", "ms", "host", "GB/s"]]
+    for row in rows[len(of_heads) :]:
         rate = (row.extra["useful_bytes"] or 0) / (row.median or inf) / 1e6
-        parts.append([row.name.removeprefix(ALONE), spread(row, ".3f"), f"{rate:.1f}"])
+        parts.append([row.name.removeprefix(ALONE), time_of(row), hosts.get(row.name, ""), f"{rate:.1f}"])
     title = f"DPO head on {record.device}, {record.settings['dtype']}; ms: median [p10, p90]"
     smoke = "No GPU: tiny shapes in fp32 on the CPU, where ours is the plain reference. No figure counts."
-    texts = [title, markdown(heads), markdown(parts), *([] if record.settings["on_gpu"] else [smoke])]
+    starved = "*: the GPU waited for the host in some samples; its time there contains the host's."
+    texts = [title, markdown(heads), markdown(parts)]
+    texts += [starved] if any(row.extra.get("starved") for row in rows) else []
+    texts += [] if record.settings["on_gpu"] else [smoke]
     return "\n\n".join(texts)
+
+
+def time_of(row: BenchRow) -> str:
+    """Return a row's time, with a mark where the GPU waited for the host."""
+    return spread(row, ".3f") + ("*" if row.extra.get("starved") else "")

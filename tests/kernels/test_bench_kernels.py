@@ -10,9 +10,11 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from srlm_mega.cli.main import app
-from srlm_mega.tools import bench_kernels
+from srlm_mega.errors import UserError
+from srlm_mega.tools import bench_heads, bench_kernels
 from srlm_mega.tools.bench_heads import HeadBatch, HeadShape, make_batch, make_head, our_loss
 from srlm_mega.tools.bench_record import BenchRecord, make_row, read_record, spread, write_record
+from srlm_mega.tools.bench_stream import StreamSample
 from srlm_mega.tools.scripts.plot_bench import draw_providers, main
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU this is the real benchmark")
@@ -44,6 +46,37 @@ def test_every_provider_is_right_and_timed(report: tuple[Path, BenchRecord, str]
     assert {row.name for row in record.rows if row not in rows} == {"alone vp_logprob_", "alone copy", "alone dpo_loss"}
     assert record.settings["on_gpu"] is False and record.versions["torch"]
     assert "No figure counts" in printed
+
+
+def test_the_host_has_rows_of_its_own(report: tuple[Path, BenchRecord, str]) -> None:
+    """As on a GPU: two samples, in one of which the device waited."""
+    _, record, _ = report
+    samples = [StreamSample(2.0, 0.5), StreamSample(4.0, 0.7, starved=True)]
+    labels = {"shape": "smoke", "provider": "eager", "status": "ok"}
+    rows = [
+        *bench_kernels.rows_of("smoke eager ", "forward", samples[:1], labels, {}),
+        *bench_kernels.rows_of("smoke eager ", "forward + backward", samples, labels, {"extra_bytes": 1e9}),
+        *bench_kernels.rows_of("alone ", "copy", samples[:1], {}, {"useful_bytes": 2e6}),
+    ]
+    assert [(row.name, row.median) for row in rows] == [
+        ("smoke eager forward", 2.0),
+        ("smoke eager forward host", 0.5),
+        ("smoke eager forward + backward", 3.0),
+        ("smoke eager forward + backward host", 0.6),
+        ("alone copy", 2.0),
+        ("alone copy host", 0.5),
+    ]
+    assert (rows[0].extra["starved"], rows[2].extra["starved"]) == (0.0, 0.5)
+    printed = bench_kernels.as_text(replace(record, rows=tuple(rows)), {"smoke": bench_kernels.SMOKE_SHAPES[0]})
+    assert "| 2.000 [2.000, 2.000] | 3.000 [2.200, 3.800]* | 0.600 [0.520, 0.680] |" in printed
+    assert "| copy | 2.000 [2.000, 2.000] | 0.500 [0.500, 0.500] | 1.0 |" in printed
+    assert "waited for the host" in printed
+
+
+def test_an_old_liger_is_no_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_heads, "package_version", lambda name: "0.8.4")
+    with pytest.raises(UserError, match=r"liger-kernel 0\.8\.4 is older .* 0\.8\.5: pip install"):
+        make_head("liger", make_batch(bench_kernels.SMOKE_SHAPES[0], torch.device("cpu")))
 
 
 def test_a_wrong_provider_is_reported_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
