@@ -1,17 +1,16 @@
 """Causal attention by the package flash_attn (16-bit, CUDA). This has not been run on a GPU."""
 
 from flash_attn import flash_attn_func, flash_attn_varlen_func
-from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from srlm_mega.training.attention_sdpa import SdpaAttention
+from srlm_mega.training.attention_sdpa import PackedSequences, SdpaAttention
 
 
 class FlashAttention(SdpaAttention):
     """Causal attention with the mathematics and shapes of SdpaAttention; packed sequences take one call."""
 
     def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams | None, dropout: float
+        self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences | None, dropout: float
     ) -> Tensor:
         if packed is None:
             q, k, v = (tensor.transpose(0, 1) for tensor in (query, key, value))

@@ -1,6 +1,8 @@
 """Causal attention by PyTorch's scaled_dot_product_attention: padded sequences, or packed ones of any lengths."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -13,11 +15,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
+@dataclass
+class PackedSequences(PackedSeqParams):  # type: ignore[misc]
+    """Sequences one after another on one row: Megatron's bounds, and the lengths as the host can read them."""
+
+    lengths: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device | None = None) -> Self:
+        """Return the record of sequences of these lengths, its bounds on `device` (None: the CPU)."""
+        ends = torch.tensor([0, *lengths]).cumsum(0).int().to(device)
+        return cls("thd", ends, ends, max_seqlen_q=max(lengths), max_seqlen_kv=max(lengths), lengths=tuple(lengths))
+
+
 class SdpaAttention(MegatronModule):  # type: ignore[misc]
     """Megatron's core attention, with grouped queries.
 
     Unpacked sequences are padded on the right: with causal attention no real token sees the padding, so there is no
-    mask. Packed ones follow one another on one axis and see only themselves.
+    mask. Packed ones follow one another on one row (b = 1) and see only themselves.
     """
 
     def __init__(
@@ -45,26 +60,26 @@ class SdpaAttention(MegatronModule):  # type: ignore[misc]
         *,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
+        packed_seq_params: PackedSequences | None = None,
     ) -> Tensor:
-        """Return [s, b, heads * d] from query [s, b, heads, d], key and value [s, b, groups, d]; packed, [t, heads * d]
-        from query [t, heads, d], key and value [t, groups, d]."""
+        """Return [s, b, heads * d] from query [s, b, heads, d], key and value [s, b, groups, d]."""
         assert attention_mask is None and attention_bias is None, "causal attention takes no mask and no bias"
+        if packed_seq_params is not None:
+            query, key, value = (tensor.squeeze(1) for tensor in (query, key, value))
         dropout = self.config.attention_dropout if self.training else 0.0
         if dropout > 0.0 and not self.config.sequence_parallel:  # with it, the whole layer is in that stream already
             with get_cuda_rng_tracker().fork():
                 context = self._attend(query, key, value, packed_seq_params, dropout)
         else:
             context = self._attend(query, key, value, packed_seq_params, dropout)
-        return context.flatten(-2)
+        return context.flatten(-2) if packed_seq_params is None else context.flatten(-2).unsqueeze(1)
 
     def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams | None, dropout: float
+        self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences | None, dropout: float
     ) -> Tensor:
+        """Return [s, b, heads, d] as in `forward`; packed, without b: [t, heads, d]."""
         if packed is not None:
-            return packed_causal_attention(
-                query, key, value, packed.cu_seqlens_q.diff().tolist(), dropout, self.softmax_scale
-            )
+            return packed_causal_attention(query, key, value, packed.lengths, dropout, self.softmax_scale)
         q, k, v = (tensor.transpose(0, 1) for tensor in (query, key, value))
         return causal_attention(q, k, v, dropout, self.softmax_scale).transpose(0, 1)
 

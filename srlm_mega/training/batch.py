@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from srlm_mega.errors import UserError
 from srlm_mega.kernels import checks
+from srlm_mega.training.attention_sdpa import PackedSequences
 from srlm_mega.training.context_parallel import cp_positions
 
 
@@ -75,16 +75,16 @@ class Batch:
     labels                [2, N]: the rows (of the flattened [s * b, h]) from which targets are predicted; the targets
     cu_seqlens            [S + 1]: sequence i's tokens are labels[:, cu_seqlens[i] : cu_seqlens[i + 1]]
     packed                bounds of the sequences on the packed row, of which padding is the last; None: padded rows
-    own                   [N] bool: the labels at this context-parallel rank's positions; None: all. Then `labels` has
-                          only those, and `tokens` and `position_ids` have only these positions
+    places                None, or [N] under context parallelism, where `tokens`, `position_ids` and `labels` have only
+                          this rank's positions: each label's place in `labels`, their number where it is elsewhere
     """
 
     tokens: Tensor
     position_ids: Tensor
     labels: Tensor
     cu_seqlens: Tensor
-    packed: PackedSeqParams | None
-    own: Tensor | None = None
+    packed: PackedSequences | None
+    places: Tensor | None = None
 
     def to(self, device: torch.device, vocab_size: int) -> "Batch":
         """Return the batch on `device`. ValueError for labels that are not its rows, or not tokens of the vocabulary:
@@ -92,18 +92,14 @@ class Batch:
         rows, tokens = self.labels
         checks.check_rows(rows, self.tokens.numel())
         checks.check_targets(tokens, vocab_size)
-        checks.check_segments(self.cu_seqlens, len(tokens if self.own is None else self.own))
-        packed = self.packed
-        if packed is not None:
-            cu_seqlens = packed.cu_seqlens_q.to(device)
-            packed = replace(packed, cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens)
+        checks.check_segments(self.cu_seqlens, len(tokens if self.places is None else self.places))
         return Batch(
             tokens=self.tokens.to(device),
             position_ids=self.position_ids.to(device),
             labels=self.labels.to(device),
             cu_seqlens=self.cu_seqlens.to(device),
-            packed=packed,
-            own=None if self.own is None else self.own.to(device),
+            packed=None if self.packed is None else PackedSequences.of(self.packed.lengths, device),
+            places=None if self.places is None else self.places.to(device),
         )
 
 
@@ -140,7 +136,7 @@ def context_part(batch: Batch, cp_rank: int, cp_size: int) -> Batch:
         tokens=batch.tokens[:, positions],
         position_ids=batch.position_ids[:, positions],
         labels=torch.stack([place.flatten()[rows][own], tokens[own]]),
-        own=own,
+        places=torch.where(own, own.cumsum(0) - 1, own.sum()),
     )
 
 
@@ -150,20 +146,13 @@ def packed_batch(sequences: Sequence[TokenSequence], length: int) -> Batch:
     padding = length - sum(inputs)
     assert padding >= 0, f"{len(sequences)} sequences have {sum(inputs)} input positions, the row {length}"
     segments = [*inputs, padding] if padding else inputs
-    cu_seqlens = bounds(segments)
     flat = [token for sequence in sequences for token in sequence.tokens[:-1]]
     return Batch(
         tokens=torch.tensor([flat + [0] * padding]),
         position_ids=torch.cat([torch.arange(segment) for segment in segments])[None],
-        labels=labels(sequences, starts=cu_seqlens.tolist(), stride=1),
+        labels=labels(sequences, starts=bounds(segments).tolist(), stride=1),
         cu_seqlens=bounds([sequence.num_targets for sequence in sequences]),
-        packed=PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=cu_seqlens.int(),
-            cu_seqlens_kv=cu_seqlens.int(),
-            max_seqlen_q=max(segments),
-            max_seqlen_kv=max(segments),
-        ),
+        packed=PackedSequences.of(segments),
     )
 
 

@@ -43,7 +43,7 @@ class DpoMicroBatch:
             self.settings,
             self.consistency,
         )
-        return out.loss, torch.tensor(num_pairs, device=logps.device).int(), out.sums.double()
+        return out.loss, torch.full((), num_pairs, dtype=torch.int, device=logps.device), out.sums.double()
 
 
 @dataclass(frozen=True)

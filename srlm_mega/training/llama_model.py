@@ -1,5 +1,6 @@
 """Megatron's GPTModel with a head that returns log-probabilities of chosen rows, never [tokens, vocabulary] logits."""
 
+from dataclasses import replace
 from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel
@@ -10,6 +11,7 @@ from megatron.core.utils import get_pg_rank
 from torch import Tensor, nn
 
 from srlm_mega.kernels.ops import vp_linear_logprob
+from srlm_mega.training.attention_sdpa import PackedSequences
 
 
 class LogprobHead(ColumnParallelLinear):  # type: ignore[misc]
@@ -72,6 +74,24 @@ class LlamaModel(GPTModel):  # type: ignore[misc]
                 real_vocab_size=self.real_vocab_size,
             )
         super().setup_embeddings_and_output_layer()
+
+    def forward(self, *inputs: Any, packed_seq_params: PackedSequences | None = None, **others: Any) -> Tensor:
+        """Return Megatron's output. For layers of plain PyTorch a pack is one row, whose sequences only positions and
+        attention tell apart: so Megatron reads no bounds of sequences, for which the host would wait on a GPU."""
+        if packed_seq_params is not None and self.config.backend.layers == "torch":
+            packed_seq_params = replace(packed_seq_params, qkv_format="sbhd")  # type: ignore[call-arg]
+        output: Tensor = super().forward(*inputs, packed_seq_params=packed_seq_params, **others)
+        return output
+
+    def _preprocess(
+        self, *, position_ids: Tensor, packed_seq_params: PackedSequences | None, **others: Any
+    ) -> tuple[Any, ...]:
+        hidden_states, rotary_pos_emb, *rest = super()._preprocess(
+            position_ids=position_ids, packed_seq_params=packed_seq_params, **others
+        )
+        if packed_seq_params is not None and packed_seq_params.qkv_format == "sbhd":
+            rotary_pos_emb = rotary_pos_emb.index_select(0, position_ids[0])
+        return hidden_states, rotary_pos_emb, *rest
 
     def _postprocess(self, hidden_states: Tensor, labels: Tensor | None, **others: Any) -> Tensor:
         if labels is None or not self.post_process:

@@ -82,10 +82,12 @@ def _logps(batch: Batch, chunk: MegatronModule) -> Tensor:
     """Return log p [N] on the last pipeline stage, hidden states before it."""
     output: Tensor = chunk(batch.tokens, batch.position_ids, None, labels=batch.labels, packed_seq_params=batch.packed)
     inner = unwrap(chunk)
-    if batch.own is None or not inner.post_process:
+    if batch.places is None or not inner.post_process:
         return output
-    # Under context parallelism each rank has computed the log p of its own positions.
-    return sum_over_ranks(output.new_zeros(len(batch.own)).masked_scatter(batch.own, output), inner.pg_collection.cp)
+    # Under context parallelism each rank has computed the log p of its own positions. By places, not by a mask: for the
+    # gradient by a mask the host would wait on a GPU.
+    padded = torch.cat([output, output.new_zeros(1)])
+    return sum_over_ranks(padded.index_select(0, batch.places), inner.pg_collection.cp)
 
 
 def _run(

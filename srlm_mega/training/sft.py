@@ -23,7 +23,7 @@ class SftMicroBatch:
     def loss(self, logps: Tensor) -> Loss:
         """Return the summed -log p [] of the targets [N], their number [], and both to report [2]."""
         total = -logps.sum()
-        count = torch.tensor(len(logps), device=logps.device)
+        count = torch.full((), len(logps), device=logps.device)
         return total, count.int(), torch.stack([total.detach(), count]).double()
 
 

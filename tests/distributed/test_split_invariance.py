@@ -17,6 +17,7 @@ from torch import Tensor
 from srlm_mega.checkpoints_conversion.llama import LlamaShape
 from srlm_mega.config.training import DpoConfig, OptimizationConfig
 from srlm_mega.records import ReferenceLogprobs
+from srlm_mega.training.attention_sdpa import PackedSequences
 from srlm_mega.training.batch import Batch, PairSequences, TokenSequence
 from srlm_mega.training.dpo import DpoObjective
 from srlm_mega.training.model import build_model, transformer_config, wrap_data_parallel
@@ -171,12 +172,8 @@ def shifted(micro_batch: MicroBatch) -> MicroBatch:
 
 def one_document(micro_batch: MicroBatch) -> MicroBatch:
     """Packed sequences see each other."""
-    packed = micro_batch.batch.packed
-    assert packed is not None
     length = micro_batch.batch.tokens.numel()
-    whole = torch.tensor([0, length], dtype=torch.int32)
-    packing = replace(packed, cu_seqlens_q=whole, cu_seqlens_kv=whole, max_seqlen_q=length, max_seqlen_kv=length)
-    return Spoilt(replace(micro_batch.batch, packed=packing), micro_batch.loss)
+    return Spoilt(replace(micro_batch.batch, packed=PackedSequences.of([length])), micro_batch.loss)
 
 
 @pytest.mark.parametrize("make", [sft, dpo])

@@ -7,7 +7,6 @@ from types import ModuleType
 
 import pytest
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from places import TOY
@@ -16,7 +15,12 @@ from torch import Tensor
 from srlm_mega.checkpoints_conversion.llama import LlamaShape
 from srlm_mega.config.file import load_config
 from srlm_mega.config.training import ParallelConfig
-from srlm_mega.training.attention_sdpa import SdpaAttention, causal_attention, packed_causal_attention
+from srlm_mega.training.attention_sdpa import (
+    PackedSequences,
+    SdpaAttention,
+    causal_attention,
+    packed_causal_attention,
+)
 from srlm_mega.training.model import build_model, transformer_config
 from srlm_mega.training.topology import Topology
 
@@ -96,22 +100,10 @@ def test_a_packed_model_equals_one_sequence_at_a_time() -> None:
         want = torch.cat(
             [model(own, place, None)[0] for own, place in zip(tokens.split(LENGTHS, 1), positions, strict=True)]
         )
-        packed = model(tokens, torch.cat(positions, 1), None, packed_seq_params=packing(LENGTHS))[0]
-        shifted = model(tokens, torch.cat(positions, 1), None, packed_seq_params=packing([3, 18, 1, 7]))[0]
+        packed = model(tokens, torch.cat(positions, 1), None, packed_seq_params=PackedSequences.of(LENGTHS))[0]
+        shifted = model(tokens, torch.cat(positions, 1), None, packed_seq_params=PackedSequences.of([3, 18, 1, 7]))[0]
     assert (packed - want).abs().max() < 1e-5
     assert (shifted - want).abs().max() > 1e-2  # negative control
-
-
-def packing(lengths: list[int]) -> PackedSeqParams:
-    """Megatron's description of sequences behind each other."""
-    ends = torch.tensor([0, *lengths]).cumsum(0).int()
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=ends,
-        cu_seqlens_kv=ends,
-        max_seqlen_q=max(lengths),
-        max_seqlen_kv=max(lengths),
-    )
 
 
 @pytest.fixture
@@ -145,9 +137,10 @@ def test_flash_attention_is_called_as_it_wants(flash_attention: type[SdpaAttenti
         for core in (flash_attention, SdpaAttention)
     )
     q, k, v = qkv(sum(LENGTHS))
-    packed = packing(LENGTHS)
+    one_row = [tensor.unsqueeze(1) for tensor in (q, k, v)]
+    packed = PackedSequences.of(LENGTHS)
     torch.testing.assert_close(
-        flash(q, k, v, None, packed_seq_params=packed), sdpa(q, k, v, None, packed_seq_params=packed)
+        flash(*one_row, None, packed_seq_params=packed), sdpa(*one_row, None, packed_seq_params=packed)
     )
     rows = [tensor[:24].view(12, 2, *tensor.shape[1:]) for tensor in (q, k, v)]  # [s, b, heads, d]
     torch.testing.assert_close(flash(*rows, None), sdpa(*rows, None))

@@ -41,8 +41,8 @@ def test_context_parallel_parts_by_hand() -> None:
     assert second.tokens.tolist() == [[6, 7], [0, 0], [0, 0]]
     assert second.position_ids.tolist() == [[1, 2]] * 3
     assert second.labels.tolist() == [[0, 3], [7, 8]]
-    assert first.own is not None and second.own is not None
-    assert (first.own.tolist(), second.own.tolist()) == ([False, False, True], [True, True, False])
+    assert first.places is not None and second.places is not None
+    assert (first.places.tolist(), second.places.tolist()) == ([1, 1, 0], [0, 1, 2])
     assert first.cu_seqlens.tolist() == second.cu_seqlens.tolist() == [0, 2, 3]
 
 

@@ -1,10 +1,13 @@
-"""Llama 3's RoPE scaling: Megatron's frequencies are transformers', and what Megatron cannot compute is refused."""
+"""Rotary embedding: Llama 3's scaling is transformers', what Megatron cannot compute is refused; packed sequences."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -41,3 +44,19 @@ def test_other_constants_are_refused() -> None:
     check_rope_scaling(replace(SHAPE, rope_scaling=None))
     with pytest.raises(UserError, match=r"the trainer computes only .*factor=8\.0.*has .*low_freq_factor=2\.0"):
         check_rope_scaling(replace(SHAPE, rope_scaling=replace(LLAMA3_ROPE, low_freq_factor=2.0)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lengths", [[3, 17, 1, 8], [29]])
+def test_packed_by_position_is_megatrons_by_bounds(lengths: list[int], dtype: torch.dtype) -> None:
+    """The trainer gathers a pack's angles once, by position; Megatron cuts them by bounds that it reads in every layer.
+    Each number is the same product and sum of the same numbers, so all bits are equal."""
+    config = TransformerConfig(num_layers=1, hidden_size=64, num_attention_heads=4)
+    angles = torch.randn(max(lengths), 1, 1, 16)
+    alone = SimpleNamespace(size=lambda: 1, rank=lambda: 0)  # the context-parallel ranks
+    query = torch.randn(sum(lengths), 4, 16, dtype=dtype)
+    bounds = torch.tensor([0, *lengths]).cumsum(0).int()
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    want = apply_rotary_pos_emb(query, angles, config, bounds, cp_group=alone)
+    one_row = apply_rotary_pos_emb(query[:, None], angles.index_select(0, positions), config, cp_group=alone)
+    assert torch.equal(one_row[:, 0], want)
