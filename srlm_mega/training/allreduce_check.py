@@ -21,7 +21,7 @@ from srlm_mega.config.file import load_config
 from srlm_mega.launch.child_process import die_with_parent
 from srlm_mega.launch.preflight.allreduce import GroupSpeed
 from srlm_mega.run.files import write_atomic
-from srlm_mega.training.topology import Topology, started_as
+from srlm_mega.training.topology import Topology, barrier, started_as
 
 REPETITIONS = 3
 
@@ -84,7 +84,7 @@ def bus_bandwidth(group: dist.ProcessGroup, size: int, num_bytes: int, device: t
     buffer = torch.zeros(num_bytes // 4, device=device)
     seconds: list[float] = []
     for _ in range(1 + REPETITIONS):
-        dist.barrier(group)
+        barrier(device, group)
         synchronize(device)
         begin = time.perf_counter()
         dist.all_reduce(buffer, group=group)

@@ -159,7 +159,12 @@ class Topology:
 
     def barrier(self) -> None:
         """Wait for all processes."""
-        dist.barrier()
+        barrier(self.device)
+
+
+def barrier(device: torch.device, group: dist.ProcessGroup | None = None) -> None:
+    """Wait for all processes of a group (None: all). NCCL would guess this one's device; gloo takes none."""
+    dist.barrier(group, device_ids=None if device.type == "cpu" else [device.index])
 
 
 @contextmanager
@@ -196,17 +201,19 @@ def process_group(trainer: TrainerConfig) -> Iterator[torch.device]:
         cpu_backend.apply()
     else:
         torch.cuda.set_device(device)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it may build a graph for every new length
     if dist.is_initialized():
         yield device
         return
     backend = "gloo" if device.type == "cpu" else "nccl"
-    own_device = None if device.type == "cpu" else device  # NCCL would guess it from the rank
     # Longer than the watchdog's, whose message says more.
     timeout = timedelta(seconds=2 * max(timeouts(trainer).values()))
     alone = (dist.HashStore(), 0, 1)
     store, rank, size = rendezvous(timeouts(trainer)["start"]) if "RANK" in os.environ else alone
     store.set_timeout(timeout)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=own_device)
+    # Without a device_id NCCL connects a group when it is first used. With one it connects at once, and each of the
+    # hundreds of groups of a large layout is then a split of all ranks.
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     try:
         yield device
     finally:

@@ -1,17 +1,20 @@
 """Ranks and devices, as far as they go without starting processes (tests/distributed starts them)."""
 
+from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
 from places import CONFIGS
 
 from srlm_mega.checkpoints_conversion.llama import LlamaShape
 from srlm_mega.config.file import load_config
-from srlm_mega.config.training import ParallelConfig
+from srlm_mega.config.training import ParallelConfig, TrainerConfig
 from srlm_mega.training.model import check_memory, own_placements
-from srlm_mega.training.topology import Topology, check_world_size, choose_device
+from srlm_mega.training.topology import Topology, check_world_size, choose_device, process_group
 
 
 def parallel(tp: int, pp: int, dp: int | None = None, vpp: int | None = None) -> ParallelConfig:
@@ -58,6 +61,27 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert choose_device("auto") == torch.device("cuda", 3)
     assert choose_device("cpu") == torch.device("cpu")
+
+
+def test_nccl_connects_late_and_is_told_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a device_id NCCL connects at once, and each of a layout's hundreds of new_group calls is then a split of all
+    ranks; without one, a barrier guesses the device from the rank. Gloo's barrier takes no devices."""
+    calls: dict[str, Any] = {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.update(device=device))
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda on: calls.update(cudnn=on))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **given: calls.update(backend=backend, **given))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(dist, "barrier", lambda group=None, device_ids=None: calls.update(device_ids=device_ids))
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.delenv("RANK", raising=False)
+    with process_group(TrainerConfig(device="cuda")) as device:
+        replace(topology(0, 1, 0, 1), device=device).barrier()
+    assert (calls["backend"], calls["device"], calls["device_ids"]) == ("nccl", torch.device("cuda", 3), [3])
+    assert "device_id" not in calls
+    assert calls["cudnn"] is False
+    topology(0, 1, 0, 1).barrier()
+    assert calls["device_ids"] is None
 
 
 def test_chunks_of_a_rank() -> None:
