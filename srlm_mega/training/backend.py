@@ -15,14 +15,15 @@ from srlm_mega.config import Config
 from srlm_mega.errors import UserError
 from srlm_mega.training import adamw
 from srlm_mega.training.attention_sdpa import SdpaAttention
+from srlm_mega.training.attention_varlen import VarlenAttention
 from srlm_mega.training.context_parallel import ContextAttention
 from srlm_mega.training.layer_torch import torch_block
 
 APEX_KERNEL = "fused_weight_gradient_mlp_cuda"  # used where it is installed; else ours
 FP8_CAPABILITY = (8, 9)  # Ada; Hopper is (9, 0)
+FLASH_CAPABILITY = (8, 0)  # Ampere
 
-
-Attention = Literal["transformer_engine", "flash_attn", "sdpa", "sdpa_of_gathered_keys"]
+Attention = Literal["transformer_engine", "flash_attn", "torch_varlen", "sdpa", "sdpa_of_gathered_keys"]
 
 
 @dataclass(frozen=True)
@@ -77,16 +78,23 @@ def choose_backend(config: Config, device: torch.device) -> Backend:
         )
     if config.trainer.fp8 is not None:
         check_capability(torch.cuda.get_device_capability(device))
-    attention: Attention = "flash_attn" if on_cuda and config.trainer.bf16 and installed("flash_attn") else "sdpa"
-    if config.parallel.context_parallel_size > 1:
-        attention = "sdpa_of_gathered_keys"
     return Backend(
         layers="transformer_engine" if use_engine else "torch",
-        attention="transformer_engine" if use_engine else attention,
+        attention="transformer_engine" if use_engine else choose_attention(config, device),
         fuse_elementwise=on_cuda,
         # On a CPU in fp32 nothing is rounded, and runs keep their bytes: there the sum would be of other roundings.
         fuse_weight_gradients=not use_engine and (on_cuda or config.trainer.bf16),
     )
+
+
+def choose_attention(config: Config, device: torch.device) -> Attention:
+    """Return the attention of plain PyTorch layers: FlashAttention, which takes all sequences of a pack in one call,
+    where the device and the precision have it."""
+    if config.parallel.context_parallel_size > 1:
+        return "sdpa_of_gathered_keys"
+    if device.type == "cuda" and config.trainer.bf16 and torch.cuda.get_device_capability(device) >= FLASH_CAPABILITY:
+        return "flash_attn" if installed("flash_attn") else "torch_varlen"
+    return "sdpa"
 
 
 def block(backend: Backend, num_layers: int) -> TransformerBlockSubmodules:
@@ -101,6 +109,8 @@ def block(backend: Backend, num_layers: int) -> TransformerBlockSubmodules:
             from srlm_mega.training.attention_flash import FlashAttention
 
             return torch_block(num_layers, FlashAttention)
+        case "torch_varlen":
+            return torch_block(num_layers, VarlenAttention)
         case "sdpa":
             return torch_block(num_layers, SdpaAttention)
         case "sdpa_of_gathered_keys":

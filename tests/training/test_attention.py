@@ -15,12 +15,14 @@ from torch import Tensor
 from srlm_mega.checkpoints_conversion.llama import LlamaShape
 from srlm_mega.config.file import load_config
 from srlm_mega.config.training import ParallelConfig
+from srlm_mega.training import attention_varlen
 from srlm_mega.training.attention_sdpa import (
     PackedSequences,
     SdpaAttention,
     causal_attention,
     packed_causal_attention,
 )
+from srlm_mega.training.attention_varlen import VarlenAttention
 from srlm_mega.training.model import build_model, transformer_config
 from srlm_mega.training.topology import Topology
 
@@ -129,13 +131,31 @@ def flash_attention(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[SdpaAttent
     del sys.modules[module.__name__]  # whoever comes next gets the real package
 
 
-def test_flash_attention_is_called_as_it_wants(flash_attention: type[SdpaAttention]) -> None:
-    """The real package runs on CUDA only (tests/gpu); here a stand-in with its signature."""
+@pytest.fixture
+def varlen_attention(monkeypatch: pytest.MonkeyPatch) -> type[SdpaAttention]:
+    """PyTorch's operator by the names of its schema, computed by the definition in fp64."""
+
+    def operator(  # type: ignore[no-untyped-def]
+        query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, return_debug_mask, *, scale
+    ):
+        assert is_causal and dropout_p == 0.0 and scale is None and max_q == max_k == max(LENGTHS)
+        assert cum_seq_q.dtype == cum_seq_k.dtype == torch.int32
+        return one_by_one(query, key, value, cum_seq_q.diff().tolist()).float(), None, None, None, None
+
+    monkeypatch.setattr(attention_varlen, "flash_attention", operator)
+    return VarlenAttention
+
+
+def core(attention: type[SdpaAttention]) -> SdpaAttention:
+    """A core attention as Megatron builds it."""
     config = TransformerConfig(num_layers=1, hidden_size=32, num_attention_heads=4, num_query_groups=2)
-    flash, sdpa = (
-        core(config, 1, AttnMaskType.causal, "self", None, None, None).eval()
-        for core in (flash_attention, SdpaAttention)
-    )
+    return attention(config, 1, AttnMaskType.causal, "self", None, None, None).eval()
+
+
+@pytest.mark.parametrize("attention", ["flash_attention", "varlen_attention"])
+def test_flash_attention_is_called_as_it_wants(attention: str, request: pytest.FixtureRequest) -> None:
+    """The real ones run on CUDA only (tests/gpu); here stand-ins with their signatures."""
+    flash, sdpa = core(request.getfixturevalue(attention)), core(SdpaAttention)
     q, k, v = qkv(sum(LENGTHS))
     one_row = [tensor.unsqueeze(1) for tensor in (q, k, v)]
     packed = PackedSequences.of(LENGTHS)
@@ -144,3 +164,20 @@ def test_flash_attention_is_called_as_it_wants(flash_attention: type[SdpaAttenti
     )
     rows = [tensor[:24].view(12, 2, *tensor.shape[1:]) for tensor in (q, k, v)]  # [s, b, heads, d]
     torch.testing.assert_close(flash(*rows, None), sdpa(*rows, None))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_pytorchs_operator_takes_the_call_and_has_gradients(dropout: float) -> None:
+    """Without a GPU: tensors that have shapes only, by the schema and the derivative of this PyTorch."""
+    q, k, v = (tensor.detach().to("meta", torch.bfloat16).requires_grad_() for tensor in qkv(sum(LENGTHS)))
+    packed = PackedSequences.of(LENGTHS, torch.device("meta"))
+    out = core(VarlenAttention)._attend(q, k, v, packed, dropout)
+    assert (out.shape, out.dtype) == (q.shape, q.dtype)
+    assert [grad.shape for grad in torch.autograd.grad(out.sum(), (q, k, v))] == [q.shape, k.shape, v.shape]
+
+
+def test_heads_that_the_operator_refuses_go_to_sdpa() -> None:
+    """Its heads have a multiple of 8 numbers; here 6."""
+    q, k, v = (tensor[..., :6] for tensor in qkv(sum(LENGTHS)))
+    packed = PackedSequences.of(LENGTHS)
+    assert torch.equal(core(VarlenAttention)._attend(q, k, v, packed, 0.0), packed_causal_attention(q, k, v, LENGTHS))

@@ -35,7 +35,9 @@ def with_packages(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
         (ALL, CPU, "model.layer_backend=auto", "torch", "sdpa"),
         ({"flash_attn"}, CUDA, "model.layer_backend=auto", "torch", "flash_attn"),
         ({"flash_attn"}, CUDA, "trainer.bf16=false", "torch", "sdpa"),
-        (set(), CUDA, "model.layer_backend=auto", "torch", "sdpa"),
+        (set(), CUDA, "model.layer_backend=auto", "torch", "torch_varlen"),
+        (set(), CUDA, "trainer.bf16=false", "torch", "sdpa"),
+        (set(), CPU, "model.layer_backend=auto", "torch", "sdpa"),
         ({"flash_attn"}, CUDA, "parallel.context_parallel_size=2", "torch", "sdpa_of_gathered_keys"),
         (ALL, CUDA, "parallel.context_parallel_size=2", "transformer_engine", "transformer_engine"),
     ],
@@ -56,6 +58,12 @@ def test_choices(
     assert (chosen.layers, chosen.attention) == (layers, attention)
     assert chosen.fuse_weight_gradients == (layers == "torch"), "Transformer Engine's linears do it themselves"
     assert str(chosen).startswith(f"layers: {layers}; attention: {attention}; fused: ")
+
+
+def test_devices_before_ampere_have_no_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_packages(monkeypatch, "flash_attn")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert choose_backend(config(), CUDA).attention == "sdpa"
 
 
 def test_nothing_is_fused_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
