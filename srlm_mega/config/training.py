@@ -253,8 +253,8 @@ class TrainerConfig(Section, decides="output"):
     )
     recompute_granularity: Annotated[Literal["full", "selective"] | None, Decides("layout")] = Field(
         None,
-        description="Activations that the backward pass recomputes: attention's (selective), a whole layer's (full); "
-        "null: none.",
+        description="Activations that the backward pass recomputes: those inside the norms of plain PyTorch layers "
+        "(selective), a whole layer's (full); null: none.",
     )
     save_interval: Annotated[int | None, Decides("layout")] = Field(
         100, ge=1, description="Optimizer steps between checkpoints; null: only when training is asked to stop."

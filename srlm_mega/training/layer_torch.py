@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from srlm_mega.kernels.weight_gradient import add_product
 from srlm_mega.training.attention_sdpa import SdpaAttention
@@ -31,17 +32,26 @@ FUSED_NORMS = {
 
 
 class RMSNorm(nn.Module):
-    """Root mean square norm over the last dimension, computed in fp32 as Llama does."""
+    """Root mean square norm over the last dimension, computed in fp32 as Llama does.
+
+    With selective recompute its input and its output alone are kept for the backward pass: no fp32 copy of the input,
+    and no normalized values before the weight.
+    """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.recompute = eps, config.recompute_granularity == "selective"
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         # Under sequence parallelism each rank sees its part of the sequence only: Megatron sums marked gradients.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Normalize hidden states [s, b, h]."""
+        if self.recompute:
+            return checkpoint(self._normalized, hidden, use_reentrant=False, preserve_rng_state=False)
+        return self._normalized(hidden)
+
+    def _normalized(self, hidden: Tensor) -> Tensor:
         return self.weight * F.rms_norm(hidden.float(), (hidden.size(-1),), eps=self.eps).to(hidden.dtype)
 
 

@@ -135,6 +135,9 @@ def transformer_config(
         recompute_granularity=trainer.recompute_granularity,
         recompute_method="uniform" if trainer.recompute_granularity == "full" else None,
         recompute_num_layers=1 if trainer.recompute_granularity == "full" else None,
+        # Megatron's default for "selective" is the attention, of which flash attention keeps nothing to recompute, and
+        # its own recompute of norms needs Transformer Engine: RMSNorm does it.
+        recompute_modules=[],
         calculate_per_token_loss=True,  # gradients are divided by counts of the whole global batch
         # With two stages both neighbours are the same rank, and batched sends of the interleaved schedule mix them up.
         batch_p2p_comm=False,

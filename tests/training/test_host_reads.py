@@ -92,7 +92,7 @@ def test_reads_are_seen(reads: HostReads) -> None:
     assert reads.places == {wait.__qualname__: 4}
 
 
-@pytest.mark.parametrize("recompute", ["null", "full"])
+@pytest.mark.parametrize("recompute", ["null", "selective", "full"])
 def test_no_layer_and_no_loss_waits(recompute: str, reads: HostReads) -> None:
     """Every micro batch of a DPO and of an SFT step, forward and backward, with dropout."""
     config = settings(f"trainer.recompute_granularity={recompute}")
