@@ -27,8 +27,9 @@ class AdamW(torch.optim.Optimizer):
         betas: tuple[float, float],
         eps: float,
         adam_w_mode: bool,
+        capturable: bool = False,
     ) -> None:
-        assert adam_w_mode, "weight decay is decoupled"
+        assert adam_w_mode and not capturable, "weight decay is decoupled, no step is captured in a CUDA graph"
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps, "step": 0})
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
