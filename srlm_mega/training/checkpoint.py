@@ -14,6 +14,7 @@ from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
+import megatron.core
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -37,6 +38,7 @@ from srlm_mega.training.checkpoint_files import (
     remove_unfinished,
 )
 from srlm_mega.training.llama_model import unwrap
+from srlm_mega.training.megatron_version import megatron_version
 from srlm_mega.training.model import gather_weights
 from srlm_mega.training.topology import Topology
 
@@ -64,6 +66,7 @@ class Checkpoints:
     def __init__(self, folder: Path, topology: Topology, trainer: TrainerConfig) -> None:
         self._folder, self._topology, self._trainer = folder, topology, trainer
         self._saved_step = 0
+        self._version = megatron_version(megatron.core.__version__)
         self._queue = AsyncCallsQueue(persistent=False)
         self._strategy = TorchDistSaveShardedStrategy("torch_dist", 1)
 
@@ -112,7 +115,9 @@ class Checkpoints:
             "layout": self._layout(),
             "distributed_optimizer": self._topology.parallel.use_distributed_optimizer,
         }
-        request = dist_checkpointing.save(state, str(building), self._strategy, async_sharded_save=True)
+        request = dist_checkpointing.save(
+            state, str(building), self._strategy, async_sharded_save=True, **self._version.own_writer
+        )
         request.add_finalize_fn(partial(self._publish, position.step))
         if self._trainer.async_save:
             self._queue.schedule_async_request(request)
@@ -123,9 +128,15 @@ class Checkpoints:
         """Fill model, optimizer and random states from a checkpoint; return the position to resume from.
 
         In another layout no random state fits: there the streams start anew from the seed and the step. UserError for
-        the state of the other kind of optimizer: Megatron does not read one as the other.
+        the state of the other kind of optimizer, which Megatron does not read as the other, and for a checkpoint of a
+        newer megatron-core.
         """
         self._topology.beat("checkpoint", f"reading {path.name}")
+        if self._version.common_file and not (path / "common.pt").is_file():
+            raise UserError(
+                f"{path} was written by a newer megatron-core, and {megatron.core.__version__} does not read it: "
+                f"resume with the version that wrote it, or remove {path.parent} to start this stage anew"
+            )
         common = dist_checkpointing.load_common_state_dict(str(path))
         position, same_layout = Position(**common["position"]), common["layout"] == self._layout()
         if common["distributed_optimizer"] != self._topology.parallel.use_distributed_optimizer:

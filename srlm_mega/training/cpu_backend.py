@@ -2,8 +2,8 @@
 
 megatron-core allocates on CUDA by name. Shims in three places make it run on a CPU: two functions of `torch.cuda` that
 it asks for the device, the 'cuda' literals inside a short list of its functions, and the state of the CUDA random
-generator. The shims go by name, so any other version of megatron-core is refused, and a literal that is no longer
-where it was is an error.
+generator. The shims go by name, so they are for the versions of `megatron_version` only, and a literal that is no
+longer where it was is an error.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,8 +24,8 @@ from megatron.core.tensor_parallel import random as megatron_random
 from torch.distributed import ProcessGroup
 
 from srlm_mega.training.context_parallel import cp_positions
+from srlm_mega.training.megatron_version import VERSIONS, megatron_version
 
-SUPPORTED_VERSION = "0.16.1"
 CUDA_TYPES = {
     "torch.cuda.FloatTensor": "torch.FloatTensor",
     "torch.cuda.HalfTensor": "torch.HalfTensor",
@@ -88,25 +88,18 @@ class CpuRngStatesTracker(megatron_random.CudaRNGStatesTracker):  # type: ignore
 @cache
 def apply() -> None:
     """Make megatron-core run on the CPU, for the rest of this process."""
-    check_version(megatron.core.__version__)
+    version = megatron_version(megatron.core.__version__)
     for rebinding in REBINDINGS:
         rebind(rebinding)
     torch.cuda.current_device = lambda: torch.device("cpu")
     torch.cuda.synchronize = lambda device=None: None
+    if version.waits_for_stream:
+        torch.cuda.current_stream = lambda device=None: None
     torch.cuda.manual_seed = torch.manual_seed
     rotary_pos_embedding.get_pos_emb_on_this_cp_rank = _on_this_cp_rank
     megatron_random.CudaRNGStatesTracker = CpuRngStatesTracker
     megatron_random._get_cuda_rng_state = _get_rng_state
     megatron_random._set_cuda_rng_state = _set_rng_state
-
-
-def check_version(version: str) -> None:
-    """Raise ValueError for any version of megatron-core but the one that the shims were written for."""
-    if version != SUPPORTED_VERSION:
-        raise ValueError(
-            f"training on a CPU adapts megatron-core {SUPPORTED_VERSION} by name, found {version}: "
-            f"install megatron-core=={SUPPORTED_VERSION}"
-        )
 
 
 def rebind(rebinding: Rebinding) -> None:
@@ -117,7 +110,7 @@ def rebind(rebinding: Rebinding) -> None:
     if missing:
         raise ValueError(
             f"{function.__module__}.{function.__qualname__} no longer holds {', '.join(map(repr, missing))}: "
-            f"training on a CPU needs megatron-core=={SUPPORTED_VERSION} as it was released"
+            f"training on a CPU needs megatron-core {' or '.join(VERSIONS)} as it was released"
         )
     function.__code__ = code.replace(
         co_consts=tuple(_replaced(constant, rebinding.literals) for constant in code.co_consts),

@@ -44,7 +44,8 @@ def update(optimizer: ChainedOptimizer) -> float:
     A norm of NaN or inf changes nothing: neither weights nor the optimizer's state.
     """
     assert not optimizer.prepare_grads(), "without a loss scale nothing overflows here"
-    norm = float(optimizer.get_grad_norm())  # all that the host reads in an update
+    # All that the host reads in an update; a tensor with megatron-core 0.19 and Transformer Engine.
+    norm = float(optimizer.get_grad_norm())
     if math.isfinite(norm):
         for part in optimizer.chained_optimizers:
             coefficient = part.config.clip_grad / (norm + 1e-6)

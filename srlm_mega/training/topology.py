@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Literal, TypeVar, assert_never, cast
 
+import megatron.core
 import psutil
 import torch
 import torch.distributed as dist
@@ -23,6 +24,7 @@ from srlm_mega.errors import UserError
 from srlm_mega.training import cpu_backend
 from srlm_mega.training.fp8_recipe import length_multiple
 from srlm_mega.training.heartbeat import Heartbeat, Phase
+from srlm_mega.training.megatron_version import megatron_version
 from srlm_mega.training.rendezvous import rendezvous
 
 T = TypeVar("T")
@@ -196,6 +198,7 @@ def process_group(trainer: TrainerConfig) -> Iterator[torch.device]:
 
     Inside another `process_group` it changes nothing.
     """
+    megatron_version(megatron.core.__version__)
     device = choose_device(trainer.device)
     if device.type == "cpu":
         cpu_backend.apply()

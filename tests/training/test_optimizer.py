@@ -3,10 +3,11 @@
 from typing import Any
 
 import pytest
+import torch
 from recorded_rates import RecordedRates
 
 from srlm_mega.config.training import OptimizationConfig
-from srlm_mega.training.optimizer import build_scheduler
+from srlm_mega.training.optimizer import build_scheduler, update
 
 
 def rates(steps: int, **settings: Any) -> list[float]:
@@ -50,3 +51,24 @@ def test_norms_are_not_decayed() -> None:
     optimizer = RecordedRates()
     build_scheduler(optimizer, OptimizationConfig(train_iters=2, lr=1, min_lr=0, weight_decay=0.1), 2)
     assert optimizer.param_groups[0]["weight_decay"] == 0.0
+
+
+class FusedNorm:
+    """What megatron-core 0.19 gives with Transformer Engine: a norm that is still a tensor."""
+
+    chained_optimizers = ()
+
+    def prepare_grads(self) -> bool:
+        return False
+
+    def get_grad_norm(self) -> torch.Tensor:
+        return torch.tensor([2.0])
+
+    def step_with_ready_grads(self) -> bool:
+        return True
+
+
+def test_the_norm_of_an_update_is_a_number() -> None:
+    """It goes into metrics.jsonl."""
+    norm = update(FusedNorm())
+    assert type(norm) is float and norm == 2.0
