@@ -10,7 +10,8 @@ from srlm_mega.config.file import load_config
 from srlm_mega.config.training import DpoConfig, ParallelConfig, TrainerConfig
 from srlm_mega.gpus import peak_tflops
 from srlm_mega.kernels import reference
-from srlm_mega.training.backend import Backend, block, choose_backend
+from srlm_mega.tools.planner.training_steps import scales_whole_tensors
+from srlm_mega.training.backend import Backend, block, check_capability, choose_backend
 from srlm_mega.training.dpo import loss_without_margin
 from srlm_mega.training.fp8_recipe import length_multiple, precision_before_training
 from srlm_mega.training.topology import choose_device
@@ -37,10 +38,12 @@ def reference_loss() -> None:
         lambda: choose_backend(CONFIG, torch.device("cpu")),
         lambda: length_multiple(FP8, ParallelConfig()),
         lambda: precision_before_training([], FP8),
+        lambda: check_capability((9, 0), FP8.fp8_recipe),
+        lambda: scales_whole_tensors(FP8.fp8_recipe),
         lambda: peak_tflops("NVIDIA H200", "kto"),  # type: ignore[arg-type]
         lambda: choose_device("kto"),  # type: ignore[arg-type]
     ],
-    ids=["loss", "first loss", "attention", "layers", "multiple", "reference", "precision", "device"],
+    ids=["loss", "first loss", "attention", "layers", "multiple", "reference", "capability", "casts", "peak", "device"],
 )
 def test_an_unknown_value_is_named(choose: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # where the devices end

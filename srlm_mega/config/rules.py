@@ -74,7 +74,7 @@ def precision_problems(config: "Config") -> Iterator[str]:
             f"model.layer_backend={model.layer_backend}"
         )
     if trainer.first_last_layers_bf16 and trainer.fp8_recipe == "delayed":
-        yield "first_last_layers_bf16 needs fp8_recipe tensorwise or blockwise: delayed scales all layers"
+        yield "first_last_layers_bf16 needs fp8_recipe tensorwise, blockwise or mxfp8: delayed scales all layers"
     per_stage = model.num_layers // parallel.pipeline_model_parallel_size
     in_bf16 = max(trainer.num_layers_at_start_in_bf16, trainer.num_layers_at_end_in_bf16)
     if trainer.first_last_layers_bf16 and in_bf16 > per_stage:
@@ -83,7 +83,7 @@ def precision_problems(config: "Config") -> Iterator[str]:
             f"PP {parallel.pipeline_model_parallel_size} = {per_stage}"
         )
     tp, heads = parallel.tensor_model_parallel_size, model.num_attention_heads + 2 * model.num_query_groups
-    block = 128 if trainer.fp8_recipe == "blockwise" else 16
+    block = trainer.fp8_block
     for what, size in (
         ("hidden_size", model.hidden_size),
         ("hidden_size / TP", model.hidden_size // tp),

@@ -2,7 +2,7 @@
 
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, assert_never
 
 from pydantic import Field, ModelWrapValidatorHandler, model_validator
 
@@ -12,6 +12,7 @@ from srlm_mega.config.outside_models import absence, local_folder, shape_in
 from srlm_mega.config.section import Decides, Section
 
 Precision = Literal["fp32", "bf16", "fp8"]
+Fp8Recipe = Literal["delayed", "tensorwise", "blockwise", "mxfp8"]
 SHAPE_KEYS = {one.name for one in fields(LlamaShape)}
 NUMBERS = SHAPE_KEYS - {"rope_scaling"}  # of which null is no value
 FROM_FOLDER: Any = None  # the default of a number that the model's folder says, and that must be given without one
@@ -234,8 +235,9 @@ class TrainerConfig(Section, decides="output"):
     )
     bf16: bool = Field(False, description="bf16 compute with fp32 main gradients and master weights; false: fp32.")
     fp8: Literal["hybrid", "e4m3"] | None = Field(None, description="Format of FP8 products (Transformer Engine).")
-    fp8_recipe: Literal["delayed", "tensorwise", "blockwise"] = Field(
-        "tensorwise", description="Scaling of FP8; delayed: by past passes, with the first one unscaled."
+    fp8_recipe: Fp8Recipe = Field(
+        "tensorwise",
+        description="Scaling of FP8; delayed: by past passes, with the first one unscaled; mxfp8: Blackwell only.",
     )
     fp8_amax_history_len: int = Field(1024, ge=1, description="Passes whose largest value sets a delayed scale.")
     first_last_layers_bf16: bool = Field(False, description="Keep the first and last layers out of FP8.")
@@ -284,6 +286,19 @@ class TrainerConfig(Section, decides="output"):
         if self.fp8 is not None:
             return "fp8"
         return "bf16" if self.bf16 else "fp32"
+
+    @property
+    def fp8_block(self) -> int:
+        """What both sizes of a matrix must be a multiple of for FP8 products: values that share a scale, or 16."""
+        match self.fp8_recipe:
+            case "blockwise":
+                return 128
+            case "mxfp8":
+                return 32
+            case "delayed" | "tensorwise":
+                return 16
+            case _:
+                assert_never(self.fp8_recipe)
 
 
 class TrackingConfig(Section, decides="nothing"):

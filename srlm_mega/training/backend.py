@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from torch import nn
 
 from srlm_mega.config import Config
+from srlm_mega.config.training import Fp8Recipe
 from srlm_mega.errors import UserError
 from srlm_mega.training import adamw
 from srlm_mega.training.attention_sdpa import SdpaAttention
@@ -20,7 +21,6 @@ from srlm_mega.training.context_parallel import ContextAttention
 from srlm_mega.training.layer_torch import torch_block
 
 APEX_KERNEL = "fused_weight_gradient_mlp_cuda"  # used where it is installed; else ours
-FP8_CAPABILITY = (8, 9)  # Ada; Hopper is (9, 0)
 FLASH_CAPABILITY = (8, 0)  # Ampere
 
 Attention = Literal["transformer_engine", "flash_attn", "torch_varlen", "sdpa", "sdpa_of_gathered_keys"]
@@ -77,7 +77,7 @@ def choose_backend(config: Config, device: torch.device) -> Backend:
             "transformer-engine[pytorch] there, or use model.layer_backend=torch without trainer.fp8"
         )
     if config.trainer.fp8 is not None:
-        check_capability(torch.cuda.get_device_capability(device))
+        check_capability(torch.cuda.get_device_capability(device), config.trainer.fp8_recipe)
     return Backend(
         layers="transformer_engine" if use_engine else "torch",
         attention="transformer_engine" if use_engine else choose_attention(config, device),
@@ -132,10 +132,20 @@ def installed(package: str) -> bool:
     return find_spec(package) is not None
 
 
-def check_capability(found: tuple[int, int]) -> None:
-    """Raise UserError on a device of this compute capability if it has no FP8 matrix products."""
-    if found < FP8_CAPABILITY:
+def check_capability(found: tuple[int, int], recipe: Fp8Recipe) -> None:
+    """Raise UserError on a device of this compute capability if Transformer Engine refuses the FP8 recipe there."""
+    match recipe:
+        case "delayed" | "tensorwise":
+            least, below, range_ = (8, 9), (99, 0), "8.9 or more (Ada, Hopper, Blackwell)"
+        case "blockwise":
+            least, below, range_ = (9, 0), (99, 0), "9.0 or more (Hopper, Blackwell)"
+        case "mxfp8":
+            least, below, range_ = (10, 0), (12, 0), "10.0 to 11.x (Blackwell: B200, B300)"
+        case _:
+            assert_never(recipe)
+    if not least <= found < below:
+        instead = "fp8_recipe=tensorwise" if found >= (8, 9) else "fp8=null"
         raise UserError(
-            f"trainer.fp8 needs compute capability {FP8_CAPABILITY[0]}.{FP8_CAPABILITY[1]} (Ada, Hopper), "
-            f"this device has {found[0]}.{found[1]}: set trainer.fp8=null"
+            f"trainer.fp8 with fp8_recipe={recipe} needs compute capability {range_}, this device has "
+            f"{found[0]}.{found[1]}: set trainer.{instead}"
         )

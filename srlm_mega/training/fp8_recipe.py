@@ -25,20 +25,13 @@ def fp8_settings(trainer: TrainerConfig) -> dict[str, Any]:
 def length_multiple(trainer: TrainerConfig, parallel: ParallelConfig) -> int:
     """Return what the number of input positions of a forward pass must be a multiple of; 1 without FP8.
 
-    Matrix products over positions (the weights' gradients) take multiples of 16 on each tensor-parallel rank's part
-    of the sequence, those with blockwise scales multiples of their block of 128.
+    Matrix products over positions (the weights' gradients) take multiples of `fp8_block` on each tensor-parallel rank's
+    part of the sequence.
     """
     if trainer.fp8 is None:
         return 1
-    match trainer.fp8_recipe:
-        case "blockwise":
-            block = 128
-        case "delayed" | "tensorwise":
-            block = 16
-        case _:
-            assert_never(trainer.fp8_recipe)
     parts = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-    return block * parts * parallel.context_parallel_size
+    return trainer.fp8_block * parts * parallel.context_parallel_size
 
 
 def precision_before_training(model: Sequence[MegatronModule], trainer: TrainerConfig) -> AbstractContextManager[None]:
@@ -46,7 +39,7 @@ def precision_before_training(model: Sequence[MegatronModule], trainer: TrainerC
     match trainer.fp8_recipe:
         case "delayed":
             return without_fp8(model)
-        case "tensorwise" | "blockwise":
+        case "tensorwise" | "blockwise" | "mxfp8":
             return nullcontext()
         case _:
             assert_never(trainer.fp8_recipe)

@@ -1,12 +1,14 @@
 """Which implementation runs the layers, on machines with and without the packages; FP8's rules."""
 
+from typing import get_args
+
 import pytest
 import torch
 from places import CONFIGS
 
 from srlm_mega.config import Config
 from srlm_mega.config.file import load_config
-from srlm_mega.config.training import ParallelConfig, TrainerConfig
+from srlm_mega.config.training import Fp8Recipe, ParallelConfig, TrainerConfig
 from srlm_mega.errors import UserError
 from srlm_mega.training import backend
 from srlm_mega.training.attention_sdpa import SdpaAttention
@@ -100,9 +102,36 @@ def test_what_cannot_be_had_is_refused(
 
 
 def test_fp8_needs_a_device_that_has_it() -> None:
-    check_capability((8, 9))
+    check_capability((8, 9), "tensorwise")
     with pytest.raises(UserError, match=r"this device has 8\.0"):
-        check_capability((8, 0))
+        check_capability((8, 0), "tensorwise")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "device", "remedy"),
+    [
+        ("delayed", (8, 6), "trainer.fp8=null"),
+        ("blockwise", (8, 9), "trainer.fp8_recipe=tensorwise"),
+        ("mxfp8", (8, 0), "trainer.fp8=null"),
+        ("mxfp8", (9, 0), "trainer.fp8_recipe=tensorwise"),
+        ("mxfp8", (12, 0), "trainer.fp8_recipe=tensorwise"),
+    ],
+)
+def test_recipes_are_refused_where_transformer_engine_refuses_them(
+    recipe: Fp8Recipe, device: tuple[int, int], remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One message, with the recipe, the device and the way out, as soon as the layers are chosen."""
+    with_packages(monkeypatch, *ALL)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: device)
+    with pytest.raises(UserError, match=rf"fp8_recipe={recipe} needs .*has {device[0]}\.{device[1]}: set {remedy}$"):
+        choose_backend(config(f"trainer.fp8_recipe={recipe}", "trainer.fp8=e4m3", "model.ffn_hidden_size=16384"), CUDA)
+
+
+def test_recipes_of_blackwell() -> None:
+    """B200 (10.0) and B300 (10.3) take all of them."""
+    for recipe in get_args(Fp8Recipe):
+        check_capability((10, 0), recipe)
+        check_capability((10, 3), recipe)
 
 
 @pytest.mark.parametrize(
@@ -119,6 +148,11 @@ def test_fp8_needs_a_device_that_has_it() -> None:
         (["trainer.fp8_shadow_interval=10"], "set trainer.fp8 too"),
         # 11008 / 4 = 2752 = 21 * 128 + 64
         (["trainer.fp8=hybrid", "trainer.fp8_recipe=blockwise"], "multiples of 128: ffn_hidden_size / TP is 2752"),
+        # 11072 / 4 = 2768 = 86 * 32 + 16
+        (
+            ["trainer.fp8=hybrid", "trainer.fp8_recipe=mxfp8", "model.ffn_hidden_size=11072"],
+            "multiples of 32: ffn_hidden_size / TP is 2768",
+        ),
         (
             ["trainer.fp8=e4m3", "trainer.fp8_recipe=tensorwise", "trainer.first_last_layers_bf16=true",
              "trainer.num_layers_at_end_in_bf16=33"],
@@ -140,16 +174,19 @@ def test_settings_that_contradict_each_other(overrides: list[str], said: str) ->
 def test_settings_that_agree() -> None:
     config("trainer.fp8=hybrid", "trainer.fp8_shadow_interval=10")
     config("trainer.fp8=hybrid", "trainer.fp8_recipe=tensorwise", "trainer.first_last_layers_bf16=true")
+    config("trainer.fp8=hybrid", "trainer.fp8_recipe=mxfp8", "trainer.first_last_layers_bf16=true")
     config("parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=false")
 
 
 def test_lengths_that_fp8_takes() -> None:
-    """16 positions on each rank, blockwise 128; TP splits the sequence only with sequence parallelism."""
+    """16 positions on each rank, mxfp8 32, blockwise 128; TP splits the sequence only with sequence parallelism."""
     four = ParallelConfig(tensor_model_parallel_size=4)
     assert length_multiple(TrainerConfig(), four) == 1
     assert length_multiple(TrainerConfig(fp8="hybrid"), four) == 16
     assert length_multiple(TrainerConfig(fp8="hybrid"), four.model_copy(update={"sequence_parallel": True})) == 64
     assert length_multiple(TrainerConfig(fp8="hybrid", fp8_recipe="blockwise"), four) == 128
+    assert length_multiple(TrainerConfig(fp8="hybrid", fp8_recipe="mxfp8"), four) == 32
+    assert length_multiple(TrainerConfig(fp8="e4m3", fp8_recipe="mxfp8"), ParallelConfig(context_parallel_size=2)) == 64
 
 
 def test_names_of_fused_norms() -> None:

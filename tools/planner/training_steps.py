@@ -1,10 +1,11 @@
 """A configuration's training stages as jobs of the planner, and the seconds of their steps."""
 
 from dataclasses import dataclass, replace
+from typing import assert_never
 
 from srlm_mega.config import Config
 from srlm_mega.config.model_sizes import flops_per_token
-from srlm_mega.config.training import DpoConfig, OptimizationConfig
+from srlm_mega.config.training import DpoConfig, Fp8Recipe, OptimizationConfig
 from srlm_mega.gpus import GpuModel
 from srlm_mega.tools.planner.job import Job, ParallelLayout, Stack
 from srlm_mega.tools.planner.step_time import FITTED, NAMES, Quantities, step_parts
@@ -85,12 +86,23 @@ def training_job(
         length,
         config.trainer.recompute_granularity or "none",
         OURS,
-        current_scaling=config.trainer.fp8_recipe != "delayed",
+        current_scaling=scales_whole_tensors(config.trainer.fp8_recipe),
         attended_length=None if packed is None else mean,
         head_rows=lengths.response / lengths.sequence * filled,
         fused_layers=config.model.layer_backend != "torch" and config.trainer.device != "cpu",
         fused_head=True,
     )
+
+
+def scales_whole_tensors(recipe: Fp8Recipe) -> bool:
+    """Tell whether a cast to FP8 reads the whole tensor for its scale first; a block's scale comes with the cast."""
+    match recipe:
+        case "tensorwise":
+            return True
+        case "delayed" | "blockwise" | "mxfp8":
+            return False
+        case _:
+            assert_never(recipe)
 
 
 def whole_micro_batches(rows: float, micro_batch: int, layout: ParallelLayout) -> int:
