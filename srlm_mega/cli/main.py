@@ -13,6 +13,7 @@ from srlm_mega.cli.doctor import doctor, preflight
 from srlm_mega.cli.evaluate import evaluate_app, export_app
 from srlm_mega.cli.launch import launch_app
 from srlm_mega.cli.planner import plan
+from srlm_mega.cli.rehearse import rehearse, rehearse_rank
 from srlm_mega.cli.run import compare_checkpoints, replica, run, stage
 from srlm_mega.cli.show import compare, report, show_app, status
 from srlm_mega.errors import (
@@ -47,6 +48,7 @@ app.add_typer(export_app, name="export")
 app.command()(convert)
 app.add_typer(engine_app, name="engine")
 app.command(context_settings=OVERRIDES)(plan)
+app.command(context_settings=OVERRIDES)(rehearse)
 app.add_typer(launch_app, name="launch")
 launch_app.command(context_settings=OVERRIDES)(preflight)
 app.command()(doctor)
@@ -55,6 +57,7 @@ app.add_typer(bench_app, name="bench")
 app.command()(stage)
 app.command(hidden=True)(replica)
 app.command(hidden=True)(compare_checkpoints)
+app.command(hidden=True, context_settings=OVERRIDES)(rehearse_rank)
 
 
 def main() -> None:

@@ -109,7 +109,7 @@ class Checkpoints:
             building.mkdir(parents=True)
         self._topology.barrier()
         gather_weights(model)
-        state = self._state(model, optimizer, is_loading=False, random_states=True)
+        state = self.sharded_state(model, optimizer)
         state |= {
             "position": asdict(position),
             "layout": self._layout(),
@@ -144,7 +144,7 @@ class Checkpoints:
                 f"{path} was written with parallel.use_distributed_optimizer={common['distributed_optimizer']}: resume "
                 f"with the same value, which any layout can, or remove {path.parent} to start this stage anew"
             )
-        state = self._state(model, optimizer, is_loading=True, random_states=same_layout)
+        state = self.sharded_state(model, optimizer, is_loading=True, random_states=same_layout)
         loaded = dist_checkpointing.load(state, str(path))
         for number, chunk in enumerate(model):
             unwrap(chunk).load_state_dict(loaded[f"model{number}"])
@@ -156,9 +156,14 @@ class Checkpoints:
         self._saved_step = position.step
         return position
 
-    def _state(
-        self, model: Sequence[MegatronModule], optimizer: ChainedOptimizer, is_loading: bool, random_states: bool
+    def sharded_state(
+        self,
+        model: Sequence[MegatronModule],
+        optimizer: ChainedOptimizer,
+        is_loading: bool = False,
+        random_states: bool = True,
     ) -> dict[str, Any]:
+        """Return what a checkpoint has of this rank in Megatron's form, to be written or, `is_loading`, filled."""
         metadata = dict(METADATA)  # Megatron adds the groups of this topology
         state = {
             f"model{number}": unwrap(chunk).sharded_state_dict(metadata=metadata) for number, chunk in enumerate(model)

@@ -43,11 +43,15 @@ def own_placements(shape: LlamaShape, topology: Topology) -> list[Placement]:
 
 def check_memory(shape: LlamaShape, config: Config, topology: Topology) -> None:
     """Raise UserError, with the arithmetic, when the largest pipeline stage's training state does not fit a process."""
+    memory_budget(shape, config, topology).check(topology.memory_bytes, str(topology.device))
+
+
+def memory_budget(shape: LlamaShape, config: Config, topology: Topology) -> MemoryBudget:
+    """Return the training state of the largest pipeline stage. UserError when the model cannot be split this way."""
     sizes = [num_parameters(shape, part) for part in all_placements(shape, topology) if part.tp_rank == 0]
     largest = max(sum(sizes[stage :: topology.pp_size]) for stage in range(topology.pp_size))
     sharded = topology.parallel.use_distributed_optimizer
-    budget = MemoryBudget(largest, config.trainer.bf16, topology.dp_size * topology.cp_size if sharded else 1)
-    budget.check(topology.memory_bytes, str(topology.device))
+    return MemoryBudget(largest, config.trainer.bf16, topology.dp_size * topology.cp_size if sharded else 1)
 
 
 @dataclass
@@ -99,16 +103,20 @@ def check_rope_scaling(shape: LlamaShape) -> None:
 
 
 def transformer_config(
-    shape: LlamaShape, section: OptimizationConfig, config: Config, topology: Topology
+    shape: LlamaShape,
+    section: OptimizationConfig,
+    config: Config,
+    topology: Topology,
+    backend: Backend | None = None,
 ) -> LlamaConfig:
-    """Return Megatron's configuration of Llama's architecture.
+    """Return Megatron's configuration of Llama's architecture; `backend` None: as chosen for this device.
 
     `hidden_dropout` acts on the embeddings and on what each attention and MLP adds to the residual stream,
     `attention_dropout` on the attention probabilities. Llama 2 itself was published without them.
     """
     parallel, trainer = topology.parallel, config.trainer
     dtype = torch.bfloat16 if trainer.bf16 else torch.float32
-    backend = choose_backend(config, topology.device)
+    backend = backend or choose_backend(config, topology.device)
     return LlamaConfig(
         backend=backend,
         num_layers=shape.num_layers,

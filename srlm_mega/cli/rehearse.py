@@ -1,0 +1,47 @@
+"""`srlm rehearse`, and the command that it starts for every rank."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from srlm_mega.cli.arguments import ConfigFile, Overrides
+from srlm_mega.errors import UserError
+
+GpuKind = Annotated[str, typer.Option(help="Kind of GPU: a100, h100, h200, b200, ...")]
+
+
+def rehearse(
+    config_file: ConfigFile,
+    overrides: Overrides = None,
+    ranks: Annotated[
+        str | None, typer.Option(metavar="0,16,63", help="Ranks to rehearse; default: those that differ.")
+    ] = None,
+    all_stages: Annotated[bool, typer.Option("--all", help="Rehearse every pipeline stage.")] = False,
+    gpu: GpuKind = "h100",
+    json: Annotated[Path | None, typer.Option(help="Write everything to this file.")] = None,
+) -> None:
+    """Take the steps of a training job on this machine, rank by rank, with tensors that have no contents. Says whether
+    every rank builds, steps and fits, what holds its memory, what it sends, and where the host waits. Needs no GPU.
+    Exit code 2 where a rank fails or does not fit."""
+    from srlm_mega.tools.rehearsal.rehearse_command import RehearsalRequest, run
+
+    request = RehearsalRequest(config_file, tuple(overrides or ()), gpu, rank_numbers(ranks), all_stages)
+    raise typer.Exit(run(request, json))
+
+
+def rehearse_rank(
+    config_file: ConfigFile, rank: int, out: Path, overrides: Overrides = None, gpu: GpuKind = "h100"
+) -> None:
+    """Rehearse one rank in this process. `srlm rehearse` starts it."""
+    from srlm_mega.tools.rehearsal.rehearse_command import write_rank
+
+    write_rank(config_file, overrides or [], rank, gpu, out)
+
+
+def rank_numbers(text: str | None) -> tuple[int, ...]:
+    """Return the ranks in a list such as 0,16,63. UserError for anything else."""
+    words = [] if text is None else text.split(",")
+    if not all(word.strip().isdigit() for word in words):
+        raise UserError(f"--ranks {text}: give numbers with commas between them, such as 0,16,63")
+    return tuple(map(int, words))

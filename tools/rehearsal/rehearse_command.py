@@ -1,0 +1,89 @@
+"""`srlm rehearse`: a process for every rank that differs, and what they found out."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import psutil
+
+from srlm_mega.config import Config
+from srlm_mega.config.file import load_config
+from srlm_mega.config.model_sizes import GIB
+from srlm_mega.errors import USER_ERROR, UserError
+from srlm_mega.gpus import find_gpu
+from srlm_mega.launch.child_process import environment
+from srlm_mega.launch.cores import usable_cores
+from srlm_mega.tools.planner.memory import stage_memory
+from srlm_mega.tools.planner.training_steps import Lengths, layout_of, memory_job, training_job
+from srlm_mega.tools.rehearsal.rank_places import distinct_ranks, place_of
+from srlm_mega.tools.rehearsal.rehearsal_record import RankRecord
+from srlm_mega.tools.rehearsal.rehearsal_table import Rehearsed, rehearsal_json, rehearsal_text
+
+PROCESS_BYTES = GIB  # of a rank's process here
+
+
+@dataclass(frozen=True)
+class RehearsalRequest:
+    """The options of the command."""
+
+    config_file: Path
+    overrides: tuple[str, ...]
+    gpu: str
+    ranks: tuple[int, ...]
+    all_stages: bool
+
+
+def rehearse(request: RehearsalRequest) -> Rehearsed:
+    """Rehearse the ranks that are asked for, or those that stand for all. UserError for ranks that there are not."""
+    config = load_config(request.config_file, request.overrides)
+    ranks = request.ranks or tuple(distinct_ranks(config, request.all_stages))
+    wrong = [rank for rank in ranks if not 0 <= rank < config.world_size]
+    if wrong:
+        raise UserError(f"--ranks {wrong[0]}: the layout has ranks 0 to {config.world_size - 1}")
+    gpu = find_gpu(request.gpu)
+    at_once = max(1, min(len(ranks), usable_cores(), psutil.virtual_memory().available // PROCESS_BYTES))
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(at_once) as pool:
+        records = list(pool.map(partial(in_own_process, request, config, Path(folder)), ranks))
+    job = memory_job(config, training_job(config, config.dpo, layout_of(config), gpu, Lengths()))
+    return Rehearsed(config, gpu if config.trainer.device != "cpu" else None, records, stage_memory(job))
+
+
+def in_own_process(request: RehearsalRequest, config: Config, folder: Path, rank: int) -> RankRecord:
+    """Rehearse a rank in a process of its own. Its record has the end of its output where it crashed."""
+    out = folder / f"{rank}.json"
+    srlm = Path(sys.executable).parent / "srlm"
+    argv = [srlm, "rehearse-rank", request.config_file, str(rank), out, *request.overrides, "--gpu", request.gpu]
+    settings = environment(os.environ, threads=1, cpu=True)
+    done = subprocess.run(argv, env=settings, capture_output=True, text=True, check=False)
+    if out.is_file():
+        return RankRecord.from_json(json.loads(out.read_text()))
+    ending = "\n".join(done.stderr.strip().splitlines()[-12:])
+    return RankRecord.failed(rank, place_of(config, rank), ending or f"exit code {done.returncode}", 0.0)
+
+
+def write_rank(config_file: Path, overrides: Sequence[str], rank: int, gpu: str, out: Path) -> None:
+    """Rehearse one rank in this process, and write its record."""
+    from srlm_mega.tools.rehearsal.rehearsed_rank import rehearse_rank
+
+    config = load_config(config_file, overrides)
+    try:
+        record = rehearse_rank(config, rank, find_gpu(gpu))
+    except UserError as error:
+        record = RankRecord.failed(rank, place_of(config, rank), str(error), 0.0)
+    out.write_text(json.dumps(asdict(record)))
+
+
+def run(request: RehearsalRequest, json_file: Path | None) -> int:
+    """Rehearse, print, write the JSON file; return the exit code: 2 where a rank fails or does not fit."""
+    rehearsed = rehearse(request)
+    print(rehearsal_text(rehearsed))
+    if json_file is not None:
+        json_file.write_text(json.dumps(rehearsal_json(rehearsed), indent=1))
+    return 0 if rehearsed.succeeds else USER_ERROR

@@ -1,0 +1,227 @@
+"""One rank of a job, in this process, on tensors without contents: the trainer's own code from groups to checkpoint."""
+
+import math
+import resource
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.transformer.module import MegatronModule
+from torch.utils._pytree import tree_leaves
+
+from srlm_mega.checkpoints_conversion.llama import Layout
+from srlm_mega.checkpoints_conversion.megatron import held_tensors
+from srlm_mega.config import Config
+from srlm_mega.config.model_sizes import weight_bytes
+from srlm_mega.gpus import GpuModel
+from srlm_mega.tools.rehearsal.cuda_road import cuda_road
+from srlm_mega.tools.rehearsal.fake_tensors import FakeRank, fake_process_group, without_contents
+from srlm_mega.tools.rehearsal.longest_batches import longest_pairs, longest_sequences, no_reference
+from srlm_mega.tools.rehearsal.rehearsal_record import LayoutPlace, RankRecord
+from srlm_mega.tools.rehearsal.watch import StepWatch
+from srlm_mega.training.backend import choose_backend
+from srlm_mega.training.checkpoint import Checkpoints
+from srlm_mega.training.dpo import DpoObjective
+from srlm_mega.training.model import (
+    LlamaConfig,
+    build_model,
+    check_memory,
+    memory_budget,
+    own_placements,
+    transformer_config,
+)
+from srlm_mega.training.schedule import Step, forward
+from srlm_mega.training.sft import SftObjective
+from srlm_mega.training.topology import Topology
+from srlm_mega.training.trainer import Objective, Trainer
+
+FORWARD_ONLY = 2  # micro batches of a pass that keeps nothing for the next
+LATER_STEP = 2  # the first step's loss would be compared with ln 2
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What a rank needs for its steps: real batches, made before tensors lose their contents."""
+
+    config: Config
+    topology: Topology
+    model_config: LlamaConfig
+    sft: tuple[Objective, Step]
+    dpo: tuple[Objective, Step]
+
+    @classmethod
+    def prepare(cls, config: Config, topology: Topology, gpu: GpuModel) -> "Rehearsal":
+        """Check what the trainer checks before it loads a model, and make the batches. UserError where it would
+        refuse."""
+        shape = config.model.shape
+        if on_cuda(config):
+            memory_budget(shape, config, topology).check(int(gpu.memory_bytes), gpu.name)
+        else:
+            check_memory(shape, config, topology)
+        backend = choose_backend(config, torch.device("cuda" if on_cuda(config) else "cpu"))
+        model_config = transformer_config(shape, config.dpo, config, topology, backend)
+        pairs, vocab_size = longest_pairs(config), shape.vocab_size
+        sequences = longest_sequences(config, config.sft, config.sft.global_batch_size, 1)
+        sft = SftObjective(sequences, config.sft, topology, vocab_size)
+        dpo = DpoObjective(pairs, no_reference(pairs), config.dpo, topology, vocab_size, tolerance=None)
+        return cls(
+            config, topology, model_config, *((each, each.prepare(range(len(each.items)))) for each in (sft, dpo))
+        )
+
+    def run(self, watch: StepWatch, fake_rank: FakeRank, checkpoints: Checkpoints) -> "RankState":
+        """Build, compute a reference, take an SFT and a DPO step, gather a checkpoint."""
+        shape, topology = self.config.model.shape, self.topology
+        with watch.phase("build", "weights"):
+            chunks = build_model(self.model_config, shape, topology)
+        with watch.phase("reference"):
+            for chunk in chunks:
+                chunk.eval()
+            micro_batches = fake_rank.fake(list(self.dpo[1].micro_batches[:FORWARD_ONLY]))
+            forward(chunks, [micro_batch.batch for micro_batch in micro_batches])
+        with watch.phase("optimizer", "optimizer"):
+            trainer = Trainer.around(chunks, self.model_config, topology, self.config, self.config.dpo, shape, 100)
+        name_buffers(watch, trainer.model)
+        for chunk in trainer.model:
+            chunk.train()
+        state_bytes = watch.now
+        finalize = self.model_config.finalize_model_grads_func
+
+        def once(*arguments: Any, **settings: Any) -> None:
+            watch.ends_repetition()
+            finalize(*arguments, **settings)
+
+        self.model_config.finalize_model_grads_func = once
+        for name, (objective, step) in {"SFT step": self.sft, "DPO step": self.dpo}.items():
+            part = step.micro_batches[: self.full_pipeline]
+            with watch.phase(name, times=len(step.micro_batches) / len(part)):
+                trainer.step(objective, fake_rank.fake(replace(step, micro_batches=part)), LATER_STEP)
+        with watch.phase("checkpoint", "temporaries"):
+            state = checkpoints.sharded_state(trainer.model, trainer.optimizer)
+        parameters = sum(parameter.numel() for chunk in trainer.model for parameter in chunk.parameters())
+        return RankState(parameters, state_bytes, written_bytes(state))
+
+    @property
+    def full_pipeline(self) -> int:
+        """Micro batches after which every further one repeats the last: memory is that of a full pipeline, and one of
+        them has ended."""
+        stages = self.topology.pp_size
+        return 2 * stages if self.config.parallel.virtual_pipeline_model_parallel_size else stages + 1
+
+    def exported(self) -> list[int]:
+        """Return the bytes of each tensor, or part of one, that this rank gives to the Hugging Face folder."""
+        topology, shape = self.topology, self.config.model.shape
+        if topology.dp_rank > 0 or topology.cp_rank > 0:
+            return []
+        sizes = []
+        for placement in own_placements(shape, topology):
+            for held in held_tensors(shape, placement):
+                if held.name == "output_layer.weight" and shape.tie_word_embeddings:
+                    continue
+                whole = held.layout is Layout.REPLICATED
+                if not whole or topology.tp_rank == 0:
+                    ranks = 1 if whole else topology.tp_size
+                    sizes += [math.prod(size) // ranks for size in held.parts.values()]
+        return [size * weight_bytes(self.config.trainer.bf16) for size in sizes]
+
+
+@dataclass(frozen=True)
+class RankState:
+    """A rank's parameters, the bytes of weights, gradients and optimizer state, and those that a checkpoint writes."""
+
+    parameters: int
+    state_bytes: int
+    checkpoint_bytes: int
+
+
+def rehearse_rank(config: Config, rank: int, gpu: GpuModel) -> RankRecord:
+    """Rehearse one rank. UserError where the job would refuse the layout, in the same words."""
+    started = time.perf_counter()
+    trainer = config.trainer.model_copy(update={"device": "cpu"})
+    with (
+        fake_process_group(rank, config.world_size),
+        Topology.start(config.parallel, trainer, config.run.seed) as topology,
+    ):
+        rehearsal = Rehearsal.prepare(config, topology, gpu)
+        watch = StepWatch(partial(axis_of, topology))
+        checkpoints = Checkpoints(Path("rehearsal"), topology, trainer)
+        with (
+            cuda_road(watch) if on_cuda(config) else nullcontext(),
+            without_contents() as fake_rank,
+            watch,
+        ):
+            held = rehearsal.run(watch, fake_rank, checkpoints)
+        step = rehearsal.dpo[1]
+        tensors = rehearsal.exported()
+        return RankRecord(
+            rank=rank,
+            place=LayoutPlace(topology.tp_rank, topology.pp_rank, topology.dp_rank, topology.cp_rank),
+            parameters=held.parameters,
+            state_bytes=held.state_bytes,
+            phases=tuple(watch.phases()),
+            peak_bytes=watch.peak,
+            host_bytes=watch.host_peak,
+            holders=tuple(watch.holders()),
+            messages=tuple(watch.messages()),
+            host_reads=tuple(watch.host_reads()),
+            micro_batches=len(step.micro_batches),
+            positions=step.micro_batches[0].batch.tokens.numel(),
+            checkpoint_bytes=held.checkpoint_bytes,
+            export_bytes=sum(tensors),
+            export_tensors=len(tensors),
+            backend=str(rehearsal.model_config.backend),
+            seconds=time.perf_counter() - started,
+            resident_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # Linux counts in KiB
+            error=None,
+        )
+
+
+def axis_of(topology: Topology, group: dist.ProcessGroup) -> str:
+    """Return the axes along which the ranks of a group differ, such as TP or DP*CP; world for all processes.
+
+    Ranks are numbered TP, CP, DP, PP from the inside out, as Megatron does.
+    """
+    ranks = dist.get_process_group_ranks(group)
+    stride, found = 1, []
+    for axis, size in (
+        ("TP", topology.tp_size),
+        ("CP", topology.cp_size),
+        ("DP", topology.dp_size),
+        ("PP", topology.pp_size),
+    ):
+        if len({rank // stride % size for rank in ranks}) > 1:
+            found.append(axis)
+        stride *= size
+    if found == ["PP"] and len(ranks) < topology.pp_size:
+        return "embedding"
+    return "world" if len(found) > 1 and len(ranks) == topology.world_size else "*".join(found)
+
+
+def on_cuda(config: Config) -> bool:
+    """Tell whether a job trains on GPUs; `auto` is where there are some."""
+    return config.trainer.device != "cpu"
+
+
+def name_buffers(watch: StepWatch, model: Sequence[MegatronModule]) -> None:
+    """Tell weights and gradients from the optimizer's state, which is made with them."""
+    parameters = [parameter for chunk in model for parameter in chunk.parameters()]
+    watch.named([parameter.data for parameter in parameters], "weights")
+    watch.named([parameter.main_grad for parameter in parameters], "gradients")
+
+
+def written_bytes(state: object) -> int:
+    """Return the bytes of a sharded state that this rank writes: what several ranks hold, the first one writes."""
+    leaves = [leaf for leaf in tree_leaves(state) if isinstance(leaf, ShardedTensor)]
+    own = [leaf.data for leaf in leaves if is_main(leaf.replica_id) and leaf.data is not None]
+    return sum(data.numel() * data.element_size() for data in own)
+
+
+def is_main(replica: int | tuple[int, ...]) -> bool:
+    """Tell whether a tensor's replica is the one that is written."""
+    return replica == 0 if isinstance(replica, int) else not any(replica)
