@@ -1,10 +1,13 @@
-"""The environment of the processes that we start, their end with their parent, and their stacks on request."""
+"""The processes that we start: their commands, their environment, their end with their parent, and their stacks on
+request."""
 
 import ctypes
 import faulthandler
 import os
 import signal
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
 SHOW_STACKS = signal.SIGUSR2
@@ -29,6 +32,23 @@ CPU_TRAINING_SETTINGS = {
     "TORCHDYNAMO_DISABLE": "1",
     "PYTHONWARNINGS": "ignore:Transformer Engine and Apex,ignore:Apex is not installed",
 }
+
+
+def srlm_command() -> list[str]:
+    """Return how `srlm` starts with this Python: the command beside it, or, where the package is not installed and only
+    on PYTHONPATH, its module."""
+    return beside_python("srlm", "srlm_mega.cli.main")
+
+
+def torchrun_command() -> list[str]:
+    """Return how torchrun starts with this Python."""
+    return beside_python("torchrun", "torch.distributed.run")
+
+
+def beside_python(name: str, module: str) -> list[str]:
+    """Return the command of this name beside this Python, or the module where there is none."""
+    command = Path(sys.executable).parent / name
+    return [str(command)] if command.exists() else [sys.executable, "-P", "-m", module]
 
 
 def environment(inherited: Mapping[str, str], threads: int, cpu: bool) -> dict[str, str]:

@@ -14,7 +14,7 @@ from typing import Literal, assert_never
 from srlm_mega.config import Config
 from srlm_mega.config.launch import LaunchConfig
 from srlm_mega.errors import CannotContinue, UserError
-from srlm_mega.launch.child_process import announcing_its_pid
+from srlm_mega.launch.child_process import announcing_its_pid, srlm_command, torchrun_command
 from srlm_mega.run.run_dir import RunDir
 
 # A node's task of a step. What it is given: a file that all nodes must see, torchrun and its arguments. USR1 (save)
@@ -71,20 +71,19 @@ class JobStep:
 def start_ranks(config: Config, run: RunDir, name: str, arguments: Sequence[str], shared_file: Path) -> Start:
     """Return how `srlm` starts with these arguments as all ranks, which must see `shared_file`; `name` is their log's.
     CannotContinue, with the command for each node, for several nodes without Slurm; UserError when it cannot be."""
-    launch, bin_dir = config.launch, Path(sys.executable).parent
+    launch = config.launch
     match launch.launcher:
         case "torchrun":
-            argv = [str(bin_dir / "srlm"), *arguments]
+            argv = [*srlm_command(), *arguments]
             if launch.nodes > 1:
                 raise CannotContinue(by_hand(launch, name, argv))
             processes = f"--nproc-per-node={launch.processes_per_node}"
-            torchrun = [str(bin_dir / "torchrun"), "--standalone", processes, "--no-python"]
-            return Start(announcing_its_pid([*torchrun, *argv]))
+            return Start(announcing_its_pid([*torchrun_command(), "--standalone", processes, "--no-python", *argv]))
         case "slurm":
             allocation = allocation_for(launch.nodes)
             step = job_step(config, run, allocation, name)
             rendezvous = Rendezvous(step.hosts[0], port_of(allocation.job), f"{allocation.job}-{allocation.attempt}")
-            programs = None if step.container is not None else bin_dir
+            programs = None if step.container is not None else Path(sys.executable).parent
             argv = [tool(programs, "srlm"), *arguments]
             return Start(ranks_in_step(programs, argv, launch, rendezvous, step, shared_file.absolute()), step.logs)
         case other:
@@ -96,7 +95,7 @@ def start_one(config: Config, run: RunDir, name: str, arguments: Sequence[str], 
     if config.launch.launcher == "slurm" and config.launch.slurm.container is not None and not starts_steps:
         step = job_step(config, run, allocation_for(1), name)
         return Start(process_in_step(["srlm", *arguments], step), step.logs)
-    return Start([str(Path(sys.executable).parent / "srlm"), *arguments])
+    return Start([*srlm_command(), *arguments])
 
 
 def allocation_for(nodes: int) -> Allocation:

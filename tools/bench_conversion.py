@@ -25,6 +25,7 @@ from srlm_mega.checkpoints_conversion.fp8 import Amax, Quantizer, Rounding, line
 from srlm_mega.checkpoints_conversion.huggingface_files import LLAMA_IDS, plan
 from srlm_mega.checkpoints_conversion.llama import LlamaShape
 from srlm_mega.errors import UserError
+from srlm_mega.launch.child_process import srlm_command
 from srlm_mega.tools.bench_record import BenchRecord, BenchRow, make_record, make_row, markdown, write_record
 from srlm_mega.tools.bench_timing import take_turns
 
@@ -159,7 +160,7 @@ def run(root: Path, shape: LlamaShape, request: ConversionRequest) -> tuple[list
     """Return a row for each conversion, and the bytes of the model. `times_cp`: its throughput over that of `cp` with
     the same cache, the median over the repetitions, in each of which all take turns."""
     source, num_bytes = root / "model", write_synthetic(root / "model", shape)
-    srlm = [str(Path(sys.executable).parent / "srlm"), "convert"]
+    srlm = [*srlm_command(), "convert"]
     out, trtllm, nothing = root / "out", root / "trtllm", root / "none"
     copy = ["cp", "--reflink=never", "-r", str(source), str(out)]
     jobs = ["--jobs", str(request.jobs)]

@@ -114,26 +114,27 @@ def bench_sampling(
 
 def sweep_training(text: str, json: Path | None) -> None:
     """Run this command once for every value. UserError without a file for the results."""
+    from srlm_mega.launch.child_process import srlm_command
     from srlm_mega.tools.bench_record import table, without_options
     from srlm_mega.tools.bench_sweep import parse_sweep, run_sweep
 
     if json is None:
         raise UserError("--sweep needs --json FILE; tools/scripts/plot_bench.py draws it")
-    argv = [str(Path(sys.executable).parent / "srlm"), *without_options(sys.argv[1:], ("--sweep", "--json"))]
+    argv = [*srlm_command(), *without_options(sys.argv[1:], ("--sweep", "--json"))]
     print(table(run_sweep(parse_sweep(text), argv, json)))
 
 
 def start_again(config: "Config", config_file: Path) -> int:
     """Run this command with `--started` in as many processes as the layout has; return their exit code."""
     from srlm_mega.config.file import find_file
-    from srlm_mega.launch.child_process import environment
+    from srlm_mega.launch.child_process import environment, srlm_command
     from srlm_mega.launch.cores import with_cores
     from srlm_mega.launch.ranks import Start, start_ranks
     from srlm_mega.run.run_dir import RunDir
 
     config = with_cores(config, RunDir(config.run.dir))
     arguments = [*sys.argv[1:], "--started"]
-    start = Start([str(Path(sys.executable).parent / "srlm"), *arguments])
+    start = Start([*srlm_command(), *arguments])
     if config.world_size > 1:
         start = start_ranks(config, RunDir(config.run.dir), "bench", arguments, find_file(config_file))
     settings = environment(os.environ, config.training_threads, cpu=config.trainer.device == "cpu")

@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +11,7 @@ from rich.console import Console
 
 from srlm_mega.cli.arguments import ConfigFile, Overrides, RunFolder
 from srlm_mega.errors import CannotContinue
-from srlm_mega.launch.child_process import die_with
+from srlm_mega.launch.child_process import die_with, srlm_command
 
 
 def run(
@@ -74,7 +73,7 @@ def compare_checkpoints(run: RunFolder, name: str) -> None:
 
 def write_report(run: Path) -> None:
     """Run `srlm report` in a process of its own: plots need packages that the controller does without."""
-    argv = [str(Path(sys.executable).parent / "srlm"), "report", str(run)]
+    argv = [*srlm_command(), "report", str(run)]
     subprocess.run(argv, check=False, stdout=subprocess.DEVNULL, preexec_fn=partial(die_with, os.getpid()))
 
 

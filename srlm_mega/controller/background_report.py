@@ -2,12 +2,10 @@
 
 import os
 import subprocess
-import sys
 import time
 from functools import partial
-from pathlib import Path
 
-from srlm_mega.launch.child_process import die_with
+from srlm_mega.launch.child_process import die_with, srlm_command
 from srlm_mega.run.run_dir import RunDir
 
 INTERVAL_SECONDS = 60.0
@@ -32,7 +30,7 @@ class BackgroundReport:
         log_file.parent.mkdir(parents=True, exist_ok=True)
         with log_file.open("wb") as log:
             self._process = subprocess.Popen(
-                ["nice", "-n", "19", str(Path(sys.executable).parent / "srlm"), "report", str(self._run.root)],
+                ["nice", "-n", "19", *srlm_command(), "report", str(self._run.root)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -17,7 +17,7 @@ from srlm_mega.controller.loop import run_loop
 from srlm_mega.controller.stage_process import StageProcess, stage_command
 from srlm_mega.errors import CannotContinue, UserError
 from srlm_mega.launch import ranks
-from srlm_mega.launch.child_process import PARENT_PID, environment
+from srlm_mega.launch.child_process import PARENT_PID, environment, srlm_command, torchrun_command
 from srlm_mega.launch.ranks import (
     TASK,
     Allocation,
@@ -40,6 +40,18 @@ TWO_NODES = LaunchConfig(nodes=2, processes_per_node=8)
 RENDEZVOUS = Rendezvous(host="n1", port=10_005, id="5-0")
 ANNOUNCED = ["sh", "-c", f'export {PARENT_PID}=$$; exec "$@"', "sh"]
 STEP = JobStep(hosts=("n1", "n2"), logs=Path("/run/slurm/5/attempt_0/100%"), container=None, mounts=())
+
+
+def test_srlm_starts_as_a_module_where_it_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bare machine's Python, with the package on PYTHONPATH, has no commands beside it."""
+    module = [sys.executable, "-P", "-m", "srlm_mega.cli.main"]
+    done = subprocess.run([*module, "config", "show", "toy_cpu"], capture_output=True, text=True)
+    assert done.returncode == 0 and "num_layers" in done.stdout, done.stderr
+    assert srlm_command() == [str(Path(sys.executable).parent / "srlm")]
+    (tmp_path / "torchrun").touch()
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    assert srlm_command() == [str(tmp_path / "python"), "-P", "-m", "srlm_mega.cli.main"]
+    assert torchrun_command() == [str(tmp_path / "torchrun")]
 
 
 def test_static_and_c10d() -> None:
