@@ -137,7 +137,7 @@ class Bench:
         for number in range(self.request.warmup + self.request.steps):
             rate = self.trainer.optimizer.param_groups[0]["lr"]
             self.topology.barrier()
-            (step, metrics), seconds = timed(partial(self._step, number), self._clock)
+            (step, metrics), seconds = timed(partial(self.take_step, number), self.clock)
             samples.seconds.append(seconds)
             rates = self.trainer.meter.measure(step.lengths, step.num_positions, seconds)
             samples.metrics.append(rates | {"padding_fraction": step.padding_fraction})
@@ -145,7 +145,7 @@ class Bench:
                 indices = self.indices(number)
                 data = [self.pairs[index] for index in indices], [self.reference[index] for index in indices]
                 plain_step = partial(self.plain.step, *data, rate, self._plain_size(step))
-                loss, seconds = timed(plain_step, self._clock)
+                loss, seconds = timed(plain_step, self.clock)
                 samples.baseline_seconds.append(seconds)
                 samples.loss_differences.append(abs(metrics["loss"] - loss) / loss)
         return Samples(*(taken[self.request.warmup :] for taken in vars(samples).values()))
@@ -166,7 +166,8 @@ class Bench:
         mean = self.topology.sum_over_world(seconds) / self.topology.world_size
         return dict(zip(PARTS, mean.tolist(), strict=True))
 
-    def _step(self, number: int) -> tuple[Step, dict[str, float]]:
+    def take_step(self, number: int) -> tuple[Step, dict[str, float]]:
+        """Take a step, from token ids to updated weights; returns it with its metrics."""
         step = self.objective.prepare(self.indices(number))
         # Steps are counted from 2: the first loss is not ln 2, the reference being nobody's.
         return step, self.trainer.step(self.objective, step, number + 2)
@@ -176,7 +177,8 @@ class Bench:
         passes = len(step.micro_batches) * self.topology.dp_size
         return self.request.baseline_size or -(-self.section.global_batch_size // passes)
 
-    def _clock(self) -> float:
+    def clock(self) -> float:
+        """Return the time in seconds, when the GPU has done what was asked of it."""
         if self.topology.device.type == "cuda":
             torch.cuda.synchronize(self.topology.device)
         return time.perf_counter()

@@ -10,7 +10,7 @@ import typer
 
 from srlm_mega.cli.arguments import OVERRIDES, ConfigFile, Overrides, RunFolder
 from srlm_mega.config.runtime import SamplerBackend
-from srlm_mega.errors import UserError
+from srlm_mega.errors import CRASHED, UserError
 
 if TYPE_CHECKING:
     from srlm_mega.config import Config
@@ -110,6 +110,22 @@ def bench_sampling(
     from srlm_mega.tools.bench_sampling import measure
 
     measure(run, overrides or [], prompts, repetitions, batch_size or [], backend, json)
+
+
+@bench_app.command("device")
+def bench_device(
+    out: Annotated[Path, typer.Option(help="New folder for the results.")],
+    minutes: Annotated[float, typer.Option(min=0.1, help="Time for everything; later parts are left out.")] = 9.0,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Run everything tiny on the CPU; no figure counts.")] = False,
+    part: Annotated[list[str] | None, typer.Option(help="Part to run, by name; may be repeated.")] = None,
+) -> None:
+    """Measure everything that one GPU can show in a few minutes. Parts run in order of value, each with a time limit
+    of its own; what was measured is kept if the time is cut off."""
+    from srlm_mega.tools.device.parts import measure_device
+
+    summary = measure_device(minutes, out, smoke, part or [])
+    print(f"{summary.seconds:.0f} s; results and logs are in {out}")
+    raise typer.Exit(CRASHED if any(result.failed for result in summary.parts) else 0)
 
 
 def sweep_training(text: str, json: Path | None) -> None:

@@ -1,0 +1,49 @@
+"""`srlm bench device`: the demo's loop at small size on the GPU, with the `huggingface` sampler; seconds and rates of
+each stage. Trainer and sampler share the one device."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from srlm_mega.config.file import load_config
+from srlm_mega.launch.child_process import srlm_command
+from srlm_mega.report.costs import stage_costs
+from srlm_mega.run.run_dir import RunDir
+from srlm_mega.tools.bench_kernels import find_device
+from srlm_mega.tools.bench_record import make_record, make_row, table, write_record
+from srlm_mega.tools.device.stream_time import gpu_name
+
+SMALL = [
+    "run.rounds=1", "parallel.pipeline_model_parallel_size=1", "launch.processes_per_node=1",
+    "seed_data.num_documents=3000", "seed_data.num_ift=200", "seed_data.num_eft=200", "seed_data.num_eft_eval=80",
+    "seed_data.num_validation=40", "prompts.per_round=40", "dpo.global_batch_size=8", "evaluation.judge_replicates=1",
+]  # fmt: skip
+ON_GPU = ["trainer.device=cuda", "trainer.bf16=true", "sampler.device=cuda", "pretrain.train_iters=120",
+          "sft.train_iters=60", "dpo.train_iters=6"]  # fmt: skip
+SMOKE = ["pretrain.train_iters=120", "sft.train_iters=60", "dpo.train_iters=2"]  # fewer, and no judgement is readable
+
+
+def main(
+    folder: Annotated[Path, typer.Argument(help="The run's folder.")],
+    json: Annotated[Path, typer.Option(help="The record to write.")],
+) -> None:
+    """Run the small demo, and record its stages, also those of a run that failed."""
+    device = find_device()
+    overrides = [f"run.dir={folder}", *SMALL, *(ON_GPU if device.type == "cuda" else SMOKE)]
+    code = subprocess.run([*srlm_command(), "run", "toy_cpu", *overrides], check=False).returncode
+    rows = []
+    for cost in stage_costs(RunDir(folder), load_config(Path("toy_cpu"), overrides)):
+        rows.append(make_row(cost.stage.name, "s", [cost.seconds], extra={**cost.training, **cost.sampling}))
+    settings = {"exit_code": code, "overrides": overrides, "cuda": torch.version.cuda}
+    record = make_record("demo", settings, rows, ("accelerate",), gpu_name(device))
+    write_record(record, json)
+    print(table(record))
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    typer.run(main)
