@@ -14,9 +14,20 @@ from srlm_mega.config.file import load_config
 from srlm_mega.config.model_sizes import ModelSizes
 from srlm_mega.gpus import find_gpu
 from srlm_mega.tools.planner.job import Job, ParallelLayout
-from srlm_mega.tools.planner.memory import MARGIN, fits, layers_in_flight, parameters_of, stage_memory
+from srlm_mega.tools.planner.memory import (
+    LIBRARY_BYTES,
+    MARGIN,
+    fits,
+    head_bytes,
+    layer_bytes,
+    layer_temporaries,
+    layers_in_flight,
+    parameters_of,
+    pipeline_bytes,
+    stage_memory,
+)
 from srlm_mega.tools.planner.shapes import PUBLISHED
-from srlm_mega.tools.planner.training_steps import Lengths, layout_of, memory_job, training_job
+from srlm_mega.tools.planner.training_steps import Lengths, layout_of, longest_job, training_job
 from srlm_mega.training.memory_budget import MemoryBudget, num_parameters
 
 H100 = find_gpu("h100")
@@ -33,34 +44,71 @@ def tiny_job(**change: object) -> Job:
 def test_two_layers_by_hand() -> None:
     """Hidden 8, two heads of 4, one group: keys and values 4 each. A layer: qkv 8 * 16, out 8 * 8, MLP 3 * 8 * 16: 576,
     and two norms of 8: 592. Two of them, embedding and output 32 * 8 each, the last norm 8: 1704 parameters.
-    fp32: 4 + 4 + 8 bytes each. A token of a layer keeps 4 * 8 (inputs of norms and products) + 2 * 8 + 2 * 4 (query,
-    attention's result, keys, values) + 2 * 16 + 16 (MLP) = 104 numbers of 4 bytes and 2 statistics of 4: 424 bytes.
-    Working: (48 + 16) * 4 = 256 bytes a token. Whole logits: 32 * (4 + 4 + 8) bytes a token."""
+    fp32: 4 + 4 + 8 bytes each. What a token of a layer of Transformer Engine keeps, in numbers of 4 bytes: 2 * (8 + 8
+    + 1) (norms: input, result, statistic), 16 (qkv) + 8 + 4 (rotated query and key) + 8 (attention's result) + 2
+    (statistics), 2 * 16 + 16 (MLP): 120, 480 bytes. The last norm 17 numbers, ids 32 bytes.
+    Backward in the MLP: gradients of hidden states twice and of SwiGLU's result: 8 + 8 + 16, and a place for a layer's
+    576 weights. Whole logits are more: 32 * (4 + 4 + 8) bytes a token."""
     (stage,) = stage_memory(tiny_job())
     assert stage.parameters == 1704
     assert (stage.weights, stage.gradients, stage.optimizer) == (4 * 1704, 4 * 1704, 8 * 1704)
-    assert stage.activations == 10 * (2 * 424 + 256)
-    assert stage.head == 10 * 32 * 16
+    assert stage.activations == 10 * (2 * 480 + 4 * 17 + 32)
+    assert layer_temporaries(tiny_job()) == 10 * 4 * (8 + 8 + 16) + 4 * 576
+    assert stage.temporaries == 10 * 32 * 16
     assert stage.communication == stage.cp_buffers == stage.pp_buffers == 0
-    assert stage.needed == 16 * 1704 + 10 * (2 * 424 + 256) + 10 * 32 * 16
+    assert stage.needed == 16 * 1704 + 10 * (2 * 480 + 4 * 17 + 32) + 10 * 32 * 16
     assert stage.total == pytest.approx(stage.needed * (1 + MARGIN))
 
 
 def test_other_modes_by_hand() -> None:
-    """bf16: 2 + 4 + 12 bytes a parameter, 2 bytes a number. Full recompute keeps the layer's input, and one layer while
-    it is done again. TP 2 with sequence parallelism halves all matrices and all activations, not the norms."""
+    """bf16: 2 + 4 + 12 bytes a parameter, 2 bytes a number. Full recompute keeps the layer's input, and one layer with
+    its output while it is done again. TP 2 with sequence parallelism halves all matrices, not the norms."""
     (half,) = stage_memory(tiny_job(precision="bf16"))
     assert (half.weights, half.gradients, half.optimizer) == (2 * 1704, 4 * 1704, 12 * 1704)
-    (full,) = stage_memory(tiny_job(recompute="full"))
-    assert full.activations == 10 * (2 * 8 * 4 + 424 + 256)
-    (fused,) = stage_memory(tiny_job(fused_head=True, head_rows=0.5))
-    assert fused.head == 5 * 32 * 4 + 5 * 32 * 4
+    assert half.margin == pytest.approx(MARGIN * half.needed + LIBRARY_BYTES)
+    full = tiny_job(recompute="full")
+    assert stage_memory(full)[0].activations == 10 * (2 * 8 * 4 + 4 * 17 + 32)
+    assert layer_temporaries(full) == layer_temporaries(tiny_job()) + 10 * (480 + 8 * 4)
+    (selective,) = stage_memory(tiny_job(recompute="selective"))
+    assert selective == stage_memory(tiny_job())[0], "flash attention leaves nothing for it to save"
     (shared,) = stage_memory(tiny_job(layout=ParallelLayout(tp=2)))
     assert shared.parameters == (1704 - 40) / 2 + 40
     (fp8,) = stage_memory(tiny_job(precision="fp8"))
     assert fp8.weights == 4 * 1704  # bf16, and two FP8 copies
     (alone,) = stage_memory(tiny_job(precision="fp8", fp8_weights=True))
     assert alone.weights == 2 * 1704
+
+
+def test_kinds_of_layers_by_hand() -> None:
+    """bf16, numbers of 2 bytes, a token of the layer above. Transformer Engine: 2 * (8 + 8) + 16 + 8 + 4 + 8 + 32 + 16
+    = 116, and 4 statistics in fp32: 248 bytes. Torch: two norms with an fp32 copy in place of the input, and the result
+    before its weight: 2 * (2 + 2) * 8 bytes more; cosines and sines of 4 for queries and keys, 4 * 4 numbers; with
+    dropout two masks of 8 bytes. Compiled: no joint qkv (16 numbers), but values (4). FP8: each product's input 1 byte
+    in place of 2 (8, 8 and 16 numbers less half), and the result of attention once more in 1 byte."""
+    bf16 = tiny_job(precision="bf16")
+    assert layer_bytes(bf16) == 10 * 248
+    torch_layers = replace(bf16, stack=replace(bf16.stack, layers="torch"))
+    assert layer_bytes(torch_layers) == 10 * (248 + 2 * 4 * 8 + 16 * 2)
+    assert layer_bytes(replace(torch_layers, hidden_dropout=True)) == layer_bytes(torch_layers) + 10 * 2 * 8
+    compiled = replace(bf16, stack=replace(bf16.stack, layers="compiled"))
+    assert layer_bytes(compiled) == 10 * (248 - 2 * 16 + 2 * 4)
+    assert layer_bytes(replace(bf16, precision="fp8")) == 10 * (248 - 8 - 8 - 16 + 8)
+
+
+def test_our_head_by_hand() -> None:
+    """fp32, half of 10 tokens count: exp(z - max) 5 * 32 numbers; 5 rows of 8 and their gradients; 10 gradients, of the
+    rows and of the hidden states before and after. TP 2 gathers the other ranks' rows, and halves the vocabulary."""
+    one = tiny_job(fused_head=True, head_rows=0.5)
+    assert head_bytes(one) == 4 * (5 * 32 + 5 * 8 + 5 * 8 + 3 * 10 * 8)
+    two = replace(one, layout=ParallelLayout(tp=2))
+    assert head_bytes(two) == 4 * (5 * 16 + 10 * 8 + 5 * 8 + 5 * 8 + 10 * 8 + 2 * 5 * 8)
+
+
+def test_pipeline_buffers_by_hand() -> None:
+    """Hidden states of 10 tokens: 320 bytes in fp32. Of three stages the first holds 3 outputs, the second 2 inputs and
+    2 outputs, the last one input; two more are on their way."""
+    deep = tiny_job(layout=ParallelLayout(pp=3, sequence_parallel=False), global_batch=3)
+    assert [pipeline_bytes(deep, stage) for stage in range(3)] == [5 * 320, 6 * 320, 3 * 320]
 
 
 def test_layers_in_flight_by_hand() -> None:
@@ -114,7 +162,7 @@ def test_the_trainer_measured_on_a_cpu(overrides: tuple[str, ...]) -> None:
     """The most bytes that tensors took in two DPO steps, within 15 % of the plan without its margin."""
     held, peak = measured(overrides)
     config = load_config(Path(TOY), [*ONE_PROCESS, *overrides])
-    job = memory_job(config, training_job(config, config.dpo, layout_of(config), H100, Lengths()))
+    job = longest_job(config, config.dpo, training_job(config, config.dpo, layout_of(config), H100, Lengths()))
     (stage,) = stage_memory(job)
     state = stage.weights + stage.gradients + stage.optimizer
     assert held == pytest.approx(state, rel=0.01)

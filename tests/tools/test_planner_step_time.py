@@ -15,7 +15,14 @@ from srlm_mega.tools.planner.job import Job, ParallelLayout
 from srlm_mega.tools.planner.memory import fullest_stage, stage_memory
 from srlm_mega.tools.planner.points import CALIBRATION_FILE, Point, published_flops_per_token, read_points
 from srlm_mega.tools.planner.shapes import PUBLISHED, find_shape
-from srlm_mega.tools.planner.step_time import FITTED, exposed, layer_quantities, step_parts, step_quantities
+from srlm_mega.tools.planner.step_time import (
+    FITTED,
+    exposed,
+    layer_quantities,
+    stage_parameters,
+    step_parts,
+    step_quantities,
+)
 
 LLAMA_70B = PUBLISHED["llama3-70b"]
 H100 = find_gpu("h100")
@@ -102,8 +109,9 @@ def test_recompute_repeats_the_forward_pass() -> None:
     single = job(tp=1, pp=1, dp=1)
     again = layer_quantities(replace(single, recompute="full"))
     assert again.matrices_bf16 == pytest.approx(layer_quantities(single).matrices_bf16 * 4 / 3)
-    selective = layer_quantities(replace(single, recompute="selective"))  # Megatron's: what flash attention does anyway
-    assert selective == layer_quantities(single)
+    plain, selective = layer_quantities(single), layer_quantities(replace(single, recompute="selective"))
+    assert selective == replace(plain, attention=plain.attention * 4.5 / 3.5), "Megatron's repeats attention alone"
+    assert again.attention == selective.attention
 
 
 def test_the_bubble_by_hand() -> None:
@@ -122,6 +130,24 @@ def test_messages_by_hand() -> None:
     assert data_parallel_seconds(job(tp=8, dp=16), 1e9) == pytest.approx(6e9 * 15 / 16 / 50e9)
     assert data_parallel_seconds(job(tp=8, dp=1), 1e9) == 0
     assert exposed(1.0, 0.0) == 1.0 and exposed(1.0, 5.0) == pytest.approx(0.2)
+
+
+def test_gradients_hide_behind_the_backward_pass_and_weights_behind_the_forward_one() -> None:
+    """Each with its own switch; 4 of 6 bytes are gradients. Without the distributed optimizer nothing is gathered, and
+    gradients move twice. Every stage overlaps: the one that counts has the head, and is the last."""
+
+    def once(**change: bool) -> float:
+        base = job(tp=8, dp=16)
+        return step_parts(replace(base, layout=replace(base.layout, **change))).once.data_parallel
+
+    parameters = stage_parameters(job(tp=8, dp=16))
+    sums, gathers = (parameters * size * 15 / 16 / 50e9 for size in (4, 2))
+    neither = once(overlap_grad_reduce=False, overlap_param_gather=False)
+    assert neither == pytest.approx(sums + gathers)
+    assert 0.2 * gathers <= once(overlap_grad_reduce=False) - sums < gathers
+    assert 0.2 * sums <= once(overlap_param_gather=False) - gathers < sums
+    assert once() < min(once(overlap_grad_reduce=False), once(overlap_param_gather=False))
+    assert once(distributed_optimizer=False, overlap_grad_reduce=False) == pytest.approx(2 * sums)
 
 
 LAYOUTS = st.fixed_dictionaries(

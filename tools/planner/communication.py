@@ -50,19 +50,35 @@ def pipeline_seconds(job: Job) -> float:
 def data_parallel_seconds(job: Job, parameters: float) -> float:
     """Return the DP seconds of a step, for a stage of so many parameters on this rank: gradients summed, new weights
     gathered."""
+    return gradient_seconds(job, parameters) + weight_seconds(job, parameters)
+
+
+def gradient_seconds(job: Job, parameters: float) -> float:
+    """Return the seconds in which a step's gradients are summed. FSDP: over the replicas of each shard, and with a
+    pipeline its weights are gathered and gradients scattered once."""
     layout = job.layout
     if job.frozen:
         return 0.0
-    if layout.fsdp > 1:  # gradients of each shard are summed over the replicas
+    if layout.fsdp > 1:
         replicas = max(1, layout.dp * layout.cp // layout.fsdp)
         stride = layout.tp * layout.fsdp
         size = 2 * parameters / layout.fsdp * job.gradient_bytes * ring_share(replicas)
         between = size / job.gpu.group_bandwidth(replicas, stride)
         return between + (0.0 if gathers_every_micro_batch(job) else sharded_weights_seconds(job, parameters))
-    ranks = layout.dp * layout.cp
-    gathered = WEIGHT_BYTES if layout.distributed_optimizer else job.gradient_bytes
-    size = parameters * (job.gradient_bytes + gathered) * ring_share(ranks)
-    return size / job.gpu.group_bandwidth(ranks, layout.tp)
+    times = 1 if layout.distributed_optimizer else 2  # scattered, or also gathered again
+    return _over_replicas(job, times * parameters * job.gradient_bytes)
+
+
+def weight_seconds(job: Job, parameters: float) -> float:
+    """Return the seconds in which the distributed optimizer's new weights are gathered."""
+    if job.frozen or job.layout.fsdp > 1 or not job.layout.distributed_optimizer:
+        return 0.0
+    return _over_replicas(job, parameters * WEIGHT_BYTES)
+
+
+def _over_replicas(job: Job, size: float) -> float:
+    ranks = job.layout.dp * job.layout.cp
+    return size * ring_share(ranks) / job.gpu.group_bandwidth(ranks, job.layout.tp)
 
 
 def gathers_every_micro_batch(job: Job) -> bool:

@@ -8,6 +8,9 @@ from srlm_mega.config.training import Precision
 from srlm_mega.gpus import GpuModel
 
 Recompute = Literal["none", "selective", "full"]
+# What keeps how much for the backward pass (memory.py): plain PyTorch, Transformer Engine's modules, or layers that a
+# compiler fuses, as torchtitan's and MaxText's.
+Layers = Literal["torch", "transformer_engine", "compiled"]
 
 
 @dataclass(frozen=True)
@@ -15,10 +18,11 @@ class Stack:
     """Ways in which a training framework differs, as it documents them."""
 
     name: str
+    layers: Layers = "transformer_engine"
     flash2: bool = False  # attention by FlashAttention 2 in place of kernels made for Hopper (cuDNN, FlashAttention 3)
     overlaps_tensor_parallel: bool = True
     selective_recompute: float = 0.0  # share of a layer's forward products that `selective` repeats. Megatron's repeats
-    # the attention core alone, which flash attention does anyway
+    # the attention core alone, of which flash attention keeps next to nothing: it costs time and saves no memory
 
 
 MEGATRON = Stack("megatron")
@@ -36,7 +40,8 @@ class ParallelLayout:
     sequence_parallel: bool = True
     distributed_optimizer: bool = True
     fsdp: int = 1
-    overlap_data_parallel: bool = True  # Megatron's overlap_grad_reduce and overlap_param_gather
+    overlap_grad_reduce: bool = True
+    overlap_param_gather: bool = True
 
     @property
     def gpus(self) -> int:
@@ -82,7 +87,8 @@ class Job:
     fp8_weights: bool = False  # Megatron's fp8_param_gather: no bf16 copy of the weights next to the FP8 ones
     attended_length: int | None = None  # packed sequences see only themselves; None: seq_length
     head_rows: float = 1.0  # share of the positions whose log-probabilities are wanted
-    fused_layers: bool = True  # Transformer Engine; plain PyTorch keeps what norms and SwiGLU make on the way
+    hidden_dropout: bool = False
+    eager: bool = False  # on a CPU, where nothing fuses dropout, SwiGLU and the sequences of a packed row
     fused_head: bool = False  # log-probabilities in chunks (kernels/ops.py) in place of whole logits
 
     def __post_init__(self) -> None:
@@ -98,6 +104,11 @@ class Job:
     def repeated_products(self) -> float:
         """Share of a layer's forward products that the backward pass does again."""
         return {"none": 0.0, "selective": self.stack.selective_recompute, "full": 1.0}[self.recompute]
+
+    @property
+    def repeats_attention(self) -> bool:
+        """True where the backward pass does attention's forward pass again."""
+        return self.recompute == "full" or (self.recompute == "selective" and self.stack.selective_recompute == 0)
 
     @property
     def local_tokens(self) -> float:

@@ -1,8 +1,9 @@
 """Bytes on a GPU of every pipeline stage.
 
 Weights, gradients and optimizer state are those by which srlm_mega/training/memory_budget.py refuses layouts (a test
-compares the two). The rest is estimated: activations that the backward pass keeps of each layer in flight, the head,
-buffers, and a margin for memory that an allocator cannot give out again.
+compares the two). What layers keep for the backward pass, its temporaries and buffers are counted as operations make
+them, and compared with a rehearsal of the trainer (a test). A margin stands for what nobody counts: libraries, and
+memory that an allocator cannot give out again.
 """
 
 from dataclasses import dataclass
@@ -10,10 +11,11 @@ from dataclasses import dataclass
 from srlm_mega.config.model_sizes import GIB, GRADIENT_BYTES, optimizer_bytes, weight_bytes
 from srlm_mega.tools.planner.job import Job
 
-MARGIN = 0.17  # of everything else: memory that the allocator reserves and does not give out, and parts not modelled
-FIXED_BYTES = 1.0 * GIB  # cuBLAS and NCCL work spaces
-BUCKET_PARAMETERS = 1e8
+MARGIN = 0.17  # assumed, of everything else: memory that the allocator reserves and does not give out
+LIBRARY_BYTES = 1.0 * GIB  # assumed: work spaces of cuBLAS and NCCL
+BUCKET_PARAMETERS = 1e8  # of FSDP, which copies what it sends; Megatron sends its gradient buffer in place
 FUSED_CHUNK_ROWS = 1024  # rows of fp32 logits that the fused head holds at a time
+INDEX_BYTES = 32  # of a position: token, place, and a label's row and token
 
 
 @dataclass(frozen=True)
@@ -25,22 +27,24 @@ class StageMemory:
     weights: float
     gradients: float
     optimizer: float
-    activations: float
-    head: float
+    activations: float  # kept for the backward pass, of all micro batches in flight
+    temporaries: float  # of the backward pass where it makes most: in a layer, in the head or in the embedding
     communication: float
     cp_buffers: float
     pp_buffers: float
+    libraries: float  # assumed, part of the margin
 
     @property
     def needed(self) -> float:
-        """Bytes without the margin."""
+        """Bytes without the margin: the most that tensors take."""
         state = self.weights + self.gradients + self.optimizer
-        return state + self.activations + self.head + self.communication + self.cp_buffers + self.pp_buffers
+        passes = self.activations + self.temporaries
+        return state + passes + self.communication + self.cp_buffers + self.pp_buffers
 
     @property
     def margin(self) -> float:
-        """Bytes that the allocator cannot give out again, and of parts that are not modelled."""
-        return MARGIN * self.needed
+        """Bytes of libraries, and bytes that the allocator cannot give out again: an assumption."""
+        return MARGIN * self.needed + self.libraries
 
     @property
     def total(self) -> float:
@@ -80,15 +84,19 @@ def parameters_of(job: Job, stage: int) -> float:
 def _stage(job: Job, stage: int) -> StageMemory:
     layout, parameters = job.layout, parameters_of(job, stage)
     weights, gradients, optimizer = _fsdp_state(job, stage) if layout.fsdp > 1 else _state(job, parameters)
-    activations = layers_in_flight(job, stage) * kept_bytes(job) + working_bytes(job)
-    head = head_bytes(job) if stage == layout.pp - 1 else 0.0
-    element, tokens, shape = element_bytes(job), job.local_tokens, job.shape
-    # Two blocks of keys and values, and of their gradients, around the ring of context parallelism.
-    cp_buffers = 8 * tokens * shape.kv_size / layout.tp * element if layout.cp > 1 else 0.0
-    # Outputs and gradients in transfer, in and out, of every model chunk.
-    pp_buffers = 4 * layout.vpp * tokens * shape.hidden / layout.row_shards * element if layout.pp > 1 else 0.0
-    buffers = communication_bytes(job, parameters), cp_buffers, pp_buffers
-    return StageMemory(stage, parameters, weights, gradients, optimizer, activations, head, *buffers)
+    return StageMemory(
+        stage,
+        parameters,
+        weights,
+        gradients,
+        optimizer,
+        activations=activation_bytes(job, stage),
+        temporaries=temporary_bytes(job, stage),
+        communication=communication_bytes(job, parameters),
+        cp_buffers=8 * job.local_tokens * job.shape.kv_size / layout.tp * element_bytes(job) if layout.cp > 1 else 0.0,
+        pp_buffers=pipeline_bytes(job, stage),
+        libraries=LIBRARY_BYTES if job.precision != "fp32" else 0.0,
+    )
 
 
 def _state(job: Job, parameters: float) -> tuple[float, float, float]:
@@ -114,13 +122,17 @@ def _fsdp_state(job: Job, stage: int) -> tuple[float, float, float]:
     return sharded + 2 * (2 * layer + vocabulary), sharded + 4 * max(layer, vocabulary), moments
 
 
-def layers_in_flight(job: Job, stage: int) -> float:
-    """Return the most layers times micro batches whose activations a stage holds: 1F1B, or interleaved."""
-    layout, chunk = job.layout, layers_of(job, stage) / job.layout.vpp
+def chunks_in_flight(job: Job, stage: int) -> float:
+    """Return the most model chunks times micro batches whose activations a stage holds: 1F1B, or interleaved."""
+    layout = job.layout
     if layout.vpp == 1:
-        return min(job.micro_batches, layout.pp - stage) * chunk
-    warm_up = 2 * (layout.pp - stage - 1) + (layout.vpp - 1) * layout.pp + 1
-    return min(job.micro_batches * layout.vpp, warm_up) * chunk
+        return min(job.micro_batches, layout.pp - stage)
+    return min(job.micro_batches * layout.vpp, 2 * (layout.pp - stage - 1) + (layout.vpp - 1) * layout.pp + 1)
+
+
+def layers_in_flight(job: Job, stage: int) -> float:
+    """Return the most layers times micro batches whose activations a stage holds."""
+    return chunks_in_flight(job, stage) * layers_of(job, stage) / job.layout.vpp
 
 
 def element_bytes(job: Job) -> int:
@@ -128,49 +140,143 @@ def element_bytes(job: Job) -> int:
     return 4 if job.precision == "fp32" else 2
 
 
+def operand_bytes(job: Job) -> int:
+    """Return the bytes of an element of a product's input: Transformer Engine keeps what it cast to FP8."""
+    return 1 if job.precision == "fp8" and job.stack.layers == "transformer_engine" else element_bytes(job)
+
+
+def hidden_bytes(job: Job) -> float:
+    """Return the bytes of a micro batch's hidden states, as sequence parallelism splits them."""
+    return job.local_tokens * job.shape.hidden / job.layout.row_shards * element_bytes(job)
+
+
+def mask_bytes(job: Job) -> float:
+    """Return the bytes that one dropout keeps: a byte per number, or on a CPU a number of the same type."""
+    return hidden_bytes(job) / (1 if job.eager else element_bytes(job)) if job.hidden_dropout else 0.0
+
+
+def norm_bytes(job: Job) -> float:
+    """Return the bytes that one norm keeps: its input, the result (which the linear behind it needs) and an fp32 number
+    per row. Torch layers norm an fp32 copy, and keep the result before it is multiplied with the norm's weight too."""
+    rows, element = job.local_tokens / job.layout.row_shards, element_bytes(job)
+    columns = 4 + element if job.stack.layers == "torch" else element
+    return rows * (job.shape.hidden * (columns + operand_bytes(job)) + 4)
+
+
+def attention_bytes(job: Job) -> float:
+    """Return the bytes that attention keeps: the joint queries, keys and values, of which the values are a view;
+    queries and keys after rotation; the result, in FP8 also cast; a statistic per row and head. Flash attention keeps
+    no scores, and draws its dropout again. Compiled layers have keys and values of their own, which rotation replaces.
+    Torch layers also keep cosines and sines, of queries and of keys; on a CPU the result in parts and as one; with
+    context parallelism all ranks' keys and values, and a mask."""
+    shape, cp, torch_layers = job.shape, job.layout.cp, job.stack.layers == "torch"
+    if job.stack.layers == "compiled":
+        columns = 2 * shape.query_size + 2 * shape.kv_size
+    else:
+        columns = 3 * shape.query_size + 3 * shape.kv_size
+    if torch_layers:
+        columns += (shape.query_size if job.eager else 0) + 2 * shape.kv_size * (cp - 1)
+    cast = shape.query_size if operand_bytes(job) == 1 else 0
+    split = (columns * element_bytes(job) + cast + 4 * shape.heads) / job.layout.tp
+    whole = 4 * shape.query_size / shape.heads * element_bytes(job) if torch_layers else 0.0
+    mask = job.seq_length**2 / cp * element_bytes(job) if torch_layers and cp > 1 else 0.0
+    return job.local_tokens * (split + whole) + mask
+
+
+def mlp_bytes(job: Job) -> float:
+    """Return the bytes that the MLP keeps: the first linear's result, SwiGLU's, and on a CPU the gate's."""
+    first = (job.shape.mlp_inputs + job.shape.ffn * job.eager) * element_bytes(job)
+    return job.local_tokens / job.layout.tp * (first + job.shape.ffn * operand_bytes(job))
+
+
 def layer_bytes(job: Job) -> float:
-    """Return the bytes that one layer keeps for its backward pass without recompute: the inputs of both norms and of
-    the four products, queries, keys, values, the attention's statistics, and the MLP's first result; unfused also the
-    normalised inputs and SwiGLU's gate. Flash attention keeps no scores."""
-    shape, tp, rows = job.shape, job.layout.tp, job.layout.row_shards
-    columns = 4 * shape.hidden / rows + (2 * shape.query_size + 2 * shape.kv_size + shape.mlp_inputs + shape.ffn) / tp
-    if not job.fused_layers:
-        columns += 2 * shape.hidden / rows + shape.ffn / tp
-    return job.local_tokens * (columns * element_bytes(job) + 4 * shape.heads / tp)
+    """Return the bytes that one layer keeps of one micro batch without recompute. Residual sums are not kept."""
+    return 2 * (norm_bytes(job) + mask_bytes(job)) + attention_bytes(job) + mlp_bytes(job)
 
 
 def kept_bytes(job: Job) -> float:
-    """Return the bytes that one layer keeps of one micro batch, by recompute mode."""
-    shape, tp, rows = job.shape, job.layout.tp, job.layout.row_shards
+    """Return the bytes that one layer keeps of one micro batch, by recompute mode. Megatron's `selective` repeats the
+    attention core, of which flash attention keeps next to nothing."""
+    shape, tp = job.shape, job.layout.tp
     if job.recompute == "full":
-        return job.local_tokens * shape.hidden / rows * element_bytes(job)
+        return hidden_bytes(job)
     if job.repeated_products == 0:
         return layer_bytes(job)
     results = shape.query_size + 2 * shape.kv_size + shape.mlp_inputs + 2 * shape.hidden
-    columns = shape.hidden / rows + (shape.query_size + results * (1 - job.repeated_products)) / tp
-    return job.local_tokens * columns * element_bytes(job)
+    columns = (shape.query_size + results * (1 - job.repeated_products)) / tp
+    return hidden_bytes(job) + job.local_tokens * columns * element_bytes(job)
 
 
-def working_bytes(job: Job) -> float:
-    """Return the bytes of the layer whose backward pass runs: recomputed results, and gradients of its widest ones."""
-    shape, tp = job.shape, job.layout.tp
-    recomputed = layer_bytes(job) if job.repeated_products else 0.0
-    widest = (shape.mlp_inputs + shape.ffn) / tp + 2 * shape.hidden
-    return recomputed + job.local_tokens * widest * element_bytes(job)
+def activation_bytes(job: Job, stage: int) -> float:
+    """Return the bytes that a stage keeps of all micro batches in flight: layers, the embedding's dropout, the last
+    norm; and all of a step's token ids."""
+    chunks = chunks_in_flight(job, stage)
+    ends = mask_bytes(job) * (stage == 0) + norm_bytes(job) * (stage == job.layout.pp - 1)
+    ids = job.micro_batches * job.local_tokens * INDEX_BYTES
+    return layers_in_flight(job, stage) * kept_bytes(job) + chunks * ends + ids
+
+
+def temporary_bytes(job: Job, stage: int) -> float:
+    """Return the bytes of the backward pass where it makes most. The embedding's comes when its micro batch's layers
+    are done with, and have freed what they kept."""
+    chunk = layers_of(job, stage) / job.layout.vpp
+    head = head_bytes(job) if stage == job.layout.pp - 1 else 0.0
+    embedding = _embedding_bytes(job) - chunk * kept_bytes(job) if stage == 0 else 0.0
+    return max(layer_temporaries(job), head, embedding)
+
+
+def layer_temporaries(job: Job) -> float:
+    """Return the bytes of the backward pass of one layer: what recompute makes again, and in the MLP the gradients of
+    hidden states (arriving, and gathered by sequence parallelism), of an inner result, and of a weight. Transformer
+    Engine holds a place for each weight's gradient. When the first linear's turn comes, the MLP's results are freed."""
+    shape, tp, element = job.shape, job.layout.tp, element_bytes(job)
+    whole = job.local_tokens * shape.hidden * element
+    weights = [inputs * outputs / tp * element for inputs, outputs, _ in shape.layer_matrices]
+    places = 0.0 if job.frozen else sum(weights) if job.stack.layers == "transformer_engine" else max(weights)
+    second = 2 * hidden_bytes(job) + (whole if job.layout.row_shards > 1 else 0.0)
+    second += job.local_tokens * shape.ffn / tp * element
+    first = 3 * hidden_bytes(job) + whole + job.local_tokens * shape.mlp_inputs / tp * element - mlp_bytes(job)
+    recomputed = layer_bytes(job) + hidden_bytes(job) if job.repeated_products else 0.0
+    return recomputed + places + max(first, second)
 
 
 def head_bytes(job: Job) -> float:
-    """Return the bytes of logits and their gradients. Whole: in bf16, in fp32, softmax or gradient in fp32, gradient in
-    bf16. Ours: a bf16 buffer for the rows that count, and chunks of fp32 logits."""
-    rows, columns = job.local_tokens * job.head_rows, -(-job.shape.vocab // job.layout.tp)
-    if job.fused_head:
-        return rows * columns * element_bytes(job) + min(rows, FUSED_CHUNK_ROWS) * columns * 4
-    return rows * columns * (2 * element_bytes(job) + 8)
+    """Return the bytes of the head's backward pass. Whole logits: in bf16, in fp32, softmax or gradient in fp32,
+    gradient in bf16. Ours: exp(z - max), which becomes the gradient in place, for the rows that count; their hidden
+    states and gradients; all rows gathered, and their gradients, in parts too. In the forward pass, before those
+    gradients, chunks of fp32 logits."""
+    rows, columns, element = job.local_tokens * job.head_rows, -(-job.shape.vocab // job.layout.tp), element_bytes(job)
+    if not job.fused_head:
+        return rows * columns * (2 * element + 8)
+    hidden = job.shape.hidden * element
+    gathered = job.local_tokens * hidden if job.layout.row_shards > 1 else 0.0
+    gradients = rows * hidden + job.local_tokens * hidden + 2 * hidden_bytes(job)
+    logits = min(rows, FUSED_CHUNK_ROWS) * columns * 4
+    return rows * columns * element + gathered + rows * hidden + max(gradients, logits)
+
+
+def _embedding_bytes(job: Job) -> float:
+    """Return the bytes of the embedding's backward pass: gathered gradients of its rows, and the matrix's gradient."""
+    if job.frozen:
+        return 0.0
+    matrix = -(-job.shape.vocab // job.layout.tp) * job.shape.hidden
+    return (matrix + 2 * job.local_tokens * job.shape.hidden) * element_bytes(job)
+
+
+def pipeline_bytes(job: Job, stage: int) -> float:
+    """Return the bytes of what a stage got and sent of every micro batch in flight, which the schedule holds, and of
+    gradients in transfer. With full recompute what it got is the first layer's input, which is counted there."""
+    layout = job.layout
+    if layout.pp == 1:
+        return 0.0
+    got = (stage > 0 or layout.vpp > 1) and job.recompute != "full"
+    ends = got + (stage < layout.pp - 1 or layout.vpp > 1)
+    return (chunks_in_flight(job, stage) * ends + 2) * hidden_bytes(job)
 
 
 def communication_bytes(job: Job, parameters: float) -> float:
-    """Return the bytes of gathered inputs (TP), two buckets of gradients (DP), and work spaces."""
-    layout = job.layout
-    gathered = 2 * job.local_tokens * job.shape.hidden * element_bytes(job) if layout.tp > 1 else 0.0
-    buckets = 2 * GRADIENT_BYTES * min(parameters, BUCKET_PARAMETERS) if layout.dp * layout.cp > 1 else 0.0
-    return gathered + buckets + (FIXED_BYTES if job.precision != "fp32" else 0.0)
+    """Return the bytes of gathered inputs (TP), Megatron's one buffer or two tensors of compiled layers, and of two
+    buckets that FSDP copies."""
+    layout, buffers = job.layout, 2 if job.stack.layers == "compiled" else 1
+    gathered = job.local_tokens * job.shape.hidden * element_bytes(job) if layout.row_shards > 1 else 0.0
+    return buffers * gathered + (2 * GRADIENT_BYTES * min(parameters, BUCKET_PARAMETERS) if layout.fsdp > 1 else 0.0)

@@ -10,11 +10,17 @@ from srlm_mega.config import Config
 from srlm_mega.config.file import load_config
 from srlm_mega.errors import UserError
 from srlm_mega.gpus import find_gpu
-from srlm_mega.tools.planner.memory import stage_memory
 from srlm_mega.tools.planner.points import Unreadable, predict, read_points
 from srlm_mega.tools.planner.search import COUNTS, jobs, search
 from srlm_mega.tools.planner.show import RunPlan, plan_json, plan_text, search_json, search_text, table
-from srlm_mega.tools.planner.training_steps import Lengths, layout_of, measure, memory_job, step_tokens, training_job
+from srlm_mega.tools.planner.training_steps import (
+    Lengths,
+    layout_of,
+    measure,
+    planned_memory,
+    step_tokens,
+    training_job,
+)
 from srlm_mega.tools.planner.whole_run import Cluster, run_times
 
 
@@ -58,7 +64,7 @@ def make_plan(request: PlanRequest) -> RunPlan:
     cluster = Cluster(gpu, layout, sampler_gpus)
     job = training_job(config, config.dpo, layout, gpu, request.lengths)
     step = measure(job, step_tokens(config, config.dpo, request.lengths))
-    memory = stage_memory(memory_job(config, job))
+    memory = planned_memory(config, job)
     times = run_times(config, cluster, request.lengths)
     return RunPlan(cluster, job, request.lengths, memory, step, times, request.price)
 

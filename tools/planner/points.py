@@ -35,9 +35,9 @@ FIELDS = frozenset(
      "recompute", "memory_gib", "stack", "fsdp", "source", "note", "family")
 )  # fmt: skip
 
-TORCHTITAN = Stack("torchtitan", flash2=True, overlaps_tensor_parallel=False, selective_recompute=0.5)
+TORCHTITAN = Stack("torchtitan", "compiled", flash2=True, overlaps_tensor_parallel=False, selective_recompute=0.5)
 TORCHTITAN_ASYNC = replace(TORCHTITAN, overlaps_tensor_parallel=True)
-MAXTEXT = Stack("maxtext")
+MAXTEXT = Stack("maxtext", "compiled")
 
 
 @dataclass(frozen=True)
@@ -262,7 +262,8 @@ def _with_recompute(job: Job, assumed: list[str]) -> Job:
 
 def fits_without_margin(job: Job) -> bool:
     """Tell whether the fullest stage fits its GPU without the margin, as a run that was published did."""
-    return fullest_stage(job).needed / GIB < job.gpu.memory_gib
+    stage = fullest_stage(job)
+    return stage.needed + stage.libraries < job.gpu.memory_bytes
 
 
 def published_flops_per_token(shape: ModelSizes, seq_length: int, convention: str) -> float:

@@ -7,8 +7,7 @@ from srlm_mega.config import Config
 from srlm_mega.config.model_sizes import GIB, ModelSizes
 from srlm_mega.gpus import GpuModel
 from srlm_mega.tools.planner.job import Job, ParallelLayout, Recompute
-from srlm_mega.tools.planner.memory import fits, fullest_stage
-from srlm_mega.tools.planner.training_steps import Lengths, StepTime, measure, memory_job, step_tokens, training_job
+from srlm_mega.tools.planner.training_steps import Lengths, StepTime, measure, planned_memory, step_tokens, training_job
 
 COUNTS = (64, 128, 256, 512, 1024)
 LARGEST_PP, LARGEST_CP, MOST_CHUNKS = 16, 8, 5
@@ -38,10 +37,9 @@ def search(config: Config, gpu: GpuModel, lengths: Lengths, counts: Sequence[int
     for count in counts:
         at_count = []
         for job in jobs(config, gpu, lengths, count):
-            longest = memory_job(config, job)
-            if fits(longest):
-                memory_gib = fullest_stage(longest).total / GIB
-                at_count.append(Found(count, job.layout, job.recompute, memory_gib, measure(job, tokens)))
+            needed = max(stage.total for stage in planned_memory(config, job))
+            if needed <= gpu.memory_bytes:
+                at_count.append(Found(count, job.layout, job.recompute, needed / GIB, measure(job, tokens)))
         found += sorted(at_count, key=lambda each: each.step.total)
     return found
 

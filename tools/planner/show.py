@@ -13,16 +13,22 @@ from srlm_mega.tools.planner.communication import (
     pipeline_seconds,
     tensor_parallel_seconds,
 )
-from srlm_mega.tools.planner.job import Job
-from srlm_mega.tools.planner.memory import MARGIN, StageMemory
+from srlm_mega.tools.planner.job import Job, Layers
+from srlm_mega.tools.planner.memory import LIBRARY_BYTES, MARGIN, StageMemory
 from srlm_mega.tools.planner.search import Found
 from srlm_mega.tools.planner.step_time import layers_per_stage, stage_parameters
 from srlm_mega.tools.planner.training_steps import Lengths, StepTime
 from srlm_mega.tools.planner.whole_run import Cluster, StageTime
 
 MEMORY_PARTS = (
-    "weights", "gradients", "optimizer", "activations", "head", "communication", "cp_buffers", "pp_buffers", "margin"
+    "weights", "gradients", "optimizer", "activations", "temporaries", "communication", "cp_buffers", "pp_buffers",
+    "margin",
 )  # fmt: skip
+LAYERS: dict[Layers, str] = {
+    "torch": "torch (Transformer Engine's, which model.layer_backend=auto takes where it is installed, keep less)",
+    "transformer_engine": "Transformer Engine's",
+    "compiled": "compiled",
+}
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,7 @@ def plan_text(plan: RunPlan) -> str:
     texts = (
         header(plan),
         memory_table(plan.memory, plan.cluster.gpu),
+        f"Layers assumed: {LAYERS[plan.job.stack.layers]}. `srlm rehearse CONFIG` checks this memory.",
         step_table(plan.step),
         message_table(plan),
         step_advice(plan.step.seconds, has_fp8),
@@ -93,7 +100,10 @@ def memory_table(memory: Sequence[StageMemory], gpu: GpuModel) -> str:
             [str(stage.stage), *(f"{size:.2f}" for size in sizes), f"{stage.total / GIB:.2f}",
              f"{stage.total / gpu.memory_bytes:.0%}"]
         )  # fmt: skip
-    return f"Memory of a GPU by pipeline stage, GiB; gradients in fp32, a margin of {MARGIN:.0%}\n" + table(rows)
+    return (
+        "Memory of a GPU by pipeline stage, GiB: the longest sequences, a full pipeline, gradients in fp32. The margin "
+        f"is assumed: {MARGIN:.0%} for the allocator and {LIBRARY_BYTES / GIB:g} GiB for libraries.\n{table(rows)}"
+    )
 
 
 def part_bytes(stage: StageMemory, part: str) -> float:
@@ -196,6 +206,7 @@ def plan_json(plan: RunPlan) -> dict[str, Any]:
         "gpus": plan.cluster.gpus,
         "layout": asdict(plan.job.layout),
         "precision": plan.job.precision,
+        "layers": plan.job.stack.layers,
         "fits": plan.fits,
         "memory": [asdict(stage) | {"margin": stage.margin, "total": stage.total} for stage in plan.memory],
         "step": {"seconds": step.seconds, "total": step.total, "tokens": step.tokens, "mfu": step.mfu},

@@ -7,7 +7,8 @@ from srlm_mega.config import Config
 from srlm_mega.config.model_sizes import flops_per_token
 from srlm_mega.config.training import DpoConfig, Fp8Recipe, OptimizationConfig
 from srlm_mega.gpus import GpuModel
-from srlm_mega.tools.planner.job import Job, ParallelLayout, Stack
+from srlm_mega.tools.planner.job import Job, Layers, ParallelLayout, Stack
+from srlm_mega.tools.planner.memory import StageMemory, stage_memory
 from srlm_mega.tools.planner.step_time import FITTED, NAMES, Quantities, step_parts
 
 OURS = Stack("srlm_mega", overlaps_tensor_parallel=False)  # the trainer does not set Megatron's tp_comm_overlap
@@ -59,7 +60,8 @@ def layout_of(config: Config) -> ParallelLayout:
         parallel.virtual_pipeline_model_parallel_size or 1,
         parallel.sequence_parallel,
         parallel.use_distributed_optimizer,
-        overlap_data_parallel=parallel.overlap_grad_reduce,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
     )
 
 
@@ -85,11 +87,12 @@ def training_job(
         whole_micro_batches(rows, micro_batch, layout),
         length,
         config.trainer.recompute_granularity or "none",
-        OURS,
+        replace(OURS, layers=layers_of_trainer(config)),
         current_scaling=scales_whole_tensors(config.trainer.fp8_recipe),
         attended_length=None if packed is None else mean,
         head_rows=lengths.response / lengths.sequence * filled,
-        fused_layers=config.model.layer_backend != "torch" and config.trainer.device != "cpu",
+        hidden_dropout=section.hidden_dropout > 0,
+        eager=config.trainer.device == "cpu",
         fused_head=True,
     )
 
@@ -105,16 +108,37 @@ def scales_whole_tensors(recipe: Fp8Recipe) -> bool:
             assert_never(recipe)
 
 
+def layers_of_trainer(config: Config) -> Layers:
+    """Return the layers to plan with. `auto` is Transformer Engine where it is installed: not known here, so it counts
+    as torch, whose layers keep more."""
+    engine = config.model.layer_backend == "transformer_engine" or config.trainer.fp8 is not None
+    return "transformer_engine" if engine else "torch"
+
+
 def whole_micro_batches(rows: float, micro_batch: int, layout: ParallelLayout) -> int:
     """Return the rows of a step in which all replicas have as many micro batches: empty rows take as long."""
     each = max(1, -int(-rows // (micro_batch * layout.dp)))
     return each * micro_batch * layout.dp
 
 
-def memory_job(config: Config, job: Job) -> Job:
-    """Return the job with rows as long as they may get, all of them trained on."""
-    longest = job if job.attended_length is not None else replace(job, seq_length=config.model.seq_length)
-    return replace(longest, head_rows=1.0)
+def planned_memory(config: Config, job: Job) -> list[StageMemory]:
+    """Return the memory of every pipeline stage in DPO or SFT, whichever needs more on the layout of `job`."""
+    jobs = [longest_job(config, section, job) for section in (config.dpo, config.sft)]
+    return [max(each, key=lambda stage: stage.total) for each in zip(*map(stage_memory, jobs), strict=True)]
+
+
+def longest_job(config: Config, section: OptimizationConfig, job: Job) -> Job:
+    """Return a stage's step on the layout of `job` with sequences as long as they may get, all of them trained on: then
+    packs hold few items, and there are many micro batches to fill the pipeline with."""
+    step, packed = training_job(config, section, job.layout, job.gpu, Lengths()), section.packed_sequence_size
+    sequences = 2 if isinstance(section, DpoConfig) else 1
+    if packed is None:
+        longest = replace(step, seq_length=config.model.seq_length)
+    else:
+        items = max(1, packed // (sequences * config.model.seq_length))  # in a pack
+        rows = section.global_batch_size / items
+        longest = replace(step, global_batch=whole_micro_batches(rows, step.micro_batch, job.layout))
+    return replace(longest, recompute=job.recompute, head_rows=1.0)
 
 
 def measure(job: Job, tokens: float, factors: Quantities = FITTED) -> StepTime:
