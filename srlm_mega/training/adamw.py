@@ -62,7 +62,7 @@ class AdamW(torch.optim.Optimizer):
 
 def fusible(params: Sequence[Tensor]) -> bool:
     """Tell whether one kernel updates these parameters together: on CUDA. On a CPU it would round otherwise."""
-    return params[0].is_cuda
+    return bool(params[0].is_cuda)
 
 
 def total_norm(
