@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -25,6 +26,29 @@ def cluster():
 @pytest.mark.timing
 def test_bad_luck(cluster):
     pass
+"""
+BAD_LUCK_OF_MANY = """
+@pytest.fixture(scope="module")
+def launched():
+    tries = Path("tries")
+    assert tries.exists() or tries.touch(), "a rank did not answer"
+@pytest.mark.timing
+@pytest.mark.parametrize("number", range(9))
+def test_many(launched, number):
+    pass
+"""
+FAILED_LAUNCH = """
+Path("worker.py").write_text("import os; os.path.exists('tries') or os.mkdir('tries') or exit('a port was taken')")
+failures = []
+@pytest.mark.parametrize("number", range(9))
+def test_many(launch, number):
+    if failures:
+        raise failures[0]
+    try:
+        launch(1, Path("worker.py"))
+    except AssertionError as failure:
+        failures.append(failure)
+        raise
 """
 BROKEN = """
 @pytest.mark.timing
@@ -69,9 +93,20 @@ def test_bad_luck_is_no_failure_and_is_named(tmp_path: Path, first: list[str]) -
     assert "2 passed" in said.splitlines()[-1]
 
 
-def test_a_fixture_may_have_bad_luck(tmp_path: Path) -> None:
-    code, said = ci(tmp_path, BAD_LUCK_IN_A_FIXTURE)
+@pytest.mark.parametrize("when", ["", "    yield\n"], ids=["before", "behind"])
+def test_a_fixture_may_have_bad_luck(tmp_path: Path, when: str) -> None:
+    code, said = ci(tmp_path, BAD_LUCK_IN_A_FIXTURE.replace("def cluster():\n", f"def cluster():\n{when}"))
     assert code == 0 and "1 passed" in said.splitlines()[-1]
+
+
+@pytest.mark.parametrize("tests", [BAD_LUCK_OF_MANY, FAILED_LAUNCH], ids=["a fixture", "a launch"])
+@pytest.mark.parametrize("first", [[], ["-n", "1", "--dist", "loadfile"]])
+def test_what_many_tests_share_fails_once(tmp_path: Path, tests: str, first: list[str]) -> None:
+    """One failure; the other tests are skipped; all of them run again, a launch's without the marker too."""
+    code, said = ci(tmp_path, tests, *first)
+    counted = ElementTree.parse(tmp_path / "results.xml").getroot()[0].attrib
+    assert (int(counted["failures"]) + int(counted["errors"]), counted["skipped"]) == (1, "8")
+    assert code == 0 and "9 passed" in said.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

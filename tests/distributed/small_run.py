@@ -64,6 +64,7 @@ LAYOUTS = {
                vpp=2, sequence_parallel=True, distributed_optimizer=True, overlap=True, recompute="full"),
     ),
 }  # fmt: skip
+BEGUN = "begun"  # a training of a single process that another launch resumes
 NAMES = [layout.name for layouts in LAYOUTS.values() for layout in layouts]
 
 

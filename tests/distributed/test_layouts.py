@@ -5,9 +5,7 @@ The bound is 1e-4 in fp32 for losses, gradient norms and logits; each kind of ch
 
 import json
 import math
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ import pytest
 import torch
 import twin
 from safetensors.torch import load_file, save_file
-from small_run import LAYOUTS, NAMES, STEPS, VOCAB_SIZE, Layout, config, pairs, sequences
+from small_run import BEGUN, LAYOUTS, NAMES, STEPS, VOCAB_SIZE, Layout, config, pairs, sequences
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
@@ -23,6 +21,8 @@ from srlm_mega.training.batch import TokenSequence
 
 pytestmark = pytest.mark.slow
 TOLERANCE = 1e-4
+WORKER = Path(__file__).parent / "worker.py"
+NEWER = ["TP2, sequence parallel, packed", "PP2 x VPP2", "DP2, distributed optimizer, overlaps"]
 FP32 = [name for name in NAMES if "bf16" not in name]
 UNTIED = [name for name in FP32 if "tied" not in name]
 WORLD_OF = {layout.name: size for size, layouts in LAYOUTS.items() for layout in layouts}
@@ -41,27 +41,25 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Results(dict[str, Any]):
-    """What every layout computed, by its name: one launch per world size, when somebody asks for one of it; the
-    smallest without torchrun."""
+    """What every layout computed, by its name: one launch per world size, when somebody asks for one of it. One that
+    failed is not repeated: it raises the same exception again, by which pytest_runtest_makereport knows it."""
 
-    def __init__(self, models: Path, out: Path) -> None:
+    def __init__(self, models: Path, out: Path, launch: Callable[..., str]) -> None:
         super().__init__()
-        self._models, self._out = models, out
+        self._models, self._out, self._launch = models, out, launch
+        self._failures: dict[int, AssertionError] = {}
 
     def __missing__(self, name: str) -> Any:
         world_size = WORLD_OF[name]
+        if world_size in self._failures:
+            raise self._failures[world_size]
         folder = self._out / str(world_size)
         folder.mkdir()
-        torchrun = [str(Path(sys.executable).parent / "torchrun"), "--standalone", f"--nproc-per-node={world_size}"]
-        command = [sys.executable] if world_size == 1 else torchrun
-        done = subprocess.run(
-            [*command, str(Path(__file__).parent / "worker.py"), str(self._models), str(folder)],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
+        try:
+            self._launch(world_size, WORKER, self._models, folder)
+        except AssertionError as failure:
+            self._failures[world_size] = failure
+            raise
         self.update(json.loads((folder / "results.json").read_text()))
         return self[name]
 
@@ -77,9 +75,25 @@ def each(names: list[str]) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def results(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
+def results(models: Path, tmp_path_factory: pytest.TempPathFactory, launch: Callable[..., str]) -> Results:
     """Of the launches, as they are asked for."""
-    return Results(models, tmp_path_factory.mktemp("layouts"))
+    return Results(models, tmp_path_factory.mktemp("layouts"), launch)
+
+
+@pytest.fixture(scope="module")
+def newer(
+    models: Path, tmp_path_factory: pytest.TempPathFactory, launch: Callable[..., str], megatron_core_0_19: Path
+) -> Results:
+    """What some layouts compute with megatron-core 0.19.2. The last one's SFT was begun, alone, by the version here."""
+    out = tmp_path_factory.mktemp("newer")
+    launch(1, WORKER, models, out, BEGUN)
+    (out / NEWER[-1]).mkdir()
+    (out / BEGUN).rename(out / NEWER[-1] / "sft")
+    said = launch(2, WORKER, models, out, *NEWER, PYTHONPATH=str(megatron_core_0_19))
+    assert f"resuming from {out / NEWER[-1]}/sft/megatron/iter_0000003" in said
+    results = Results(models, out, launch)
+    results.update(json.loads((out / "results.json").read_text()))
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -250,6 +264,32 @@ def test_first_dpo_step_is_ln_2(name: str, results: Results) -> None:
     assert first["loss"] - 0.3 * first["nll_loss"] == pytest.approx(math.log(2), abs=TOLERANCE)
     assert first["rewards/margins"] == pytest.approx(0.0, abs=TOLERANCE)
     assert last["rewards/margins"] > 0.1
+
+
+def test_a_failed_launch_is_not_repeated(tmp_path: Path) -> None:
+    """Tests of one launch fail by one exception: the first one is the failure, the others are skipped."""
+    launched, raised = [], []
+
+    def launch(*arguments: object) -> str:
+        launched.append(arguments)
+        raise AssertionError("a port was taken")
+
+    results = Results(tmp_path, tmp_path, launch)
+    for name in ("TP2", "PP2", "TP2 x PP2"):
+        with pytest.raises(AssertionError, match="a port was taken") as caught:
+            results.folder(name)
+        raised.append(caught.value)
+    assert raised[0] is raised[1] is not raised[2] and len(launched) == 2
+
+
+@pytest.mark.extra
+@pytest.mark.parametrize("name", NEWER)
+def test_megatron_core_0_19_equals_the_twin(
+    name: str, newer: Results, sft_twin: list[twin.TwinStep], dpo_twin: list[twin.TwinStep]
+) -> None:
+    assert newer["megatron-core"] == "0.19.2"
+    assert difference(newer[name]["sft"], sft_twin) < TOLERANCE
+    assert difference(newer[name]["dpo"], dpo_twin) < TOLERANCE
 
 
 def test_metrics_have_trl_names(results: Results) -> None:

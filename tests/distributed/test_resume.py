@@ -4,9 +4,7 @@ Four launches: two processes until one is killed, eight (TP2 x PP2 x DP2), two a
 """
 
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,24 +26,14 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def results(out: Path) -> dict[str, Any]:
+def results(out: Path, launch: Callable[..., str]) -> dict[str, Any]:
     """What every launch said, by its name."""
-    torchrun = str(Path(sys.executable).parent / "torchrun")
     merged = {}
-    for launch, processes in (("before_kill", 2), ("eight", 8), ("after_kill", 2), ("single", 1)):
-        start = [torchrun, "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else [sys.executable]
-        done = subprocess.run(
-            [*start, str(WORKER), launch, str(out / "models"), str(out)],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        if launch == "before_kill":
-            assert "exitcode: -9" in done.stderr, done.stderr[-4000:]
-        else:
-            assert done.returncode == 0, done.stderr[-4000:]
-        merged[launch] = json.loads((out / f"{launch}.json").read_text())
+    for name, processes in (("before_kill", 2), ("eight", 8), ("after_kill", 2), ("single", 1)):
+        is_killed = name == "before_kill"
+        said = launch(processes, WORKER, name, out / "models", out, ends_with=1 if is_killed else 0)
+        assert ("exitcode: -9" in said) == is_killed, said[-4000:]
+        merged[name] = json.loads((out / f"{name}.json").read_text())
     return merged
 
 

@@ -2,9 +2,7 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,20 +68,11 @@ def pairs_file(model: LlamaForCausalLM, folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def results(folder: Path, pairs_file: Path) -> dict[str, Any]:
+def results(folder: Path, pairs_file: Path, launch: Callable[..., str]) -> dict[str, Any]:
     """What each layout computed, by its name."""
     out = folder.parent / "out"
     out.mkdir()
-    torchrun = Path(sys.executable).parent / "torchrun"
-    worker = Path(__file__).parent / "stories_worker.py"
-    done = subprocess.run(
-        [torchrun, "--standalone", f"--nproc-per-node={WORLD_SIZE}", worker, folder, pairs_file, out],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    launch(WORLD_SIZE, Path(__file__).parent / "stories_worker.py", folder, pairs_file, out)
     computed: dict[str, Any] = json.loads((out / "results.json").read_text())
     return computed
 

@@ -1,9 +1,7 @@
 """megatron-core reads what the converter writes, in other layouts than it was written for, and the other way round."""
 
-import os
 import shutil
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,21 +18,13 @@ from srlm_mega.checkpoints_conversion.verify import prove
 pytestmark = [pytest.mark.slow, pytest.mark.extra]
 
 
-def test_megatron_and_the_converter_read_one_another(tmp_path: Path) -> None:
+def test_megatron_and_the_converter_read_one_another(tmp_path: Path, launch: Callable[..., str]) -> None:
     for case in ("tied", "untied"):
         shape = LlamaShape(NUM_LAYERS, 32, 48, 4, 2, VOCAB_SIZE, 64, 1e-5, 10000.0, case == "tied")
         model = tmp_path / case / "model"
         write_folder(model, shape, weights_of(shape), tokenizer_from=None)
         convert(model, tmp_path / case / "checkpoint", Wish(Kind.MEGATRON, tp=2, pp=2), Resources(), no_bar)
-    torchrun = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*torchrun, str(Path(__file__).parent / "torch_dist_worker.py"), str(tmp_path)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    launch(2, Path(__file__).parent / "torch_dist_worker.py", tmp_path)
     for case, tensors in (("tied", 9 * NUM_LAYERS + 2), ("untied", 9 * NUM_LAYERS + 3)):
         for name in ("tp2", "pp2", "dp2"):
             shutil.copyfile(tmp_path / case / "model/config.json", tmp_path / case / name / "config.json")

@@ -1,6 +1,6 @@
 """What each rank of a launch runs: every layout of this world size, one after another; the main rank writes results.
 
-torchrun --nproc-per-node N worker.py MODELS OUT
+torchrun --nproc-per-node N worker.py MODELS OUT [NAME ...]        only these layouts
 """
 
 import nothing_compiled  # noqa: F401
@@ -10,14 +10,16 @@ import hashlib
 import json
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import megatron.core
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from safetensors.torch import load_file, save_file
-from small_run import LAYOUTS, SEED, Layout, config, pairs, sequences
+from small_run import BEGUN, LAYOUTS, SEED, Layout, config, pairs, sequences
 
 from srlm_mega.checkpoints_conversion.huggingface import read_shape
 from srlm_mega.config import Config
@@ -27,21 +29,25 @@ from srlm_mega.training.context_parallel import cp_positions
 from srlm_mega.training.model import build_model, transformer_config
 from srlm_mega.training.reference_logprobs import compute_reference
 from srlm_mega.training.topology import Topology, process_group
-from srlm_mega.training.trainer import TrainingJob, train_dpo, train_sft
+from srlm_mega.training.trainer import TrainingJob, TrainingPart, train_dpo, train_sft
 from srlm_mega.training.weights import load_weights, save_weights, verify_export
 
 Results = dict[str, Any]
 
 
-def main(models: Path, out: Path) -> None:
-    """All layouts of the world that was launched."""
+def main(models: Path, out: Path, names: Sequence[str]) -> None:
+    """All layouts of the world that was launched, or those named."""
     single = Layout("")
     with process_group(config(single, 1).trainer):
         world_size = torch.distributed.get_world_size()
-        results = {layout.name: run(layout, world_size, models, out / layout.name) for layout in LAYOUTS[world_size]}
-        if world_size == 1:
+        layouts = [layout for layout in LAYOUTS[world_size] if not names or layout.name in names]
+        results = {layout.name: run(layout, world_size, models, out / layout.name) for layout in layouts}
+        results["megatron-core"] = megatron.core.__version__
+        if BEGUN in names:
+            begin(models, out / BEGUN)
+        if world_size == 1 and not names:
             results["refusals"] = refusals(models, out)
-        if world_size == 2:
+        if world_size == 2 and not names:
             results["determinism"] = determinism(models, out)
         if torch.distributed.get_rank() == 0:
             (out / "results.json").write_text(json.dumps(results))
@@ -62,6 +68,14 @@ def run(layout: Layout, world_size: int, models: Path, out: Path) -> Results:
             "dpo": read_metrics(out / "dpo"),
             "reference": [asdict(record) for record in reference],
         }
+
+
+def begin(models: Path, out: Path) -> None:
+    """Three of the five SFT steps, with the distributed optimizer, and a checkpoint."""
+    settings = config(Layout("", distributed_optimizer=True), 1)
+    with Topology.start(settings.parallel, settings.trainer, SEED) as topology:
+        part = TrainingPart(3, out / "export")
+        train_sft(TrainingJob(topology, settings, models / "start", out, SEED, part=part), settings.sft, sequences())
 
 
 def save_logits(topology: Topology, settings: Config, start: Path, out: Path) -> None:
@@ -164,4 +178,4 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])

@@ -4,10 +4,7 @@ What the interpreter cannot show: speed, races, and rounding to bf16, which it t
 """
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -24,20 +21,11 @@ Results = dict[int, dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+def results(tmp_path_factory: pytest.TempPathFactory, launch: Callable[..., str]) -> Results:
     """What each world size measured. Processes of their own: interpreting is decided when the kernels are imported."""
-    folder, tests = tmp_path_factory.mktemp("kernels"), ROOT / "tests/support"
-    torchrun = str(Path(sys.executable).parent / "torchrun")
+    folder, worker = tmp_path_factory.mktemp("kernels"), ROOT / "tests/support/kernels_worker.py"
     for world_size in WORLD_SIZES:
-        launcher = [torchrun, "--standalone", f"--nproc-per-node={world_size}"] if world_size > 1 else [sys.executable]
-        done = subprocess.run(
-            [*launcher, str(tests / "kernels_worker.py"), str(world_size), str(folder / f"{world_size}.json")],
-            env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
+        launch(world_size, worker, world_size, folder / f"{world_size}.json", TRITON_INTERPRET="1")
     return {world_size: json.loads((folder / f"{world_size}.json").read_text()) for world_size in WORLD_SIZES}
 
 
