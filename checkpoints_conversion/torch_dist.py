@@ -3,7 +3,7 @@
 Such a checkpoint holds global tensors, cut into chunks: layers are the first dimension, fused matrices are the same for
 every TP (queries, key and value per group; all gates, then all ups), so a model split in any way finds its parts. A
 chunk is a file of torch.save within a larger file, and `.metadata` says where. (The format is that of
-torch.distributed.checkpoint with the names of megatron-core 0.16.1 and its Transformer Engine layers.)
+torch.distributed.checkpoint with the names of megatron-core's Transformer Engine layers, 0.16.1 and 0.19.2.)
 """
 
 import io

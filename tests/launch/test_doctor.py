@@ -24,6 +24,7 @@ from srlm_mega.launch.doctor import (
     version_sets,
 )
 from srlm_mega.launch.probe import ProbeAnswer
+from srlm_mega.training.megatron_version import VERSIONS
 
 TRAINING, SAMPLING, CPU = version_set("training"), version_set("sampling"), version_set("cpu")
 TORCH = ProbeAnswer("2.10.0a0+b4e4ee81d3", cuda="13.1", triton='triton==3.6.0; platform_system == "Linux"')
@@ -131,6 +132,37 @@ def test_the_set_of_the_sampler_that_is_here(here: dict[str, ProbeAnswer | None]
     versions, rows = best_fit(probed, version_sets("sampling", "vllm"), False)
     wrong = {row.name for row in rows if row.status == "bad"}
     assert versions.name in names and ("vllm" in wrong) == ("vllm" not in chosen), "the backend that was asked for"
+
+
+@pytest.mark.parametrize(
+    ("python", "megatron_core", "engine", "chosen", "wrong"),
+    [
+        ("3.12.3", "0.16.1", "2.10.0", "", []),
+        ("3.12.3", "0.19.2", "2.20.2", "_megatron_0_19", []),
+        ("3.12.3", "0.19.2", None, "_megatron_0_19", []),
+        ("3.12.3", None, "2.10.0", "", ["megatron-core"]),
+        ("3.12.3", "0.18.0", "2.10.0", "", ["megatron-core"]),
+        ("3.11.9", "0.19.2", "2.10.0", "", ["megatron-core"]),  # pip cannot have put it there
+    ],
+)
+def test_the_set_of_the_megatron_core_that_is_here(
+    python: str, megatron_core: str | None, engine: str | None, chosen: str, wrong: list[str]
+) -> None:
+    here = {"python": python, "megatron-core": megatron_core, "transformer-engine": engine}
+    answers = {name: ProbeAnswer(version or "", absent=version is None) for name, version in here.items()}
+    probed = [Probed(name, answer) for name, answer in (WELL | answers).items()]
+    versions, rows = best_fit(probed, version_sets("training", None), False)
+    assert versions.name == f"training{chosen}"
+    assert [row.name for row in rows if row.status == "bad"] == wrong
+    assert not wrong or "megatron-core==0.16.1" in next(row.remedy for row in rows if row.status == "bad")
+    cpu = [Probed(name, answer) for name, answer in (WELL | answers | {"torch": ProbeAnswer("2.13.0+cpu")}).items()]
+    assert best_fit(cpu, version_sets("cpu", None), False)[0].name == f"cpu{chosen}"
+
+
+def test_every_megatron_core_of_training_has_its_sets() -> None:
+    for purpose in ("cpu", "training"):
+        needed = [one.packages["megatron-core"].needs for one in version_sets(purpose, None)]
+        assert needed == [f"=={version}" for version in VERSIONS]
 
 
 def test_an_untested_version_is_yellow_and_no_failure() -> None:
