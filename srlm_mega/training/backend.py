@@ -40,7 +40,8 @@ class Backend:
         fused = {"elementwise": self.fuse_elementwise, f"weight gradients ({package})": self.fuse_weight_gradients}
         fused["rotary embedding, weight gradients (Transformer Engine)"] = self.layers == "transformer_engine"
         names = ", ".join(name for name, on in fused.items() if on) or "nothing"
-        return f"layers: {self.layers}; attention: {self.attention}; fused: {names}; Adam: {adamw.package()}"
+        attention = self.attention + (" (a call per sequence, without cuDNN)" if self.attention == "sdpa" else "")
+        return f"layers: {self.layers}; attention: {attention}; fused: {names}; Adam: {adamw.package()}"
 
     def settings(self) -> dict[str, Any]:
         """Return fields of Megatron's TransformerConfig."""

@@ -59,7 +59,8 @@ def test_choices(
     chosen = choose_backend(settings, device)
     assert (chosen.layers, chosen.attention) == (layers, attention)
     assert chosen.fuse_weight_gradients == (layers == "torch"), "Transformer Engine's linears do it themselves"
-    assert str(chosen).startswith(f"layers: {layers}; attention: {attention}; fused: ")
+    said = attention + (" (a call per sequence, without cuDNN)" if attention == "sdpa" else "")
+    assert str(chosen).startswith(f"layers: {layers}; attention: {said}; fused: ")
 
 
 def test_devices_before_ampere_have_no_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
