@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpu_runs import Figures
+from gpu_runs import Figures, fresh_device
 
 from srlm_mega.run.provenance import PACKAGES, package_version
 
@@ -18,6 +18,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Without a device there is nothing to run on."""
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def emptied_device() -> None:
+    """Every test starts from what it allocates itself, and measures its own peak."""
+    fresh_device()
 
 
 @pytest.fixture(scope="session")

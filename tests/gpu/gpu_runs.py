@@ -1,5 +1,6 @@
 """Short trainings of models with a few layers of a large model's width, on a GPU or, shrunken, on a CPU."""
 
+import gc
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -65,8 +66,17 @@ def run_config(size: Size, device: Device, **trainer: Any) -> Config:
     )
 
 
+def fresh_device() -> None:
+    """Let go of the models before, which hooks keep in circles (25 GB each), and of their peak."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
 def sft_losses(config: Config) -> list[float]:
     """Losses of 20 SFT steps on one repeated batch."""
+    fresh_device()
     with Topology.start(config.parallel, config.trainer, SEED) as topology:
         bench = Bench(
             config, TrainingRequest("sft", steps=1, warmup=0, baseline=False, baseline_size=None, json=None), topology
@@ -77,9 +87,8 @@ def sft_losses(config: Config) -> list[float]:
 
 def dpo_step(config: Config, steps: int, warmup: int) -> dict[str, float]:
     """Medians of DPO steps on random pairs: seconds, rates, MFU where the device's peak is known; peak memory."""
+    fresh_device()
     with Topology.start(config.parallel, config.trainer, SEED) as topology:
-        if topology.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
         bench = Bench(
             config,
             TrainingRequest("dpo", steps=steps, warmup=warmup, baseline=False, baseline_size=None, json=None),

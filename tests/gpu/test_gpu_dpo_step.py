@@ -1,7 +1,10 @@
 """Memory and MFU of a DPO step. The figures are what matters; the checks say that they can be believed."""
 
+import gc
+
 import pytest
-from gpu_runs import SHRUNKEN, WIDE_7B, WIDE_70B, Device, Figures, Size, dpo_step, run_config
+from gpu_runs import SHRUNKEN, WIDE_7B, WIDE_70B, Device, Figures, Size, dpo_step, fresh_device, run_config
+from megatron.core.distributed import DistributedDataParallel
 
 from srlm_mega.checkpoints_conversion.megatron import placements
 from srlm_mega.config.model_sizes import GIB
@@ -27,3 +30,15 @@ def test_dpo_step(fp8: str | None, size: Size, device: Device, figures: Figures)
     held = MemoryBudget(num_parameters(shape, whole), bf16=True, optimizer_shards=1).total / GIB
     (peak,) = (value for key, value in measured.items() if key.startswith("memory/"))
     assert peak > held
+
+
+def models_alive() -> int:
+    return sum(isinstance(one, DistributedDataParallel) for one in gc.get_objects())
+
+
+def test_no_model_outlives_its_test() -> None:
+    """Megatron's hooks and the schedule's functions refer to the model, and it to them: only collecting frees it."""
+    dpo_step(run_config(SHRUNKEN, "cpu"), steps=1, warmup=1)
+    assert models_alive(), "as long as nothing is collected"
+    fresh_device()
+    assert not models_alive()

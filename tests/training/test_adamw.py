@@ -57,7 +57,8 @@ def test_on_a_gpu_one_kernel_updates_all(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(adamw, "fusible", lambda params: True)
     with Operators() as fused_calls:
         fused = train(AdamW, adam_w_mode=True)
-    torch.testing.assert_close(fused, plain, rtol=1e-6, atol=1e-6)
+    # Parameters stay below 4, where decay and update round by an eps each; the update, below 0.2, by some 10 eps of it.
+    torch.testing.assert_close(fused, plain, rtol=0, atol=5 * (2 + 2) * torch.finfo(torch.float32).eps)
     assert fused_calls.names.count("_fused_adamw_") == 5 * 2, "once per step and group that has parameters"
     assert not {"_local_scalar_dense", "_to_copy"} & set(fused_calls.names)
     monkeypatch.undo()
@@ -73,9 +74,7 @@ def test_the_norm_is_megatrons_bit_by_bit_without_reads(monkeypatch: pytest.Monk
     with Operators() as calls:
         found, _ = total_norm(2048 * 32, None, [grads], False)
     assert "_local_scalar_dense" not in calls.names
-    true = torch.cat([grad.double().flatten() for grad in grads]).norm()
     assert found.shape == (1,) and found.dtype == torch.float32
-    assert found.item() == pytest.approx(true.item(), rel=1e-6)
     rebound = torch.tensor
     monkeypatch.setattr(torch, "tensor", lambda *args, **kwargs: rebound(*args, **kwargs | {"device": "cpu"}))
     megatrons, _ = local_multi_tensor_l2_norm(2048 * 32, None, [grads], False)
