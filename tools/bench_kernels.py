@@ -82,17 +82,18 @@ def run_benchmark(json: Path | None, rounds: int, only: Sequence[str], sweep: bo
     if unknown := set(only) - set(known):
         raise UserError(f"no shape is called {', '.join(sorted(unknown))} here: {', '.join(known)}")
     shapes = [known[name] for name in only or default]
-    rows = [row for shape in shapes for row in bench_shape(shape, device, rounds)]
     settings = {
         "on_gpu": on_gpu,
         "dtype": str(DTYPES[device.type]),
         "cuda": torch.version.cuda,
         "shapes": [asdict(shape) for shape in shapes],
     }
-    rows += bench_parts(device, rounds)
     name = str(torch.cuda.get_device_name(device)) if on_gpu else "CPU (smoke mode)"
-    record = make_record("kernels", settings, rows, PACKAGES, name)
-    write_record(record, json)
+    rows: list[BenchRow] = []
+    for shape in (*shapes, None):
+        rows += bench_parts(device, rounds) if shape is None else bench_shape(shape, device, rounds)
+        record = make_record("kernels", settings, rows, PACKAGES, name)
+        write_record(record, json)  # after each shape, so that a cut-off keeps those before it
     print(as_text(record, known))
 
 
