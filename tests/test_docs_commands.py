@@ -21,7 +21,7 @@ OVERRIDE = re.compile(r"([a-z]\w*(?:\.\w+)+)=")
 PLACE_HOLDERS = {"section.key", "health.KEY.stop"}
 LINK = re.compile(r"\]\(([^)\s]*)\)")
 PATH = re.compile(r"(?<![\w/])(?:tests|tools|launch|docs|kernels|srlm_mega|checkpoints_conversion)/[\w./*-]*\w")
-WRITTEN_LATER = re.compile(r"docs/results/kernels_h200\.\w+")  # on the first machine with a GPU
+WRITTEN_LATER = re.compile(r"docs/results/(kernels_h200\.\w+|h200)")  # on the first machine with a GPU
 
 
 def command_lines(page: str) -> Iterator[list[str]]:

@@ -10,7 +10,7 @@ import typer
 
 from srlm_mega.cli.arguments import OVERRIDES, ConfigFile, Overrides, RunFolder
 from srlm_mega.config.runtime import SamplerBackend
-from srlm_mega.errors import CRASHED, UserError
+from srlm_mega.errors import CRASHED, USER_ERROR, UserError
 
 if TYPE_CHECKING:
     from srlm_mega.config import Config
@@ -126,6 +126,19 @@ def bench_device(
     summary = measure_device(minutes, out, smoke, part or [])
     print(f"{summary.seconds:.0f} s; results and logs are in {out}")
     raise typer.Exit(CRASHED if any(result.failed for result in summary.parts) else 0)
+
+
+@bench_app.command("tables")
+def bench_tables(
+    clone: Annotated[Path, typer.Argument(help="Folder of the clone.")] = Path("."),
+    check: Annotated[bool, typer.Option("--check", help="Change nothing; fail where a page would change.")] = False,
+) -> None:
+    """Write the measured figures of README.md and docs/ from docs/results/. Blocks in the pages say which."""
+    from srlm_mega.tools.result_tables import update_pages
+
+    changed = update_pages(clone, check)
+    print("\n".join(changed) or "every table is what docs/results/ says")
+    raise typer.Exit(USER_ERROR if check and changed else 0)
 
 
 def sweep_training(text: str, json: Path | None) -> None:

@@ -21,6 +21,7 @@ from srlm_mega.tools.device import parts
 from srlm_mega.tools.device.memory_check import compared
 from srlm_mega.tools.device.run_parts import DevicePart, DeviceSummary, PartResult, Skipped, run_parts
 from srlm_mega.tools.device.sync_count import counted
+from srlm_mega.tools.device_figures import device_figures
 
 
 def part(name: str, code: str, seconds: float = 20.0, least: float = 0.0) -> DevicePart:
@@ -180,3 +181,5 @@ def test_the_smoke_form_measures_everything(tmp_path: Path, srlm: Path) -> None:
     assert max(trl.row("difference of losses").samples) < 1e-4
     outcomes = {row.labels["outcome"] for row in read_record(tmp_path / "device" / "kernel_tests.json").rows}
     assert outcomes == {"passed"}
+    missing = [line for line in device_figures(tmp_path / "device").splitlines() if line.endswith("| not yet |")]
+    assert len(missing) == len(skipped) and missing[0].startswith("| fp8 |")
