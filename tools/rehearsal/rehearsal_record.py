@@ -75,7 +75,7 @@ class RankRecord:
     export_bytes: int
     export_tensors: int
     backend: str
-    seconds: float
+    seconds: float  # of one core
     resident_bytes: int
     error: str | None
 

@@ -3,7 +3,7 @@
 import math
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,9 +22,9 @@ from srlm_mega.config import Config
 from srlm_mega.config.model_sizes import weight_bytes
 from srlm_mega.gpus import GpuModel
 from srlm_mega.tools.rehearsal.cuda_road import cuda_road
-from srlm_mega.tools.rehearsal.fake_tensors import FakeRank, fake_process_group, without_contents
+from srlm_mega.tools.rehearsal.fake_tensors import fake_process_group, without_contents
 from srlm_mega.tools.rehearsal.longest_batches import longest_pairs, longest_sequences, no_reference
-from srlm_mega.tools.rehearsal.rehearsal_record import LayoutPlace, RankRecord
+from srlm_mega.tools.rehearsal.rehearsal_record import Kind, LayoutPlace, RankRecord
 from srlm_mega.tools.rehearsal.watch import StepWatch
 from srlm_mega.training.backend import choose_backend
 from srlm_mega.training.checkpoint import Checkpoints
@@ -43,6 +43,7 @@ from srlm_mega.training.topology import Topology
 from srlm_mega.training.trainer import Objective, Trainer
 
 FORWARD_ONLY = 2  # micro batches of a pass that keeps nothing for the next
+STATE: tuple[Kind, ...] = ("weights", "gradients", "optimizer")
 LATER_STEP = 2  # the first step's loss would be compared with ln 2
 
 
@@ -55,6 +56,7 @@ class Rehearsal:
     model_config: LlamaConfig
     sft: tuple[Objective, Step]
     dpo: tuple[Objective, Step]
+    most_micro_batches: int  # of a step: every further one repeats the last
 
     @classmethod
     def prepare(cls, config: Config, topology: Topology, gpu: GpuModel) -> "Rehearsal":
@@ -71,26 +73,26 @@ class Rehearsal:
         sequences = longest_sequences(config, config.sft, config.sft.global_batch_size, 1)
         sft = SftObjective(sequences, config.sft, topology, vocab_size)
         dpo = DpoObjective(pairs, no_reference(pairs), config.dpo, topology, vocab_size, tolerance=None)
-        return cls(
-            config, topology, model_config, *((each, each.prepare(range(len(each.items)))) for each in (sft, dpo))
-        )
+        steps = [(each, each.prepare(range(len(each.items)))) for each in (sft, dpo)]
+        return cls(config, topology, model_config, steps[0], steps[1], full_pipeline(topology))
 
-    def run(self, watch: StepWatch, fake_rank: FakeRank, checkpoints: Checkpoints) -> "RankState":
-        """Build, compute a reference, take an SFT and a DPO step, gather a checkpoint."""
+    def run(self, watch: StepWatch, given: Callable[[Any], Any], checkpoints: Checkpoints) -> "RankState":
+        """Build, compute a reference, take an SFT and a DPO step, gather a checkpoint. `given`
+        returns what a micro batch's tensors are to be."""
         shape, topology = self.config.model.shape, self.topology
         with watch.phase("build", "weights"):
             chunks = build_model(self.model_config, shape, topology)
         with watch.phase("reference"):
             for chunk in chunks:
                 chunk.eval()
-            micro_batches = fake_rank.fake(list(self.dpo[1].micro_batches[:FORWARD_ONLY]))
+            micro_batches = given(list(self.dpo[1].micro_batches[:FORWARD_ONLY]))
             forward(chunks, [micro_batch.batch for micro_batch in micro_batches])
         with watch.phase("optimizer", "optimizer"):
             trainer = Trainer.around(chunks, self.model_config, topology, self.config, self.config.dpo, shape, 100)
         name_buffers(watch, trainer.model)
         for chunk in trainer.model:
             chunk.train()
-        state_bytes = watch.now
+        state_bytes = sum(watch.alive(kind) for kind in STATE)
         finalize = self.model_config.finalize_model_grads_func
 
         def once(*arguments: Any, **settings: Any) -> None:
@@ -99,20 +101,13 @@ class Rehearsal:
 
         self.model_config.finalize_model_grads_func = once
         for name, (objective, step) in {"SFT step": self.sft, "DPO step": self.dpo}.items():
-            part = step.micro_batches[: self.full_pipeline]
+            part = step.micro_batches[: self.most_micro_batches]
             with watch.phase(name, times=len(step.micro_batches) / len(part)):
-                trainer.step(objective, fake_rank.fake(replace(step, micro_batches=part)), LATER_STEP)
+                trainer.step(objective, given(replace(step, micro_batches=part)), LATER_STEP)
         with watch.phase("checkpoint", "temporaries"):
             state = checkpoints.sharded_state(trainer.model, trainer.optimizer)
         parameters = sum(parameter.numel() for chunk in trainer.model for parameter in chunk.parameters())
         return RankState(parameters, state_bytes, written_bytes(state))
-
-    @property
-    def full_pipeline(self) -> int:
-        """Micro batches after which every further one repeats the last: memory is that of a full pipeline, and one of
-        them has ended."""
-        stages = self.topology.pp_size
-        return 2 * stages if self.config.parallel.virtual_pipeline_model_parallel_size else stages + 1
 
     def exported(self) -> list[int]:
         """Return the bytes of each tensor, or part of one, that this rank gives to the Hugging Face folder."""
@@ -142,7 +137,7 @@ class RankState:
 
 def rehearse_rank(config: Config, rank: int, gpu: GpuModel) -> RankRecord:
     """Rehearse one rank. UserError where the job would refuse the layout, in the same words."""
-    started = time.perf_counter()
+    started = time.process_time()
     trainer = config.trainer.model_copy(update={"device": "cpu"})
     with (
         fake_process_group(rank, config.world_size),
@@ -156,7 +151,7 @@ def rehearse_rank(config: Config, rank: int, gpu: GpuModel) -> RankRecord:
             without_contents() as fake_rank,
             watch,
         ):
-            held = rehearsal.run(watch, fake_rank, checkpoints)
+            held = rehearsal.run(watch, fake_rank.fake, checkpoints)
         step = rehearsal.dpo[1]
         tensors = rehearsal.exported()
         return RankRecord(
@@ -176,10 +171,16 @@ def rehearse_rank(config: Config, rank: int, gpu: GpuModel) -> RankRecord:
             export_bytes=sum(tensors),
             export_tensors=len(tensors),
             backend=str(rehearsal.model_config.backend),
-            seconds=time.perf_counter() - started,
+            seconds=time.process_time() - started,
             resident_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # Linux counts in KiB
             error=None,
         )
+
+
+def full_pipeline(topology: Topology) -> int:
+    """Return after how many micro batches a pipeline is full, and one of them has ended."""
+    virtual = topology.parallel.virtual_pipeline_model_parallel_size is not None
+    return 2 * topology.pp_size if virtual else topology.pp_size + 1
 
 
 def axis_of(topology: Topology, group: dist.ProcessGroup) -> str:

@@ -118,10 +118,9 @@ class StepWatch(TorchDispatchMode):
         if tensor is None or not self.is_on_host(tensor):
             self._reads[self._phase, place()] += self._times
 
-    @property
-    def now(self) -> int:
-        """Bytes that are alive."""
-        return sum(allocation.size for allocation in self._alive.values() if allocation.kind != "host")
+    def alive(self, kind: Kind) -> int:
+        """Return the bytes of a kind that are alive."""
+        return sum(storage.size for storage in self._alive.values() if storage.kind == kind)
 
     @property
     def peak(self) -> int:
