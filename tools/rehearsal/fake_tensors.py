@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
-from srlm_mega.tools.rehearsal.watch import tensors_in
+from srlm_mega.tools.rehearsal.watch import name_of, tensors_in
 from srlm_mega.training import cpu_backend
 
 T = TypeVar("T")
@@ -63,7 +63,7 @@ class FakeRank(TorchDispatchMode):
     ) -> Any:
         """Answer an operation, or let fake tensors do it."""
         kwargs = kwargs or {}
-        name = str(func)
+        name = name_of(func)
         if name.startswith("c10d."):
             return answered(func, args)
         if name == "aten._local_scalar_dense.default":
@@ -94,11 +94,11 @@ class FakeRank(TorchDispatchMode):
             for tensor in tensors:
                 self._known.pop(tensor, None)
             return None
-        if str(func) == "aten.lift_fresh.default":
+        if name_of(func) == "aten.lift_fresh.default":
             return None if tensors[0].is_floating_point() else tensors[0]
         if tensors and not all(tensor in self._known and tensor.numel() <= MOST_COMPUTED for tensor in tensors):
             return None
-        if not tensors and not str(func).startswith("aten.arange"):
+        if not tensors and not name_of(func).startswith("aten.arange"):
             return None
         if kwargs.get("dtype") is not None and kwargs["dtype"].is_floating_point:
             return None
