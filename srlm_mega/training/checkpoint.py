@@ -6,7 +6,8 @@ one file system.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from multiprocessing import get_context
@@ -16,16 +17,19 @@ from typing import Any
 
 import megatron.core
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject
+from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer.module import MegatronModule
+from torch.distributed.checkpoint import CheckpointException
 
 from srlm_mega.config.training import TrainerConfig
-from srlm_mega.errors import UserError
+from srlm_mega.errors import CannotContinue, UserError
 from srlm_mega.launch.child_process import die_with
 from srlm_mega.training.checkpoint_files import (
     building_path,
@@ -49,6 +53,9 @@ METADATA = {
     "distrib_optim_fully_reshardable_mem_efficient": False,  # the memory-efficient gather needs gloo besides NCCL
     "chained_optim_avoid_prefix": True,
 }
+
+
+MAKE_ROOM = "look at the disk, then run the same command again: training resumes from the newest whole checkpoint"
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,8 @@ class Checkpoints:
     def save_if_due(self, model: Sequence[MegatronModule], optimizer: ChainedOptimizer, position: Position) -> None:
         """Write a checkpoint every `trainer.save_interval` steps. With `trainer.async_save` training continues while
         its files are written; the first call after that, or `finish`, gives it its name."""
-        self._queue.maybe_finalize_async_calls(blocking=False)
+        with explained(CannotContinue, f"{self._folder}: a checkpoint was not written", MAKE_ROOM):
+            self._queue.maybe_finalize_async_calls(blocking=False)
         if self._trainer.save_interval is not None and position.step % self._trainer.save_interval == 0:
             self._save(model, optimizer, position)
 
@@ -96,7 +104,8 @@ class Checkpoints:
     def finish(self) -> None:
         """Wait until no checkpoint is being written."""
         self._topology.beat("checkpoint", "a checkpoint's end")
-        self._queue.maybe_finalize_async_calls(blocking=True)
+        with explained(CannotContinue, f"{self._folder}: a checkpoint was not written", MAKE_ROOM):
+            self._queue.maybe_finalize_async_calls(blocking=True)
 
     def _save(self, model: Sequence[MegatronModule], optimizer: ChainedOptimizer, position: Position) -> None:
         self.finish()
@@ -115,21 +124,23 @@ class Checkpoints:
             "layout": self._layout(),
             "distributed_optimizer": self._topology.parallel.use_distributed_optimizer,
         }
-        request = dist_checkpointing.save(
-            state, str(building), self._strategy, async_sharded_save=True, **self._version.own_writer
-        )
-        request.add_finalize_fn(partial(self._publish, position.step))
-        if self._trainer.async_save:
-            self._queue.schedule_async_request(request)
-        else:
-            request.execute_sync()
+        with explained(CannotContinue, f"{building} was not written", MAKE_ROOM):
+            request = dist_checkpointing.save(
+                state, str(building), self._strategy, async_sharded_save=True, **self._version.own_writer
+            )
+            request.add_finalize_fn(partial(self._publish, position.step))
+            if self._trainer.async_save:
+                self._queue.schedule_async_request(request)
+            else:
+                request.execute_sync()
 
     def load(self, path: Path, model: Sequence[MegatronModule], optimizer: ChainedOptimizer, seed: int) -> Position:
         """Fill model, optimizer and random states from a checkpoint; return the position to resume from.
 
-        In another layout no random state fits: there the streams start anew from the seed and the step. UserError for
-        the state of the other kind of optimizer, which Megatron does not read as the other, and for a checkpoint of a
-        newer megatron-core.
+        In another layout no random state fits: there the streams start anew from the seed and the step. A checkpoint
+        of the torch layers has no FP8 state: Transformer Engine's layers start theirs anew. UserError for a checkpoint
+        of another model or a newer megatron-core, and for the state of the other kind of optimizer, which Megatron does
+        not read as the other.
         """
         self._topology.beat("checkpoint", f"reading {path.name}")
         if self._version.common_file and not (path / "common.pt").is_file():
@@ -137,7 +148,10 @@ class Checkpoints:
                 f"{path} was written by a newer megatron-core, and {megatron.core.__version__} does not read it: "
                 f"resume with the version that wrote it, or remove {path.parent} to start this stage anew"
             )
-        common = dist_checkpointing.load_common_state_dict(str(path))
+        remedy = f"resume with the configuration that wrote it, or remove {path.parent} to start this stage anew"
+        mismatch = (f"{path} does not fit this model", remedy)
+        with explained(UserError, *mismatch):
+            common = dist_checkpointing.load_common_state_dict(str(path))
         position, same_layout = Position(**common["position"]), common["layout"] == self._layout()
         if common["distributed_optimizer"] != self._topology.parallel.use_distributed_optimizer:
             raise UserError(
@@ -145,7 +159,11 @@ class Checkpoints:
                 f"with the same value, which any layout can, or remove {path.parent} to start this stage anew"
             )
         state = self.sharded_state(model, optimizer, is_loading=True, random_states=same_layout)
-        loaded = dist_checkpointing.load(state, str(path))
+        with explained(UserError, *mismatch):
+            fresh = keep_absent([state[f"model{number}"] for number in range(len(model))], path)
+            loaded = dist_checkpointing.load(state, str(path))
+        if self._topology.any(fresh) and self._topology.is_main:
+            print(f"{path.name} has no state of Transformer Engine's layers: FP8 scales start anew", flush=True)
         for number, chunk in enumerate(model):
             unwrap(chunk).load_state_dict(loaded[f"model{number}"])
         optimizer.load_state_dict(loaded["optimizer"])
@@ -195,6 +213,32 @@ class Checkpoints:
             entries = {name: entry for part in gathered for name, entry in part.items()}
             publish(self._folder, step, entries, self._trainer.keep_checkpoints)
         self._topology.barrier()  # no rank ends, and takes the others down, before the checkpoint has its name
+
+
+def keep_absent(chunks: Sequence[dict[str, Any]], path: Path) -> bool:
+    """Let layers keep the extra state that they have and a checkpoint has not; tell whether there was any."""
+    saved = load_sharded_metadata(str(path))
+    absent = [
+        (chunk, name, item)
+        for chunk in chunks
+        for name, item in chunk.items()
+        if isinstance(item, ShardedObject) and name.endswith("_extra_state") and item.unique_key not in saved
+    ]
+    for chunk, name, item in absent:
+        chunk[name] = LocalNonpersistentObject(item.data)
+    return bool(absent)
+
+
+@contextmanager
+def explained(kind: type[UserError | CannotContinue], what: str, remedy: str) -> Iterator[None]:
+    """Raise an error of this kind, with the first rank's reason, for torch's and Megatron's errors of checkpoints."""
+    try:
+        yield
+    except CheckpointException as error:  # only the first rank knows the failures
+        reasons = [str(failure) for failure, _ in error.failures.values()]
+        raise kind(f"{what} ({reasons[0] if reasons else 'rank 0 says why'}): {remedy}") from error
+    except CheckpointingException as error:
+        raise kind(f"{what} ({error}): {remedy}") from error
 
 
 @cache

@@ -3,6 +3,8 @@
 This has not been run on a GPU.
 """
 
+import os
+
 import transformer_engine.pytorch  # noqa: F401  without it Megatron's classes are empty shells
 from megatron.core.extensions.transformer_engine import (
     TEDotProductAttention,
@@ -16,6 +18,10 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from torch import nn
 
 from srlm_mega.training.layer_torch import llama_block
+
+# Delayed scales are pickled in a checkpoint, and newer versions refuse to read them back without it. The checkpoint is
+# this run's own, and compared with its hashes before it is read.
+os.environ["NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"] = "1"
 
 
 def engine_block(num_layers: int) -> TransformerBlockSubmodules:

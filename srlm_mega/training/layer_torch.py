@@ -107,7 +107,7 @@ def llama_block(
         pre_mlp_layernorm=layer_norm,
         mlp=ModuleSpec(MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
         mlp_bda=get_bias_dropout_add,
-        sharded_state_dict_keys_map=FUSED_NORMS,  # a distributed checkpoint is the same for both kinds of layer
+        sharded_state_dict_keys_map=FUSED_NORMS,  # both kinds of layer save the same tensors, and resume each other's
     )
     layer = ModuleSpec(TransformerLayer, submodules=submodules)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=final_norm)

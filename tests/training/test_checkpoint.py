@@ -1,0 +1,24 @@
+"""How errors of checkpoints read. Saving and resuming itself is in test_resume.py and test_layer_te.py."""
+
+import pytest
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from torch.distributed.checkpoint import CheckpointException
+
+from srlm_mega.errors import CannotContinue, UserError
+from srlm_mega.training.checkpoint import explained
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_torch_and_megatron_say_of_checkpoints_is_explained(rank: int) -> None:
+    """torch's exception is no Exception, and only the first rank's holds the failures."""
+    failures = {3: (OSError("No space left on device"), None)} if rank == 0 else {}
+    with (
+        pytest.raises(CannotContinue, match=r"iter_1 was not written \((No space left.*|rank 0 says why)\): make room"),
+        explained(CannotContinue, "iter_1 was not written", "make room"),
+    ):
+        raise CheckpointException("write", failures)  # type: ignore[arg-type]
+    with (
+        pytest.raises(UserError, match=r"iter_1 does not fit \(Global shape mismatch\): resume elsewhere"),
+        explained(UserError, "iter_1 does not fit", "resume elsewhere"),
+    ):
+        raise CheckpointingException("Global shape mismatch")
