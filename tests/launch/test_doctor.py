@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from engine_packages import ENDS, NEWEST
 from places import ROOT
 
 from srlm_mega.launch.doctor import (
@@ -352,6 +353,16 @@ def test_what_is_needed_is_what_pip_would_ask_for(purpose: str) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for name in ("torch", "megatron-core", "transformers"):
         assert f"{name}{version_set(purpose).packages[name].needs}" in project["dependencies"]
+
+
+def test_one_range_of_transformer_engine() -> None:
+    """What pip takes, what the doctor takes, what both say to install, and the ends of what the tests run."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    package = TRAINING.packages["transformer-engine"]
+    asked = f"transformer-engine[pytorch]{package.needs}"
+    assert asked in project["optional-dependencies"]["gpu"]
+    assert f"'{asked}'" in package.install and f"'{asked}'" in (ROOT / "docs/cluster.md").read_text()
+    assert [fits(version, package.needs) for version in ("2.8.0", *ENDS, "2.12.0", NEWEST)] == [0, 1, 1, 0, 0]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 from places import ROOT
 
+ENDS = ("2.9.0", "2.11.0")  # of what megatron-core 0.16.1 asks for
+NEWEST = "2.20.2"
+
 
 def engine_packages(version: str) -> Path:
     """The folder to put on PYTHONPATH; one of several processes makes it. Skip where pip cannot."""

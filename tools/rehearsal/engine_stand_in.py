@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from inspect import unwrap
 from types import CodeType, FunctionType, ModuleType, SimpleNamespace
 from typing import Any, NoReturn
-from unittest.mock import MagicMock
+from unittest.mock import MagicMock, patch
 
 import torch
 import torch._dynamo  # Transformer Engine imports it; it stumbles over stand-ins of packages
@@ -113,9 +113,6 @@ def on_cpu(code: CodeType) -> CodeType:
 
 @contextmanager
 def on_cuda() -> Iterator[None]:
-    """Let `torch.cuda.is_available` say yes inside the block: Transformer Engine's modules ask as they are made."""
-    available, torch.cuda.is_available = torch.cuda.is_available, lambda: True
-    try:
+    """Let Transformer Engine's modules be made inside the block: they ask for CUDA, and older ones for streams."""
+    with patch.multiple(torch.cuda, is_available=lambda: True, Stream=MagicMock()):
         yield
-    finally:
-        torch.cuda.is_available = available
