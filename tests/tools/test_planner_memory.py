@@ -54,7 +54,7 @@ def test_two_layers_by_hand() -> None:
     assert (stage.weights, stage.gradients, stage.optimizer) == (4 * 1704, 4 * 1704, 8 * 1704)
     assert stage.activations == 10 * (2 * 480 + 4 * 17 + 32)
     assert layer_temporaries(tiny_job()) == 10 * 4 * (8 + 8 + 16) + 4 * 576
-    assert stage.temporaries == 10 * 32 * 16
+    assert (stage.temporaries, stage.head) == (0, 10 * 32 * 16)
     assert stage.communication == stage.cp_buffers == stage.pp_buffers == 0
     assert stage.needed == 16 * 1704 + 10 * (2 * 480 + 4 * 17 + 32) + 10 * 32 * 16
     assert stage.total == pytest.approx(stage.needed * (1 + MARGIN))
@@ -96,12 +96,13 @@ def test_kinds_of_layers_by_hand() -> None:
 
 
 def test_our_head_by_hand() -> None:
-    """fp32, half of 10 tokens count: exp(z - max) 5 * 32 numbers; 5 rows of 8 and their gradients; 10 gradients, of the
-    rows and of the hidden states before and after. TP 2 gathers the other ranks' rows, and halves the vocabulary."""
+    """fp32, half of 10 tokens count: exp(z - max) 5 * 32 numbers; 5 rows of 8 and their gradients; gradients of the
+    hidden states, twice; a place for the matrix's gradient of 32 * 8. TP 2 gathers the other ranks' rows, and halves
+    vocabulary and hidden states; with 40 tokens their gathered gradients are more than the place."""
     one = tiny_job(fused_head=True, head_rows=0.5)
-    assert head_bytes(one) == 4 * (5 * 32 + 5 * 8 + 5 * 8 + 3 * 10 * 8)
-    two = replace(one, layout=ParallelLayout(tp=2))
-    assert head_bytes(two) == 4 * (5 * 16 + 10 * 8 + 5 * 8 + 5 * 8 + 10 * 8 + 2 * 5 * 8)
+    assert head_bytes(one) == 4 * (5 * 32 + 2 * 5 * 8 + 2 * 10 * 8 + 32 * 8)
+    two = replace(one, layout=ParallelLayout(tp=2), seq_length=40)
+    assert head_bytes(two) == 4 * (20 * 16 + 40 * 8 + 2 * 20 * 8 + 2 * 20 * 8 + 40 * 8)
 
 
 def test_pipeline_buffers_by_hand() -> None:

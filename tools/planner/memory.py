@@ -28,7 +28,8 @@ class StageMemory:
     gradients: float
     optimizer: float
     activations: float  # kept for the backward pass, of all micro batches in flight
-    temporaries: float  # of the backward pass where it makes most: in a layer, in the head or in the embedding
+    temporaries: float  # of the backward pass of a layer or the embedding, whichever makes more; 0 if the head does
+    head: float  # of the head's backward pass; 0 if a layer's makes more
     communication: float
     cp_buffers: float
     pp_buffers: float
@@ -38,7 +39,7 @@ class StageMemory:
     def needed(self) -> float:
         """Bytes without the margin: the most that tensors take."""
         state = self.weights + self.gradients + self.optimizer
-        passes = self.activations + self.temporaries
+        passes = self.activations + self.temporaries + self.head
         return state + passes + self.communication + self.cp_buffers + self.pp_buffers
 
     @property
@@ -84,6 +85,7 @@ def parameters_of(job: Job, stage: int) -> float:
 def _stage(job: Job, stage: int) -> StageMemory:
     layout, parameters = job.layout, parameters_of(job, stage)
     weights, gradients, optimizer = _fsdp_state(job, stage) if layout.fsdp > 1 else _state(job, parameters)
+    temporaries, head = temporary_bytes(job, stage), head_bytes(job) if stage == layout.pp - 1 else 0.0
     return StageMemory(
         stage,
         parameters,
@@ -91,7 +93,8 @@ def _stage(job: Job, stage: int) -> StageMemory:
         gradients,
         optimizer,
         activations=activation_bytes(job, stage),
-        temporaries=temporary_bytes(job, stage),
+        temporaries=temporaries if temporaries > head else 0.0,
+        head=head if head >= temporaries else 0.0,
         communication=communication_bytes(job, parameters),
         cp_buffers=8 * job.local_tokens * job.shape.kv_size / layout.tp * element_bytes(job) if layout.cp > 1 else 0.0,
         pp_buffers=pipeline_bytes(job, stage),
@@ -217,12 +220,11 @@ def activation_bytes(job: Job, stage: int) -> float:
 
 
 def temporary_bytes(job: Job, stage: int) -> float:
-    """Return the bytes of the backward pass where it makes most. The embedding's comes when its micro batch's layers
-    are done with, and have freed what they kept."""
+    """Return the bytes of the backward pass of a layer or the embedding, whichever makes more. The embedding's comes
+    when its micro batch's layers are done with, and have freed what they kept."""
     chunk = layers_of(job, stage) / job.layout.vpp
-    head = head_bytes(job) if stage == job.layout.pp - 1 else 0.0
     embedding = _embedding_bytes(job) - chunk * kept_bytes(job) if stage == 0 else 0.0
-    return max(layer_temporaries(job), head, embedding)
+    return max(layer_temporaries(job), embedding)
 
 
 def layer_temporaries(job: Job) -> float:
@@ -243,14 +245,15 @@ def layer_temporaries(job: Job) -> float:
 def head_bytes(job: Job) -> float:
     """Return the bytes of the head's backward pass. Whole logits: in bf16, in fp32, softmax or gradient in fp32,
     gradient in bf16. Ours: exp(z - max), which becomes the gradient in place, for the rows that count; their hidden
-    states and gradients; all rows gathered, and their gradients, in parts too. In the forward pass, before those
-    gradients, chunks of fp32 logits."""
+    states and gradients; all rows gathered; their gradients, before and after these are scattered, or the place for the
+    matrix's gradient. In the forward pass, before those gradients, chunks of fp32 logits."""
     rows, columns, element = job.local_tokens * job.head_rows, -(-job.shape.vocab // job.layout.tp), element_bytes(job)
     if not job.fused_head:
         return rows * columns * (2 * element + 8)
     hidden = job.shape.hidden * element
     gathered = job.local_tokens * hidden if job.layout.row_shards > 1 else 0.0
-    gradients = rows * hidden + job.local_tokens * hidden + 2 * hidden_bytes(job)
+    place = 0.0 if job.frozen else columns * hidden
+    gradients = rows * hidden + 2 * hidden_bytes(job) + max(job.local_tokens * hidden, place)
     logits = min(rows, FUSED_CHUNK_ROWS) * columns * 4
     return rows * columns * element + gathered + rows * hidden + max(gradients, logits)
 

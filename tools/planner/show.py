@@ -21,8 +21,8 @@ from srlm_mega.tools.planner.training_steps import Lengths, StepTime
 from srlm_mega.tools.planner.whole_run import Cluster, StageTime
 
 MEMORY_PARTS = (
-    "weights", "gradients", "optimizer", "activations", "temporaries", "communication", "cp_buffers", "pp_buffers",
-    "margin",
+    "weights", "gradients", "optimizer", "activations", "temporaries", "head", "communication", "cp_buffers",
+    "pp_buffers", "margin",
 )  # fmt: skip
 LAYERS: dict[Layers, str] = {
     "torch": "torch (Transformer Engine's, which model.layer_backend=auto takes where it is installed, keep less)",
