@@ -86,7 +86,7 @@ def memory_table(rehearsed: Rehearsed, records: Sequence[RankRecord]) -> str:
         held = [record.held(part) for part in PARTS]  # type: ignore[arg-type]
         rows.append([str(record.rank), "rehearsed", f"{record.parameters:,}", *map(gib, held), gib(record.peak_bytes)])
         plan = rehearsed.planned[record.place.pp]
-        buffers = plan.communication + plan.cp_buffers + plan.pp_buffers
+        buffers = plan.temporaries + plan.communication + plan.cp_buffers + plan.pp_buffers
         parts = (plan.weights, plan.gradients, plan.optimizer, plan.activations, plan.head, buffers)
         rows.append(["", "planned", f"{plan.parameters:,.0f}", *map(gib, parts), gib(plan.needed)])
     return "Memory of a rank at its peak, GiB; planned without its margin, with buffers among temporaries\n" + table(

@@ -20,8 +20,7 @@ from srlm_mega.errors import USER_ERROR, UserError
 from srlm_mega.gpus import find_gpu
 from srlm_mega.launch.child_process import environment
 from srlm_mega.launch.cores import usable_cores
-from srlm_mega.tools.planner.memory import stage_memory
-from srlm_mega.tools.planner.training_steps import Lengths, layout_of, memory_job, training_job
+from srlm_mega.tools.planner.training_steps import Lengths, layout_of, planned_memory, training_job
 from srlm_mega.tools.rehearsal.rank_places import distinct_ranks, place_of
 from srlm_mega.tools.rehearsal.rehearsal_record import RankRecord
 from srlm_mega.tools.rehearsal.rehearsal_table import Rehearsed, rehearsal_json, rehearsal_text
@@ -51,8 +50,8 @@ def rehearse(request: RehearsalRequest) -> Rehearsed:
     at_once = max(1, min(len(ranks), usable_cores(), psutil.virtual_memory().available // PROCESS_BYTES))
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(at_once) as pool:
         records = list(pool.map(partial(in_own_process, request, config, Path(folder)), ranks))
-    job = memory_job(config, training_job(config, config.dpo, layout_of(config), gpu, Lengths()))
-    return Rehearsed(config, gpu if config.trainer.device != "cpu" else None, records, stage_memory(job))
+    job = training_job(config, config.dpo, layout_of(config), gpu, Lengths())
+    return Rehearsed(config, gpu if config.trainer.device != "cpu" else None, records, planned_memory(config, job))
 
 
 def in_own_process(request: RehearsalRequest, config: Config, folder: Path, rank: int) -> RankRecord:
