@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,7 @@ from srlm_mega.config.file import load_config
 from srlm_mega.config.model_sizes import GIB
 from srlm_mega.errors import USER_ERROR, UserError
 from srlm_mega.gpus import find_gpu
-from srlm_mega.launch.child_process import environment
+from srlm_mega.launch.child_process import die_with, environment, srlm_command
 from srlm_mega.launch.cores import usable_cores
 from srlm_mega.tools.planner.training_steps import Lengths, layout_of, planned_memory, training_job
 from srlm_mega.tools.rehearsal.rank_places import distinct_ranks, place_of
@@ -57,10 +56,15 @@ def rehearse(request: RehearsalRequest) -> Rehearsed:
 def in_own_process(request: RehearsalRequest, config: Config, folder: Path, rank: int) -> RankRecord:
     """Rehearse a rank in a process of its own. Its record has the end of its output where it crashed."""
     out = folder / f"{rank}.json"
-    srlm = Path(sys.executable).parent / "srlm"
-    argv = [srlm, "rehearse-rank", request.config_file, str(rank), out, *request.overrides, "--gpu", request.gpu]
-    settings = environment(os.environ, threads=1, cpu=True)
-    done = subprocess.run(argv, env=settings, capture_output=True, text=True, check=False)
+    arguments = ["rehearse-rank", str(request.config_file), str(rank), str(out), *request.overrides]
+    done = subprocess.run(
+        [*srlm_command(), *arguments, "--gpu", request.gpu],
+        env=environment(os.environ, threads=1, cpu=True),
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=partial(die_with, os.getpid()),
+    )
     if out.is_file():
         return RankRecord.from_json(json.loads(out.read_text()))
     ending = "\n".join(done.stderr.strip().splitlines()[-12:])
