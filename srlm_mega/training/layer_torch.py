@@ -55,7 +55,7 @@ class RMSNorm(nn.Module):
         return self.weight * F.rms_norm(hidden.float(), (hidden.size(-1),), eps=self.eps).to(hidden.dtype)
 
 
-class WeightGradients:
+class InPlaceOfApex:
     """In place of apex's extension `fused_weight_gradient_mlp_cuda`, what Megatron's linears call of it."""
 
     @staticmethod
@@ -67,7 +67,7 @@ class WeightGradients:
 def use_without_apex() -> None:
     """Let Megatron's linears add weight gradients to their fp32 buffers where apex is not installed."""
     if not layers._grad_accum_fusion_available:
-        layers.fused_weight_gradient_mlp_cuda = WeightGradients
+        layers.fused_weight_gradient_mlp_cuda = InPlaceOfApex
         layers._grad_accum_fusion_available = True
 
 

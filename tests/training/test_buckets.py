@@ -5,39 +5,15 @@ from functools import partial
 
 import pytest
 from megatron.core.distributed import DistributedDataParallelConfig
+from tiny_llama import SHAPE, training_config
 from torch import distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from srlm_mega.checkpoints_conversion.llama import LlamaShape
-from srlm_mega.config import Config
 from srlm_mega.training import model
 from srlm_mega.training.model import build_model, transformer_config, wrap_data_parallel
 from srlm_mega.training.topology import Topology
 
-SHAPE = LlamaShape(4, 32, 48, 4, 2, 64, 64, 1e-5, 10000.0, False)
 BUCKET = 5000  # parameters
-
-
-def config(overlap: bool, vpp: int | None) -> Config:
-    """Four processes: two stages, two replicas."""
-    section = {"train_iters": 1, "global_batch_size": 4, "lr": 1e-3, "min_lr": 1e-4}
-    return Config.model_validate(
-        {
-            "run": {"dir": "unused"},
-            "model": {"num_layers": 4, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4,
-                      "num_query_groups": 2, "vocab_size": 64, "max_position_embeddings": 64, "seq_length": 32},
-            "seed_data": {"source": "toy_world"},
-            "sft": section,
-            "dpo": section,
-            "trainer": {"device": "cpu"},
-            "parallel": {"pipeline_model_parallel_size": 2, "use_distributed_optimizer": True,
-                         "overlap_grad_reduce": overlap, "virtual_pipeline_model_parallel_size": vpp},
-            "launch": {"processes_per_node": 4},
-            "candidates": {"max_new_tokens": 4},
-            "judge": {"max_new_tokens": 4},
-            "prompts": {"max_new_tokens": 4},
-        }
-    )  # fmt: skip
 
 
 @pytest.fixture(params=[0, 2], ids=["first stage", "last stage"])
@@ -48,8 +24,15 @@ def rank(request: pytest.FixtureRequest) -> Iterator[int]:
     dist.destroy_process_group()
 
 
-def buckets(settings: Config, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of buckets of each of this rank's model chunks."""
+def buckets(overlap: bool, vpp: int | None, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of buckets of each of this rank's model chunks, of two stages and two replicas."""
+    settings = training_config(
+        4,
+        pipeline_model_parallel_size=2,
+        virtual_pipeline_model_parallel_size=vpp,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=overlap,
+    )
     small = partial(DistributedDataParallelConfig, bucket_size=BUCKET)
     monkeypatch.setattr(model, "DistributedDataParallelConfig", small)
     with Topology.start(settings.parallel, settings.trainer, seed=0) as topology:
@@ -63,8 +46,8 @@ def buckets(settings: Config, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_every_stage_has_buckets(rank: int, vpp: int | None, count: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two layers with the embeddings or the head, or of one layer with or without them in each of two chunks. The
     matrices of a layer have 4608, 2048, 1024: a bucket ends with the one that fills it."""
-    assert buckets(config(True, vpp), monkeypatch) == count
+    assert buckets(True, vpp, monkeypatch) == count
 
 
 def test_without_overlap_there_is_one(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert buckets(config(False, None), monkeypatch) == [1]
+    assert buckets(False, None, monkeypatch) == [1]

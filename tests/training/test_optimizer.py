@@ -1,13 +1,18 @@
-"""The learning rate of every step, by hand."""
+"""The learning rate of every step, by hand; what an update takes to the host."""
 
 from typing import Any
 
 import pytest
 import torch
+from operators import READ, Operators
 from recorded_rates import RecordedRates
+from tiny_llama import SHAPE, training_config
 
 from srlm_mega.config.training import OptimizationConfig
-from srlm_mega.training.optimizer import build_scheduler, update
+from srlm_mega.training import adamw
+from srlm_mega.training.model import build_model, transformer_config, wrap_data_parallel
+from srlm_mega.training.optimizer import build_optimizer, build_scheduler, update
+from srlm_mega.training.topology import Topology
 
 
 def rates(steps: int, **settings: Any) -> list[float]:
@@ -72,3 +77,25 @@ def test_the_norm_of_an_update_is_a_number() -> None:
     """It goes into metrics.jsonl."""
     norm = update(FusedNorm())
     assert type(norm) is float and norm == 2.0
+
+
+@pytest.mark.parametrize(("bf16", "sharded"), [(False, False), (True, True)])
+def test_an_update_takes_one_number_to_the_host(bf16: bool, sharded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The norm; with the update as on a GPU. Gradients are scaled to a norm of 1, the default of `clip_grad`."""
+    monkeypatch.setattr(adamw, "fusible", lambda params: True)
+    settings = training_config(1, bf16, use_distributed_optimizer=sharded)
+    with Topology.start(settings.parallel, settings.trainer, seed=0) as topology:
+        llama = transformer_config(SHAPE, settings.sft, settings, topology)
+        (chunk,) = wrap_data_parallel(build_model(llama, SHAPE, topology), llama, topology)
+        for param in chunk.parameters():
+            torch.nn.init.ones_(param)
+        optimizer = build_optimizer([chunk], settings.sft, settings.trainer, topology)
+        gradients = [param.main_grad for param in chunk.parameters()]
+        torch._foreach_add_(gradients, 0.5)
+        with Operators() as called:
+            norm = update(optimizer)
+        assert called.names.count(READ) == 1
+        assert norm == pytest.approx(0.5 * sum(gradient.numel() for gradient in gradients) ** 0.5)
+        two_roundings = 2 * torch.finfo(torch.float32).eps  # of the factor, and of the product
+        for gradient in gradients:
+            torch.testing.assert_close(gradient, torch.full_like(gradient, 0.5 / norm), rtol=two_roundings, atol=0)
