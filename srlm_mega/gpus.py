@@ -72,6 +72,7 @@ class GpuModel:
     network_gbps: float  # GB/s
     gpus_per_nvlink: int = 8  # ranks that reach one another by NVLink
     sustained: float = 1.0
+    capability: tuple[int, int] = (9, 0)  # CUDA's compute capability; Hopper's
 
     @property
     def memory_bytes(self) -> float:
@@ -117,16 +118,16 @@ class GpuModel:
 
 H100_500W_CLOCK = 0.85  # (500 W / 700 W) ** 0.5: power grows with about the square of the clock near the limit
 GPUS = (  # network: 200 Gb/s (A100) or 400 Gb/s per GPU, as in DGX servers
-    GpuModel("a100", A100, 2.04, 79.3, 300, 25, sustained=1.2),
+    GpuModel("a100", A100, 2.04, 79.3, 300, 25, sustained=1.2, capability=(8, 0)),
     GpuModel("h100", H100_SXM, 3.35, 79.6, 450, 50),
     GpuModel("h100-500w", H100_SXM, 2.4, 94.5, 450, 50, sustained=H100_500W_CLOCK),
     GpuModel("h100-pcie", H100_PCIE, 2.0, 79.6, 300, 25, sustained=0.85),
     GpuModel("h200", H100_SXM, 4.8, 139.8, 450, 50),
     GpuModel("gh200", H100_SXM, 4.0, 94.5, 450, 50),
-    GpuModel("b200", B200, 8.0, 178.3, 900, 50),
-    GpuModel("b300", B200, 8.0, 268.0, 900, 100),
-    GpuModel("gb200", GB200, 8.0, 184.0, 900, 50, gpus_per_nvlink=64),
-    GpuModel("gb300", GB200, 8.0, 277.0, 900, 100, gpus_per_nvlink=64),
+    GpuModel("b200", B200, 8.0, 178.3, 900, 50, capability=(10, 0)),
+    GpuModel("b300", B200, 8.0, 268.0, 900, 100, capability=(10, 3)),
+    GpuModel("gb200", GB200, 8.0, 184.0, 900, 50, gpus_per_nvlink=64, capability=(10, 0)),
+    GpuModel("gb300", GB200, 8.0, 277.0, 900, 100, gpus_per_nvlink=64, capability=(10, 3)),
 )
 OTHER_FORMS = frozenset(("pcie", "nvl"))  # of the same name, but slower: not planned
 

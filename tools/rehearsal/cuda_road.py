@@ -1,12 +1,15 @@
 """What layers keep in memory on a GPU, for tensors on a CPU that have no contents.
 
 Where the trainer's own code takes other operations on CUDA than on a CPU, a stand-in allocates and saves what the
-operation there does, and computes nothing: attention (flash), RMSNorm, dropout, SwiGLU, the head's Triton kernels.
+operation there does, and computes nothing: RMSNorm, dropout, SwiGLU, the head's Triton kernels. Attention is torch's
+own operator for CUDA, which needs no stand-in where nothing has contents.
 """
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from importlib import import_module
 from typing import Any
 from unittest.mock import MagicMock, patch
 
@@ -16,33 +19,18 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
+from srlm_mega.config import Config
+from srlm_mega.gpus import GpuModel
 from srlm_mega.tools.rehearsal.watch import StepWatch
-from srlm_mega.training.attention_sdpa import SdpaAttention
-from srlm_mega.training.backend import installed
-
-HOPPER = (9, 0)
+from srlm_mega.training.backend import Backend, choose_backend, installed
 
 
-class FlashStandIn(torch.autograd.Function):
-    """flash_attn's functions: they keep query, key, value, the result and one fp32 number per query and head. Backward
-    they accumulate the gradient of the query in fp32 and, with grouped queries, those of key and value per head."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Return a result of the query's shape [..., heads, d]."""
-        result = torch.empty_like(query, memory_format=torch.contiguous_format)
-        ctx.save_for_backward(query, key, value, result, query.new_empty(query.shape[:-1], dtype=torch.float32))
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return gradients of the inputs' shapes."""
-        query, key, value, _, sums = ctx.saved_tensors
-        working = [torch.empty_like(query, dtype=torch.float32), torch.empty_like(sums)]
-        made = [torch.empty(one.shape, dtype=one.dtype) for one in (query, key, value)]
-        if key.shape != query.shape:
-            working += [torch.empty_like(query), torch.empty_like(query)]
-        return made[0], made[1], made[2]
+def backend_on(gpu: GpuModel, config: Config) -> Backend:
+    """Return the backend that the job chooses on such a GPU with the packages that are installed here. FlashAttention
+    by its own package keeps what the one in torch does."""
+    with patch.object(torch.cuda, "get_device_capability", lambda device=None: gpu.capability):
+        chosen = choose_backend(config, torch.device("cuda"))
+    return replace(chosen, attention="torch_varlen") if chosen.attention == "flash_attn" else chosen
 
 
 class RmsNormStandIn(torch.autograd.Function):
@@ -77,10 +65,27 @@ class DropoutAddStandIn(torch.autograd.Function):
         return torch.empty_like(grads[0]) if ctx.drops else grads[0], grads[0], None
 
 
-def flash(self: SdpaAttention, query: Tensor, key: Tensor, value: Tensor, packed: object, dropout: float) -> Tensor:
-    """Stand in for SdpaAttention._attend."""
-    result: Tensor = FlashStandIn.apply(query, key, value)
-    return result
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Stand in for F.scaled_dot_product_attention with the operator that it takes on CUDA: FlashAttention, which has no
+    masks, the memory-efficient one, which has no grouped queries, or the plain one, which keeps every score."""
+    arguments = query, key, value
+    if attn_mask is None:
+        return torch.ops.aten._scaled_dot_product_flash_attention(*arguments, dropout_p, is_causal, scale=scale)[0]
+    if not enable_gqa or query.size(1) == key.size(1):
+        bias = attn_mask.to(query.dtype).expand(*query.shape[:-1], key.size(2))
+        efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+        return efficient(*arguments, bias, torch.is_grad_enabled(), dropout_p, is_causal, scale=scale)[0]
+    plain = torch.ops.aten._scaled_dot_product_attention_math
+    return plain(*arguments, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=True)[0]
 
 
 def rms_norm(hidden: Tensor, shape: tuple[int, ...], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
@@ -125,9 +130,17 @@ class NoLaunch:
         return lambda *arguments, **settings: None
 
 
+def import_kernels_without_triton() -> None:
+    """Import the kernels, which are not launched here, on a machine without their compiler."""
+    with patch.dict(sys.modules, {"triton": MagicMock(), "triton.language": MagicMock()}):
+        names = [f"srlm_mega.kernels.{name}" for name in ("row_kernels", "logprob", "dpo_kernel")]
+        kernels = {name: import_module(name) for name in names}
+    sys.modules |= kernels
+
+
 @contextmanager
-def cuda_road(watch: StepWatch) -> Iterator[None]:
-    """Let the block take the trainer's branches for CUDA, with stand-ins for what only a GPU can do. `watch` counts
+def cuda_road(watch: StepWatch, gpu: GpuModel) -> Iterator[None]:
+    """Let the block take the trainer's branches for a GPU, with stand-ins for what only that can do. `watch` counts
     copies of values to the host and of numbers to the device, for which the host waits."""
     real_tensor, real_zeros, real_cpu = torch.tensor, torch.zeros, Tensor.cpu
 
@@ -153,20 +166,20 @@ def cuda_road(watch: StepWatch) -> Iterator[None]:
         watch.put_on_host(copy)
         return copy
 
-    no_triton = {} if installed("triton") else {"triton": MagicMock(), "triton.language": MagicMock()}
-    with ExitStack() as stack:
-        stack.enter_context(patch.dict(sys.modules, no_triton))
-        from srlm_mega.kernels import dpo_kernel, row_kernels  # they import triton
+    if not installed("triton"):
+        import_kernels_without_triton()
+    from srlm_mega.kernels import dpo_kernel, row_kernels
 
+    with ExitStack() as stack:
         for target, name, stand_in in (
             (FakeTensor, "is_cuda", property(lambda self: True)),
-            (torch.cuda, "get_device_capability", lambda device=None: HOPPER),
+            (torch.cuda, "get_device_capability", lambda device=None: gpu.capability),
             (torch, "tensor", tensor),
             (torch, "zeros", zeros),
             (Tensor, "cpu", cpu),
             (F, "rms_norm", rms_norm),
             (F, "dropout", dropout),
-            (SdpaAttention, "_attend", flash),
+            (F, "scaled_dot_product_attention", attention),
             (fused_bias_dropout, "bias_dropout_add_fused_train", dropout_add),
             (fused_bias_dropout, "bias_dropout_add_fused_inference", dropout_add_in_inference),
             (fused_bias_swiglu, "swiglu", swiglu),

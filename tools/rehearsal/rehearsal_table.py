@@ -48,7 +48,7 @@ def rehearsal_text(rehearsed: Rehearsed) -> str:
     if fine:
         fullest = max(fine, key=lambda record: record.peak_bytes)
         texts += [memory_table(rehearsed, fine), phase_table(fine), holder_table(fullest), message_table(fullest)]
-        texts += [read_table(fullest), write_table(fine)]
+        texts += [write_table(fine)] if rehearsed.gpu is None else [read_table(fullest), write_table(fine)]
     return "\n\n".join(texts)
 
 
@@ -67,7 +67,7 @@ def verdict(rehearsed: Rehearsed, record: RankRecord) -> str:
     """Return what became of a rank."""
     if record.error is not None:
         return f"FAILS: {record.error}"
-    peak, gpu = f"{record.peak_bytes / GIB:.2f} GiB of tensors", rehearsed.gpu
+    peak, gpu = f"{gib(record.peak_bytes)} GiB of tensors", rehearsed.gpu
     if gpu is None:
         return f"{peak}; not compared with a memory, since it trains on CPUs"
     allocator = record.peak_bytes * ALLOCATOR_SHARE / GIB
@@ -143,8 +143,8 @@ def write_table(records: Sequence[RankRecord]) -> str:
 
 
 def gib(size: float) -> str:
-    """Return bytes in GiB."""
-    return f"{size / GIB:.2f}"
+    """Return bytes in GiB, small ones with more digits."""
+    return f"{size / GIB:.2f}" if size >= GIB / 10 or size == 0 else f"{size / GIB:.4f}"
 
 
 def rehearsal_json(rehearsed: Rehearsed) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.transformer.module import MegatronModule
@@ -21,12 +20,11 @@ from srlm_mega.checkpoints_conversion.megatron import held_tensors
 from srlm_mega.config import Config
 from srlm_mega.config.model_sizes import weight_bytes
 from srlm_mega.gpus import GpuModel
-from srlm_mega.tools.rehearsal.cuda_road import cuda_road
+from srlm_mega.tools.rehearsal.cuda_road import backend_on, cuda_road
 from srlm_mega.tools.rehearsal.fake_tensors import fake_process_group, without_contents
 from srlm_mega.tools.rehearsal.longest_batches import longest_pairs, longest_sequences, no_reference
 from srlm_mega.tools.rehearsal.rehearsal_record import Kind, LayoutPlace, RankRecord
 from srlm_mega.tools.rehearsal.watch import StepWatch
-from srlm_mega.training.backend import choose_backend
 from srlm_mega.training.checkpoint import Checkpoints
 from srlm_mega.training.dpo import DpoObjective
 from srlm_mega.training.model import (
@@ -64,10 +62,11 @@ class Rehearsal:
         refuse."""
         shape = config.model.shape
         if on_cuda(config):
-            memory_budget(shape, config, topology).check(int(gpu.memory_bytes), gpu.name)
+            device = f"cuda:{topology.rank % config.launch.processes_per_node}"
+            memory_budget(shape, config, topology).check(int(gpu.memory_bytes), device)
         else:
             check_memory(shape, config, topology)
-        backend = choose_backend(config, torch.device("cuda" if on_cuda(config) else "cpu"))
+        backend = backend_on(gpu, config) if on_cuda(config) else None
         model_config = transformer_config(shape, config.dpo, config, topology, backend)
         pairs, vocab_size = longest_pairs(config), shape.vocab_size
         sequences = longest_sequences(config, config.sft, config.sft.global_batch_size, 1)
@@ -147,7 +146,7 @@ def rehearse_rank(config: Config, rank: int, gpu: GpuModel) -> RankRecord:
         watch = StepWatch(partial(axis_of, topology))
         checkpoints = Checkpoints(Path("rehearsal"), topology, trainer)
         with (
-            cuda_road(watch) if on_cuda(config) else nullcontext(),
+            cuda_road(watch, gpu) if on_cuda(config) else nullcontext(),
             without_contents() as fake_rank,
             watch,
         ):
