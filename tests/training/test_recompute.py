@@ -39,7 +39,8 @@ def norm_of(recompute: str | None) -> RMSNorm:
 
 def test_selective_recompute_keeps_of_a_norm_its_output_alone() -> None:
     """bf16 hidden states [24, 2, 64] are 6,144 bytes, and so is the output. Without recompute there are, too, the fp32
-    copy of the input, twice that, the normalized values, and a statistic of 4 bytes for each of 48 rows."""
+    copy of the input, twice that, the normalized values, and a statistic of 4 bytes for each of 48 rows. (The input is
+    made by others: with recompute it is kept in place of its copy.)"""
     hidden = torch.randn(24, 2, 64, dtype=torch.bfloat16, requires_grad=True)
     kept, gradients = [], []
     for recompute in (None, "selective"):
