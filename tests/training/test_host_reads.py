@@ -27,7 +27,8 @@ from srlm_mega.training.trainer import Trainer
 SHAPE = LlamaShape(2, 32, 48, 4, 2, 64, 64, 1e-5, 10000.0, False)
 READS = ("_local_scalar_dense", "equal", "nonzero", "masked_select", "unique", "repeat_interleave")  # of a GPU's values
 COPIES = ("lift_fresh",)  # torch.tensor: a copy from the host's memory, for which PyTorch waits too
-# Megatron scales the gradients by a number that it reads; a 0 of each micro batch's that stays on the CPU is no copy.
+# Megatron 0.16 reads the number by which it divides the gradients; a 0 of each micro batch that stays on the CPU is no
+# copy.
 ONCE = {"finalize_model_grads": 1}
 
 
@@ -114,4 +115,4 @@ def test_no_layer_and_no_loss_waits(recompute: str, reads: HostReads) -> None:
             reads.places.clear()
             with reads:
                 forward_backward(trainer.model, step, objective.num_sums, topology)
-            assert reads.places == ONCE | {"forward_step_calc_loss": len(step.micro_batches)}
+            assert reads.places <= Counter(ONCE | {"forward_step_calc_loss": len(step.micro_batches)})
