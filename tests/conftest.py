@@ -114,6 +114,7 @@ def launch(request: pytest.FixtureRequest) -> Callable[..., str]:
         except subprocess.TimeoutExpired:
             process.terminate()  # torchrun then ends its ranks
             said, wrong = process.communicate()
+            wrong += "\nno end in 300 s"
         if process.returncode != ends_with:
             request.node.add_marker(pytest.mark.timing)
         assert process.returncode == ends_with, f"{worker.name}, {world_size} ranks: {wrong[-4000:]}"

@@ -5,6 +5,7 @@ The bound is 1e-4 in fp32 for losses, gradient norms and logits; each kind of ch
 
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,8 @@ def newer(
     launch(1, WORKER, models, out, BEGUN)
     (out / NEWER[-1]).mkdir()
     (out / BEGUN).rename(out / NEWER[-1] / "sft")
-    said = launch(2, WORKER, models, out, *NEWER, PYTHONPATH=str(megatron_core_0_19))
+    path = os.pathsep.join(filter(None, [str(megatron_core_0_19), os.environ.get("PYTHONPATH")]))
+    said = launch(2, WORKER, models, out, *NEWER, PYTHONPATH=path)
     assert f"resuming from {out / NEWER[-1]}/sft/megatron/iter_0000003" in said
     results = Results(models, out, launch)
     results.update(json.loads((out / "results.json").read_text()))
