@@ -1,17 +1,21 @@
 """`srlm launch`: jobs on clusters."""
 
+import sys
+import tempfile
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, assert_never
 
 import typer
 
 from srlm_mega.cli.arguments import OVERRIDES, ConfigFile, Overrides
+from srlm_mega.cli.rehearse import GpuKind
 from srlm_mega.errors import UserError
 
 if TYPE_CHECKING:
     from srlm_mega.config import Config
-    from srlm_mega.launch.slurm import Template
+    from srlm_mega.launch.slurm import SlurmJob, Template
 
 launch_app = typer.Typer(
     help="Check a cluster's nodes and start runs there.", no_args_is_help=True, rich_markup_mode=None
@@ -34,9 +38,15 @@ def launch_slurm(
     time: Annotated[str | None, typer.Option(help="Time limit: launch.slurm.time, for example 24:00:00.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script and write nothing.")] = False,
     submitted: Annotated[bool, typer.Option("--submit", help="Hand the script to sbatch.")] = False,
+    rehearsal: Annotated[
+        bool,
+        typer.Option("--rehearsal/--no-rehearsal", help="Rehearse training on GPUs first; write nothing if it fails."),
+    ] = True,
+    gpu: GpuKind = "h100",
 ) -> None:
     """Write a Slurm job for a run, and submit it if asked. Script and configuration are in RUN/slurm/; a preempted job
-    resumes from its checkpoint."""
+    resumes from its checkpoint. Before that `srlm rehearse` takes the steps of training here, unless the job only
+    samples, or trains on CPUs; --gpu is the kind that must have enough memory."""
     from srlm_mega.launch.slurm import SlurmJob, load_for_job, render, submit, write_job
 
     if dry_run and submitted:
@@ -47,11 +57,38 @@ def launch_slurm(
     if dry_run:
         print(render(job), end="")
         return
+    if rehearsal:
+        check_by_rehearsal(job, gpu)
     script = write_job(job)
     if submitted:
         print(f"job {submit(script)}: {script}; it logs to {job.run.jobs}")
     else:
         print(f"wrote {script}. Submit it: sbatch {script}")
+
+
+def check_by_rehearsal(job: "SlurmJob", gpu: str) -> None:
+    """Raise UserError where a rank of the job's training fails a rehearsal or does not fit the GPU. A job that does not
+    train on GPUs is not rehearsed, and where the packages for it are missing a line says so."""
+    if job.template == "sample" or job.config.trainer.device == "cpu":
+        return
+    missing = [package for package in ("torch", "megatron") if find_spec(package) is None]
+    if missing:
+        print(f"not rehearsed: {' and '.join(missing)} cannot be imported here", file=sys.stderr)
+        return
+    from srlm_mega.config.file import to_yaml
+    from srlm_mega.tools.rehearsal.rehearsal_table import header
+    from srlm_mega.tools.rehearsal.rehearse_command import RehearsalRequest, rehearse
+
+    with tempfile.TemporaryDirectory() as folder:
+        resolved = Path(folder) / "config.yaml"
+        resolved.write_text(to_yaml(job.config), encoding="utf-8")
+        rehearsed = rehearse(RehearsalRequest(resolved, (), gpu, (), all_stages=False))
+    if not rehearsed.succeeds:
+        raise UserError(
+            "training fails its rehearsal, so no job was written. Change the layout, name the nodes' kind of GPU with "
+            f"--gpu, or take --no-rehearsal.\n{header(rehearsed)}"
+        )
+    print(header(rehearsed), file=sys.stderr)
 
 
 def check_stages(config: "Config", template: "Template", stages: Sequence[str]) -> None:

@@ -1,0 +1,99 @@
+"""`srlm launch slurm` rehearses training on GPUs before it writes a job; the rehearsal itself is tested elsewhere."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from places import ROOT
+from typer.testing import CliRunner, Result
+
+from srlm_mega.cli.main import app
+from srlm_mega.config.file import load_config
+from srlm_mega.errors import UserError
+from srlm_mega.gpus import find_gpu
+from srlm_mega.launch import slurm
+from srlm_mega.tools.rehearsal import rehearse_command
+from srlm_mega.tools.rehearsal.rank_places import place_of
+from srlm_mega.tools.rehearsal.rehearsal_record import RankRecord
+from srlm_mega.tools.rehearsal.rehearsal_table import Rehearsed
+from srlm_mega.tools.rehearsal.rehearse_command import RehearsalRequest
+
+TOY = ROOT / "launch/configs/toy_cpu.yaml"
+Launch = Callable[..., Result]
+
+
+@pytest.fixture
+def requests(monkeypatch: pytest.MonkeyPatch) -> list[RehearsalRequest]:
+    """What was to be rehearsed; the rehearsal is played by one that finds a fault in rank 0."""
+    found = []
+
+    def rehearse(request: RehearsalRequest) -> Rehearsed:
+        found.append(request)
+        config = load_config(request.config_file, request.overrides)
+        assert (config.launch.launcher, config.launch.nodes) == ("slurm", 2), "it is the job's own configuration"
+        failed = RankRecord.failed(0, place_of(config, 0), "20 layers do not divide", 1.0)
+        return Rehearsed(config, find_gpu(request.gpu), [failed], [])
+
+    monkeypatch.setattr(rehearse_command, "rehearse", rehearse)
+    return found
+
+
+@pytest.fixture
+def launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Launch:
+    """The command, for the toy on two nodes where there is no Slurm."""
+    monkeypatch.setattr(slurm.shutil, "which", lambda name: None)
+
+    def launched(*arguments: str) -> Result:
+        places = [str(TOY), f"run.dir={tmp_path / 'run'}", "--nodes=2"]
+        return CliRunner().invoke(app, ["launch", "slurm", *places, *arguments])
+
+    return launched
+
+
+@pytest.mark.parametrize("submitted", [(), ("--submit",)])
+def test_a_failed_rehearsal_writes_and_submits_nothing(
+    submitted: tuple[str, ...], launch: Launch, requests: list[RehearsalRequest], tmp_path: Path
+) -> None:
+    result = launch("trainer.device=cuda", "--gpu=h200", *submitted)
+    assert isinstance(result.exception, UserError)
+    said = str(result.exception)
+    assert "no job was written" in said and "--no-rehearsal" in said and "FAILS: 20 layers do not divide" in said
+    assert [request.gpu for request in requests] == ["h200"] and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "writes"),
+    [
+        (("trainer.device=cuda", "--no-rehearsal"), "run.sbatch"),
+        ((), "run.sbatch"),  # it trains on CPUs
+        (("trainer.device=cuda", "sampler.device=cuda", "--template=sample", "--stage=round_1/candidates"),
+         "sample.sbatch"),
+        (("trainer.device=cuda", "--dry-run"), None),
+    ],
+)  # fmt: skip
+def test_what_is_not_rehearsed(
+    arguments: tuple[str, ...], writes: str | None, launch: Launch, requests: list[RehearsalRequest], tmp_path: Path
+) -> None:
+    result = launch(*arguments)
+    assert result.exit_code == 0, result.output
+    assert requests == [] and (tmp_path / "run").exists() == (writes is not None)
+    assert writes is None or (tmp_path / "run/slurm" / writes).is_file()
+
+
+def test_without_the_packages_a_line_says_so(
+    launch: Launch, requests: list[RehearsalRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("srlm_mega.cli.launch.find_spec", lambda package: None)
+    result = launch("trainer.device=cuda")
+    assert result.exit_code == 0 and requests == []
+    assert "not rehearsed: torch and megatron cannot be imported here" in result.stderr
+
+
+def test_a_layout_too_large_is_refused_in_the_trainers_words(launch: Launch) -> None:
+    """The real rehearsal of one rank, which the trainer's own check ends before anything is built."""
+    result = launch(
+        "trainer.device=cuda", "parallel.pipeline_model_parallel_size=1", "model.hidden_size=32768",
+        "model.ffn_hidden_size=131072", "model.num_layers=8",
+    )  # fmt: skip
+    assert isinstance(result.exception, UserError)
+    assert "more than the 79.60 GiB that h100 has for each process" in str(result.exception)
