@@ -120,10 +120,10 @@ def test_the_head_keeps_exponentials_in_16_bits(on_gpus: RankRecord) -> None:
 
 
 def test_memory_is_refused_in_the_words_of_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Llama 2 70B in two stages with a whole optimizer each: the trainer's own check, on a GPU with as much memory."""
+    """Llama 2 70B in one stage with the whole optimizer: the trainer's own check, on a GPU with as much memory."""
     overrides = [
-        "parallel.pipeline_model_parallel_size=2",
-        "parallel.data_parallel_size=4",
+        "parallel.pipeline_model_parallel_size=1",
+        "parallel.data_parallel_size=8",
         "parallel.use_distributed_optimizer=false",
         "parallel.overlap_param_gather=false",
     ]
