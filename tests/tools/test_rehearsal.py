@@ -213,6 +213,17 @@ def test_a_watch_counts_what_is_alive() -> None:
     assert [(read.phase, read.count) for read in watch.host_reads()] == [("a step", 1)]
 
 
+def test_a_watch_knows_which_operations_wait_for_values() -> None:
+    """Picking by a mask and asking for a number do; filling by a mask and picking by numbers do not."""
+    with StepWatch(lambda group: "") as watch, watch.phase("a step"):
+        values = torch.arange(6)
+        values[values > 3] = 0
+        values[torch.tensor([1, 2])].sum()
+        assert not watch.host_reads()
+        values[values > 0].sum().item()
+    assert sum(read.count for read in watch.host_reads()) == 2
+
+
 @pytest.mark.slow
 @pytest.mark.extra
 @pytest.mark.parametrize(

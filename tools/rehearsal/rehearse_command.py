@@ -1,5 +1,6 @@
 """`srlm rehearse`: a process for every rank that differs, and what they found out."""
 
+import gc
 import json
 import os
 import subprocess
@@ -76,6 +77,7 @@ def write_rank(config_file: Path, overrides: Sequence[str], rank: int, gpu: str,
     from srlm_mega.tools.rehearsal.rehearsed_rank import rehearse_rank
 
     config = load_config(config_file, overrides)
+    gc.freeze()  # what was imported is not looked through again and again
     try:
         record = rehearse_rank(config, rank, find_gpu(gpu))
     except UserError as error:

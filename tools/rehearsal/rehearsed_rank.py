@@ -42,6 +42,7 @@ from srlm_mega.training.trainer import Objective, Trainer
 
 FORWARD_ONLY = 2  # micro batches of a pass that keeps nothing for the next
 STATE: tuple[Kind, ...] = ("weights", "gradients", "optimizer")
+DROPOUTS = ("attention_dropout", "hidden_dropout")
 LATER_STEP = 2  # the first step's loss would be compared with ln 2
 
 
@@ -67,7 +68,10 @@ class Rehearsal:
         else:
             check_memory(shape, config, topology)
         backend = backend_on(gpu, config) if on_cuda(config) else None
-        model_config = transformer_config(shape, config.dpo, config, topology, backend)
+        # Both steps are taken with one model: with the dropout of the one that has more.
+        dropouts = {name: max(vars(config.sft)[name], vars(config.dpo)[name]) for name in DROPOUTS}
+        section = config.dpo.model_copy(update=dropouts)
+        model_config = transformer_config(shape, section, config, topology, backend)
         pairs, vocab_size = longest_pairs(config), shape.vocab_size
         sequences = longest_sequences(config, config.sft, config.sft.global_batch_size, 1)
         sft = SftObjective(sequences, config.sft, topology, vocab_size)

@@ -229,10 +229,12 @@ def tensors_in(values: Iterable[Any]) -> list[Tensor]:
 
 
 def picks_by_mask(name: str, args: Sequence[Any]) -> bool:
-    """Tell whether an operation indexes by a mask, whose number of elements the host must know."""
-    if name != "aten.index.Tensor":
+    """Tell whether an operation indexes by a mask, whose number of elements the host must know; one value for all of
+    them is filled in without that."""
+    if not name.startswith("aten.index") or not isinstance(args[1], list | tuple):
         return False
-    return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+    masked = any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+    return masked and (name == "aten.index.Tensor" or args[2].numel() > 1)
 
 
 def place() -> str:
