@@ -13,9 +13,10 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_args
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -27,13 +28,19 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import distrib_optimizer
 from places import CONFIGS
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformer_engine.pytorch.cpp_extensions.gemm import get_cublas_workspace
 
 from srlm_mega.checkpoints_conversion.random_weights import LazyRandomWeights
 from srlm_mega.config import Config
 from srlm_mega.config.file import load_config
 from srlm_mega.config.training import Fp8Recipe
 from srlm_mega.errors import UserError
-from srlm_mega.tools.rehearsal.engine_stand_in import on_cuda
+from srlm_mega.gpus import find_gpu
+from srlm_mega.kernels import logprob, row_kernels  # noqa: F401  a rehearsal ends with the modules it began with
+from srlm_mega.tools.rehearsal.engine_kernels import generic_gemm
+from srlm_mega.tools.rehearsal.engine_stand_in import as_on_cuda
+from srlm_mega.tools.rehearsal.rehearsal_record import RankRecord
+from srlm_mega.tools.rehearsal.rehearsed_rank import rehearse_rank
 from srlm_mega.training import cpu_backend, model
 from srlm_mega.training.adamw import AdamW
 from srlm_mega.training.backend import choose_backend
@@ -69,7 +76,7 @@ def built(config: Config, topology: Topology) -> Trainer:
     """A trainer with the layers that the configuration would choose on a GPU, and random weights."""
     shape = config.model.shape
     chosen = replace(choose_backend(config, torch.device("cuda", 0)), fuse_elementwise=False)
-    with on_cuda():
+    with as_on_cuda():
         settings = model.transformer_config(shape, config.dpo, config, topology, chosen)
         chunks = model.build_model(settings, shape, topology)
     for parameter in unwrap(chunks[0]).parameters():
@@ -253,6 +260,48 @@ def recipes() -> Found:
     return found
 
 
+def rehearsals() -> Found:
+    """What a layer keeps for the backward pass by the difference of two rehearsals, weight gradients that Transformer
+    Engine adds to fp32 buffers itself, messages and host reads beside those of the torch layers, and FP8."""
+    found: Found = {"added": 0}
+
+    def counted(*arguments: Any, **settings: Any) -> Any:
+        out, accumulates = arguments[4], arguments[14]
+        found["added"] += out is not None and out.dtype == torch.float32 and accumulates
+        return generic_gemm(*arguments, **settings)
+
+    with patch.object(sys.modules["transformer_engine_torch"], "generic_gemm", counted):
+        two, three = (rehearsed(on_gpus(tiny("transformer_engine"), layers)) for layers in (2, 3))
+    held = [sum(one.bytes for one in record.holders if one.kind == "activations") for record in (two, three)]
+    both = {kind: rehearsed(on_gpus(tiny(kind, 2, 2), 4), rank=3) for kind in ("torch", "transformer_engine")}
+    try:
+        rehearsed(on_gpus(tiny("transformer_engine", fp8="hybrid"), 2))
+    except UserError as error:
+        found["fp8"] = str(error)
+    return found | {
+        "backend": two.backend,
+        "layer": held[1] - held[0],
+        "positions": two.positions,
+        "messages": {kind: [asdict(one) for one in record.messages] for kind, record in both.items()},
+        "reads": [f"{one.phase}: {one.where}" for one in both["transformer_engine"].host_reads],
+    }
+
+
+def on_gpus(config: Config, layers: int) -> Config:
+    """The same on GPUs, with so many layers."""
+    changes = {
+        "model": config.model.model_copy(update={"num_layers": layers}),
+        "trainer": config.trainer.model_copy(update={"device": "cuda"}),
+    }
+    return config.model_copy(update=changes)
+
+
+def rehearsed(config: Config, rank: int = 0) -> RankRecord:
+    """One rank, as if in a process of its own."""
+    get_cublas_workspace.cache_clear()
+    return rehearse_rank(config, rank, find_gpu("h100"))
+
+
 def main(out: Path) -> None:
     """Everything, one after the other."""
     cpu_backend.apply()
@@ -261,6 +310,7 @@ def main(out: Path) -> None:
         "layouts": layouts(),
         "recipes": recipes(),
         "checkpoints": checkpoints(out),
+        "rehearsals": rehearsals(),
     }
     (out / "found.json").write_text(json.dumps(found, default=str))
     os._exit(0)

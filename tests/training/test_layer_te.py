@@ -126,3 +126,36 @@ def test_a_checkpoint_of_another_model_is_refused(found: Found) -> None:
     said = found["checkpoints"]["another model"]
     assert "iter_0000003 does not fit this model (" in said
     assert "resume with the configuration that wrote it, or remove" in said
+
+
+def test_what_a_rehearsal_counts_of_a_layer(found: Found) -> None:
+    """By hand, in bf16, for one position, hidden h = 128, keys and values g = 64, a = 8 heads, ffn f = 256: the norms'
+    results 2 * 2h and one fp32 number each 2 * 4; query 2h, key and value 2 * 2g; attention's result 2h and one fp32
+    number per head 4a; both sums with the residual 2 * 2h, and their dropout masks 2 * h; gate and up 4f, SwiGLU's
+    result 2f. The norms' inputs are the sums before. Attention keeps the state of its random numbers, 16 bytes."""
+    h, g, a, f = 128, 64, 8, 256
+    norms, attention = 2 * 2 * h + 2 * 4, 2 * h + 2 * 2 * g + 2 * h + 4 * a
+    residual, mlp = 2 * 2 * h + 2 * h, 4 * f + 2 * f
+    random_state = 16
+    rehearsed = found["rehearsals"]
+    assert rehearsed["layer"] == rehearsed["positions"] * (norms + attention + residual + mlp) + random_state
+    assert found["rehearsals"]["backend"].startswith("layers: transformer_engine; attention: transformer_engine;")
+
+
+def test_weight_gradients_are_added_by_the_products(found: Found) -> None:
+    """Four weights of 2 and of 3 layers, in an SFT and a DPO step of 2 micro batches each: all in fp32, accumulated."""
+    assert found["rehearsals"]["added"] == 4 * (2 + 3) * 2 * 2
+
+
+def test_it_sends_what_the_torch_layers_send_and_waits_for_nothing(found: Found) -> None:
+    """TP 2 x PP 2 with sequence parallelism, the last rank. No layer lets the host wait in a step."""
+    messages = found["rehearsals"]["messages"]
+    assert messages["torch"] == messages["transformer_engine"]
+    assert any(one["axis"] == "TP" for one in messages["torch"])
+    in_steps = {one for one in found["rehearsals"]["reads"] if "step" in one}
+    assert not any(part in one for one in in_steps for part in ("transformer/", "transformer_engine", "layer_"))
+
+
+def test_fp8_is_not_rehearsed(found: Found) -> None:
+    """Casts and copies of weights are not counted, so it is refused rather than rehearsed without them."""
+    assert "rehearse with trainer.fp8=null, and take from srlm plan what FP8 adds" in found["rehearsals"]["fp8"]

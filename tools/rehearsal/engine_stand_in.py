@@ -10,6 +10,8 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from inspect import unwrap
@@ -19,6 +21,8 @@ from unittest.mock import MagicMock, patch
 
 import torch
 import torch._dynamo  # Transformer Engine imports it; it stumbles over stand-ins of packages
+
+from srlm_mega.tools.rehearsal.engine_kernels import STAND_INS
 
 # Imported by Transformer Engine, used by its export to ONNX and by its inference only.
 UNUSED_PACKAGES = ("onnx", "onnxscript", "einops")
@@ -61,23 +65,23 @@ def missing(name: str) -> Any:
     return function
 
 
-def import_engine(capability: tuple[int, int], num_multiprocessors: int = 132) -> CompiledPart:
+def import_engine(capability: tuple[int, int]) -> CompiledPart:
     """Import transformer_engine.pytorch for a GPU of this compute capability, and return its compiled part's stand-in.
 
     Call it before Megatron is imported. It lasts for the rest of this process: for `torch.cuda`'s questions about the
     device too. ImportError when the package `transformer_engine` is not installed.
     """
-    device = SimpleNamespace(
-        major=capability[0], minor=capability[1], multi_processor_count=num_multiprocessors, name="stand-in"
-    )
+    device = SimpleNamespace(major=capability[0], minor=capability[1], multi_processor_count=132, name="stand-in")
     torch.cuda.get_device_properties = lambda device_=None: device
     torch.cuda.get_device_capability = lambda device_=None: capability
+    torch.cuda.is_current_stream_capturing = lambda: False
+    torch.Tensor.cuda = lambda self: self
     torch.version.cuda = CUDA
     compiled = CompiledPart("transformer_engine_torch")
     for enumeration, names in (("FP8FwdTensors", FORWARD_TENSORS), ("FP8BwdTensors", BACKWARD_TENSORS)):
         for name in names:
             getattr(getattr(compiled, enumeration), name)
-    compiled.get_cudnn_version = lambda: CUDNN  # type: ignore[attr-defined]
+    vars(compiled).update(STAND_INS, get_cudnn_version=lambda: CUDNN)
     sys.modules[compiled.__name__] = compiled
     unused = [name for name in UNUSED_PACKAGES if find_spec(name) is None]
     sys.modules |= {name: MagicMock() for name in unused}
@@ -86,8 +90,14 @@ def import_engine(capability: tuple[int, int], num_multiprocessors: int = 132) -
         warnings.simplefilter("ignore")  # the package tries `pytorch` by itself, and warns that it finds no library
         vars(import_module("transformer_engine.common"))["load_framework_extension"] = lambda framework: None
     import_module("transformer_engine.pytorch")
+    # It has the names that the compiled part had at its import; the others are looked up.
+    vars(import_module("transformer_engine.pytorch.cpp_extensions"))["__getattr__"] = partial(getattr, compiled)
     for name in unused:
         del sys.modules[name]
+    attention = import_module("transformer_engine.pytorch.attention.dot_product_attention.utils")
+    choose = attention.get_attention_backend
+    # It takes tensors by their very type, which is another for those without contents.
+    vars(attention)["get_attention_backend"] = lambda asked: choose(replace(asked, qkv_type=torch.Tensor))
     for name, module in list(sys.modules.items()):
         if name.startswith("transformer_engine.pytorch"):
             put_on_cpu(module)
@@ -112,7 +122,7 @@ def on_cpu(code: CodeType) -> CodeType:
 
 
 @contextmanager
-def on_cuda() -> Iterator[None]:
+def as_on_cuda() -> Iterator[None]:
     """Let Transformer Engine's modules be made inside the block: they ask for CUDA, and older ones for streams."""
     with patch.multiple(torch.cuda, is_available=lambda: True, Stream=MagicMock()):
         yield

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -74,9 +75,13 @@ def in_own_process(request: RehearsalRequest, config: Config, folder: Path, rank
 
 def write_rank(config_file: Path, overrides: Sequence[str], rank: int, gpu: str, out: Path) -> None:
     """Rehearse one rank in this process, and write its record."""
+    config = load_config(config_file, overrides)
+    if config.trainer.device != "cpu" and find_spec("transformer_engine") is not None:  # before Megatron is imported
+        from srlm_mega.tools.rehearsal.engine_stand_in import import_engine
+
+        import_engine(find_gpu(gpu).capability)
     from srlm_mega.tools.rehearsal.rehearsed_rank import rehearse_rank
 
-    config = load_config(config_file, overrides)
     gc.freeze()  # what was imported is not looked through again and again
     try:
         record = rehearse_rank(config, rank, find_gpu(gpu))

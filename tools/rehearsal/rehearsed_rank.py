@@ -19,8 +19,10 @@ from srlm_mega.checkpoints_conversion.llama import Layout
 from srlm_mega.checkpoints_conversion.megatron import held_tensors
 from srlm_mega.config import Config
 from srlm_mega.config.model_sizes import weight_bytes
+from srlm_mega.errors import UserError
 from srlm_mega.gpus import GpuModel
 from srlm_mega.tools.rehearsal.cuda_road import backend_on, cuda_road
+from srlm_mega.tools.rehearsal.engine_stand_in import as_on_cuda
 from srlm_mega.tools.rehearsal.fake_tensors import fake_process_group, without_contents
 from srlm_mega.tools.rehearsal.longest_batches import longest_pairs, longest_sequences, no_reference
 from srlm_mega.tools.rehearsal.rehearsal_record import Kind, LayoutPlace, RankRecord
@@ -60,7 +62,12 @@ class Rehearsal:
     @classmethod
     def prepare(cls, config: Config, topology: Topology, gpu: GpuModel) -> "Rehearsal":
         """Check what the trainer checks before it loads a model, and make the batches. UserError where it would
-        refuse."""
+        refuse, and for FP8."""
+        if config.trainer.fp8 is not None:
+            raise UserError(
+                f"trainer.fp8={config.trainer.fp8}: casts to FP8, and copies of weights in it, have no stand-in: "
+                "rehearse with trainer.fp8=null, and take from srlm plan what FP8 adds"
+            )
         shape = config.model.shape
         if on_cuda(config):
             device = f"cuda:{topology.rank % config.launch.processes_per_node}"
@@ -83,7 +90,8 @@ class Rehearsal:
         """Build, compute a reference, take an SFT and a DPO step, gather a checkpoint. `given`
         returns what a micro batch's tensors are to be."""
         shape, topology = self.config.model.shape, self.topology
-        with watch.phase("build", "weights"):
+        asks_for_cuda = self.model_config.backend.layers == "transformer_engine"
+        with watch.phase("build", "weights"), as_on_cuda() if asks_for_cuda else nullcontext():
             chunks = build_model(self.model_config, shape, topology)
         with watch.phase("reference"):
             for chunk in chunks:
