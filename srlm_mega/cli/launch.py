@@ -68,10 +68,12 @@ def launch_slurm(
 
 def check_by_rehearsal(job: "SlurmJob", gpu: str) -> None:
     """Raise UserError where a rank of the job's training fails a rehearsal or does not fit the GPU. A job that does not
-    train on GPUs is not rehearsed, and where the packages for it are missing a line says so."""
+    train on GPUs is not rehearsed; a line says where the packages for it are missing, and that FP8 is left out."""
     if job.template == "sample" or job.config.trainer.device == "cpu":
         return
-    missing = [package for package in ("torch", "megatron") if find_spec(package) is None]
+    fp8 = job.config.trainer.fp8 is not None
+    engine = ["transformer_engine"] if fp8 or job.config.model.layer_backend == "transformer_engine" else []
+    missing = [package for package in ("torch", "megatron", *engine) if find_spec(package) is None]
     if missing:
         print(f"not rehearsed: {' and '.join(missing)} cannot be imported here", file=sys.stderr)
         return
@@ -82,7 +84,10 @@ def check_by_rehearsal(job: "SlurmJob", gpu: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         resolved = Path(folder) / "config.yaml"
         resolved.write_text(to_yaml(job.config), encoding="utf-8")
-        rehearsed = rehearse(RehearsalRequest(resolved, (), gpu, (), all_stages=False))
+        if fp8:
+            print("rehearsed in bf16: casts to FP8 and FP8 copies of weights are not counted", file=sys.stderr)
+        in_bf16 = ("trainer.fp8=null",) if fp8 else ()
+        rehearsed = rehearse(RehearsalRequest(resolved, in_bf16, gpu, (), all_stages=False))
     if not rehearsed.succeeds:
         raise UserError(
             "training fails its rehearsal, so no job was written. Change the layout, name the nodes' kind of GPU with "

@@ -89,6 +89,30 @@ def test_without_the_packages_a_line_says_so(
     assert "not rehearsed: torch and megatron cannot be imported here" in result.stderr
 
 
+FP8 = ("trainer.device=cuda", "trainer.bf16=true", "trainer.fp8=hybrid")
+
+
+def test_a_job_of_transformer_engine_is_not_refused_for_want_of_it_here(
+    launch: Launch, requests: list[RehearsalRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A login node often has no such package, and the nodes' container does."""
+    here = {"torch": True, "megatron": True, "transformer_engine": None}
+    monkeypatch.setattr("srlm_mega.cli.launch.find_spec", here.get)
+    for options in (FP8, ("trainer.device=cuda", "model.layer_backend=transformer_engine")):
+        result = launch(*options)
+        assert result.exit_code == 0 and requests == [], result.output
+        assert "not rehearsed: transformer_engine cannot be imported here" in result.stderr
+
+
+def test_fp8_is_rehearsed_in_bf16_and_a_line_says_so(
+    launch: Launch, requests: list[RehearsalRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("srlm_mega.cli.launch.find_spec", lambda package: True)
+    result = launch(*FP8)
+    assert "rehearsed in bf16: casts to FP8" in result.stderr
+    assert [request.overrides for request in requests] == [("trainer.fp8=null",)]
+
+
 def test_a_layout_too_large_is_refused_in_the_trainers_words(launch: Launch) -> None:
     """The real rehearsal of one rank, which the trainer's own check ends before anything is built."""
     result = launch(
@@ -96,4 +120,4 @@ def test_a_layout_too_large_is_refused_in_the_trainers_words(launch: Launch) -> 
         "model.ffn_hidden_size=131072", "model.num_layers=8",
     )  # fmt: skip
     assert isinstance(result.exception, UserError)
-    assert "more than the 79.60 GiB that h100 has for each process" in str(result.exception)
+    assert "more than the 79.60 GiB that cuda:0 has for each process" in str(result.exception)

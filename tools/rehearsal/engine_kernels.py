@@ -5,12 +5,12 @@ decided by Transformer Engine's own Python. Arguments that change nothing about 
 number differs between versions.
 """
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-Made = Tensor | None
+Made: TypeAlias = Tensor | None
 
 
 def generic_gemm(
