@@ -70,7 +70,7 @@ def test_other_modes_by_hand() -> None:
     assert stage_memory(full)[0].activations == 10 * (2 * 8 * 4 + 4 * 17 + 32)
     assert layer_temporaries(full) == layer_temporaries(tiny_job()) + 10 * (480 + 8 * 4)
     (selective,) = stage_memory(tiny_job(recompute="selective"))
-    assert selective == stage_memory(tiny_job())[0], "flash attention leaves nothing for it to save"
+    assert selective == stage_memory(tiny_job())[0], "Transformer Engine's norms have nothing for it to save"
     (shared,) = stage_memory(tiny_job(layout=ParallelLayout(tp=2)))
     assert shared.parameters == (1704 - 40) / 2 + 40
     (fp8,) = stage_memory(tiny_job(precision="fp8"))
@@ -89,6 +89,7 @@ def test_kinds_of_layers_by_hand() -> None:
     assert layer_bytes(bf16) == 10 * 248
     torch_layers = replace(bf16, stack=replace(bf16.stack, layers="torch"))
     assert layer_bytes(torch_layers) == 10 * (248 + 2 * 4 * 8 + 16 * 2)
+    assert layer_bytes(replace(torch_layers, recompute="selective")) == 10 * (248 + 16 * 2), "norms are made again"
     assert layer_bytes(replace(torch_layers, hidden_dropout=True)) == layer_bytes(torch_layers) + 10 * 2 * 8
     compiled = replace(bf16, stack=replace(bf16.stack, layers="compiled"))
     assert layer_bytes(compiled) == 10 * (248 - 2 * 16 + 2 * 4)
@@ -160,15 +161,15 @@ def test_llama_2_70b_fits_where_it_should() -> None:
     ],
 )  # fmt: skip
 def test_the_trainer_measured_on_a_cpu(overrides: tuple[str, ...]) -> None:
-    """The most bytes that tensors took in two DPO steps, within 15 % of the plan without its margin."""
+    """The most bytes that tensors took in two DPO steps, within 5 % of the plan without its margin."""
     held, peak = measured(overrides)
     config = load_config(Path(TOY), [*ONE_PROCESS, *overrides])
     job = longest_job(config, config.dpo, training_job(config, config.dpo, layout_of(config), H100, Lengths()))
     (stage,) = stage_memory(job)
     state = stage.weights + stage.gradients + stage.optimizer
     assert held == pytest.approx(state, rel=0.01)
-    assert peak == pytest.approx(stage.needed, rel=0.15)
-    assert peak != pytest.approx(state, rel=0.15), "activations must matter for this to prove anything"
+    assert peak == pytest.approx(stage.needed, rel=0.05)
+    assert peak > 1.4 * state, "activations must matter for this to prove anything"
 
 
 def measured(overrides: tuple[str, ...]) -> tuple[int, int]:

@@ -23,6 +23,7 @@ from srlm_mega.tools.planner.step_time import (
     step_parts,
     step_quantities,
 )
+from srlm_mega.tools.planner.training_steps import OURS
 
 LLAMA_70B = PUBLISHED["llama3-70b"]
 H100 = find_gpu("h100")
@@ -112,6 +113,8 @@ def test_recompute_repeats_the_forward_pass() -> None:
     plain, selective = layer_quantities(single), layer_quantities(replace(single, recompute="selective"))
     assert selective == replace(plain, attention=plain.attention * 4.5 / 3.5), "Megatron's repeats attention alone"
     assert again.attention == selective.attention
+    ours = replace(single, stack=OURS)
+    assert layer_quantities(replace(ours, recompute="selective")) == layer_quantities(ours), "norms are next to nothing"
 
 
 def test_the_bubble_by_hand() -> None:

@@ -21,8 +21,11 @@ class Stack:
     layers: Layers = "transformer_engine"
     flash2: bool = False  # attention by FlashAttention 2 in place of kernels made for Hopper (cuDNN, FlashAttention 3)
     overlaps_tensor_parallel: bool = True
-    selective_recompute: float = 0.0  # share of a layer's forward products that `selective` repeats. Megatron's repeats
-    # the attention core alone, of which flash attention keeps next to nothing: it costs time and saves no memory
+    selective_recompute: float = 0.0  # share of a layer's forward products that `selective` repeats
+    selective_attention: bool = (
+        True  # Megatron's `selective` repeats the attention core, of which flash attention keeps
+    )
+    # next to nothing: it costs time and saves no memory. Ours repeats norms of torch layers
 
 
 MEGATRON = Stack("megatron")
@@ -108,7 +111,8 @@ class Job:
     @property
     def repeats_attention(self) -> bool:
         """True where the backward pass does attention's forward pass again."""
-        return self.recompute == "full" or (self.recompute == "selective" and self.stack.selective_recompute == 0)
+        selective = self.stack.selective_attention and self.stack.selective_recompute == 0
+        return self.recompute == "full" or (self.recompute == "selective" and selective)
 
     @property
     def local_tokens(self) -> float:

@@ -160,9 +160,10 @@ def mask_bytes(job: Job) -> float:
 
 def norm_bytes(job: Job) -> float:
     """Return the bytes that one norm keeps: its input, the result (which the linear behind it needs) and an fp32 number
-    per row. Torch layers norm an fp32 copy, and keep the result before it is multiplied with the norm's weight too."""
+    per row. Torch layers norm an fp32 copy, and keep the result before it is multiplied with the norm's weight too;
+    their selective recompute makes these again from the input."""
     rows, element = job.local_tokens / job.layout.row_shards, element_bytes(job)
-    columns = 4 + element if job.stack.layers == "torch" else element
+    columns = 4 + element if job.stack.layers == "torch" and job.recompute != "selective" else element
     return rows * (job.shape.hidden * (columns + operand_bytes(job)) + 4)
 
 
@@ -198,8 +199,7 @@ def layer_bytes(job: Job) -> float:
 
 
 def kept_bytes(job: Job) -> float:
-    """Return the bytes that one layer keeps of one micro batch, by recompute mode. Megatron's `selective` repeats the
-    attention core, of which flash attention keeps next to nothing."""
+    """Return the bytes that one layer keeps of one micro batch, by recompute mode."""
     shape, tp = job.shape, job.layout.tp
     if job.recompute == "full":
         return hidden_bytes(job)

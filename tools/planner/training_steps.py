@@ -11,7 +11,9 @@ from srlm_mega.tools.planner.job import Job, Layers, ParallelLayout, Stack
 from srlm_mega.tools.planner.memory import StageMemory, stage_memory
 from srlm_mega.tools.planner.step_time import FITTED, NAMES, Quantities, step_parts
 
-OURS = Stack("srlm_mega", overlaps_tensor_parallel=False)  # the trainer does not set Megatron's tp_comm_overlap
+OURS = Stack(
+    "srlm_mega", overlaps_tensor_parallel=False, selective_attention=False
+)  # the trainer does not set Megatron's tp_comm_overlap
 LONGEST_OVER_MEAN = 2.0  # assumed: padded rows are as long as the longest sequence of the global batch
 
 
@@ -128,17 +130,20 @@ def planned_memory(config: Config, job: Job) -> list[StageMemory]:
 
 
 def longest_job(config: Config, section: OptimizationConfig, job: Job) -> Job:
-    """Return a stage's step on the layout of `job` with sequences as long as they may get, all of them trained on: then
-    packs hold few items, and there are many micro batches to fill the pipeline with."""
+    """Return a stage's step on the layout of `job` with sequences as long as they may get, trained on whole where they
+    can be: then packs hold few items, and there are many micro batches to fill the pipeline with."""
     step, packed = training_job(config, section, job.layout, job.gpu, Lengths()), section.packed_sequence_size
     sequences = 2 if isinstance(section, DpoConfig) else 1
+    trained = 1.0
     if packed is None:
         longest = replace(step, seq_length=config.model.seq_length)
+        if isinstance(section, DpoConfig):  # sampled responses are cut, those of the seed data are not
+            trained = min(1.0, config.candidates.max_new_tokens / config.model.seq_length)
     else:
         items = max(1, packed // (sequences * config.model.seq_length))  # in a pack
         rows = section.global_batch_size / items
         longest = replace(step, global_batch=whole_micro_batches(rows, step.micro_batch, job.layout))
-    return replace(longest, recompute=job.recompute, head_rows=1.0)
+    return replace(longest, recompute=job.recompute, head_rows=trained)
 
 
 def measure(job: Job, tokens: float, factors: Quantities = FITTED) -> StepTime:
