@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from srlm_mega.tools.rehearsal.rehearsal_record import HeldBytes, HostRead, Kind, MessageCount, PhaseMemory
 
 OURS = ("/srlm_mega/", "/kernels/", "/megatron/")  # a line of these files is a place that a reader can act upon
+HEAD = ("/kernels/logprob.py", "/kernels/reference.py", "/kernels/dpo_kernel.py")
 NOT_THESE = ("/tools/rehearsal/", "/site-packages/torch/")
 # Operations that let the host wait for values of a tensor.
 HOST_READS = frozenset(
@@ -197,7 +198,7 @@ class StepWatch(TorchDispatchMode):
     def _kind(self, where: str) -> Kind:
         if self._made != "activations":
             return self._made
-        if "kernels/" in where:
+        if "kernels/" in where and in_head(sys._getframe()):  # context parallelism uses its collectives too
             return "head"
         return "activations" if torch._C._current_graph_task_id() == -1 else "temporaries"
 
@@ -252,6 +253,13 @@ def line_of(frame: FrameType | None) -> str:
             return f"{short(path)}:{frame.f_lineno}"
         frame = frame.f_back
     return "?"
+
+
+def in_head(frame: FrameType | None) -> bool:
+    """Tell whether the head's own files are on the stack."""
+    while frame is not None and not frame.f_code.co_filename.endswith(HEAD):
+        frame = frame.f_back
+    return frame is not None
 
 
 @cache
