@@ -24,8 +24,8 @@ def where(record: BenchRecord) -> str:
 
 
 def of_row(name: str) -> Figure:
-    """Return the figure of one row, with its unit."""
-    return lambda record: f"{spread(record.row(name))} {record.row(name).unit}"
+    """Return the figure of one row, with its unit; a dash where a cut-off record lacks it."""
+    return lambda record: next((f"{spread(row)} {row.unit}" for row in record.rows if row.name == name), "–")
 
 
 def quotient(name: str, other: str) -> Figure:

@@ -60,7 +60,8 @@ def test_a_block_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 
 def test_kernels_are_compared_with_ours(tmp_path: Path) -> None:
     def head(provider: str, samples: list[float], size: float | None, status: str = "ok") -> BenchRow:
-        labels = {"shape": "7b", "provider": provider, "status": status, "pass": "forward + backward"}
+        labels = {"shape": "7b", "provider": provider, "status": status}
+        labels |= {"pass": "forward + backward"} if samples else {}
         name = f"7b {provider} forward + backward"
         return make_row(name, "ms", samples, labels=labels, extra={"extra_bytes": size})
 
@@ -69,6 +70,6 @@ def test_kernels_are_compared_with_ours(tmp_path: Path) -> None:
     write_record(record, tmp_path / "kernels.json")
     made = rewritten(page("kernels kernels.json"), tmp_path, "page.md")
     assert "| 7b | eager | 12.000 [12.000, 12.000] | 3.60 | 1.33 | 6.00 |" in made
-    assert "| 7b | liger | wrong |" in made
+    assert made.count("| 7b | liger | wrong |") == 1
     figures = device_figures(tmp_path)
     assert figures.startswith("NVIDIA H200") and "| kernels | the same, Liger's time / ours | – |" in figures
