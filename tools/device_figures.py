@@ -10,12 +10,13 @@ Figure = Callable[[BenchRecord], str]
 
 def device_figures(folder: Path) -> str:
     """Return the table; parts without a record are not measured yet."""
+    files = {part: folder / f"{part}.json" for part, _, _ in FIGURES}
+    records = {part: read_record(file) for part, file in files.items() if file.is_file()}
     rows = [("part", "figure", "measured")]
     for part, words, figure in FIGURES:
-        file = folder / f"{part}.json"
-        rows.append((part, words, figure(read_record(file)) if file.is_file() else "not yet"))
-    files = sorted(folder.glob("*.json"))
-    return f"{where(read_record(files[0])) if files else 'No GPU has run this yet.'}\n\n{markdown(rows)}"
+        rows.append((part, words, figure(records[part]) if part in records else "not yet"))
+    first = next((where(record) for record in records.values()), "No GPU has run this yet.")
+    return f"{first}\n\n{markdown(rows)}"
 
 
 def where(record: BenchRecord) -> str:

@@ -124,7 +124,7 @@ def test_every_part_has_a_command_or_a_reason(tmp_path: Path, monkeypatch: pytes
                 load_config(Path(preset), [word for word in settings if "=" in word])
     monkeypatch.setattr(parts, "find_spec", lambda name: None)
     reasons = {one.name: one.command() for one in parts.gpu_parts(tmp_path)}
-    assert reasons["trl"] == Skipped("not installed: trl, datasets")
+    assert reasons["trl"] == Skipped("not installed: trl, accelerate, datasets")
     assert reasons["fp8"] == Skipped("not installed: transformer_engine")
 
 

@@ -23,7 +23,7 @@ SMALL = [
     "seed_data.num_documents=3000", "seed_data.num_ift=200", "seed_data.num_eft=200", "seed_data.num_eft_eval=80",
     "seed_data.num_validation=40", "prompts.per_round=40", "dpo.global_batch_size=8", "evaluation.judge_replicates=1",
 ]  # fmt: skip
-ON_GPU = ["trainer.device=cuda", "trainer.bf16=true", "sampler.device=cuda", "pretrain.train_iters=120",
+ON_GPU = ["trainer.device=cuda", "sampler.device=cuda", "pretrain.train_iters=120",
           "sft.train_iters=60", "dpo.train_iters=6"]  # fmt: skip
 # An untrained model writes no readable judgement, so the judge is random; M1 has to know what a prompt looks like.
 SMOKE = ["judge.backend=random", "pretrain.train_iters=20", "sft.train_iters=4", "dpo.train_iters=1",

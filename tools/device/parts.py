@@ -69,7 +69,7 @@ def gpu_parts(out: Path) -> list[DevicePart]:
                       "model.layer_backend=torch", layers(STATE))  # fmt: skip
 
     def trl() -> Command:
-        return missing("trl", "datasets") or module(
+        return missing("trl", "accelerate", "datasets") or module(
             "trl_baseline", out / "trl.json", *WIDE, "model.layer_backend=torch", layers(STATE + TRL_STATE),
             "--pairs-per-pass=1", "--steps=6", "--warmup=2",
         )  # fmt: skip
@@ -80,19 +80,21 @@ def gpu_parts(out: Path) -> list[DevicePart]:
         return missing("transformer_engine") or [*srlm_command(), "bench", "training", *engine, *sweep, "--json",
                                                  str(out / "fp8.json")]  # fmt: skip
 
+    # Files by name: collecting all would import packages that a bare machine lacks.
+    accuracy = ("gpu/test_gpu_kernels.py", "gpu/test_gpu_attention.py")
+    kernel_tests = partial(tests, out / "kernel_tests.json", accuracy, "-m", "gpu", "-k", "not test_training")
+    precision = partial(tests, out / "precision.json", ("gpu/test_gpu_precision.py",), "-m", "gpu")
     kernels = ["bench", "kernels", *(f"--shape={name}" for name in ("7b", "7b-masked", "70b-tp8"))]
     return [
         DevicePart("environment", 40, 5, partial(module, "device_environment", out / "environment.json")),
-        DevicePart(
-            "kernel_tests", 80, 15, partial(tests, out / "kernel_tests.json", "gpu", "-m", "gpu", "-k", "kernel")
-        ),
+        DevicePart("kernel_tests", 80, 15, kernel_tests),
         DevicePart("kernels", 100, 30, lambda: [*srlm_command(), *kernels, "--json", str(out / "kernels.json")]),
         DevicePart("host_syncs", 40, 15, partial(module, "sync_count", out / "host_syncs.json")),
         DevicePart("training", 90, 40, training),
         DevicePart("memory", 30, 15, memory),
         DevicePart("trl", 90, 45, trl),
         DevicePart("sdpa_lengths", 40, 15, partial(module, "sdpa_lengths", out / "sdpa_lengths.json")),
-        DevicePart("precision", 60, 30, partial(tests, out / "precision.json", "gpu", "-m", "gpu", "-k", "precision")),
+        DevicePart("precision", 60, 30, precision),
         DevicePart("demo", 60, 40, partial(module, "demo_run", out / "demo.json", str(out / "demo"))),
         DevicePart("fp8", 60, 40, fp8),
     ]
@@ -103,8 +105,8 @@ def smoke_parts(out: Path) -> list[DevicePart]:
     steps = ("--steps=1", "--warmup=1")
     training = ["bench", "training", *TINY, f"run.dir={out / 'unused'}", *steps, "--json", str(out / "training.json")]
     kernels = ["bench", "kernels", "--rounds=2", "--shape=smoke", "--json", str(out / "kernels.json")]
-    one_test = ("kernels/test_reference.py", "-k", "dpo")
-    precision = ("gpu/test_gpu_precision.py", "-k", "bf16_follows_fp32 and shrunken")
+    one_test = (["kernels/test_reference.py"], "-k", "dpo")
+    precision = (["gpu/test_gpu_precision.py"], "-k", "bf16_follows_fp32 and shrunken")
     memory = partial(module, "memory_check", out / "memory.json", str(out / "training.json"), *TINY)
     trl = partial(module, "trl_baseline", out / "trl.json", *TINY, "--pairs-per-pass=2", *steps)
     return [
@@ -116,7 +118,7 @@ def smoke_parts(out: Path) -> list[DevicePart]:
         DevicePart("host_syncs", 60, 0, partial(module, "sync_count", out / "host_syncs.json")),
         DevicePart("training", 60, 0, lambda: [*srlm_command(), *training]),
         DevicePart("memory", 60, 0, memory),
-        DevicePart("trl", 60, 0, lambda: missing("trl", "datasets") or trl()),
+        DevicePart("trl", 60, 0, lambda: missing("trl", "accelerate", "datasets") or trl()),
         DevicePart("sdpa_lengths", 60, 0, partial(module, "sdpa_lengths", out / "sdpa_lengths.json")),
         DevicePart("precision", 60, 0, partial(tests, out / "precision.json", *precision)),
         DevicePart("demo", 120, 0, partial(module, "demo_run", out / "demo.json", str(out / "demo"))),
@@ -129,12 +131,12 @@ def module(name: str, json: Path, *words: str) -> list[str]:
     return [sys.executable, "-P", "-m", f"srlm_mega.tools.device.{name}", *words, "--json", str(json)]
 
 
-def tests(json: Path, files: str, *options: str) -> Command:
+def tests(json: Path, files: Sequence[str], *options: str) -> Command:
     """Return how tests of the clone are run and recorded."""
     if not TESTS.is_dir():
         return Skipped(f"there are no tests at {TESTS}: start from the clone, with its folder on PYTHONPATH")
     start = [sys.executable, "-P", "-m", "srlm_mega.tools.device.device_tests", "--json", str(json)]
-    return missing("pytest", "hypothesis") or [*start, "--", str(TESTS / files), *options]
+    return missing("pytest", "hypothesis") or [*start, "--", *(str(TESTS / file) for file in files), *options]
 
 
 def missing(*packages: str) -> Skipped | None:
