@@ -16,7 +16,7 @@ from srlm_mega.report.costs import stage_costs
 from srlm_mega.run.run_dir import RunDir
 from srlm_mega.tools.bench_kernels import find_device
 from srlm_mega.tools.bench_record import BenchRecord, make_record, make_row, table, write_record
-from srlm_mega.tools.device.stream_time import gpu_name
+from srlm_mega.tools.device.first_call import gpu_name
 
 SMALL = [
     "run.rounds=1", "parallel.pipeline_model_parallel_size=1", "launch.processes_per_node=1",

@@ -16,9 +16,9 @@ import typer
 
 from srlm_mega.config.model_sizes import GIB
 from srlm_mega.launch.child_process import srlm_command
-from srlm_mega.tools.bench_kernels import find_device
+from srlm_mega.tools.bench_kernels import find_device, interleaved
 from srlm_mega.tools.bench_record import BenchRow, make_record, make_row, table, write_record
-from srlm_mega.tools.device.stream_time import gpu_name, stream_milliseconds
+from srlm_mega.tools.device.first_call import gpu_name
 
 PACKAGES = ("triton", "liger-kernel", "trl", "transformer-engine", "flash-attn", "accelerate", "datasets")
 DOCTOR_SECONDS = 25  # of each probe
@@ -79,8 +79,9 @@ def speeds(device: torch.device) -> list[BenchRow]:
     left = torch.randn(size, size, device=device).to(torch.bfloat16)
     source = torch.empty(count, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
-    product = stream_milliseconds(partial(torch.mm, left, left), device, 10)
-    copy = stream_milliseconds(partial(target.copy_, source), device, 10)
+    calls = {"product": partial(torch.mm, left, left), "copy": partial(target.copy_, source)}
+    taken = interleaved(calls, device, 10)
+    product, copy = ([sample.milliseconds for sample in taken[name]] for name in calls)
     return [
         make_row("bf16 product", "TFLOP/s", [2 * size**3 / one / 1e9 for one in product], "higher"),
         make_row("copy, read and written", "GB/s", [2 * count / one / 1e6 for one in copy], "higher"),

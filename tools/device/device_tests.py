@@ -12,8 +12,8 @@ import typer
 
 from srlm_mega.tools.bench_kernels import find_device
 from srlm_mega.tools.bench_record import BenchRow, make_record, make_row, write_record
+from srlm_mega.tools.device.first_call import gpu_name
 from srlm_mega.tools.device.parts import TESTS
-from srlm_mega.tools.device.stream_time import gpu_name
 
 REASON_LETTERS = 400
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from statistics import median
 from typing import Annotated
 
 import torch
@@ -19,9 +20,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from srlm_mega.tools.bench_kernels import find_device
+from srlm_mega.tools.bench_kernels import find_device, interleaved
 from srlm_mega.tools.bench_record import BenchRow, make_record, make_row, table, write_record
-from srlm_mega.tools.device.stream_time import gpu_name, stream_milliseconds, wall_milliseconds
+from srlm_mega.tools.device.first_call import gpu_name, wall_milliseconds
 
 VARLEN = "torch.nn.attention.varlen"
 BACKENDS = {
@@ -97,16 +98,19 @@ def packed(shape: Heads, device: torch.device) -> list[BenchRow]:
 
 
 def timed_rows(name: str, calls: Sequence[Callable[[], None]], device: torch.device) -> list[BenchRow]:
-    """Return the first calls in ms by the clock, the later ones on the stream, and the sum of these; or why not."""
+    """Return the first calls in ms by the clock, later ones on the stream, what the host took for these; or why not."""
     try:
         first = [wall_milliseconds(call, device) for call in calls]
     except RuntimeError as error:  # the backend does not take these inputs here
         return [refused(name, str(error).splitlines()[0])]
-    steady = [sorted(stream_milliseconds(call, device, REPETITIONS))[REPETITIONS // 2] for call in calls]
+    taken = interleaved({str(number): call for number, call in enumerate(calls)}, device, REPETITIONS)
+    steady = [median(sample.milliseconds for sample in samples) for samples in taken.values()]
+    host = [median(sample.host_milliseconds or 0.0 for sample in samples) for samples in taken.values()]
     labels = {"backend": name, "status": "ok"}
     return [
         make_row(f"{name}, first call of a length", "ms", first, labels=labels, extra={"sum": sum(first)}),
         make_row(f"{name}, later calls", "ms", steady, labels=labels, extra={"sum": sum(steady)}),
+        make_row(f"{name}, later calls, host", "ms", host, labels=labels, extra={"sum": sum(host)}),
     ]
 
 
