@@ -48,15 +48,15 @@ def test_two_layers_by_hand() -> None:
     + 1) (norms: input, result, statistic), 16 (qkv) + 8 + 4 (rotated query and key) + 8 (attention's result) + 2
     (statistics), 2 * 16 + 16 (MLP): 120, 480 bytes. The last norm 17 numbers, ids 32 bytes.
     Backward in the MLP: gradients of hidden states twice and of SwiGLU's result: 8 + 8 + 16, and a place for a layer's
-    576 weights. Whole logits are more: 32 * (4 + 4 + 8) bytes a token."""
+    576 weights. Whole logits are more: 32 * (4 + 4 + 8) bytes a token, next to the same place."""
     (stage,) = stage_memory(tiny_job())
     assert stage.parameters == 1704
     assert (stage.weights, stage.gradients, stage.optimizer) == (4 * 1704, 4 * 1704, 8 * 1704)
     assert stage.activations == 10 * (2 * 480 + 4 * 17 + 32)
     assert layer_temporaries(tiny_job()) == 10 * 4 * (8 + 8 + 16) + 4 * 576
-    assert (stage.temporaries, stage.head) == (0, 10 * 32 * 16)
+    assert (stage.temporaries, stage.head) == (0, 10 * 32 * 16 + 4 * 576)
     assert stage.communication == stage.cp_buffers == stage.pp_buffers == 0
-    assert stage.needed == 16 * 1704 + 10 * (2 * 480 + 4 * 17 + 32) + 10 * 32 * 16
+    assert stage.needed == 16 * 1704 + 10 * (2 * 480 + 4 * 17 + 32) + 10 * 32 * 16 + 4 * 576
     assert stage.total == pytest.approx(stage.needed * (1 + MARGIN))
 
 

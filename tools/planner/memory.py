@@ -85,7 +85,9 @@ def parameters_of(job: Job, stage: int) -> float:
 def _stage(job: Job, stage: int) -> StageMemory:
     layout, parameters = job.layout, parameters_of(job, stage)
     weights, gradients, optimizer = _fsdp_state(job, stage) if layout.fsdp > 1 else _state(job, parameters)
-    temporaries, head = temporary_bytes(job, stage), head_bytes(job) if stage == layout.pp - 1 else 0.0
+    temporaries, head = temporary_bytes(job, stage), 0.0
+    if stage == layout.pp - 1:
+        head = head_bytes(job) + (weight_places(job) if job.stack.layers == "transformer_engine" else 0.0)
     return StageMemory(
         stage,
         parameters,
@@ -229,17 +231,24 @@ def temporary_bytes(job: Job, stage: int) -> float:
 
 def layer_temporaries(job: Job) -> float:
     """Return the bytes of the backward pass of one layer: what recompute makes again, and in the MLP the gradients of
-    hidden states (arriving, and gathered by sequence parallelism), of an inner result, and of a weight. Transformer
-    Engine holds a place for each weight's gradient. When the first linear's turn comes, the MLP's results are freed."""
+    hidden states (arriving, and gathered by sequence parallelism), of an inner result, and of a weight. When the first
+    linear's turn comes, the MLP's results are freed."""
     shape, tp, element = job.shape, job.layout.tp, element_bytes(job)
     whole = job.local_tokens * shape.hidden * element
-    weights = [inputs * outputs / tp * element for inputs, outputs, _ in shape.layer_matrices]
-    places = 0.0 if job.frozen else sum(weights) if job.stack.layers == "transformer_engine" else max(weights)
     second = 2 * hidden_bytes(job) + (whole if job.layout.row_shards > 1 else 0.0)
     second += job.local_tokens * shape.ffn / tp * element
     first = 3 * hidden_bytes(job) + whole + job.local_tokens * shape.mlp_inputs / tp * element - mlp_bytes(job)
     recomputed = layer_bytes(job) + hidden_bytes(job) if job.repeated_products else 0.0
-    return recomputed + places + max(first, second)
+    return recomputed + weight_places(job) + max(first, second)
+
+
+def weight_places(job: Job) -> float:
+    """Return the bytes of places for weights' gradients, which autograd wants although they are in Megatron's buffers:
+    the largest weight's while its backward pass runs; with Transformer Engine those of a layer, which it holds."""
+    weights = [inputs * outputs / job.layout.tp * element_bytes(job) for inputs, outputs, _ in job.shape.layer_matrices]
+    if job.frozen:
+        return 0.0
+    return sum(weights) if job.stack.layers == "transformer_engine" else max(weights)
 
 
 def head_bytes(job: Job) -> float:
@@ -278,8 +287,9 @@ def pipeline_bytes(job: Job, stage: int) -> float:
 
 
 def communication_bytes(job: Job, parameters: float) -> float:
-    """Return the bytes of gathered inputs (TP), Megatron's one buffer or two tensors of compiled layers, and of two
-    buckets that FSDP copies."""
-    layout, buffers = job.layout, 2 if job.stack.layers == "compiled" else 1
+    """Return the bytes of gathered inputs (TP), in one buffer of Megatron's linears or two tensors of compiled layers
+    (Transformer Engine's are among the temporaries), and of two buckets that FSDP copies."""
+    buffers = {"torch": 1, "transformer_engine": 0, "compiled": 2}[job.stack.layers]
+    layout = job.layout
     gathered = job.local_tokens * job.shape.hidden * element_bytes(job) if layout.row_shards > 1 else 0.0
     return buffers * gathered + (2 * GRADIENT_BYTES * min(parameters, BUCKET_PARAMETERS) if layout.fsdp > 1 else 0.0)
