@@ -78,6 +78,7 @@ def check_by_rehearsal(job: "SlurmJob", gpu: str) -> None:
         print(f"not rehearsed: {' and '.join(missing)} cannot be imported here", file=sys.stderr)
         return
     from srlm_mega.config.file import to_yaml
+    from srlm_mega.tools.rehearsal.rehearsal_record import WITHOUT_FP8
     from srlm_mega.tools.rehearsal.rehearsal_table import header
     from srlm_mega.tools.rehearsal.rehearse_command import RehearsalRequest, rehearse
 
@@ -86,8 +87,7 @@ def check_by_rehearsal(job: "SlurmJob", gpu: str) -> None:
         resolved.write_text(to_yaml(job.config), encoding="utf-8")
         if fp8:
             print("rehearsed in bf16: casts to FP8 and FP8 copies of weights are not counted", file=sys.stderr)
-        in_bf16 = ("trainer.fp8=null",) if fp8 else ()
-        rehearsed = rehearse(RehearsalRequest(resolved, in_bf16, gpu, (), all_stages=False))
+        rehearsed = rehearse(RehearsalRequest(resolved, WITHOUT_FP8 if fp8 else (), gpu, (), all_stages=False))
     if not rehearsed.succeeds:
         raise UserError(
             "training fails its rehearsal, so no job was written. Change the layout, name the nodes' kind of GPU with "

@@ -14,7 +14,7 @@ from srlm_mega.gpus import find_gpu
 from srlm_mega.launch import slurm
 from srlm_mega.tools.rehearsal import rehearse_command
 from srlm_mega.tools.rehearsal.rank_places import place_of
-from srlm_mega.tools.rehearsal.rehearsal_record import RankRecord
+from srlm_mega.tools.rehearsal.rehearsal_record import WITHOUT_FP8, RankRecord
 from srlm_mega.tools.rehearsal.rehearsal_table import Rehearsed
 from srlm_mega.tools.rehearsal.rehearse_command import RehearsalRequest
 
@@ -104,13 +104,16 @@ def test_a_job_of_transformer_engine_is_not_refused_for_want_of_it_here(
         assert "not rehearsed: transformer_engine cannot be imported here" in result.stderr
 
 
+@pytest.mark.parametrize("more", [(), ("trainer.fp8_shadow_interval=10", "trainer.first_last_layers_bf16=true")])
 def test_fp8_is_rehearsed_in_bf16_and_a_line_says_so(
-    launch: Launch, requests: list[RehearsalRequest], monkeypatch: pytest.MonkeyPatch
+    more: tuple[str, ...], launch: Launch, requests: list[RehearsalRequest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """With what is for FP8 alone, too, which the configuration refuses without it."""
     monkeypatch.setattr("srlm_mega.cli.launch.find_spec", lambda package: True)
-    result = launch(*FP8)
+    result = launch(*FP8, *more)
     assert "rehearsed in bf16: casts to FP8" in result.stderr
-    assert [request.overrides for request in requests] == [("trainer.fp8=null",)]
+    assert "20 layers do not divide" in str(result.exception), "it came to the rehearsal"
+    assert [request.overrides for request in requests] == [WITHOUT_FP8]
 
 
 def test_a_layout_too_large_is_refused_in_the_trainers_words(launch: Launch) -> None:

@@ -9,7 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -24,6 +24,7 @@ import torch._dynamo  # Transformer Engine imports it; it stumbles over stand-in
 
 from srlm_mega.tools.rehearsal.engine_kernels import STAND_INS
 
+COMPILED = "transformer_engine_torch"
 # Imported by Transformer Engine, used by its export to ONNX and by its inference only.
 UNUSED_PACKAGES = ("onnx", "onnxscript", "einops")
 CUDNN, CUDA = 91500, "13.0"  # an image of late 2025; older ones are refused at the import, or for some recipe
@@ -75,14 +76,15 @@ def import_engine(capability: tuple[int, int]) -> CompiledPart:
     torch.cuda.get_device_properties = lambda device_=None: device
     torch.cuda.get_device_capability = lambda device_=None: capability
     torch.cuda.is_current_stream_capturing = lambda: False
+    torch.cuda.device, torch.cuda.nvtx = nullcontext, MagicMock()
     torch.Tensor.cuda = lambda self: self
     torch.version.cuda = CUDA
-    compiled = CompiledPart("transformer_engine_torch")
+    compiled = CompiledPart(COMPILED)
     for enumeration, names in (("FP8FwdTensors", FORWARD_TENSORS), ("FP8BwdTensors", BACKWARD_TENSORS)):
         for name in names:
             getattr(getattr(compiled, enumeration), name)
     vars(compiled).update(STAND_INS, get_cudnn_version=lambda: CUDNN)
-    sys.modules[compiled.__name__] = compiled
+    sys.modules[COMPILED] = compiled
     unused = [name for name in UNUSED_PACKAGES if find_spec(name) is None]
     sys.modules |= {name: MagicMock() for name in unused}
     os.environ["NVTE_PROJECT_BUILDING"] = "1"  # without it the import looks for CUDA's libraries
@@ -123,6 +125,8 @@ def on_cpu(code: CodeType) -> CodeType:
 
 @contextmanager
 def as_on_cuda() -> Iterator[None]:
-    """Let Transformer Engine's modules be made inside the block: they ask for CUDA, and older ones for streams."""
-    with patch.multiple(torch.cuda, is_available=lambda: True, Stream=MagicMock()):
+    """Let models be built in the block where Transformer Engine was imported on stand-ins: its modules ask for CUDA,
+    and Megatron asks older versions, for any kind of layers, for what makes streams."""
+    stand_ins = isinstance(sys.modules.get(COMPILED), CompiledPart)
+    with patch.multiple(torch.cuda, is_available=lambda: True, Stream=MagicMock()) if stand_ins else nullcontext():
         yield

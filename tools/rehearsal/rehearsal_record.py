@@ -5,6 +5,9 @@ from typing import Any, Literal
 
 Kind = Literal["weights", "gradients", "optimizer", "activations", "head", "temporaries", "host"]
 
+# A job in FP8 is rehearsed with these: casts to FP8, and copies of weights in it, have no stand-in.
+WITHOUT_FP8 = ("trainer.fp8=null", "trainer.first_last_layers_bf16=false", "trainer.fp8_shadow_interval=null")
+
 
 @dataclass(frozen=True)
 class LayoutPlace:

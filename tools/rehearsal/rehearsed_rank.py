@@ -25,7 +25,7 @@ from srlm_mega.tools.rehearsal.cuda_road import backend_on, cuda_road
 from srlm_mega.tools.rehearsal.engine_stand_in import as_on_cuda
 from srlm_mega.tools.rehearsal.fake_tensors import fake_process_group, without_contents
 from srlm_mega.tools.rehearsal.longest_batches import longest_pairs, longest_sequences, no_reference
-from srlm_mega.tools.rehearsal.rehearsal_record import Kind, LayoutPlace, RankRecord
+from srlm_mega.tools.rehearsal.rehearsal_record import WITHOUT_FP8, Kind, LayoutPlace, RankRecord
 from srlm_mega.tools.rehearsal.watch import StepWatch
 from srlm_mega.training.checkpoint import Checkpoints
 from srlm_mega.training.dpo import DpoObjective
@@ -66,7 +66,7 @@ class Rehearsal:
         if config.trainer.fp8 is not None:
             raise UserError(
                 f"trainer.fp8={config.trainer.fp8}: casts to FP8, and copies of weights in it, have no stand-in: "
-                "rehearse with trainer.fp8=null, and take from srlm plan what FP8 adds"
+                f"rehearse with {' '.join(WITHOUT_FP8)}, and take from srlm plan what FP8 adds"
             )
         shape = config.model.shape
         if on_cuda(config):
@@ -90,8 +90,7 @@ class Rehearsal:
         """Build, compute a reference, take an SFT and a DPO step, gather a checkpoint. `given`
         returns what a micro batch's tensors are to be."""
         shape, topology = self.config.model.shape, self.topology
-        asks_for_cuda = self.model_config.backend.layers == "transformer_engine"
-        with watch.phase("build", "weights"), as_on_cuda() if asks_for_cuda else nullcontext():
+        with watch.phase("build", "weights"), as_on_cuda():
             chunks = build_model(self.model_config, shape, topology)
         with watch.phase("reference"):
             for chunk in chunks:
