@@ -19,7 +19,7 @@ def rehearse(
     ] = None,
     all_stages: Annotated[bool, typer.Option("--all", help="Rehearse every pipeline stage.")] = False,
     gpu: GpuKind = "h100",
-    json: Annotated[Path | None, typer.Option(help="Write everything to this file.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Take the steps of a training job on this machine, rank by rank, with tensors that have no contents. Says whether
     every rank builds, steps and fits, what holds its memory, what it sends, and where the host waits. Needs no GPU.

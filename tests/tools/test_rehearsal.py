@@ -1,5 +1,6 @@
 """The rehearsal: what stands in for CUDA keeps what the real operation keeps, refusals, host reads, and the tables."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -186,14 +187,15 @@ def test_whether_it_fits_is_said_with_the_arithmetic(monkeypatch: pytest.MonkeyP
 
 
 def test_a_rank_that_fails_ends_with_exit_code_2(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result = rehearsed(monkeypatch, record(0, 0, "no such layout"))
     monkeypatch.setattr(rehearse_command, "rehearse", lambda request: result)
     request = RehearsalRequest(TOY, (), "h100", (), False)
-    assert rehearse_command.run(request, tmp_path / "found.json") == 2
+    assert rehearse_command.run(request, as_json=False) == 2
     assert "rank 0 (stage 0): FAILS: no such layout" in capsys.readouterr().out
-    assert '"succeeds": false' in (tmp_path / "found.json").read_text()
+    assert rehearse_command.run(request, as_json=True) == 2
+    assert json.loads(capsys.readouterr().out)["succeeds"] is False
 
 
 def test_ranks_outside_of_the_layout_are_refused() -> None:

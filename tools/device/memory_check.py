@@ -25,8 +25,9 @@ def main(
 ) -> None:
     """Rehearse the configuration, and compare its peak with the measured one."""
     rehearsal = json.with_name(f"{json.stem}_rehearsal.json")
-    done = subprocess.run([*srlm_command(), "rehearse", *words, "--json", str(rehearsal)], check=False)
-    if not rehearsal.is_file():
+    with rehearsal.open("wb") as file:
+        done = subprocess.run([*srlm_command(), "rehearse", *words, "--json"], stdout=file, check=False)
+    if not rehearsal.stat().st_size:
         sys.exit(done.returncode or 1)
     record = compared(read_record(measured), orjson.loads(rehearsal.read_bytes()))
     write_record(record, json)

@@ -90,10 +90,8 @@ def write_rank(config_file: Path, overrides: Sequence[str], rank: int, gpu: str,
     out.write_text(json.dumps(asdict(record)))
 
 
-def run(request: RehearsalRequest, json_file: Path | None) -> int:
-    """Rehearse, print, write the JSON file; return the exit code: 2 where a rank fails or does not fit."""
+def run(request: RehearsalRequest, as_json: bool) -> int:
+    """Rehearse, and print text or JSON; return the exit code: 2 where a rank fails or does not fit."""
     rehearsed = rehearse(request)
-    print(rehearsal_text(rehearsed))
-    if json_file is not None:
-        json_file.write_text(json.dumps(rehearsal_json(rehearsed), indent=1))
+    print(json.dumps(rehearsal_json(rehearsed), indent=1) if as_json else rehearsal_text(rehearsed))
     return 0 if rehearsed.succeeds else USER_ERROR
