@@ -255,6 +255,23 @@ def test_status_lists_every_stage(whole: Path) -> None:
     assert counts.code == 0 and "ift.jsonl" in counts.output and "200" in counts.output
 
 
+def test_a_failed_attempt_leaves_a_finished_run_as_it_was(whole: Path) -> None:
+    """A second round that cannot begin: its folder's name is taken by a file."""
+
+    def files() -> dict[str, bytes]:
+        found = {str(path.relative_to(whole)): path.read_bytes() for path in whole.rglob("*") if path.is_file()}
+        return {name: content for name, content in found.items() if not name.startswith("logs/")}
+
+    before = files()
+    (whole / "round_2").write_text("")
+    done = srlm(*small_run(whole, "run.rounds=2"))
+    (whole / "round_2").unlink()
+    assert done.code == 2 and "round_2" in done.output
+    assert files() == before
+    shown = srlm("status", whole)
+    assert shown.output.count("done") == 12 and "missing" not in shown.output
+
+
 def test_another_configuration_is_refused(whole: Path) -> None:
     before = contents(whole)
     done = srlm(*small_run(whole, "dpo.beta=0.2"))

@@ -5,7 +5,8 @@ This is the controller. It needs no torch and holds no GPU.
 
 import signal
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 
 from srlm_mega.config import Config
 from srlm_mega.config.file import check_endpoints, check_outside_files, to_yaml
@@ -21,10 +22,9 @@ from srlm_mega.controller.stage_process import (
     started,
 )
 from srlm_mega.controller.stall_watchdog import StallWatchdog, stall_seconds
-from srlm_mega.errors import StopRequested, TrainingPaused, UserError
+from srlm_mega.errors import CannotContinue, StopRequested, TrainingPaused, UserError
 from srlm_mega.launch.cores import with_cores
 from srlm_mega.launch.ranks import allocation_for
-from srlm_mega.run.files import write_atomic
 from srlm_mega.run.identity import check_unchanged
 from srlm_mega.run.plan import Stage, downstream, find_stage, plan
 from srlm_mega.run.presence import announced
@@ -51,9 +51,9 @@ def run_loop(config: Config, run: RunDir, redo: tuple[str, ...], display: Displa
         check_outside_files(config)
     with run.lock():
         check_finished([stage for stage in stages if stage.name not in redone], config, run)
-        for stage in reversed(stages):  # the last one goes first: a kill in between leaves a run that can resume
-            if stage.name in redone and run.remove(stage.name):
-                display.print_line(f"removed {run.output(stage.name)}")
+        removed = [stage for stage in reversed(stages) if stage.name in redone and run.remove(stage.name)]
+        for stage in removed:  # the last one went first: a kill in between leaves a run that can resume
+            display.print_line(f"removed {run.output(stage.name)}")
         wanted = [find_stage(config, name) for name in only] or stages
         missing = [stage for stage in stages if stage in wanted and run.manifest(stage.name) is None]
         check_inputs(missing, run)
@@ -61,11 +61,9 @@ def run_loop(config: Config, run: RunDir, redo: tuple[str, ...], display: Displa
             return 0
         check_endpoints(config)
         check_sampler(missing, config)
-        write_atomic(run.config_file, to_yaml(config).encode())
-        write_atomic(run.provenance_file, provenance())
-        run.report_file.unlink(missing_ok=True)  # it will be out of date
         run.stop_file.unlink(missing_ok=True)  # left by the request that ended the run before
         with (
+            attempted(config, run, at_once=bool(removed) or not any(run.manifest(stage.name) for stage in stages)),
             on_signals((*PREEMPTION, signal.SIGINT), run.stop_file.touch),
             announced(run),
             closing(BackgroundReport(run)) as report,
@@ -74,6 +72,22 @@ def run_loop(config: Config, run: RunDir, redo: tuple[str, ...], display: Displa
                 run_group(group, config, run, display, report)
         check_finished(stages, config, run)
         return len(missing)
+
+
+@contextmanager
+def attempted(config: Config, run: RunDir, at_once: bool) -> Iterator[None]:
+    """Let the stages of the block work by this configuration. It becomes the run's with the first output, `at_once`, or
+    when it is the run's already; without an output a failed attempt leaves the run as it was."""
+    text = to_yaml(config).encode()
+    same = run.config_file.is_file() and run.config_file.read_bytes() == text
+    run.begin_attempt(text, provenance(), at_once or same)
+    try:
+        yield
+    except CannotContinue:  # the commands that it may name, for each node, work by this configuration
+        raise
+    except BaseException:
+        run.drop_attempt()
+        raise
 
 
 def stage_groups(stages: list[Stage], missing: list[Stage], config: Config) -> list[list[Stage]]:

@@ -50,7 +50,7 @@ def stage_command(group: list[Stage], config: Config, run: RunDir) -> Start:
     arguments = ["stage", str(run.root), *names]
     match launch_mode(group[0], config):
         case "as ranks":
-            return start_ranks(config, run, names[0], arguments, run.config_file)
+            return start_ranks(config, run, names[0], arguments, run.config_in_force)
         case "in the sampler's environment":
             return Start(sampler_process(config, arguments))
         case "here":

@@ -85,7 +85,9 @@ def damages(folder: Path) -> dict[str, str]:
 def read_status(folder: Path, damaged: Mapping[str, str]) -> RunStatus:
     """Read the present state of a run; `damaged` is what `damages` found when one began to look."""
     run = RunDir(folder)
-    stages = plan(load_config(run.config_file))
+    controller = read_controller(run)
+    works = controller is not None and controller.works
+    stages = plan(load_config(run.config_in_force if works else run.config_file))
     sound = [stage for stage in stages if stage.name not in damaged]
     finished = {stage: manifest for stage in sound if (manifest := run.manifest(stage.name)) is not None}
     states = tuple(
@@ -98,10 +100,9 @@ def read_status(folder: Path, damaged: Mapping[str, str]) -> RunStatus:
     known = [seconds for seconds in left if seconds is not None]
     models = [stage.name for stage in stages if stage.kind.trains]
     trained = [losses for name in models if (losses := newest_losses(run, name)) is not None]
-    controller = read_controller(run)
     return RunStatus(
         run=str(folder),
-        works=controller is not None and controller.works,
+        works=works,
         ended="" if controller is None else controller.ended,
         stages=states,
         seconds_left=sum(known) if len(known) == len(left) else None,
@@ -187,7 +188,7 @@ def progress_line(folder: Path) -> str:
     if not run.config_file.is_file():
         return "nothing"
     parts = []
-    for stage in plan(load_config(run.config_file)):
+    for stage in plan(load_config(run.config_in_force)):
         partial = run.partial(stage.name)
         if run.manifest(stage.name) is not None:
             parts.append(stage.name)

@@ -9,7 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import orjson
@@ -50,6 +50,18 @@ class RunDir:
     def provenance_file(self) -> Path:
         """Versions, command and commit of the newest `srlm run`."""
         return self.root / "provenance.json"
+
+    @property
+    def attempt(self) -> Path:
+        """Folder of the configuration and provenance of an attempt with another configuration that has made no output
+        yet; once it has, they are the run's."""
+        return self.root / "attempt"
+
+    @property
+    def config_in_force(self) -> Path:
+        """The configuration by which stages work now: the attempt's, or the run's."""
+        given = self.attempt / self.config_file.name
+        return given if given.is_file() else self.config_file
 
     @property
     def summary_file(self) -> Path:
@@ -192,6 +204,31 @@ class RunDir:
         os.rename(partial, self.output(identity.stage))
         fsync(self.output(identity.stage).parent)
         self.remove_leftovers(identity.stage)
+        self.adopt_attempt()
+
+    def begin_attempt(self, config: bytes, provenance: bytes, at_once: bool) -> None:
+        """Take a configuration for the stages that follow: `at_once` as the run's, else with the first output that they
+        make, so that an attempt which fails leaves the run as it was."""
+        self.drop_attempt()
+        self.attempt.mkdir(parents=True)
+        write_atomic(self.attempt / self.provenance_file.name, provenance)
+        write_atomic(self.attempt / self.config_file.name, config)
+        if at_once:
+            self.adopt_attempt()
+
+    def adopt_attempt(self) -> None:
+        """Make the attempt's configuration and provenance the run's. The report, which is out of date, is removed."""
+        if self.attempt.is_dir():
+            for file in (self.provenance_file, self.config_file):  # the last one decides what is in force
+                with suppress(FileNotFoundError):  # a kill came in between
+                    os.replace(self.attempt / file.name, file)
+            self.report_file.unlink(missing_ok=True)
+            self.drop_attempt()
+
+    def drop_attempt(self) -> None:
+        """Forget the attempt's configuration, if it was not taken."""
+        if self.attempt.is_dir():
+            shutil.rmtree(self.attempt)
 
     def remove_leftovers(self, stage: str) -> None:
         """Remove from a finished output the files by which a killed attempt would have been resumed."""

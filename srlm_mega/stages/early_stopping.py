@@ -23,7 +23,7 @@ from srlm_mega.stages.work import Work
 def compare_checkpoints(run: RunDir, name: str) -> int:
     """Do the comparison that a paused training stage waits for. Returns the exit code; an error's message is in the
     progress file. UserError when no checkpoint waits."""
-    config = load_config(run.config_file)
+    config = load_config(run.config_in_force)
     progress = Progress(run.progress_file(f"{name}/early_stopping"))
     samplers = Samplers(config, run.replicas)
     work = Work(run, config, find_stage(config, name), run.partial(name), progress, samplers)

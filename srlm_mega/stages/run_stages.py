@@ -31,7 +31,7 @@ def run_stages(run: RunDir, names: Sequence[str]) -> int:
     """Make outputs in the given order until one cannot be made. Returns the exit code (0 when all were made)."""
     die_with_parent()
     show_stacks_when_asked()
-    config = load_config(run.config_file)
+    config = load_config(run.config_in_force)
     stages = [find_stage(config, name) for name in names]
     try:
         with joined_ranks(config, stages), closing(Samplers(config, run.replicas)) as samplers:

@@ -36,6 +36,35 @@ def test_an_output_appears_whole(tmp_path: Path) -> None:
     assert not (run.output("round_1/pairs") / IDENTITY).exists()
 
 
+def test_an_attempts_configuration_is_taken_with_its_first_output(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.begin_attempt(b"rounds: 2", b"first", at_once=True)
+    assert run.config_file.read_bytes() == b"rounds: 2" and not run.attempt.exists()
+    make_output(run)
+    run.report_file.write_text("of two rounds")
+    run.begin_attempt(b"rounds: 3", b"second", at_once=False)
+    assert run.config_file.read_bytes() == b"rounds: 2" and run.config_in_force.read_bytes() == b"rounds: 3"
+    run.drop_attempt()
+    assert run.config_in_force == run.config_file and run.report_file.exists()
+    run.begin_attempt(b"rounds: 4", b"third", at_once=False)
+    make_output(run, Identity("round_2/pairs", {}, {}))
+    assert run.config_file.read_bytes() == b"rounds: 4" and run.provenance_file.read_bytes() == b"third"
+    assert not run.attempt.exists() and not run.report_file.exists(), "it is out of date"
+
+
+def test_a_kill_while_the_configuration_is_taken(tmp_path: Path) -> None:
+    """After the first of its two files; and what a killed attempt left is forgotten by the next one."""
+    run = RunDir(tmp_path)
+    run.begin_attempt(b"rounds: 2", b"first", at_once=True)
+    run.begin_attempt(b"rounds: 3", b"second", at_once=False)
+    os.replace(run.attempt / "provenance.json", run.provenance_file)
+    run.adopt_attempt()
+    assert (run.config_file.read_bytes(), run.provenance_file.read_bytes()) == (b"rounds: 3", b"second")
+    run.begin_attempt(b"rounds: 9", b"killed", at_once=False)
+    run.begin_attempt(b"rounds: 4", b"third", at_once=False)
+    assert run.config_in_force.read_bytes() == b"rounds: 4"
+
+
 def test_digest_is_of_content_not_of_logs_or_time(tmp_path: Path) -> None:
     first, second, third = RunDir(tmp_path / "1"), RunDir(tmp_path / "2"), RunDir(tmp_path / "3")
     make_output(first)
