@@ -230,6 +230,18 @@ def check_endpoints(config: Config) -> None:
             raise UserError(f"{section}.endpoint needs the package httpx: pip install 'srlm-mega[judge]'")
 
 
+def check_trackers(config: Config) -> None:
+    """Raise UserError when the package of a configured tracker is missing where training runs: here, unless that is in
+    a container."""
+    wanted = {"wandb_project": "wandb", "mlflow_tracking_uri": "mlflow"}
+    for key, package in wanted.items():
+        here = config.launch.slurm.container is None
+        if here and vars(config.tracking)[key] is not None and find_spec(package) is None:
+            raise UserError(
+                f"tracking.{key} needs the package {package}: pip install 'srlm-mega[tracking]', or leave it out"
+            )
+
+
 def to_yaml(config: Config) -> str:
     """Return the resolved configuration as YAML that `load_config` reads back to an equal Config."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from srlm_mega.config.secrets_in_values import check_variable
 from srlm_mega.config.section import Section
 
 
@@ -28,6 +29,13 @@ class SlurmConfig(Section, decides="layout"):
     network_interface: str | None = Field(None, description="Interface of NCCL's and gloo's sockets, for example ib0.")
     container: str | None = Field(None, description="Image (pyxis) for stages; srlm run itself stays outside.")
     mounts: tuple[Path, ...] = Field((), description="Folders that the container sees besides the working directory.")
+
+    @field_validator("environment")
+    @classmethod
+    def _without_secrets(cls, environment: dict[str, str]) -> dict[str, str]:
+        for name, value in environment.items():
+            check_variable(name, value)
+        return environment
 
 
 class PreflightConfig(Section, decides="layout"):

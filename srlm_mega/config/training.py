@@ -4,11 +4,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, assert_never
 
-from pydantic import Field, ModelWrapValidatorHandler, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, field_validator, model_validator
 
 from srlm_mega.checkpoints_conversion.llama import LlamaShape, RopeScaling
 from srlm_mega.config.model_sizes import ModelSizes, sizes_of
 from srlm_mega.config.outside_models import absence, local_folder, shape_in
+from srlm_mega.config.secrets_in_values import has_credentials
 from srlm_mega.config.section import Decides, Section
 
 Precision = Literal["fp32", "bf16", "fp8"]
@@ -307,3 +308,13 @@ class TrackingConfig(Section, decides="nothing"):
     tensorboard: bool = Field(True, description="Write event files to tensorboard/ in the stage's folder.")
     wandb_project: str | None = Field(None, description="Weights & Biases project (`pip install wandb`).")
     mlflow_tracking_uri: str | None = Field(None, description="MLflow server or store (`pip install mlflow`).")
+
+    @field_validator("mlflow_tracking_uri")
+    @classmethod
+    def _without_credentials(cls, uri: str | None) -> str | None:
+        if uri is not None and has_credentials(uri):
+            raise ValueError(
+                "the URI carries credentials, and the run keeps its configuration: give them by MLflow's own "
+                "variables, MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            )
+        return uri

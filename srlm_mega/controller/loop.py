@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 
 from srlm_mega.config import Config
-from srlm_mega.config.file import check_endpoints, check_outside_files, to_yaml
+from srlm_mega.config.file import check_endpoints, check_outside_files, check_trackers, to_yaml
 from srlm_mega.controller.background_report import BackgroundReport
 from srlm_mega.controller.display import Display
 from srlm_mega.controller.stage_process import (
@@ -60,6 +60,7 @@ def run_loop(config: Config, run: RunDir, redo: tuple[str, ...], display: Displa
         if not missing:
             return 0
         check_endpoints(config)
+        check_trackers(config)
         check_sampler(missing, config)
         run.stop_file.unlink(missing_ok=True)  # left by the request that ended the run before
         with (

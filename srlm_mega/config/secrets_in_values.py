@@ -1,0 +1,24 @@
+"""Secrets that a configuration would carry into provenance.json, the report and a job's script: found and refused."""
+
+import re
+from urllib.parse import urlsplit
+
+EXPORT = "export it in the shell from which the job is submitted, which sbatch passes on"
+NAMES = re.compile(r"KEY|TOKEN(?!IZ)|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)  # TOKENIZERS_PARALLELISM is none
+
+
+def check_variable(name: str, value: str) -> None:
+    """Raise ValueError, without the value, for a variable that seems to hold a secret, by its name or as a URI."""
+    if NAMES.search(name):
+        raise ValueError(f"{name} seems to be a secret, and the run keeps its configuration: {EXPORT}")
+    if has_credentials(value):
+        raise ValueError(f"{name} is a URI with credentials, and the run keeps its configuration: {EXPORT}")
+
+
+def has_credentials(uri: str) -> bool:
+    """Tell whether a text is a URI with a password, or with a secret among its parameters."""
+    try:
+        parts = urlsplit(uri)
+    except ValueError:  # no URI
+        return False
+    return bool(parts.scheme and (parts.password or NAMES.search(parts.query)))
