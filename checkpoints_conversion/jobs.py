@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import queue
+import signal
 from collections.abc import Sequence
 from multiprocessing.queues import Queue
 
@@ -48,6 +49,7 @@ def run(work: MatrixWriter, tasks: Sequence[tuple[int, Task]], jobs: int, report
 
 
 def _work(work: MatrixWriter, tasks: Sequence[tuple[int, Task]], messages: "Queue[Message]", parent: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the parent ends this one
     unreported = 0
 
     def report(written: int) -> None:

@@ -37,7 +37,7 @@ CPU_TRAINING_SETTINGS = {
 def srlm_command() -> list[str]:
     """Return how `srlm` starts with this Python: the command beside it, or, where the package is not installed and only
     on PYTHONPATH, its module."""
-    return beside_python("srlm", "srlm_mega.cli.main")
+    return beside_python("srlm", "srlm_mega.cli.start")
 
 
 def torchrun_command() -> list[str]:

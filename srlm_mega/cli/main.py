@@ -70,8 +70,3 @@ def main() -> None:
             raise
         print(f"{LABELS[code]}: {reason(error)}", file=sys.stderr)
         sys.exit(code)
-
-
-if __name__ == "__main__":  # where the package is on PYTHONPATH and not installed
-    sys.argv[0] = "srlm"
-    main()

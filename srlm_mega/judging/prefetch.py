@@ -1,6 +1,7 @@
 """Prefetching: an iterator that runs in a process of its own, ahead of its reader."""
 
 import multiprocessing
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from multiprocessing.connection import Connection
@@ -43,6 +44,7 @@ def _receive(connection: Connection) -> list[T]:
 def _send(
     connection: Connection, make: Callable[..., Iterable[T]], args: tuple[object, ...], kwargs: dict[str, object]
 ) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the reader ends this one
     try:
         items = iter(make(*args, **kwargs))
         while batch := list(islice(items, BATCH)):

@@ -44,13 +44,13 @@ STEP = JobStep(hosts=("n1", "n2"), logs=Path("/run/slurm/5/attempt_0/100%"), con
 
 def test_srlm_starts_as_a_module_where_it_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bare machine's Python, with the package on PYTHONPATH, has no commands beside it."""
-    module = [sys.executable, "-P", "-m", "srlm_mega.cli.main"]
+    module = [sys.executable, "-P", "-m", "srlm_mega.cli.start"]
     done = subprocess.run([*module, "config", "show", "toy_cpu"], capture_output=True, text=True)
     assert done.returncode == 0 and "num_layers" in done.stdout, done.stderr
     assert srlm_command() == [str(Path(sys.executable).parent / "srlm")]
     (tmp_path / "torchrun").touch()
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
-    assert srlm_command() == [str(tmp_path / "python"), "-P", "-m", "srlm_mega.cli.main"]
+    assert srlm_command() == [str(tmp_path / "python"), "-P", "-m", "srlm_mega.cli.start"]
     assert torchrun_command() == [str(tmp_path / "torchrun")]
 
 

@@ -1,0 +1,27 @@
+"""Where the `srlm` command begins: with what Ctrl-C does, before anything that takes time is imported."""
+
+import os
+import signal
+import sys
+from types import FrameType
+
+STOP_REQUESTED = 4  # of srlm_mega/errors.py, which is loaded later
+
+
+def main() -> None:
+    """Run the command line. Ctrl-C ends it with exit code 4 and no traceback, where the command does not answer it."""
+    signal.signal(signal.SIGINT, interrupted)
+    from srlm_mega.cli.main import main as run
+
+    run()
+
+
+def interrupted(number: int, frame: FrameType | None) -> None:
+    """End the process, with what it would clean up."""
+    os.write(sys.stderr.fileno(), b"interrupted: Ctrl-C\n")
+    sys.exit(STOP_REQUESTED)
+
+
+if __name__ == "__main__":  # where the package is on PYTHONPATH and not installed
+    sys.argv[0] = "srlm"
+    main()

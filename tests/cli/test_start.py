@@ -1,0 +1,53 @@
+"""Ctrl-C at any moment ends a command with code 4 and no traceback."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from srlm_mega.cli import start
+from srlm_mega.errors import STOP_REQUESTED
+
+# Sends the signal when a module is imported, or when the command works.
+AT = """
+import os, signal, sys
+from importlib.abc import MetaPathFinder
+
+wanted = sys.argv.pop(1)
+
+class Finder(MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == wanted:
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Finder())
+from srlm_mega.cli.start import main
+main()
+"""
+
+
+def test_the_code_is_that_of_a_stop() -> None:
+    assert start.STOP_REQUESTED == STOP_REQUESTED
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        ("srlm_mega.cli.main", ["report", "RUN"]),
+        ("typer", ["doctor"]),
+        ("srlm_mega.checkpoints_conversion.convert", ["convert", "a", "b", "--to", "huggingface"]),
+        ("srlm_mega.stages.head_to_head", ["evaluate", "head-to-head", "a", "b", "--out", "c"]),
+        ("srlm_mega.launch.doctor", ["doctor", "--for", "cpu"]),
+        ("srlm_mega.config.file", ["run", "toy_cpu"]),
+    ],
+)
+def test_in_the_middle_of_a_command(module: str, words: list[str], tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", AT, module, *words], capture_output=True, text=True, cwd=tmp_path, env=os.environ
+    )
+    assert (done.returncode, done.stderr.strip()) == (STOP_REQUESTED, "interrupted: Ctrl-C"), done.stderr
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "of this process nothing has changed"
