@@ -208,13 +208,18 @@ def check_fits(partition: str | None, nodes: int, gpus_per_node: int, kinds: Seq
         raise UserError(f"{nodes} nodes{with_gpus} are more than partition {chosen} has, {enough}: ask for fewer")
 
 
-def write_job(job: SlurmJob) -> Path:
-    """Write the script and the configuration that it runs; return the script's path. UserError, before anything is
-    written, for all faults that can be known here."""
+def checked_script(job: SlurmJob) -> str:
+    """Return the script. UserError, before anything is written, for all faults that can be known here at once."""
     check_outside_files(job.config)
     text = render(job)
     if shutil.which("sinfo") is not None:
         check_fits(job.config.launch.slurm.partition, job.nodes, job.gpus_per_node, partitions())
+    return text
+
+
+def write_job(job: SlurmJob, text: str) -> Path:
+    """Write the script, `text`, and the configuration that it runs; return the script's path. UserError when Slurm
+    refuses it."""
     job.run.jobs.mkdir(parents=True, exist_ok=True)
     write_atomic(job.config_file, to_yaml(job.config).encode())
     script = job.config_file.with_suffix(".sbatch")

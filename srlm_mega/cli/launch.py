@@ -47,7 +47,7 @@ def launch_slurm(
     """Write a Slurm job for a run, and submit it if asked. Script and configuration are in RUN/slurm/; a preempted job
     resumes from its checkpoint. Before that `srlm rehearse` takes the steps of training here, unless the job only
     samples, or trains on CPUs; --gpu is the kind that must have enough memory."""
-    from srlm_mega.launch.slurm import SlurmJob, load_for_job, render, submit, write_job
+    from srlm_mega.launch.slurm import SlurmJob, checked_script, load_for_job, render, submit, write_job
 
     if dry_run and submitted:
         raise UserError("--dry-run or --submit, not both: a dry run writes nothing that could be submitted")
@@ -57,9 +57,10 @@ def launch_slurm(
     if dry_run:
         print(render(job), end="")
         return
+    text = checked_script(job)
     if rehearsal:
         check_by_rehearsal(job, gpu)
-    script = write_job(job)
+    script = write_job(job, text)
     if submitted:
         print(f"job {submit(script)}: {script}; it logs to {job.run.jobs}")
     else:

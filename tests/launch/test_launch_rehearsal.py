@@ -80,6 +80,12 @@ def test_what_is_not_rehearsed(
     assert writes is None or (tmp_path / "run/slurm" / writes).is_file()
 
 
+def test_what_is_known_at_once_is_said_before_a_rehearsal(launch: Launch, requests: list[RehearsalRequest]) -> None:
+    result = launch("trainer.device=cuda", "prompts.generator=file", "prompts.path=/no/such.jsonl")
+    assert isinstance(result.exception, UserError) and "/no/such.jsonl" in str(result.exception)
+    assert requests == []
+
+
 def test_without_the_packages_a_line_says_so(
     launch: Launch, requests: list[RehearsalRequest], monkeypatch: pytest.MonkeyPatch
 ) -> None:

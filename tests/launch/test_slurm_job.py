@@ -151,7 +151,8 @@ def written(folder: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> t
     monkeypatch.setenv("PATH", "/usr/bin:/bin")  # without a cluster: `which` finds no Slurm
     monkeypatch.setattr(slurm.shutil, "which", lambda name: None)
     config = load_config(TOY, [f'run.dir="{folder}"', "launch.launcher=slurm", *overrides])
-    return config, slurm.write_job(SlurmJob("run", config))
+    job = SlurmJob("run", config)
+    return config, slurm.write_job(job, slurm.checked_script(job))
 
 
 def test_the_files_of_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

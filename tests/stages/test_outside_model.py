@@ -40,7 +40,8 @@ def make_m0(config: Config) -> None:
 
 
 def write_job(config: Config) -> None:
-    slurm.write_job(SlurmJob("run", config))
+    job = SlurmJob("run", config)
+    slurm.write_job(job, slurm.checked_script(job))
 
 
 @pytest.fixture(autouse=True)
