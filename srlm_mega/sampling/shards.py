@@ -10,7 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ import orjson
 
 from srlm_mega.errors import CannotContinue
 from srlm_mega.records import FailedRequest, parse_line, write_jsonl
-from srlm_mega.run.files import fsync, write_atomic
+from srlm_mega.run.files import fsync, remove_folder, write_atomic
 from srlm_mega.sampling.finished_shard import FinishedShard, ShardReport
 from srlm_mega.seeds import derive_seed
 
@@ -103,20 +103,27 @@ class ShardFiles(Generic[R]):
         return self.output.exists()
 
     def missing(self) -> list[Shard[R]]:
-        """Return the shards that no process has finished."""
+        """Return the shards that no process has finished; none when the folder is gone, as all were merged."""
         names = self._names()
-        return [shard for shard in self.shards if name_of(shard, ".jsonl") not in names]
+        return [] if names is None else [one for one in self.shards if name_of(one, ".jsonl") not in names]
 
     def finished(self) -> list[Shard[R]]:
         """Return the shards that some process has finished."""
-        names = self._names()
+        names = self._names() or set()
         return [shard for shard in self.shards if name_of(shard, ".jsonl") in names]
 
     def lease_next(self, replica: int, take_over_seconds: float, held: int = 0, replicas: int = 1) -> Shard[R] | None:
         """Take the first free shard for a replica, else one that another has held for too long; None without either,
         and when it holds its share of the unfinished ones already: others could begin at once what would only wait in
         its engine."""
+        with self._while_there_is_a_folder():
+            return self._lease_next(replica, take_over_seconds, held, replicas)
+        return None
+
+    def _lease_next(self, replica: int, take_over_seconds: float, held: int, replicas: int) -> Shard[R] | None:
         names = self._names()
+        if names is None:
+            return None
         unfinished = [shard for shard in self.shards if name_of(shard, ".jsonl") not in names]
         if held and held * replicas >= len(unfinished):
             return None
@@ -176,11 +183,12 @@ class ShardFiles(Generic[R]):
                 self._file(shard, ".jsonl").unlink()
 
     def finish(self, shard: Shard[R], answered: Answered, report: ShardReport) -> None:
-        """Write a shard's file, and free the shard."""
+        """Write a shard's file, and free the shard. Nothing happens when another has finished it and all are merged."""
         lines = b"".join(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE) for record in answered.records)
         content = FinishedShard(lines, report, tuple(answered.failed)).as_bytes()
-        write_durably(self._file(shard, ".jsonl"), lambda path: path.write_bytes(content), f"tmp{report.replica}")
-        self._file(shard, ".lease").unlink(missing_ok=True)
+        with self._while_there_is_a_folder():
+            write_durably(self._file(shard, ".jsonl"), lambda path: path.write_bytes(content), f"tmp{report.replica}")
+            self._file(shard, ".lease").unlink(missing_ok=True)
 
     def report(self, shard: Shard[R]) -> ShardReport:
         """Read the report of a finished shard."""
@@ -213,12 +221,27 @@ class ShardFiles(Generic[R]):
         write_durably(self.output, write or self._concatenate)
 
     def tidy(self) -> None:
-        """Remove the shards' folder, which nobody needs after the merge."""
+        """Remove the shards' folder, which nobody needs after the merge. It loses its name first: replicas that look
+        for a shard at this moment put nothing into it any more."""
+        removed = self.folder.with_name(f".{self.folder.name}.removed")
         if self.folder.exists():
-            shutil.rmtree(self.folder)
+            remove_folder(self.folder, removed)
+        shutil.rmtree(removed, ignore_errors=True)  # left by a removal that was killed
 
-    def _names(self) -> set[str]:
-        return set(os.listdir(self.folder)) if self.folder.is_dir() else set()
+    @contextmanager
+    def _while_there_is_a_folder(self) -> Iterator[None]:
+        """End the block early when the folder is gone."""
+        try:
+            yield
+        except FileNotFoundError:
+            if self.folder.is_dir():
+                raise
+
+    def _names(self) -> set[str] | None:
+        try:
+            return set(os.listdir(self.folder))
+        except FileNotFoundError:
+            return None
 
     def _load(self, shard: Shard[R]) -> FinishedShard:
         """Read a finished shard. ValueError when it is not as it was written, or another's."""

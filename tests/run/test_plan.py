@@ -190,13 +190,15 @@ def test_neighbours_share_their_processes() -> None:
     assert ["M1/evaluation", "round_1/prompts"] in names, "a finished stage in between ends a group"
 
 
-def test_command_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "executable", "/opt/bin/python")
+def test_command_lines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("srlm", "torchrun"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(sys, "executable", f"{tmp_path}/python")
     stages, run = {stage.name: stage for stage in plan(CONFIG)}, RunDir(Path("runs/a b"))
-    assert stage_command([stages["seed"]], CONFIG, run).argv == ["/opt/bin/srlm", "stage", "runs/a b", "seed"]
+    assert stage_command([stages["seed"]], CONFIG, run).argv == [f"{tmp_path}/srlm", "stage", "runs/a b", "seed"]
     assert stage_command([stages["M0"], stages["M1"]], CONFIG, run).argv[4:] == [
-        "/opt/bin/torchrun", "--standalone", "--nproc-per-node=2", "--no-python",
-        "/opt/bin/srlm", "stage", "runs/a b", "M0", "M1",
+        f"{tmp_path}/torchrun", "--standalone", "--nproc-per-node=2", "--no-python",
+        f"{tmp_path}/srlm", "stage", "runs/a b", "M0", "M1",
     ]  # fmt: skip
     assert environment({"PATH": "/bin", "OMP_NUM_THREADS": "8"}, 1, cpu=True)["OMP_NUM_THREADS"] == "1"
     assert environment({"PATH": "/bin"}, 1, cpu=True)["PATH"] == "/bin"

@@ -333,6 +333,33 @@ def test_a_replica_that_holds_its_share_leaves_the_rest_to_others(tmp_path: Path
     assert files.lease_next(1, 60, 0, replicas=2) == files.shards[4]
 
 
+def test_who_looks_for_a_shard_when_all_are_merged_finds_none(tmp_path: Path) -> None:
+    """Also a replica that is late with a shard that another has done."""
+    files, late = files_of(tmp_path / "out.jsonl"), files_of(tmp_path / "out.jsonl")
+    files.prepare()
+    for shard in files.shards:
+        finish(files, shard, answers)
+    files.merge()
+    files.tidy()
+    assert late.missing() == [] and late.finished() == [] and late.lease_next(1, 0) is None
+    finish(late, late.shards[0], answers, replica=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+def test_the_folder_goes_while_a_replica_takes_a_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between its draft of a lease and the lease: neither of the two fails, and nothing is left."""
+    files, link = files_of(tmp_path / "out.jsonl"), os.link
+    files.prepare()
+
+    def tidied_before(draft: Path, path: Path) -> None:
+        files_of(tmp_path / "out.jsonl").tidy()
+        link(draft, path)
+
+    monkeypatch.setattr(os, "link", tidied_before)
+    assert files.lease_next(1, 0) is None
+    assert list(tmp_path.iterdir()) == []
+
+
 SLOW_STAGE = """
 import sys, time
 from pathlib import Path

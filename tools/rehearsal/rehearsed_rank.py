@@ -1,7 +1,6 @@
 """One rank of a job, in this process, on tensors without contents: the trainer's own code from groups to checkpoint."""
 
 import math
-import resource
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -182,9 +181,15 @@ def rehearse_rank(config: Config, rank: int, gpu: GpuModel) -> RankRecord:
             export_tensors=len(tensors),
             backend=str(rehearsal.model_config.backend),
             seconds=time.process_time() - started,
-            resident_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # Linux counts in KiB
+            resident_bytes=resident_peak(),
             error=None,
         )
+
+
+def resident_peak() -> int:
+    """Return the most bytes that this process had in memory. That of `getrusage` is its parent's, if that had more."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
 
 
 def full_pipeline(topology: Topology) -> int:
