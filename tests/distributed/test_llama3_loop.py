@@ -115,7 +115,6 @@ def configuration(tmp_path_factory: pytest.TempPathFactory) -> Path:
     scope="module",
     params=[
         pytest.param(Layout(tp=2), id="TP2"),
-        pytest.param(Layout(pp=2), id="PP2", marks=pytest.mark.extra),
         pytest.param(Layout(tp=3), id="TP3", marks=pytest.mark.extra),
         pytest.param(Layout(tp=2, pp=2), id="TP2 x PP2", marks=pytest.mark.extra),
     ],
