@@ -9,8 +9,10 @@ STOP_REQUESTED = 4  # of srlm_mega/errors.py, which is loaded later
 
 
 def main() -> None:
-    """Run the command line. Ctrl-C ends it with exit code 4 and no traceback, where the command does not answer it."""
-    signal.signal(signal.SIGINT, interrupted)
+    """Run the command line. Ctrl-C ends it with exit code 4 and no traceback, where the command does not answer it, and
+    nothing where a shell started it in the background, to ignore it."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupted)
     from srlm_mega.cli.main import main as run
 
     run()

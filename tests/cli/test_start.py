@@ -1,9 +1,9 @@
 """Ctrl-C at any moment ends a command with code 4 and no traceback."""
 
-import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -30,6 +30,14 @@ main()
 """
 
 
+def begun(at_start: signal.Handlers, module: str, *words: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
+    """A command, started by a shell that set what SIGINT does, and interrupted when it imports the module."""
+    return subprocess.run(
+        [sys.executable, "-c", AT, module, *words], capture_output=True, text=True, cwd=cwd,
+        preexec_fn=partial(signal.signal, signal.SIGINT, at_start),
+    )  # fmt: skip
+
+
 def test_the_code_is_that_of_a_stop() -> None:
     assert start.STOP_REQUESTED == STOP_REQUESTED
 
@@ -46,8 +54,11 @@ def test_the_code_is_that_of_a_stop() -> None:
     ],
 )
 def test_in_the_middle_of_a_command(module: str, words: list[str], tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", AT, module, *words], capture_output=True, text=True, cwd=tmp_path, env=os.environ
-    )
+    done = begun(signal.SIG_DFL, module, *words, cwd=tmp_path)
     assert (done.returncode, done.stderr.strip()) == (STOP_REQUESTED, "interrupted: Ctrl-C"), done.stderr
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "of this process nothing has changed"
+
+
+def test_a_command_in_the_background_of_a_script_stays(tmp_path: Path) -> None:
+    """A shell lets it ignore Ctrl-C, which is for what runs in the foreground."""
+    done = begun(signal.SIG_IGN, "typer", "show", "paper", cwd=tmp_path)
+    assert done.returncode == 0 and "interrupted" not in done.stderr

@@ -74,8 +74,7 @@ def check(config: Config, record: RankRecord) -> None:
     "case",
     [
         *CASES,
-        *(pytest.param(case, marks=pytest.mark.slow) for case in PRESETS),
-        *(pytest.param(case, marks=pytest.mark.extra) for case in MORE_CASES),
+        *(pytest.param(case, marks=pytest.mark.extra) for case in (*PRESETS, *MORE_CASES)),
     ],
 )
 def test_planned_is_never_below_rehearsed_nor_5_percent_above(case: str) -> None:

@@ -14,7 +14,7 @@ from engine_packages import ENDS, NEWEST, engine_packages
 from places import ROOT
 
 Found = dict[str, Any]
-VERSIONS = (pytest.param(ENDS[0], marks=pytest.mark.extra), ENDS[1], NEWEST)
+VERSIONS = (ENDS[1], *(pytest.param(version, marks=pytest.mark.extra) for version in (ENDS[0], NEWEST)))
 WORKER = Path(__file__).with_name("engine_worker.py")
 NORMS = ("linear_qkv.layer_norm_weight", "linear_fc1.layer_norm_weight", "final_layernorm.weight")
 # Out, in, of which TP divides: heads 8, groups 4, head size 16; fc1 is gate and up.
