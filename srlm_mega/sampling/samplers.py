@@ -43,9 +43,8 @@ class Samplers:
     ) -> None:
         """Answer the unfinished shards of a list of requests with a model, after freeing any other one. UserError when
         the model or the sampler's environment cannot be used; else as `OpenModel.answer` says."""
-        files.prepare()
-        for shard in files.finished():
-            watch.earlier(files.report(shard))
+        for earlier in files.prepare():
+            watch.earlier(earlier)
         if not files.missing():
             return
         if self._model != model:

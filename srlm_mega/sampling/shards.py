@@ -86,9 +86,9 @@ class ShardFiles(Generic[R]):
     """The shards of one output file, and their files until the merge.
 
     They lie in `<output>.shards/`: shard_00003.jsonl (finished), and .lease while a process works on the shard. The
-    folder must belong to these shards: a caller that changes the requests starts with
-    an empty one. `allowed` requests may fail for good, counted over all processes and attempts; None sets no limit
-    here, for callers that count by themselves.
+    folder must belong to these shards: a caller that changes the requests starts with an empty one. `allowed` requests
+    may fail for good, counted over all processes and attempts; None sets no limit here, for callers that count by
+    themselves.
     """
 
     def __init__(self, shards: Sequence[Shard[R]], output: Path, allowed: int | None = None) -> None:
@@ -169,18 +169,20 @@ class ShardFiles(Generic[R]):
                 if path.read_text() == str(replica):
                     path.unlink()
 
-    def prepare(self) -> None:
+    def prepare(self) -> list[ShardReport]:
         """Create the folder, or clear an earlier attempt's leases, its replicas' reasons for ending and shards that are
-        not as they were written from it; each of these is named, and done again."""
+        not as they were written from it; each of these is named, and done again. Returns the reports of the others."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in [*self.folder.glob("*.lease"), *self.folder.glob("replica_*.progress.json")]:
             path.unlink()
+        reports = []
         for shard in self.finished():
             try:
-                self._load(shard)
+                reports.append(self.report(shard))
             except ValueError as error:
                 print(f"{error}: the shard is done again", flush=True)
                 self._file(shard, ".jsonl").unlink()
+        return reports
 
     def finish(self, shard: Shard[R], answered: Answered, report: ShardReport) -> None:
         """Write a shard's file, and free the shard. Nothing happens when another has finished it and all are merged."""
@@ -191,7 +193,7 @@ class ShardFiles(Generic[R]):
             self._file(shard, ".lease").unlink(missing_ok=True)
 
     def report(self, shard: Shard[R]) -> ShardReport:
-        """Read the report of a finished shard."""
+        """Read the report of a finished shard. ValueError when the shard is not as it was written."""
         return self._load(shard).report
 
     def read(self, kind: type[A]) -> Iterator[A]:
@@ -304,9 +306,8 @@ def run_shards(
     of shards that an earlier attempt finished, `on_finished` those of this one. CannotContinue when too many requests
     failed."""
     if not files.merged:
-        files.prepare()
-        for shard in files.finished():
-            on_earlier(files.report(shard))
+        for earlier in files.prepare():
+            on_earlier(earlier)
         ready = time.monotonic()
         for shard in files.missing():
             begin = time.monotonic()
