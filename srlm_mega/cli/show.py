@@ -20,18 +20,22 @@ def status(
 ) -> None:
     """Show the progress of a run. Lists stages with rows and seconds, the time left, the newest losses and the rounds'
     health; reads files only."""
-    from srlm_mega.report.status import damages, read_status
+    from srlm_mega.report.status import read_status
     from srlm_mega.report.status_view import view
     from srlm_mega.report.status_view import watch as follow
+    from srlm_mega.run.run_dir import RunDir
+    from srlm_mega.run.soundness import damages
 
+    if watch and not json:
+        follow(run, Console())
+        return
+    status = read_status(run, dict(damages(RunDir(run))))
     if json:
         import orjson
 
-        print(orjson.dumps(read_status(run, damages(run)), option=orjson.OPT_INDENT_2).decode())
-    elif watch:
-        follow(run, Console())
+        print(orjson.dumps(status, option=orjson.OPT_INDENT_2).decode())
     else:
-        Console().print(view(read_status(run, damages(run))))
+        Console().print(view(status))
 
 
 def report(run: SoundRunFolder) -> None:

@@ -15,7 +15,6 @@ from srlm_mega.run.plan import Stage, plan
 from srlm_mega.run.presence import read_controller
 from srlm_mega.run.progress import read_progress
 from srlm_mega.run.run_dir import TRAINING_STATE, RunDir
-from srlm_mega.run.soundness import unsoundness
 from srlm_mega.run.stage_kinds import PAIRS, StageKind, round_folder
 from srlm_mega.sampling.sampling_rate import duration
 from srlm_mega.training.checkpoint_files import complete_steps
@@ -76,14 +75,8 @@ class RunStatus:
     health: tuple[RoundShares, ...]
 
 
-def damages(folder: Path) -> dict[str, str]:
-    """Return what is wrong with each output of a run that is not as it was written, by the stage's name."""
-    run, config = RunDir(folder), load_config(RunDir(folder).config_file)
-    return {stage.name: found for stage in plan(config) if (found := unsoundness(stage, config, run)) is not None}
-
-
 def read_status(folder: Path, damaged: Mapping[str, str]) -> RunStatus:
-    """Read the present state of a run; `damaged` is what `damages` found when one began to look."""
+    """Read the present state of a run; `damaged`: `damages` when one began to look, by stage."""
     run = RunDir(folder)
     controller = read_controller(run)
     works = controller is not None and controller.works

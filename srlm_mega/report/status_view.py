@@ -10,7 +10,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from srlm_mega.report.status import RunStatus, StageStatus, damages, read_status, share_done
+from srlm_mega.report.status import RunStatus, StageStatus, read_status, share_done
+from srlm_mega.run.run_dir import RunDir
+from srlm_mega.run.soundness import damages
 from srlm_mega.sampling.sampling_rate import duration
 
 WATCH_SECONDS = 1.0
@@ -19,7 +21,7 @@ STYLES = {"done": "green", "damaged": "red", "partial": "yellow", "missing": "di
 
 def watch(folder: Path, console: Console) -> None:
     """Update the table until the run's controller ends; show it once if none is at work."""
-    damaged = damages(folder)
+    damaged = dict(damages(RunDir(folder)))
     status = read_status(folder, damaged)
     with Live(view(status), console=console, auto_refresh=False) as live:
         while status.works:

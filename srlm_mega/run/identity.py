@@ -9,7 +9,7 @@ from srlm_mega.config.compatibility import changed, listed
 from srlm_mega.config.file import leaves
 from srlm_mega.config.knobs import deciding
 from srlm_mega.errors import UserError
-from srlm_mega.run.manifest import Identity
+from srlm_mega.run.manifest import Identity, Manifest
 from srlm_mega.run.plan import SAMPLER, Stage
 from srlm_mega.run.run_dir import RunDir
 
@@ -64,12 +64,17 @@ def identity_of(stage: Stage, config: Config, run: RunDir) -> Identity:
     return Identity(stage.name, config_of(stage, config), inputs, layout_of(stage, config))
 
 
+def changes_since(manifest: Manifest, stage: Stage, config: Config) -> dict[str, tuple[Any, Any]]:
+    """Return the values, before and now, by which a configuration would make another output than the finished one."""
+    return changed(manifest.config, config_of(stage, config), layout_of(stage, config))
+
+
 def check_unchanged(stage: Stage, config: Config, run: RunDir) -> None:
     """Raise UserError unless a finished output is what this configuration and these inputs would make."""
     manifest = run.manifest(stage.name)
     assert manifest is not None, f"check of an unfinished stage {stage.name}"
     remedy = f"Use another run folder (run.dir=...), or make it again: the same command with --redo {stage.name}"
-    changes = changed(manifest.config, config_of(stage, config), layout_of(stage, config))
+    changes = changes_since(manifest, stage, config)
     if changes:
         raise UserError(f"{run.output(stage.name)} was made with another configuration:{listed(changes)}\n{remedy}")
     if set(manifest.inputs) != set(stage.inputs):
