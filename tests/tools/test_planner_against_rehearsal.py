@@ -3,7 +3,6 @@
 Stages of one or two layers show more of an error than the presets' own: state is a smaller part of their memory.
 """
 
-import json
 import os
 import subprocess
 from pathlib import Path
@@ -15,6 +14,7 @@ from places import ROOT
 from srlm_mega.config import Config
 from srlm_mega.config.file import load_config
 from srlm_mega.gpus import find_gpu
+from srlm_mega.records import parse_line
 from srlm_mega.tools.planner.training_steps import Lengths, layout_of, planned_memory, training_job
 from srlm_mega.tools.rehearsal.rehearsal_record import RankRecord
 from srlm_mega.tools.rehearsal.rehearsed_rank import rehearse_rank
@@ -94,6 +94,6 @@ def test_transformer_engines_layers_are_planned_as_they_are(
     argv = [srlm, "rehearse-rank", file, "0", tmp_path / "0.json", *given]
     done = subprocess.run(argv, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    record = RankRecord.from_json(json.loads((tmp_path / "0.json").read_text()))
+    record = parse_line(RankRecord, (tmp_path / "0.json").read_bytes())
     assert record.backend.startswith("layers: transformer_engine")
     check(load_config(file, given), record)

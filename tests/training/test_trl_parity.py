@@ -23,6 +23,7 @@ from trl import DPOConfig, DPOTrainer
 
 from srlm_mega.checkpoints_conversion.huggingface import read_shape
 from srlm_mega.config import Config
+from srlm_mega.tools.device.trl_baseline import trl_settings
 from srlm_mega.training import trainer as trainer_module
 from srlm_mega.training.batch import PairSequences, TokenSequence
 from srlm_mega.training.llama_model import unwrap
@@ -218,23 +219,7 @@ def trl_steps(start: Path, out: Path, case: Case) -> list[Taken]:
     """TRL's DPOTrainer."""
     section, recorder = settings(**case.ours).dpo, Recorder()
     args = DPOConfig(
-        output_dir=str(out),
-        per_device_train_batch_size=case.pairs_per_pass,
-        gradient_accumulation_steps=BATCH // case.pairs_per_pass,
-        max_steps=STEPS,
-        learning_rate=section.lr,
-        lr_scheduler_type="constant",
-        weight_decay=section.weight_decay,
-        adam_beta1=section.adam_beta1,
-        adam_beta2=section.adam_beta2,
-        adam_epsilon=section.adam_eps,
-        max_grad_norm=section.clip_grad,
-        beta=section.beta,
-        train_sampling_strategy="sequential",
-        logging_steps=1,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
+        **trl_settings(section, out, STEPS, case.pairs_per_pass),
         bf16=False,
         use_cpu=True,
         gradient_checkpointing=False,

@@ -22,14 +22,13 @@ from srlm_mega.config.file import load_config
 from srlm_mega.tools.bench_kernels import find_device
 from srlm_mega.tools.bench_record import BenchRow, make_record, make_row, table, write_record
 from srlm_mega.tools.bench_training import Bench, TrainingRequest
+from srlm_mega.tools.rehearsal.watch import name_of, reads_values, short
 from srlm_mega.training.device import device_name
 from srlm_mega.training.optimizer import update
 from srlm_mega.training.schedule import forward_backward
 from srlm_mega.training.topology import Topology, process_group
 
 WARMUP = 2
-# Operations whose result the host needs before it can go on, by their names in aten.
-READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique_dim", "_unique2"}
 COUNTING = ("/warnings.py", "/torch/_compile.py", "/_python_dispatch.py", "/_dynamo/eval_frame.py")
 WIDE = ["model.hidden_size=512", "model.ffn_hidden_size=1024"]  # heads of 128, as a large model has
 
@@ -111,7 +110,7 @@ class Reads(TorchDispatchMode):
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run the operation, and count it where it is a read."""
-        if function.overloadpacket.__name__ in READS:
+        if reads_values(name_of(function), args):
             self.lines[calling_line()] += 1
         return function(*args, **(kwargs or {}))
 
@@ -129,14 +128,6 @@ def calling_line() -> str:
 def skipped(file: str) -> bool:
     """Tell whether a frame is of the counting itself."""
     return file == __file__ or file.endswith(COUNTING)
-
-
-def short(file: str) -> str:
-    """Return a file's path below its package's folder."""
-    for folder in ("/site-packages/", "/srlm_mega/"):
-        if folder in file:
-            return file.rpartition(folder)[2]
-    return Path(file).name
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from trl import DPOConfig, DPOTrainer
 from srlm_mega.checkpoints_conversion.random_weights import LazyRandomWeights
 from srlm_mega.config import Config
 from srlm_mega.config.file import load_config
+from srlm_mega.config.training import DpoConfig
 from srlm_mega.records import ReferenceLogprobs
 from srlm_mega.run.provenance import package_version
 from srlm_mega.tools.bench_record import BenchRecord, make_record, make_row, table, write_record
@@ -105,32 +106,15 @@ def trl_trainer(
     config: Config, turns: TurnTaker, folder: Path, steps: int, pairs_per_pass: int, device: torch.device
 ) -> DPOTrainer:
     """Return TRL's trainer with our starting weights and our pairs."""
-    section, on_gpu = config.dpo, device.type == "cuda"
     args = DPOConfig(
-        output_dir=str(folder),
-        per_device_train_batch_size=pairs_per_pass,
-        gradient_accumulation_steps=section.global_batch_size // pairs_per_pass,
-        max_steps=steps,
-        learning_rate=section.lr,
-        lr_scheduler_type="constant",
-        weight_decay=section.weight_decay,
-        adam_beta1=section.adam_beta1,
-        adam_beta2=section.adam_beta2,
-        adam_epsilon=section.adam_eps,
-        max_grad_norm=section.clip_grad,
-        beta=section.beta,
+        **trl_settings(config.dpo, folder, steps, pairs_per_pass),
         loss_type=["sigmoid"],
         max_length=None,
         precompute_ref_log_probs=True,
-        train_sampling_strategy="sequential",
         gradient_checkpointing=config.trainer.recompute_granularity is not None,
         use_liger_kernel=with_liger(device),
         bf16=config.trainer.bf16,
-        use_cpu=not on_gpu,
-        logging_steps=1,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
+        use_cpu=device.type == "cpu",
     )
     bench = turns.bench
     return GivenTokens(
@@ -140,6 +124,30 @@ def trl_trainer(
         processing_class=tokenizer_of(config.model.vocab_size),
         callbacks=[turns],
     )
+
+
+def trl_settings(section: DpoConfig, folder: Path, steps: int, pairs_per_pass: int) -> dict[str, Any]:
+    """Return TRL's arguments for our optimizer at a constant rate, our batches in the order in which they are given, a
+    loss for each step, and nothing saved in `folder`."""
+    return {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": pairs_per_pass,
+        "gradient_accumulation_steps": section.global_batch_size // pairs_per_pass,
+        "max_steps": steps,
+        "learning_rate": section.lr,
+        "lr_scheduler_type": "constant",
+        "weight_decay": section.weight_decay,
+        "adam_beta1": section.adam_beta1,
+        "adam_beta2": section.adam_beta2,
+        "adam_epsilon": section.adam_eps,
+        "max_grad_norm": section.clip_grad,
+        "beta": section.beta,
+        "train_sampling_strategy": "sequential",
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
 
 
 def with_liger(device: torch.device) -> bool:

@@ -22,10 +22,9 @@ class Stack:
     flash2: bool = False  # attention by FlashAttention 2 in place of kernels made for Hopper (cuDNN, FlashAttention 3)
     overlaps_tensor_parallel: bool = True
     selective_recompute: float = 0.0  # share of a layer's forward products that `selective` repeats
-    selective_attention: bool = (
-        True  # Megatron's `selective` repeats the attention core, of which flash attention keeps
-    )
-    # next to nothing: it costs time and saves no memory. Ours repeats norms of torch layers
+    # Megatron's `selective` repeats the attention core, of which flash attention keeps next to nothing: it costs time
+    # and saves no memory. Ours repeats norms of torch layers.
+    selective_attention: bool = True
 
 
 MEGATRON = Stack("megatron")

@@ -1,7 +1,7 @@
-"""What a rehearsal finds out, and its JSON."""
+"""What a rehearsal finds out."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 Kind = Literal["weights", "gradients", "optimizer", "activations", "head", "temporaries", "host"]
 
@@ -90,10 +90,3 @@ class RankRecord:
     def failed(cls, rank: int, place: LayoutPlace, error: str, seconds: float) -> "RankRecord":
         """Return the record of a rank that did not come through."""
         return cls(rank, place, 0, 0, (), 0, 0, (), (), (), 0, 0, 0, 0, 0, "", seconds, 0, error)
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> "RankRecord":
-        """Read a record back."""
-        parts = {"phases": PhaseMemory, "holders": HeldBytes, "messages": MessageCount, "host_reads": HostRead}
-        lists = {key: tuple(kind(**one) for one in value[key]) for key, kind in parts.items()}
-        return cls(**{**value, "place": LayoutPlace(**value["place"]), **lists})

@@ -7,11 +7,12 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
+import orjson
 import psutil
 
 from srlm_mega.config import Config
@@ -21,6 +22,7 @@ from srlm_mega.errors import USER_ERROR, UserError
 from srlm_mega.gpus import find_gpu
 from srlm_mega.launch.child_process import die_with, environment, srlm_command
 from srlm_mega.launch.cores import usable_cores
+from srlm_mega.records import parse_line
 from srlm_mega.tools.planner.training_steps import Lengths, layout_of, planned_memory, training_job
 from srlm_mega.tools.rehearsal.rank_places import distinct_ranks, place_of
 from srlm_mega.tools.rehearsal.rehearsal_record import RankRecord
@@ -68,7 +70,7 @@ def in_own_process(request: RehearsalRequest, config: Config, folder: Path, rank
         preexec_fn=partial(die_with, os.getpid()),
     )
     if out.is_file():
-        return RankRecord.from_json(json.loads(out.read_text()))
+        return parse_line(RankRecord, out.read_bytes())
     ending = "\n".join(done.stderr.strip().splitlines()[-12:])
     return RankRecord.failed(rank, place_of(config, rank), ending or f"exit code {done.returncode}", 0.0)
 
@@ -87,7 +89,7 @@ def write_rank(config_file: Path, overrides: Sequence[str], rank: int, gpu: str,
         record = rehearse_rank(config, rank, find_gpu(gpu))
     except UserError as error:
         record = RankRecord.failed(rank, place_of(config, rank), str(error), 0.0)
-    out.write_text(json.dumps(asdict(record)))
+    out.write_bytes(orjson.dumps(record))
 
 
 def run(request: RehearsalRequest, as_json: bool) -> int:

@@ -27,7 +27,7 @@ NOT_THESE = ("/tools/rehearsal/", "/site-packages/torch/")
 # Operations that let the host wait for values of a tensor.
 HOST_READS = frozenset(
     ("aten._local_scalar_dense", "aten.equal", "aten.nonzero", "aten.masked_select", "aten.is_nonzero", "aten._unique2",
-     "aten.repeat_interleave.Tensor")
+     "aten.unique_dim", "aten.repeat_interleave.Tensor")
 )  # fmt: skip
 
 
@@ -86,7 +86,7 @@ class StepWatch(TorchDispatchMode):
         name = name_of(func)
         if name.startswith("c10d."):
             self._count_message(name.split(".")[1], args)
-        elif name.rpartition(".")[0] in HOST_READS or name in HOST_READS or picks_by_mask(name, args):
+        elif reads_values(name, args):
             self.count_read(args[0])
         result = func(*args, **(kwargs or {}))
         on_host = bool(self._on_host) and self._all_on_host(args)
@@ -229,6 +229,11 @@ def tensors_in(values: Iterable[Any]) -> list[Tensor]:
     return found
 
 
+def reads_values(name: str, args: Sequence[Any]) -> bool:
+    """Tell whether the host needs values of a tensor for an operation, or before it can go on after it."""
+    return name.rpartition(".")[0] in HOST_READS or name in HOST_READS or picks_by_mask(name, args)
+
+
 def picks_by_mask(name: str, args: Sequence[Any]) -> bool:
     """Tell whether an operation indexes by a mask, whose number of elements the host must know; one value for all of
     them is filled in without that."""
@@ -269,8 +274,8 @@ def is_ours(path: str) -> bool:
 
 
 def short(path: str) -> str:
-    """Return a file's path from its package on."""
+    """Return a file's path from its package on, its name where it is in none."""
     for part in ("/site-packages/", "/srlm_mega/"):
         if part in path:
             return path.rpartition(part)[2]
-    return path.rpartition("/kernels/")[2]
+    return path.rpartition("/")[2]
