@@ -5,7 +5,7 @@ import signal
 import sys
 from types import FrameType
 
-STOP_REQUESTED = 4  # of srlm_mega/errors.py, which is loaded later
+from srlm_mega.errors import STOP_REQUESTED
 
 
 def main() -> None:

@@ -233,10 +233,10 @@ def check_endpoints(config: Config) -> None:
 def check_trackers(config: Config) -> None:
     """Raise UserError when the package of a configured tracker is missing where training runs: here, unless that is in
     a container."""
-    wanted = {"wandb_project": "wandb", "mlflow_tracking_uri": "mlflow"}
-    for key, package in wanted.items():
-        here = config.launch.slurm.container is None
-        if here and vars(config.tracking)[key] is not None and find_spec(package) is None:
+    if config.launch.slurm.container is not None:
+        return
+    for key, package in {"wandb_project": "wandb", "mlflow_tracking_uri": "mlflow"}.items():
+        if vars(config.tracking)[key] is not None and find_spec(package) is None:
             raise UserError(
                 f"tracking.{key} needs the package {package}: pip install 'srlm-mega[tracking]', or leave it out"
             )

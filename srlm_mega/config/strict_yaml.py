@@ -18,7 +18,7 @@ VALUES = (  # tag, form, first characters
     ("tag:yaml.org,2002:float", r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?", "-+.0123456789"),
     ("tag:yaml.org,2002:float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+."),
     ("tag:yaml.org,2002:merge", r"<<", "<"),
-    ("tag:yaml.org,2002:null", r"~|null|Null|NULL|", "~nN"),
+    ("tag:yaml.org,2002:null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
 )
 
 
@@ -38,7 +38,7 @@ class StrictLoader(yaml.SafeLoader):
 
 
 for tag, form, first in VALUES:
-    StrictLoader.add_implicit_resolver(tag, re.compile(f"^(?:{form})$"), [*first, *([""] if "null" in form else [])])
+    StrictLoader.add_implicit_resolver(tag, re.compile(f"^(?:{form})$"), list(first))
 
 
 def load_yaml(text: str) -> Any:

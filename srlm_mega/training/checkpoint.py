@@ -54,7 +54,6 @@ METADATA = {
     "chained_optim_avoid_prefix": True,
 }
 
-
 MAKE_ROOM = "look at the disk, then run the same command again: training resumes from the newest whole checkpoint"
 
 
@@ -90,8 +89,7 @@ class Checkpoints:
     def save_if_due(self, model: Sequence[MegatronModule], optimizer: ChainedOptimizer, position: Position) -> None:
         """Write a checkpoint every `trainer.save_interval` steps. With `trainer.async_save` training continues while
         its files are written; the first call after that, or `finish`, gives it its name."""
-        with explained(CannotContinue, f"{self._folder}: a checkpoint was not written", MAKE_ROOM):
-            self._queue.maybe_finalize_async_calls(blocking=False)
+        self._finalize(blocking=False)
         if self._trainer.save_interval is not None and position.step % self._trainer.save_interval == 0:
             self._save(model, optimizer, position)
 
@@ -104,8 +102,11 @@ class Checkpoints:
     def finish(self) -> None:
         """Wait until no checkpoint is being written."""
         self._topology.beat("checkpoint", "a checkpoint's end")
+        self._finalize(blocking=True)
+
+    def _finalize(self, blocking: bool) -> None:
         with explained(CannotContinue, f"{self._folder}: a checkpoint was not written", MAKE_ROOM):
-            self._queue.maybe_finalize_async_calls(blocking=True)
+            self._queue.maybe_finalize_async_calls(blocking=blocking)
 
     def _save(self, model: Sequence[MegatronModule], optimizer: ChainedOptimizer, position: Position) -> None:
         self.finish()

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from srlm_mega.cli import start
 from srlm_mega.errors import STOP_REQUESTED
 
 # Sends the signal when a module is imported, or when the command works.
@@ -36,10 +35,6 @@ def begun(at_start: signal.Handlers, module: str, *words: str, cwd: Path) -> "su
         [sys.executable, "-c", AT, module, *words], capture_output=True, text=True, cwd=cwd,
         preexec_fn=partial(signal.signal, signal.SIGINT, at_start),
     )  # fmt: skip
-
-
-def test_the_code_is_that_of_a_stop() -> None:
-    assert start.STOP_REQUESTED == STOP_REQUESTED
 
 
 @pytest.mark.parametrize(
