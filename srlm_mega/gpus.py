@@ -31,6 +31,7 @@ class PeakTflops:
 
 A100, B200, GB200 = PeakTflops(312.0, None), PeakTflops(2250.0, 4500.0), PeakTflops(2500.0, 5000.0)
 H100_SXM, H100_PCIE, H100_NVL = PeakTflops(989.4, 1978.9), PeakTflops(756.0, 1513.0), PeakTflops(835.5, 1671.0)
+H20, L40S = PeakTflops(148.0, 296.0), PeakTflops(362.0, 733.0)
 
 # By the exact name that the driver gives. A name that is not here has no MFU: a slice of a device, or a variant with
 # another power limit, is another device.
@@ -45,6 +46,9 @@ PEAKS_BY_DRIVER_NAME: dict[str, PeakTflops] = {
     "NVIDIA H200": H100_SXM,
     "NVIDIA H200 NVL": H100_NVL,
     "NVIDIA GH200 480GB": H100_SXM,
+    "NVIDIA H800": H100_SXM,
+    "NVIDIA H20": H20,
+    "NVIDIA L40S": L40S,
     "NVIDIA B200": B200,
     "NVIDIA GB200": GB200,
 }
@@ -73,6 +77,7 @@ class GpuModel:
     gpus_per_nvlink: int = 8  # ranks that reach one another by NVLink
     sustained: float = 1.0
     capability: tuple[int, int] = (9, 0)  # CUDA's compute capability; Hopper's
+    words: str = ""  # that may stand in its name beside ours
 
     @property
     def memory_bytes(self) -> float:
@@ -97,6 +102,13 @@ class GpuModel:
         """Bandwidth of the device's memory, in bytes/s."""
         return self.memory_tbps * 1e12
 
+    def is_called(self, words: set[str]) -> bool:
+        """Tell whether these words name it: those of our name but a size, others that go with it, its GB of memory."""
+        ours = {word for word in self.name.split("-") if not SIZE.fullmatch(word)}
+        others = words - ours - set(self.words.split())
+        sizes = [SIZE.fullmatch(word) for word in others]
+        return ours <= words and all(size is not None and self.has_about(int(size[1])) for size in sizes)
+
     def has_about(self, gigabytes: int) -> bool:
         """Tell whether it is sold with so many GB of memory; the driver offers a little less."""
         return 0.9 * gigabytes < self.memory_gib < 1.02 * gigabytes
@@ -117,31 +129,40 @@ class GpuModel:
 
 
 H100_500W_CLOCK = 0.85  # (500 W / 700 W) ** 0.5: power grows with about the square of the clock near the limit
-GPUS = (  # network: 200 Gb/s (A100) or 400 Gb/s per GPU, as in DGX servers
-    GpuModel("a100", A100, 2.04, 79.3, 300, 25, sustained=1.2, capability=(8, 0)),
-    GpuModel("h100", H100_SXM, 3.35, 79.6, 450, 50),
-    GpuModel("h100-500w", H100_SXM, 2.4, 94.5, 450, 50, sustained=H100_500W_CLOCK),
-    GpuModel("h100-pcie", H100_PCIE, 2.0, 79.6, 300, 25, sustained=0.85),
-    GpuModel("h200", H100_SXM, 4.8, 139.8, 450, 50),
-    GpuModel("gh200", H100_SXM, 4.0, 94.5, 450, 50),
-    GpuModel("b200", B200, 8.0, 178.3, 900, 50, capability=(10, 0)),
-    GpuModel("b300", B200, 8.0, 268.0, 900, 100, capability=(10, 3)),
-    GpuModel("gb200", GB200, 8.0, 184.0, 900, 50, gpus_per_nvlink=64, capability=(10, 0)),
-    GpuModel("gb300", GB200, 8.0, 277.0, 900, 100, gpus_per_nvlink=64, capability=(10, 3)),
+# A name that fits several means the first. Network: 200 Gb/s (A100) or 400 Gb/s per GPU, as in DGX servers. PCIe cards
+# have a bridge between two or four, or only the bus, and half the power: they are assumed to keep 0.85 as much.
+GPUS = (
+    GpuModel("a100", A100, 2.04, 79.3, 300, 25, sustained=1.2, capability=(8, 0), words="sxm sxm4 hbm2e"),
+    GpuModel("a100-40gb", A100, 1.555, 39.4, 300, 25, sustained=1.2, capability=(8, 0), words="sxm sxm4 hbm2"),
+    GpuModel("a100-pcie", A100, 1.935, 79.3, 300, 25, 2, sustained=1.02, capability=(8, 0), words="hbm2e"),
+    GpuModel("a100-pcie-40gb", A100, 1.555, 39.4, 300, 25, 2, sustained=1.02, capability=(8, 0), words="hbm2"),
+    GpuModel("a800", A100, 2.04, 79.3, 200, 25, sustained=1.2, capability=(8, 0), words="sxm sxm4 hbm2e"),
+    GpuModel("l40s", L40S, 0.864, 44.4, 32, 25, 1, capability=(8, 9), words="pcie gddr6"),
+    GpuModel("h100", H100_SXM, 3.35, 79.6, 450, 50, words="sxm sxm5 hbm3"),
+    GpuModel("h100-500w", H100_SXM, 2.4, 94.5, 450, 50, sustained=H100_500W_CLOCK, words="sxm sxm5 hbm2e"),
+    GpuModel("h100-pcie", H100_PCIE, 2.0, 79.6, 300, 25, 2, sustained=0.85, words="hbm2e"),
+    GpuModel("h100-nvl", H100_NVL, 3.9, 93.6, 300, 25, 2, sustained=0.85, words="pcie hbm3"),
+    GpuModel("h800", H100_SXM, 3.35, 79.6, 200, 50, words="sxm sxm5 hbm3"),
+    GpuModel("h20", H20, 4.0, 95.6, 450, 50, words="sxm sxm5 hbm3"),
+    GpuModel("h200", H100_SXM, 4.8, 139.8, 450, 50, words="sxm sxm5 hbm3e"),
+    GpuModel("h200-nvl", H100_NVL, 4.8, 139.8, 450, 50, 4, sustained=0.85, words="pcie hbm3e"),
+    GpuModel("gh200", H100_SXM, 4.0, 94.5, 450, 50, words="hbm3 480gb"),
+    GpuModel("gh200-144gb", H100_SXM, 4.9, 141.0, 450, 50, words="hbm3e 480gb"),
+    GpuModel("b200", B200, 8.0, 178.3, 900, 50, capability=(10, 0), words="sxm sxm6 hbm3e"),
+    GpuModel("b300", B200, 8.0, 268.0, 900, 100, capability=(10, 3), words="sxm sxm6 hbm3e"),
+    GpuModel("gb200", GB200, 8.0, 184.0, 900, 50, 64, capability=(10, 0), words="nvl72 hbm3e"),
+    GpuModel("gb300", GB200, 8.0, 277.0, 900, 100, 64, capability=(10, 3), words="nvl72 hbm3e"),
 )
-OTHER_FORMS = frozenset(("pcie", "nvl"))  # of the same name, but slower: not planned
+MAKER = frozenset(("nvidia", "dgx", "hgx", "tensor", "core", "gpu"))
+SIZE = re.compile(r"(\d+)(?:g|gb|gib)?")  # of its memory
 
 
 def find_gpu(name: str) -> GpuModel:
-    """Return a GPU by our name or a published one, such as H100-SXM-80GB. UserError for others, and for another memory
-    size or form."""
-    words = name.lower().replace("_", "-").replace(" ", "-").removeprefix("nvidia-").removeprefix("dgx-")
-    parts = words.split("-")
-    for form in ("500w", "pcie"):
-        if parts[0] == "h100" and form in parts:
-            parts = [f"h100-{form}", *(part for part in parts[1:] if part != form)]
-    sizes = [int(size) for size in re.findall(r"(\d+)gi?b?\b", words)]
+    """Return a GPU by our name or a published one, such as H100-SXM-80GB or a100-40. UserError for others: every word
+    must be known, and belong to that GPU, and so must a size of memory."""
+    words = set(re.split(r"[-_/ ]+", name.strip().lower())) - MAKER
     for gpu in GPUS:
-        if gpu.name in (words, parts[0]) and not OTHER_FORMS & set(parts) and all(map(gpu.has_about, sizes)):
+        if gpu.is_called(words):
             return gpu
-    raise UserError(f"unknown GPU {name!r}: give one of {', '.join(gpu.name for gpu in GPUS)}")
+    known = ", ".join(gpu.name for gpu in GPUS)
+    raise UserError(f"unknown GPU {name!r}: give one of {known}, or describe it in a file (--gpu-file)")

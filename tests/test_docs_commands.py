@@ -12,6 +12,7 @@ from typer.core import TyperGroup, TyperOption
 
 from srlm_mega.cli.main import app
 from srlm_mega.config.knobs import knobs
+from srlm_mega.gpus import find_gpu
 from srlm_mega.tools.planner.plan_command import PlanRequest, planned
 from srlm_mega.tools.planner.training_steps import Lengths
 
@@ -106,7 +107,7 @@ def test_the_plans_of_the_cluster_page_are_what_the_program_prints() -> None:
     assert len(rows) == 2
     for preset, promised in rows:
         config = ROOT / "launch/configs" / f"{preset}.yaml"
-        request = PlanRequest(config, (), "h100", None, Lengths(120, 350, 140), 2.5)
+        request = PlanRequest(config, (), find_gpu("h100"), None, Lengths(120, 350, 140), 2.5)
         assert f"The run: {promised}" in planned(request, json=False, figure=None).splitlines()
 
 

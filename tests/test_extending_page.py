@@ -11,7 +11,7 @@ PAGE = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
 # What the page's examples would add, so it must not exist; and words of Python, of a shape, of a command line.
 EXAMPLES = {
     "squared_hinge", "squared_hinge_loss", "WORD_COUNTS", "word_counts", "count_words", "candidates.count_words",
-    "one_by_one", "OneByOneSampler", "pairs.min_chosen_score", "min_chosen_score", "low_chosen", "L40S",
+    "one_by_one", "OneByOneSampler", "pairs.min_chosen_score", "min_chosen_score", "low_chosen", "L4",
 }  # fmt: skip
 ELSEWHERE = {"case", "match", "assert_never", "work.out", "beta", "x", "Literal", "Annotated", "Counter", "F"}
 CODE = re.compile(r"^ *```python\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)

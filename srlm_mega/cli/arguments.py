@@ -26,6 +26,10 @@ def sound_run(run: Path) -> Path:
     return run
 
 
+GpuName = Annotated[str | None, typer.Option("--gpu", help="Kind of GPU: a100, h100, h200, b200, ... [default: h100]")]
+GpuFilePath = Annotated[
+    Path | None, typer.Option("--gpu-file", help="YAML file that describes another GPU; docs/planner.md has its keys.")
+]
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file or preset, for example toy_cpu.", metavar="CONFIG")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Keys to set, as section.key=value.", metavar="OVERRIDES")]
 RunFolder = Annotated[

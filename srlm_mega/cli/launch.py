@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Literal, assert_never
 
 import typer
 
-from srlm_mega.cli.arguments import OVERRIDES, ConfigFile, Overrides
-from srlm_mega.cli.rehearse import GpuKind
+from srlm_mega.cli.arguments import OVERRIDES, ConfigFile, GpuFilePath, GpuName, Overrides
 from srlm_mega.errors import UserError
 
 if TYPE_CHECKING:
     from srlm_mega.config import Config
+    from srlm_mega.gpus import GpuModel
     from srlm_mega.launch.slurm import SlurmJob, Template
 
 launch_app = typer.Typer(
@@ -42,12 +42,14 @@ def launch_slurm(
         bool,
         typer.Option("--rehearsal/--no-rehearsal", help="Rehearse training on GPUs first; write nothing if it fails."),
     ] = True,
-    gpu: GpuKind = "h100",
+    gpu: GpuName = None,
+    gpu_file: GpuFilePath = None,
 ) -> None:
     """Write a Slurm job for a run, and submit it if asked. Script and configuration are in RUN/slurm/; a preempted job
     resumes from its checkpoint. Before that `srlm rehearse` takes the steps of training here, unless the job only
     samples, or trains on CPUs; --gpu is the kind that must have enough memory."""
     from srlm_mega.launch.slurm import SlurmJob, checked_script, load_for_job, render, submit, write_job
+    from srlm_mega.tools.gpu_file import chosen_gpu
 
     if dry_run and submitted:
         raise UserError("--dry-run or --submit, not both: a dry run writes nothing that could be submitted")
@@ -59,7 +61,7 @@ def launch_slurm(
         return
     text = checked_script(job)
     if rehearsal:
-        check_by_rehearsal(job, gpu)
+        check_by_rehearsal(job, chosen_gpu(gpu, gpu_file))
     script = write_job(job, text)
     if submitted:
         print(f"job {submit(script)}: {script}; it logs to {job.run.jobs}")
@@ -67,7 +69,7 @@ def launch_slurm(
         print(f"wrote {script}. Submit it: sbatch {script}")
 
 
-def check_by_rehearsal(job: "SlurmJob", gpu: str) -> None:
+def check_by_rehearsal(job: "SlurmJob", gpu: "GpuModel") -> None:
     """Raise UserError where a rank of the job's training fails a rehearsal or does not fit the GPU. A job that does not
     train on GPUs is not rehearsed; a line says where the packages for it are missing, and that FP8 is left out."""
     if job.template == "sample" or job.config.trainer.device == "cpu":

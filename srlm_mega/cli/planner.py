@@ -5,14 +5,15 @@ from typing import Annotated
 
 import typer
 
-from srlm_mega.cli.arguments import Overrides
+from srlm_mega.cli.arguments import GpuFilePath, GpuName, Overrides
 from srlm_mega.errors import UserError
 
 
 def plan(
     config_file: Annotated[Path | None, typer.Argument(help="YAML file or preset.", metavar="CONFIG")] = None,
     overrides: Overrides = None,
-    gpu: Annotated[str, typer.Option(help="Kind of GPU: a100, h100, h200, b200, ...")] = "h100",
+    gpu: GpuName = None,
+    gpu_file: GpuFilePath = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="Number of GPUs; default: as configured.")] = None,
     search: Annotated[bool, typer.Option("--search", help="List layouts that fit 64 to 1024 GPUs.")] = False,
     price: Annotated[float, typer.Option(min=0, help="Price of a GPU-hour, in any currency.")] = 0.0,
@@ -26,11 +27,17 @@ def plan(
     ] = None,
 ) -> None:
     """Estimate memory, hours and cost of a run on GPUs. Needs no GPU: arithmetic, calibrated on published runs."""
+    from srlm_mega.tools.gpu_file import chosen_gpu
     from srlm_mega.tools.planner.plan_command import PlanRequest, planned, predictions, searched
     from srlm_mega.tools.planner.training_steps import Lengths
 
     of_one_plan = {"--gpus": gpus is not None, "--price": price > 0, "--figure": figure is not None}
-    of_other_modes = {"CONFIG": config_file is not None, "--search": search}
+    of_other_modes = {
+        "CONFIG": config_file is not None,
+        "--search": search,
+        "--gpu": gpu is not None,
+        "--gpu-file": gpu_file is not None,
+    }
     if points is not None:
         refuse("--points", of_other_modes | of_one_plan)
         print(predictions(points, json))
@@ -38,7 +45,7 @@ def plan(
     if config_file is None:
         raise UserError("srlm plan needs a CONFIG or --points FILE")
     lengths = Lengths(prompt_tokens, response_tokens, judgement_tokens)
-    request = PlanRequest(config_file, tuple(overrides or ()), gpu, gpus, lengths, price)
+    request = PlanRequest(config_file, tuple(overrides or ()), chosen_gpu(gpu, gpu_file), gpus, lengths, price)
     if search:
         refuse("--search", of_one_plan | {"--gpus": False})
         print(searched(request, json))

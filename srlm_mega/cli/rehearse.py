@@ -5,10 +5,8 @@ from typing import Annotated
 
 import typer
 
-from srlm_mega.cli.arguments import ConfigFile, Overrides
+from srlm_mega.cli.arguments import ConfigFile, GpuFilePath, GpuName, Overrides
 from srlm_mega.errors import UserError
-
-GpuKind = Annotated[str, typer.Option(help="Kind of GPU: a100, h100, h200, b200, ...")]
 
 
 def rehearse(
@@ -18,21 +16,22 @@ def rehearse(
         str | None, typer.Option(metavar="0,16,63", help="Ranks to rehearse; default: those that differ.")
     ] = None,
     all_stages: Annotated[bool, typer.Option("--all", help="Rehearse every pipeline stage.")] = False,
-    gpu: GpuKind = "h100",
+    gpu: GpuName = None,
+    gpu_file: GpuFilePath = None,
     json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Take the steps of a training job on this machine, rank by rank, with tensors that have no contents. Says whether
     every rank builds, steps and fits, what holds its memory, what it sends, and where the host waits. Needs no GPU.
     Exit code 2 where a rank fails or does not fit."""
+    from srlm_mega.tools.gpu_file import chosen_gpu
     from srlm_mega.tools.rehearsal.rehearse_command import RehearsalRequest, run
 
-    request = RehearsalRequest(config_file, tuple(overrides or ()), gpu, rank_numbers(ranks), all_stages)
+    card = chosen_gpu(gpu, gpu_file)
+    request = RehearsalRequest(config_file, tuple(overrides or ()), card, rank_numbers(ranks), all_stages)
     raise typer.Exit(run(request, json))
 
 
-def rehearse_rank(
-    config_file: ConfigFile, rank: int, out: Path, overrides: Overrides = None, gpu: GpuKind = "h100"
-) -> None:
+def rehearse_rank(config_file: ConfigFile, rank: int, out: Path, gpu: Path, overrides: Overrides = None) -> None:
     """Rehearse one rank in this process. `srlm rehearse` starts it."""
     from srlm_mega.tools.rehearsal.rehearse_command import write_rank
 

@@ -10,7 +10,6 @@ from typer.testing import CliRunner, Result
 from srlm_mega.cli.main import app
 from srlm_mega.config.file import load_config
 from srlm_mega.errors import UserError
-from srlm_mega.gpus import find_gpu
 from srlm_mega.launch import slurm
 from srlm_mega.tools.rehearsal import rehearse_command
 from srlm_mega.tools.rehearsal.rank_places import place_of
@@ -32,7 +31,7 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> list[RehearsalRequest]:
         config = load_config(request.config_file, request.overrides)
         assert (config.launch.launcher, config.launch.nodes) == ("slurm", 2), "it is the job's own configuration"
         failed = RankRecord.failed(0, place_of(config, 0), "20 layers do not divide", 1.0)
-        return Rehearsed(config, find_gpu(request.gpu), [failed], [])
+        return Rehearsed(config, request.gpu, [failed], [])
 
     monkeypatch.setattr(rehearse_command, "rehearse", rehearse)
     return found
@@ -58,7 +57,7 @@ def test_a_failed_rehearsal_writes_and_submits_nothing(
     assert isinstance(result.exception, UserError)
     said = str(result.exception)
     assert "no job was written" in said and "--no-rehearsal" in said and "FAILS: 20 layers do not divide" in said
-    assert [request.gpu for request in requests] == ["h200"] and not (tmp_path / "run").exists()
+    assert [request.gpu.name for request in requests] == ["h200"] and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import orjson
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from srlm_mega.cli.main import app
@@ -16,6 +17,7 @@ from srlm_mega.errors import UserError
 from srlm_mega.gpus import find_gpu
 from srlm_mega.run.plan import plan as stages_of
 from srlm_mega.run.stage_kinds import Estimate
+from srlm_mega.tools.gpu_file import chosen_gpu
 from srlm_mega.tools.planner.advice import RUN_ADVICE, STEP_ADVICE, kind_of, step_advice
 from srlm_mega.tools.planner.plan_command import PlanRequest, make_plan, planned, predictions, searched
 from srlm_mega.tools.planner.points import CALIBRATION_FILE
@@ -30,7 +32,7 @@ LENGTHS = Lengths()
 
 
 def request(name: str = "llama2_70b_64gpu.yaml", *overrides: str, gpus: int | None = None) -> PlanRequest:
-    return PlanRequest(CONFIGS / name, overrides, "h100", gpus, LENGTHS, price=2.0)
+    return PlanRequest(CONFIGS / name, overrides, find_gpu("h100"), gpus, LENGTHS, price=2.0)
 
 
 def test_every_stage_of_the_run_is_planned() -> None:
@@ -150,9 +152,11 @@ def test_the_search_is_one_of_arithmetic() -> None:
     """No torch, and fast: the target is 2 s. The limit is ten times what a slow machine needs."""
     code = (
         "import sys, time; from pathlib import Path; begin = time.process_time()\n"
+        "from srlm_mega.gpus import find_gpu\n"
         "from srlm_mega.tools.planner.plan_command import PlanRequest, searched\n"
         "from srlm_mega.tools.planner.training_steps import Lengths\n"
-        "searched(PlanRequest(Path('launch/configs/llama2_70b_64gpu.yaml'), (), 'h100', None, Lengths(), 0.0), False)\n"
+        "preset = Path('launch/configs/llama2_70b_64gpu.yaml')\n"
+        "searched(PlanRequest(preset, (), find_gpu('h100'), None, Lengths(), 0.0), False)\n"
         "assert not {'torch', 'scipy', 'matplotlib', 'numpy'} & set(sys.modules)\n"
         "assert time.process_time() - begin < 20"
     )
@@ -175,13 +179,13 @@ def test_advice_names_what_dominates() -> None:
 
 def test_fp8_is_neither_planned_nor_advised_where_a_gpu_has_none() -> None:
     for override in ("trainer.fp8=hybrid", "sampler.quantization=fp8"):
-        asked = replace(request("llama2_7b_8gpu.yaml", override), gpu="a100")
+        asked = replace(request("llama2_7b_8gpu.yaml", override), gpu=find_gpu("a100"))
         with pytest.raises(UserError, match="a100 has no FP8 units"):
             make_plan(asked)
-        assert make_plan(replace(asked, gpu="h100")).times
+        assert make_plan(replace(asked, gpu=find_gpu("h100"))).times
     asked = request("llama2_7b_8gpu.yaml")
     assert "or FP8 (" in planned(asked, json=False, figure=None)
-    assert "or FP8 (" not in planned(replace(asked, gpu="a100"), json=False, figure=None)
+    assert "or FP8 (" not in planned(replace(asked, gpu=find_gpu("a100")), json=False, figure=None)
 
 
 def test_a_sampler_that_does_not_fit_is_refused_with_the_arithmetic() -> None:
@@ -277,3 +281,31 @@ def test_tables_for_every_preset() -> None:
         assert "Planned, not measured" in text
     assert "No layout fits" in searched(request(gpus=1), json=False)
     assert orjson.loads(searched(request(gpus=64), json=True))[0]["gpus"] == 64
+
+
+def test_a_plan_of_cpus_says_what_it_assumes() -> None:
+    assert "Assumed in their place: 2 x h100" in planned(request("toy_cpu.yaml"), json=False, figure=None)
+    assert orjson.loads(planned(request("toy_cpu.yaml"), json=True, figure=None))["configured_for"] == "cpu"
+    assert "Assumed in their place" not in planned(request(), json=False, figure=None)
+
+
+def test_a_gpu_of_a_file(tmp_path: Path) -> None:
+    """H100's own figures, in a file, give H100's own plan."""
+    h100, path = find_gpu("h100"), tmp_path / "card.yaml"
+    given = {
+        "name": "ours", "bf16_tflops": 989.4, "fp8_tflops": 1978.9, "memory_tbps": 3.35, "memory_gib": 79.6,
+        "nvlink_gbps": 450, "network_gbps": 50,
+    }  # fmt: skip
+    path.write_text(orjson.dumps(given).decode())
+    gpu = chosen_gpu(None, path)
+    assert replace(gpu, name="h100", words=h100.words) == h100
+    assert make_plan(replace(request(), gpu=gpu)).hours == make_plan(request()).hours
+    with pytest.raises(UserError, match="give one of them"):
+        chosen_gpu("h100", path)
+    with pytest.raises(UserError, match="No such file"):
+        chosen_gpu(None, tmp_path / "none.yaml")
+    wrong = ({"memory_gib": -1}, {"memory_gib": "many"}, {"memory_gib": float("inf")}, {"cores": 8}, {"name": None})
+    for text in ("[]", "a: [", "", *(yaml.safe_dump(given | change) for change in wrong)):
+        path.write_text(text)
+        with pytest.raises(UserError, match=r"card\.yaml (does not describe a GPU: .*its keys are name|is not YAML)"):
+            chosen_gpu(None, path)

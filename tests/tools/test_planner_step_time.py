@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from srlm_mega.checkpoints_conversion.llama import LlamaShape
 from srlm_mega.config.model_sizes import attention_flops, flops_per_token, linear_flops_per_token, sizes_of
 from srlm_mega.errors import UserError
-from srlm_mega.gpus import GPUS, find_gpu
+from srlm_mega.gpus import GPUS, PEAKS_BY_DRIVER_NAME, find_gpu
 from srlm_mega.tools.planner.communication import data_parallel_seconds, tensor_parallel_seconds
 from srlm_mega.tools.planner.job import Job, ParallelLayout
 from srlm_mega.tools.planner.memory import fullest_stage, stage_memory
@@ -231,16 +231,15 @@ def test_names_of_gpus_and_models() -> None:
         find_gpu("tpu-v5")
     assert find_gpu("H100 80GB").name == find_gpu("NVIDIA H100 80GB HBM3").name == "h100"
     assert find_gpu("H100-PCIe").name == find_gpu("NVIDIA H100 PCIe 80GB").name == "h100-pcie"
+    for other in ("A100-40GB", "A100 SXM4 40GB", "a100-40", "A100-40G"):
+        assert find_gpu(other).name == "a100-40gb"
+    assert find_gpu("A100-PCIe-80GB").name == "a100-pcie" and find_gpu("NVIDIA H200 NVL 141GB").name == "h200-nvl"
+    for name, peak in PEAKS_BY_DRIVER_NAME.items():
+        assert find_gpu(name).peak == peak
     for other in (
-        "H1000",
-        "A100-40GB",
-        "A100 SXM4 40GB",
-        "A100-40G",
-        "A100-PCIe-80GB",
-        "H100-NVL",
-        "H100-96GB",
-        "H200 NVL",
-    ):
+        "H1000", "H100-96GB", "a100-banana", "a100-8", "8xh100", "h100-h200", "h100-nvl72", "h100-pcie-sxm", "l40s-sxm",
+        "h200-80gb", "gh200-80gb", "80gb", "banana", "", "-", "NVIDIA",
+    ):  # fmt: skip
         with pytest.raises(UserError, match=f"unknown GPU '{other}'"):
             find_gpu(other)
     for name in ("llama3.1-70b", "llama33-70b", "Llama-3-70B-Instruct", "meta-llama/Llama-3.1-70B-Instruct",

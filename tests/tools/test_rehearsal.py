@@ -172,7 +172,7 @@ def rehearsed(monkeypatch: pytest.MonkeyPatch, *records: RankRecord) -> Any:
         return records[rank]
 
     monkeypatch.setattr(rehearse_command, "in_own_process", found)
-    request = RehearsalRequest(TOY, ("trainer.device=cuda",), "h100", tuple(range(len(records))), False)
+    request = RehearsalRequest(TOY, ("trainer.device=cuda",), H100, tuple(range(len(records))), False)
     return rehearse_command.rehearse(request)
 
 
@@ -191,7 +191,7 @@ def test_a_rank_that_fails_ends_with_exit_code_2(
 ) -> None:
     result = rehearsed(monkeypatch, record(0, 0, "no such layout"))
     monkeypatch.setattr(rehearse_command, "rehearse", lambda request: result)
-    request = RehearsalRequest(TOY, (), "h100", (), False)
+    request = RehearsalRequest(TOY, (), H100, (), False)
     assert rehearse_command.run(request, as_json=False) == 2
     assert "rank 0 (stage 0): FAILS: no such layout" in capsys.readouterr().out
     assert rehearse_command.run(request, as_json=True) == 2
@@ -200,7 +200,7 @@ def test_a_rank_that_fails_ends_with_exit_code_2(
 
 def test_ranks_outside_of_the_layout_are_refused() -> None:
     with pytest.raises(UserError, match="--ranks 2: the layout has ranks 0 to 1"):
-        rehearse_command.rehearse(RehearsalRequest(TOY, (), "h100", (0, 2), False))
+        rehearse_command.rehearse(RehearsalRequest(TOY, (), H100, (0, 2), False))
 
 
 def test_a_watch_counts_what_is_alive() -> None:
@@ -229,7 +229,7 @@ def test_a_watch_knows_which_operations_wait_for_values() -> None:
 @pytest.mark.slow
 def test_the_command_rehearses_in_a_process_of_its_own() -> None:
     """Two layers of Llama 2 7B on eight GPUs. Whole presets: test_planner_against_rehearsal.py."""
-    request = RehearsalRequest(Path("llama2_7b_8gpu"), ("model.num_layers=2",), "h100", (), False)
+    request = RehearsalRequest(Path("llama2_7b_8gpu"), ("model.num_layers=2",), H100, (), False)
     result = rehearse_command.rehearse(request)
     (found,) = result.records
     assert found.error is None

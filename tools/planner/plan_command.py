@@ -9,7 +9,7 @@ import orjson
 from srlm_mega.config import Config
 from srlm_mega.config.file import load_config
 from srlm_mega.errors import UserError
-from srlm_mega.gpus import find_gpu
+from srlm_mega.gpus import GpuModel
 from srlm_mega.tools.planner.points import Unreadable, predict, read_points
 from srlm_mega.tools.planner.search import COUNTS, jobs, search
 from srlm_mega.tools.planner.show import RunPlan, plan_json, plan_text, search_json, search_text, table
@@ -30,7 +30,7 @@ class PlanRequest:
 
     config_file: Path
     overrides: tuple[str, ...]
-    gpu: str
+    gpu: GpuModel
     gpus: int | None
     lengths: Lengths
     price: float
@@ -54,7 +54,7 @@ def planned(request: PlanRequest, json: bool, figure: Path | None) -> str:
 def make_plan(request: PlanRequest) -> RunPlan:
     """Plan a run. --gpus makes as many replicas as it divides into, and all of them sample. UserError where it does
     not divide."""
-    config, gpu = request.config, find_gpu(request.gpu)
+    config, gpu = request.config, request.gpu
     layout, sampler_gpus = layout_of(config), config.sampler.num_devices
     if request.gpus is not None:
         size = config.parallel.model_parallel_size
@@ -66,12 +66,12 @@ def make_plan(request: PlanRequest) -> RunPlan:
     step = measure(job, step_tokens(config, config.dpo, request.lengths))
     memory = planned_memory(config, job)
     times = run_times(config, cluster, request.lengths)
-    return RunPlan(cluster, job, request.lengths, memory, step, times, request.price)
+    return RunPlan(cluster, job, request.lengths, memory, step, times, request.price, config.trainer.device == "cpu")
 
 
 def searched(request: PlanRequest, json: bool) -> str:
     """Search the layouts of --gpus, or of 64 to 1024 GPUs."""
-    config, gpu = request.config, find_gpu(request.gpu)
+    config, gpu = request.config, request.gpu
     found = search(config, gpu, request.lengths, COUNTS if request.gpus is None else (request.gpus,))
     if json:
         return dumps(search_json(found))

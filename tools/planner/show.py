@@ -29,6 +29,10 @@ LAYERS: dict[Layers, str] = {
     "transformer_engine": "Transformer Engine's",
     "compiled": "compiled",
 }
+FOR_CPUS = (
+    "This configuration is of CPUs (trainer.device=cpu), whose speed and memory are not planned. Assumed in their "
+    "place: {gpus} x {gpu}, one for every process, NCCL, and for fp32 the speed of TF32."
+)
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class RunPlan:
     step: StepTime
     times: list[StageTime]
     price: float  # per GPU and hour
+    for_cpus: bool  # what the configuration says
 
     @property
     def hours(self) -> float:
@@ -69,6 +74,7 @@ def plan_text(plan: RunPlan) -> str:
     has_fp8, lengths = plan.cluster.gpu.peak.fp8 is not None, plan.lengths
     texts = (
         header(plan),
+        *((FOR_CPUS.format(gpu=plan.cluster.gpu.name, gpus=plan.cluster.gpus),) if plan.for_cpus else ()),
         memory_table(plan.memory, plan.cluster.gpu),
         f"Layers assumed: {LAYERS[plan.job.stack.layers]}. `srlm rehearse CONFIG` checks this memory.",
         step_table(plan.step),
@@ -203,6 +209,7 @@ def plan_json(plan: RunPlan) -> dict[str, Any]:
     step = plan.step
     return {
         "gpu": plan.cluster.gpu.name,
+        "configured_for": "cpu" if plan.for_cpus else "cuda",
         "gpus": plan.cluster.gpus,
         "layout": asdict(plan.job.layout),
         "precision": plan.job.precision,

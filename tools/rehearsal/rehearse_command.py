@@ -19,7 +19,7 @@ from srlm_mega.config import Config
 from srlm_mega.config.file import load_config
 from srlm_mega.config.model_sizes import GIB
 from srlm_mega.errors import USER_ERROR, UserError
-from srlm_mega.gpus import find_gpu
+from srlm_mega.gpus import GpuModel
 from srlm_mega.launch.child_process import die_with, environment, srlm_command
 from srlm_mega.launch.cores import usable_cores
 from srlm_mega.records import parse_line
@@ -37,7 +37,7 @@ class RehearsalRequest:
 
     config_file: Path
     overrides: tuple[str, ...]
-    gpu: str
+    gpu: GpuModel
     ranks: tuple[int, ...]
     all_stages: bool
 
@@ -49,20 +49,22 @@ def rehearse(request: RehearsalRequest) -> Rehearsed:
     wrong = [rank for rank in ranks if not 0 <= rank < config.world_size]
     if wrong:
         raise UserError(f"--ranks {wrong[0]}: the layout has ranks 0 to {config.world_size - 1}")
-    gpu = find_gpu(request.gpu)
     at_once = max(1, min(len(ranks), usable_cores(), psutil.virtual_memory().available // PROCESS_BYTES))
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(at_once) as pool:
+        gpu_file(Path(folder)).write_bytes(orjson.dumps(request.gpu))
         records = list(pool.map(partial(in_own_process, request, config, Path(folder)), ranks))
-    job = training_job(config, config.dpo, layout_of(config), gpu, Lengths())
-    return Rehearsed(config, gpu if config.trainer.device != "cpu" else None, records, planned_memory(config, job))
+    job = training_job(config, config.dpo, layout_of(config), request.gpu, Lengths())
+    return Rehearsed(
+        config, request.gpu if config.trainer.device != "cpu" else None, records, planned_memory(config, job)
+    )
 
 
 def in_own_process(request: RehearsalRequest, config: Config, folder: Path, rank: int) -> RankRecord:
     """Rehearse a rank in a process of its own. Its record has the end of its output where it crashed."""
     out = folder / f"{rank}.json"
-    arguments = ["rehearse-rank", str(request.config_file), str(rank), str(out), *request.overrides]
+    arguments = ["rehearse-rank", str(request.config_file), str(rank), str(out), str(gpu_file(folder))]
     done = subprocess.run(
-        [*srlm_command(), *arguments, "--gpu", request.gpu],
+        [*srlm_command(), *arguments, *request.overrides],
         env=environment(os.environ, threads=1, cpu=True),
         capture_output=True,
         text=True,
@@ -75,18 +77,23 @@ def in_own_process(request: RehearsalRequest, config: Config, folder: Path, rank
     return RankRecord.failed(rank, place_of(config, rank), ending or f"exit code {done.returncode}", 0.0)
 
 
-def write_rank(config_file: Path, overrides: Sequence[str], rank: int, gpu: str, out: Path) -> None:
+def gpu_file(folder: Path) -> Path:
+    """Return the file by which the ranks' processes are told the GPU."""
+    return folder / "gpu.json"
+
+
+def write_rank(config_file: Path, overrides: Sequence[str], rank: int, gpu_described: Path, out: Path) -> None:
     """Rehearse one rank in this process, and write its record."""
-    config = load_config(config_file, overrides)
+    config, gpu = load_config(config_file, overrides), parse_line(GpuModel, gpu_described.read_bytes())
     if config.trainer.device != "cpu" and find_spec("transformer_engine") is not None:  # before Megatron is imported
         from srlm_mega.tools.rehearsal.engine_stand_in import import_engine
 
-        import_engine(find_gpu(gpu).capability)
+        import_engine(gpu.capability)
     from srlm_mega.tools.rehearsal.rehearsed_rank import rehearse_rank
 
     gc.freeze()  # what was imported is not looked through again and again
     try:
-        record = rehearse_rank(config, rank, find_gpu(gpu))
+        record = rehearse_rank(config, rank, gpu)
     except UserError as error:
         record = RankRecord.failed(rank, place_of(config, rank), str(error), 0.0)
     out.write_bytes(orjson.dumps(record))
