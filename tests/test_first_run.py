@@ -128,8 +128,8 @@ def test_the_defaults_are_those_of_the_configuration() -> None:
 def test_the_scores_are_read_as_the_page_says() -> None:
     read = PAGE.partition("\nRead: ")[2].partition("\n")[0].split("`")[1::2]
     not_read = PAGE.partition("\nNot read: ")[2].partition("\n")[0].split("`")[1::2]
-    assert [parse_score(text) for text in read] == [4, 3.5, 4, 2]
-    assert [parse_score(text) for text in not_read] == [None] * 5
+    assert [parse_score(text) for text in read] == [4, 3.5, 4, 2, 4, 4, 4, 4]
+    assert [parse_score(text) for text in not_read] == [None] * 8
 
 
 def test_the_messages_of_the_table_are_those_of_the_code() -> None:

@@ -4,20 +4,39 @@ import math
 import re
 from collections.abc import Sequence
 
+from srlm_mega.judging.statements import CLOSING, END, OPENING, SPACE, Statement, statements, unclosed
 from srlm_mega.records import FinishReason
 
 MAX_SCORE = 5.0
 
-# "Score:" with something that begins like a number after it, on the same line; bold around any part is allowed.
-LABEL = re.compile(r"(?<![a-z0-9])score[ \t*_]*:[ \t*_]*(?=[-+−]?\.?[0-9])", re.IGNORECASE)
-# The number, then an optional "/5" or "out of 5"; nothing may follow that makes it another number.
-NUMBER = re.compile(
-    r"(?P<value>[0-9]++(?:\.[0-9]++)?+)(?![0-9.,]*[0-9])"
-    r"(?P<scale>[ \t*_]*\(?(?:/|out[ \t]+of)[ \t*_]*(?P<maximum>[0-9.]*[0-9]|\S))?"
-    r"(?![a-z%])"
-    r"(?![ \t*_]*(?:[-+*/=:x×^–—]|to|or|and)[ \t*_]*[0-9])",
+DIGITS = r"\d++(?:\.\d++)?+"
+IN_WORDS = "zero|one|two|three|four|five|six|seven|eight|nine|ten|hundred|half|quarter|third"
+FRACTIONS = "¼-¾⅐-⅟²³¹⁰-₉"  # and small digits
+NUMBER = rf"(?:{DIGITS}|[{FRACTIONS}]|(?:{IN_WORDS}){END})"
+UNIT = rf"(?:(?:points?|pts?|marks?|stars?){END}|[分点점])"
+# A statement is VALUE, perhaps SCALE, then nothing that CONTINUES the number. VALUE is a number, decorated, perhaps
+# with a unit, and not the beginning of 4th, 4e0, 4.5.1 or 3,5.
+VALUE = re.compile(
+    rf"(?P<opening>{OPENING})(?P<value>{DIGITS})(?![.,]\d)(?=$|[\W_]|{UNIT}){CLOSING}(?:{UNIT}{CLOSING})?",
     re.IGNORECASE,
 )
+# "/ 5", "out of 5", "of a possible 5", "(max 5)", "on a scale from 0 to 5".
+SCALE = re.compile(
+    rf"(?:[/／⁄]|\(?{SPACE}*+(?:(?:out{SPACE}++)?of\b|over\b|from\b|on\b|max(?:imum)?\b[.:]?)(?:{SPACE}++[a-z]++){{0,4}}?)"
+    rf"{OPENING}(?:(?P<least>[01]){SPACE}*+(?:to|[-–—]){SPACE}*+)?(?P<most>{NUMBER}){END}{CLOSING}(?:{UNIT}{CLOSING})?",
+    re.IGNORECASE,
+)
+JOINS = (
+    r"(?:[-=]>|[-–—−*×x=:&→⇒…~/／⁄]|\.\.++|\b(?:to|or|and|plus|minus|times|less|through|until|till|vs\.?|versus|point|"
+    r"divided|by|over|of|from)\b)"
+)
+CONTINUES = re.compile(
+    rf"[+±%‰°^<≈/／⁄]|{NUMBER}|,{SPACE}*+\d|(?:{JOINS}{OPENING})++(?:an?{SPACE}++|one-)?{NUMBER}"
+    rf"|\({SPACE}*+(?:[a-z]++{SPACE}++)?{NUMBER}{SPACE}*+\)"
+    r"|percent\b|(?:or|and)\s+(?:more|less|higher|lower|above|below|better|worse|so)\b|at\s+(?:most|least|best|worst)\b",
+    re.IGNORECASE,
+)
+PLACEHOLDER = re.compile(r"[^\w<\n]*+<[^<>\d\n]*[a-z][^<>\d\n]*>", re.IGNORECASE)  # of a template: <total points>
 
 
 def score_of(text: str, finish_reason: FinishReason) -> float | None:
@@ -27,16 +46,45 @@ def score_of(text: str, finish_reason: FinishReason) -> float | None:
 
 
 def parse_score(text: str) -> float | None:
-    """Return the last "Score: number" of a judgement, 0 to 5. None when there is none, when it is out of range (it is
-    never clipped), or when it is part of a sum, a range or another scale than 5."""
-    labels = list(LABEL.finditer(text))
-    if not labels:
+    """Return the score that a judgement states last, 0 to 5, as "Score: number": decorated or not, on the label's line
+    or alone on the next one, perhaps with "/ 5" or "out of 5". None when the last "Score:" has no such number, when it
+    is out of range (it is never clipped), or part of a sum, a range, another scale or another number. A template's
+    "Score: <total points>" states nothing."""
+    for last in statements("score", text):
+        number = VALUE.match(last.text)
+        if number is not None or not PLACEHOLDER.match(last.text):
+            return None if number is None else stated(last, number)
+    return None
+
+
+def stated(last: Statement, number: re.Match[str]) -> float | None:
+    """Return the score of a statement that begins with a number, None where it says more than that."""
+    if not is_of_five(last.note):
         return None
-    number = NUMBER.match(text, labels[-1].end())
-    if number is None or number["maximum"] not in (None, "5"):
+    end = number.end()
+    scale = SCALE.match(last.text, end)
+    if scale is not None:
+        if not is_five(scale["most"]):
+            return None
+        end = scale.end()
+    rest = last.text[end:]
+    if CONTINUES.match(rest) or (last.on_next_line and rest.strip(" \t\r.!。")):
+        return None
+    if unclosed(number["opening"], last.text[number.end("value") : end]):
         return None
     value = float(number["value"])
     return value if value <= MAX_SCORE else None
+
+
+def is_of_five(note: str) -> bool:
+    """Tell whether a label's note, such as 0-5 or "out of 5", names no other scale."""
+    numbers = re.findall(NUMBER, note, re.IGNORECASE)
+    return not numbers or is_five(numbers[-1])
+
+
+def is_five(number: str) -> bool:
+    """Tell whether digits or a word mean the maximum."""
+    return number.lower() == "five" or (re.fullmatch(DIGITS, number) is not None and float(number) == MAX_SCORE)
 
 
 def mean_score(scores: Sequence[float | None], min_valid: int) -> float | None:

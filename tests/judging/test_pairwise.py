@@ -2,38 +2,19 @@
 
 from pathlib import Path
 
-import pytest
 from places import ROOT
 from sampling_run import begin_run, with_files
 
 from srlm_mega.config.file import load_config
 from srlm_mega.evaluation.results import EvaluationSample
 from srlm_mega.evaluation.win_rates import head_to_head_of
-from srlm_mega.judging.pairwise import outcome, pairwise_template, parse_verdict
+from srlm_mega.judging.pairwise import outcome, pairwise_template
 from srlm_mega.records import Decoding, PairwiseJudgement, read_jsonl, write_jsonl
 from srlm_mega.run.plan import find_stage
 from srlm_mega.run.progress import Progress
 from srlm_mega.sampling.samplers import Samplers
 from srlm_mega.stages.compare_responses import compare_with_m1, outcomes_of
 from srlm_mega.stages.work import Work
-
-
-@pytest.mark.parametrize(
-    ("text", "verdict"),
-    [
-        ("Verdict: A", "first"),
-        ("better.\n**Verdict: B**", "second"),
-        ("VERDICT: Tie.", "tie"),
-        ("Verdict: A for now.\nVerdict: B", "second"),
-        ("Verdict: An answer", None),
-        ("A is better", None),
-        ("Verdict: C", None),
-        ("myverdict: A", None),
-        ("", None),
-    ],
-)
-def test_verdicts(text: str, verdict: str | None) -> None:
-    assert parse_verdict(text) == verdict
 
 
 def test_only_both_orders_together_decide() -> None:
