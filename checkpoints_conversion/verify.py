@@ -3,6 +3,8 @@
 They are read by the description of each layout, which is tested against independent implementations.
 """
 
+import hashlib
+import shlex
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
@@ -14,7 +16,7 @@ from srlm_mega.checkpoints_conversion import trtllm
 from srlm_mega.checkpoints_conversion.bar import no_bar
 from srlm_mega.checkpoints_conversion.bits import Bits, cast
 from srlm_mega.checkpoints_conversion.build import MAX_BLOCK_BYTES, Report
-from srlm_mega.checkpoints_conversion.convert import RECORD, Bar, open_checkpoint, read_record
+from srlm_mega.checkpoints_conversion.convert import RECORD, Bar, open_checkpoint
 from srlm_mega.checkpoints_conversion.fp8 import Quantizer, Rounding, largest_weights, linear_names, shared_scales
 from srlm_mega.checkpoints_conversion.huggingface_files import pretty_json, read_json
 from srlm_mega.checkpoints_conversion.llama import LlamaShape
@@ -22,6 +24,16 @@ from srlm_mega.checkpoints_conversion.reader import Checkpoint, Reader
 
 SHOWN = 5
 PROOF = "proof.json"
+DECIDING = frozenset({".json", ".safetensors", ".bin", ".model", ".jinja", ".distcp", ".pt", ".metadata"})
+QUICK_HASH_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class ProvenFile:
+    """Size in bytes and xxh3-128 of a file of a folder that was verified."""
+
+    bytes: int
+    xxh3_128: str
 
 
 @dataclass(frozen=True)
@@ -39,30 +51,81 @@ class Proof:
     num_bytes: int
     xxh3: str
     seconds: float
-    file_sizes: dict[str, int]  # of the destination's weights
+    files: dict[str, ProvenFile]  # of the destination: weights, config, tokenizer
 
     def save(self) -> None:
         """Write it into the destination's folder."""
         (Path(self.destination) / PROOF).write_bytes(pretty_json(asdict(self)))
 
 
-def check_verified(folder: Path) -> None:
-    """ValueError when a folder was converted and not verified, or its files changed since. What no conversion made (it
-    has no `conversion.json`), such as the trainer's export, needs no proof."""
+def check_has_proof(folder: Path) -> None:
+    """ValueError when a folder was converted and not verified. What no conversion made (it has no `conversion.json`),
+    such as the trainer's export, needs no proof."""
+    if (folder / RECORD).is_file() and not (folder / PROOF).is_file():
+        raise ValueError(f"{folder} was converted and not verified: {verifying(folder)}")
+
+
+def check_verified(folder: Path, quick: bool = False) -> None:
+    """ValueError when a folder was converted and not verified, or a file of it is another one since. `quick` compares
+    only the size of files above 256 MiB."""
+    check_has_proof(folder)
     if not (folder / RECORD).is_file():
         return
-    source = read_record(folder).source
-    remedy = f"srlm convert verify {source} {folder}"
-    if not (folder / PROOF).is_file():
-        raise ValueError(f"{folder} was converted and not verified: {remedy}")
-    for name, size in read_json(folder / PROOF)["file_sizes"].items():
-        if not (folder / name).is_file() or (folder / name).stat().st_size != size:
-            raise ValueError(f"{folder / name} is not what was verified: {remedy}")
+    proven = proven_files(folder)
+    if proven is None:
+        raise ValueError(f"{folder / PROOF} has no hashes (an older version wrote none): {verifying(folder)}")
+    for name in sorted(proven.keys() | deciding_files(folder)):
+        if (found := difference(folder / name, proven.get(name), quick)) is not None:
+            raise ValueError(
+                f"{folder / name} is not what was verified ({found}). Restore it, or convert again, then: "
+                f"{verifying(folder)}"
+            )
+
+
+def verifying(folder: Path) -> str:
+    """Return the command that verifies a converted folder."""
+    source = str(read_json(folder / RECORD).get("source", "SOURCE"))
+    return shlex.join(("srlm", "convert", "verify", source, str(folder)))
+
+
+def proven_files(folder: Path) -> dict[str, ProvenFile] | None:
+    """Read the files of a folder's proof, by name; None where no proof says their hashes."""
+    try:
+        return {name: ProvenFile(**entry) for name, entry in read_json(folder / PROOF)["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def deciding_files(folder: Path) -> set[str]:
+    """Return the names of a folder's files that decide what its model computes; none for a file."""
+    found = {path for path in folder.glob("*") if path.is_file() and path.name != PROOF}
+    return {path.name for path in found if (path.suffix or path.name) in DECIDING}
+
+
+def difference(path: Path, proven: ProvenFile | None, quick: bool) -> str | None:
+    """Return how a file differs from what was verified, None when it does not."""
+    if proven is None:
+        return "it was added"
+    if not path.is_file():
+        return "it is missing"
+    if path.stat().st_size != proven.bytes:
+        return f"it has {path.stat().st_size} bytes, then {proven.bytes}"
+    if not (quick and proven.bytes > QUICK_HASH_BYTES) and (now := file_hash(path)) != proven.xxh3_128:
+        return f"its xxh3-128 is {now}, then {proven.xxh3_128}"
+    return None
+
+
+def file_hash(path: Path) -> str:
+    """Return the xxh3-128 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def prove(source: Path, destination: Path, bar: Bar = no_bar) -> Proof:
     """Verify that both folders hold the same model. ValueError says where they differ, or which one is broken."""
     started = time.monotonic()
+    if proven_files(source) is not None:  # else what is damaged would be proven to be what it is
+        check_verified(source)
     first, second = open_checkpoint(source), open_checkpoint(destination)
     if first.is_fp8 and not second.is_fp8:
         raise ValueError(f"{source} is FP8 and {destination} is not: give the model it was made from first")
@@ -98,7 +161,10 @@ def prove(source: Path, destination: Path, bar: Bar = no_bar) -> Proof:
         num_bytes=second.num_bytes,
         xxh3=whole.hexdigest(),
         seconds=time.monotonic() - started,
-        file_sizes={item.file: (second.folder / item.file).stat().st_size for item in second.stored},
+        files={
+            name: ProvenFile((second.folder / name).stat().st_size, file_hash(second.folder / name))
+            for name in sorted({item.file for item in second.stored} | deciding_files(destination))
+        },
     )
 
 

@@ -23,6 +23,8 @@ SETTINGS, TOKENS, ADDED, TEMPLATE = (
 GENERATED = ("bos_token", "eos_token", "pad_token")  # whose ids are in a generation_config.json
 VERBATIM = {"tokenizer_class": "PreTrainedTokenizerFast"}  # others replace parts of tokenizer.json by their own
 MODEL_FILES = (".json", ".safetensors", ".jinja", ".model")
+# What is written anew, and what a conversion says of the folder as it was.
+NOT_LINKED = (TEMPLATE, SETTINGS, GENERATION, "conversion.json", "proof.json")
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ def link_model(source: Path, special: SpecialTokens, target: Path, template: str
     `special`: the tokens of the source's tokenizer."""
     target.mkdir()
     for file in sorted(source.iterdir()):
-        if file.is_file() and file.suffix in MODEL_FILES and file.name not in (TEMPLATE, SETTINGS, GENERATION):
+        if file.is_file() and file.suffix in MODEL_FILES and file.name not in NOT_LINKED:
             os.symlink(file.resolve(), target / file.name)
     settings = read_object(source / SETTINGS) | special.given | VERBATIM
     write_object(target / SETTINGS, {key: value for key, value in settings.items() if key != "chat_template"})

@@ -54,8 +54,10 @@ def convert(
             from srlm_mega.checkpoints_conversion.build import Resources
             from srlm_mega.checkpoints_conversion.convert import Kind, Wish
             from srlm_mega.checkpoints_conversion.convert import convert as run
+            from srlm_mega.run.outside_folder import check_undamaged
 
             source, destination = Path(words[0]), Path(words[1])
+            check_undamaged(source, needs_proof=False)
             if fp8 != (calibration is not None):
                 raise UserError(
                     "--fp8 and --calibration FILE belong together: amax.json, or 128 to 512 prompts (JSONL)"
@@ -92,12 +94,14 @@ def verify(first: Path, second: Path, logits: bool) -> None:
     from srlm_mega.checkpoints_conversion.bar import progress_bar
     from srlm_mega.checkpoints_conversion.convert import RECORD
     from srlm_mega.checkpoints_conversion.verify import prove
+    from srlm_mega.run.outside_folder import verify_in_run
 
+    verify_in_run(first)
     proof = prove(first, second, progress_bar)
     if (second / RECORD).is_file():
         proof.save()
     for key, value in asdict(proof).items():
-        if key != "file_sizes":
+        if key != "files":
             print(f"{key:<17} {value}")
     if logits:
         from srlm_mega.checkpoints_conversion.logits import compare_logits
@@ -123,7 +127,9 @@ def engine_build(
     """Build the engine of a checkpoint, or find it in the cache. Prints the engine's folder."""
     with user_errors():
         from srlm_mega.checkpoints_conversion.engine import Limits, build_engine, probe_runtime
+        from srlm_mega.run.outside_folder import check_undamaged
 
+        check_undamaged(checkpoint, needs_proof=False)
         limits = Limits(
             max_batch_size=max_batch_size,
             max_num_tokens=max_num_tokens,

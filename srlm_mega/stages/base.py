@@ -12,9 +12,9 @@ from srlm_mega.checkpoints_conversion.model_folder import check_model_folder
 from srlm_mega.checkpoints_conversion.random_weights import random_weights
 from srlm_mega.config.training import ModelConfig
 from srlm_mega.errors import UserError
+from srlm_mega.run.outside_folder import check_undamaged
 from srlm_mega.seeds import derive_seed
 from srlm_mega.stages.chat_format import chosen_template
-from srlm_mega.stages.sampler_weights import require_verified
 from srlm_mega.stages.work import Done, Work
 
 
@@ -35,7 +35,7 @@ def take_writer(work: Work) -> Done:
     assert isinstance(source, Path), "the plan has this stage for a model from outside only"
     require_model_folder("prompts.writer", source)
     if not work.config.model.allow_unverified:
-        require_verified(source)
+        check_undamaged(source)
     Chat.from_folder(source)
     os.symlink(source.resolve(), work.out / "huggingface")
     return Done()
@@ -56,8 +56,10 @@ def link_folder(model: ModelConfig, source: Path, target: Path) -> None:
     configuration was loaded."""
     require_model_folder("model.path", source)
     try:
-        check_model_folder(source, model.allow_unverified)
-    except ValueError as error:
+        if not model.allow_unverified:
+            check_undamaged(source)
+        check_model_folder(source, allow_unverified=True)
+    except ValueError as error:  # UserError is one
         raise UserError(f"model.path: {error}") from None
     given = TokenizerFolder.read(source)
     template = chosen_template(model.chat_template, given)

@@ -25,7 +25,6 @@ from srlm_mega.stages.compare_responses import compare, matches_of
 from srlm_mega.stages.judges import open_judge, open_m1
 from srlm_mega.stages.pairwise_judge import OpenJudge
 from srlm_mega.stages.responses import Writer, held_out, respond
-from srlm_mega.stages.sampler_weights import require_verified
 
 
 @dataclass(frozen=True)
@@ -62,8 +61,7 @@ def writer_at(path: Path) -> Writer:
     """Open a run's model (`RUN/M2`) or any Hugging Face folder. UserError for one converted and not verified."""
     if not (path / "config.json").is_file():
         return RunModel.at(path).writer
-    require_verified(path)
-    return Writer(str(path), path)
+    return Writer.outside(path)
 
 
 @dataclass(frozen=True)

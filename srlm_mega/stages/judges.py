@@ -15,7 +15,7 @@ from srlm_mega.sampling.samplers import Samplers
 from srlm_mega.sampling.sampling_rate import ProgressCallback
 from srlm_mega.sampling.shards import write_durably
 from srlm_mega.stages.pairwise_judge import PairwiseJudge, PairwiseQuestion, judgement_of
-from srlm_mega.stages.sampler_weights import require_verified
+from srlm_mega.stages.responses import Writer
 from srlm_mega.stages.sampling_task import SampledBy
 
 
@@ -77,17 +77,18 @@ def open_m1(run: RunDir, samplers: Samplers, loaded: Path, questions: int) -> Lo
 
 
 def open_judge(
-    settings: PairwiseJudgeConfig, samplers: Samplers, allow_unverified: bool, questions: int
+    settings: PairwiseJudgeConfig,
+    samplers: Samplers,
+    allow_unverified: bool,
+    questions: int,
+    taken: Writer | None = None,
 ) -> PairwiseJudge:
-    """Open the configured judge for a number of questions, of which judge.max_failed_share may fail. UserError for a
-    folder that was converted and not verified, unless `allow_unverified`."""
+    """Open the configured judge for a number of questions, of which judge.max_failed_share may fail. `taken` is its
+    model where the caller has checked its folder; any other is checked here, as `Writer.outside` does."""
     allowed = int(settings.max_failed_share * questions)
     if settings.endpoint is None:
-        folder = Path(settings.model)
-        if not allow_unverified:
-            require_verified(folder)
-        model = SampledModel(folder, folder)
-        return LocalJudge.of_model(settings.model, model, samplers, settings.max_new_tokens, allowed)
+        local = Writer.outside(Path(settings.model), allow_unverified) if taken is None else taken
+        return LocalJudge.of_model(local.name, local.sampled, samplers, settings.max_new_tokens, allowed)
     from srlm_mega.stages.endpoint_judge import EndpointJudge
 
     return EndpointJudge(settings, allowed)

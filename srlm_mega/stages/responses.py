@@ -8,6 +8,7 @@ from pathlib import Path
 from srlm_mega.chat import Chat
 from srlm_mega.errors import UserError
 from srlm_mega.records import Prompt, PromptTokens, write_jsonl
+from srlm_mega.run.outside_folder import check_undamaged, content_hash
 from srlm_mega.run.run_dir import RunDir
 from srlm_mega.sampling.job_files import SampledModel
 from srlm_mega.sampling.sampler import SamplingParams
@@ -24,6 +25,14 @@ class Writer:
 
     name: str
     folder: Path
+
+    @classmethod
+    def outside(cls, folder: Path, allow_unverified: bool = False) -> "Writer":
+        """Return the model in a folder, named by its content. UserError for one that was converted and not verified
+        (unless `allow_unverified`), or altered since."""
+        if not allow_unverified:
+            check_undamaged(folder)
+        return cls(content_hash(folder), folder)
 
     @property
     def sampled(self) -> SampledModel:

@@ -17,7 +17,7 @@ from srlm_mega.checkpoints_conversion.build import Report, Resources
 from srlm_mega.checkpoints_conversion.convert import Kind, Wish, convert, open_checkpoint
 from srlm_mega.checkpoints_conversion.engine import Limits, build_engine, probe_runtime
 from srlm_mega.checkpoints_conversion.fp8 import Amax, outgrown
-from srlm_mega.checkpoints_conversion.verify import check_verified, prove
+from srlm_mega.checkpoints_conversion.verify import check_has_proof, prove
 from srlm_mega.errors import UserError
 from srlm_mega.records import SftExample, read_jsonl
 from srlm_mega.run.stage_kinds import SAMPLER_WEIGHTS, model_name
@@ -40,19 +40,11 @@ def loaded_folder(work: Work, model: str) -> Path:
         return work.run.weights(model)
     is_engine = work.config.sampler.traits.loads_engine
     stage = SAMPLER_WEIGHTS.of(model)
-    try:
-        check_verified(work.read(stage, CHECKPOINT if is_engine else FOLDER))
+    try:  # the process has just compared every byte with the manifest
+        check_has_proof(work.read(stage, CHECKPOINT if is_engine else FOLDER))
     except ValueError as error:
         raise UserError(f"{error}; or make it again: srlm run ... --redo {stage}") from None
     return work.read(stage, ENGINE if is_engine else FOLDER)
-
-
-def require_verified(folder: Path) -> None:
-    """Raise UserError, which names the command to verify it, when a model folder was converted and not verified."""
-    try:
-        check_verified(folder)
-    except ValueError as error:
-        raise UserError(str(error)) from None
 
 
 def make_sampler_weights(work: Work) -> Done:

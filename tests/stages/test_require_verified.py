@@ -1,16 +1,20 @@
-"""A converted folder that nobody verified is refused wherever a folder from outside is sampled."""
+"""A converted folder that nobody verified, and one that was altered since, are refused wherever a folder from outside
+is sampled or converted."""
 
+import re
 from pathlib import Path
 
 import pytest
 from places import ROOT
-from sampling_run import write_model
+from sampling_run import begin_run, write_model
+from typer.testing import CliRunner
 
 from srlm_mega.checkpoints_conversion.bar import no_bar
 from srlm_mega.checkpoints_conversion.bits import DType
 from srlm_mega.checkpoints_conversion.build import Resources
 from srlm_mega.checkpoints_conversion.convert import Kind, Wish, convert
 from srlm_mega.checkpoints_conversion.verify import prove
+from srlm_mega.cli.main import app
 from srlm_mega.config.comparison import PairwiseJudgeConfig
 from srlm_mega.config.file import load_config
 from srlm_mega.data.toy_world.word_tokenizer import toy_tokenizer
@@ -19,7 +23,7 @@ from srlm_mega.run.plan import find_stage
 from srlm_mega.run.progress import Progress
 from srlm_mega.run.run_dir import RunDir
 from srlm_mega.sampling.samplers import Samplers
-from srlm_mega.stages.base import take_writer
+from srlm_mega.stages.base import make_base, take_writer
 from srlm_mega.stages.head_to_head import writer_at
 from srlm_mega.stages.judges import open_judge
 from srlm_mega.stages.work import Work
@@ -43,8 +47,17 @@ def verify(converted: Path) -> None:
 
 def writing(folder: Path, writer: Path, *overrides: str) -> Work:
     """A run that is about to take its writer."""
-    config = load_config(TOY, [f"prompts.writer={writer}", *overrides])
-    run, stage = RunDir(folder), find_stage(config, "prompt_writer")
+    return begun(folder, "prompt_writer", f"prompts.writer={writer}", *overrides)
+
+
+def given(folder: Path, model: Path) -> Work:
+    """A run that is about to take its base model."""
+    return begun(folder, "M0", f"model.path={model}", "pretrain=null")
+
+
+def begun(folder: Path, name: str, *overrides: str) -> Work:
+    config = load_config(TOY, overrides)
+    run, stage = RunDir(folder), find_stage(config, name)
     work = Work(
         run,
         config,
@@ -79,3 +92,45 @@ def test_the_folder_of_a_command(converted: Path) -> None:
         writer_at(converted)
     verify(converted)
     assert writer_at(converted).folder == converted
+
+
+def test_one_flipped_bit_of_a_weight_is_never_taken(converted: Path, tmp_path: Path) -> None:
+    verify(converted)
+    flip_bit(converted / "model.safetensors")
+    altered = r"converted/model\.safetensors is not what was verified .*srlm convert verify .*source .*converted"
+    judge, sampler = PairwiseJudgeConfig(model=str(converted), max_new_tokens=4), load_config(TOY).sampler
+    with pytest.raises(UserError, match=altered):
+        take_writer(writing(tmp_path / "writer", converted))
+    with pytest.raises(UserError, match=altered):
+        open_judge(judge, sampler, False, 1)
+    with pytest.raises(UserError, match=altered):
+        writer_at(converted)
+    for argv in (
+        ["convert", converted, tmp_path / "other", "--to", "trtllm"],
+        ["convert", "verify", converted, converted],
+    ):
+        error = CliRunner().invoke(app, [str(word) for word in argv]).exception
+        assert isinstance(error, UserError) and re.search(altered, str(error)), error
+    with pytest.raises(UserError, match=rf"model\.path: .*{altered}"):
+        make_base(given(tmp_path / "base", converted))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_run_s_model_is_taken_as_its_manifest_says(tmp_path: Path, name: str) -> None:
+    """Given as a folder, it has no proof: its manifest is one."""
+    folder = begin_run(tmp_path / "toy", ["unused"]).weights("M1")
+    assert writer_at(folder).folder == folder
+    flip_bit(folder / name)
+    for take in (
+        lambda: writer_at(folder),
+        lambda: take_writer(writing(tmp_path / "writer", folder)),
+        lambda: open_judge(PairwiseJudgeConfig(model=str(folder)), load_config(TOY).sampler, False, 1),
+    ):
+        with pytest.raises(UserError, match=rf"M1/huggingface/{re.escape(name)} was altered"):
+            take()
+
+
+def flip_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-2] ^= 1
+    file.write_bytes(content)

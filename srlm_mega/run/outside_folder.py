@@ -1,0 +1,36 @@
+"""A model's folder from outside the run: whether it is what was written or verified, and the hash of its content."""
+
+from pathlib import Path
+
+from srlm_mega.checkpoints_conversion.verify import PROOF, check_verified, proven_files
+from srlm_mega.errors import UserError
+from srlm_mega.run.manifest import MANIFEST, FileEntry, digest_of, file_hash
+from srlm_mega.run.run_dir import RunDir, files_below
+
+
+def check_undamaged(folder: Path, needs_proof: bool = True) -> None:
+    """Raise UserError, which names the file and what to do, when a file of a folder is not what was verified or, in a
+    run, what its manifest says; with `needs_proof` also when it was converted and never verified. Reads every byte."""
+    if verify_in_run(folder) or not (needs_proof or proven_files(folder) is not None):
+        return
+    try:
+        check_verified(folder)
+    except ValueError as error:  # checkpoints_conversion does not import UserError
+        raise UserError(str(error)) from None
+
+
+def verify_in_run(folder: Path) -> bool:
+    """Return False for a folder that is not in the output of a run. UserError for one that differs from its manifest.
+    Every byte is read."""
+    output = folder.resolve().parent
+    for root in (output.parent, output.parent.parent):  # of M2/huggingface, and of M2/sampler_weights/huggingface
+        if (output / MANIFEST).is_file() and RunDir(root).config_file.is_file():
+            RunDir(root).verify(str(output.relative_to(root)), quick=False)
+            return True
+    return False
+
+
+def content_hash(folder: Path) -> str:
+    """Return a hash of a folder's files, by which the model in it is known. A proof is not part of the model."""
+    names = {str(path.relative_to(folder)): path for path in files_below(folder) if path != folder / PROOF}
+    return digest_of({name: FileEntry(path.stat().st_size, file_hash(path)) for name, path in names.items()})
