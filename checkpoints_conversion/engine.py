@@ -5,6 +5,8 @@ An engine serves only the versions, GPU, split and limits it was built for, and 
 those of trtllm-build and trtllm-refit 1.2.)
 """
 
+import os
+import shlex
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -124,7 +126,8 @@ def wanted_record(checkpoint: Path, limits: Limits, runtime: Runtime) -> EngineR
     is no TensorRT-LLM checkpoint, or the limits do not fit it."""
     found = read_json(checkpoint / CONFIG)
     if "mapping" not in found:
-        raise ValueError(f"{checkpoint} is no TensorRT-LLM checkpoint: srlm convert SRC {checkpoint} --to trtllm first")
+        command = shlex.join(["srlm", "convert", "SRC", os.path.abspath(checkpoint), "--to", "trtllm"])
+        raise ValueError(f"{checkpoint} is no TensorRT-LLM checkpoint: {command} first")
     split = read_split(found)
     is_fp8 = found["quantization"].get("quant_algo") == "FP8"
     if limits.use_fp8_context_fmha and not is_fp8:
@@ -192,7 +195,7 @@ def check_engine(engine: Path, runtime: Runtime, weights_hash: str | None, check
         if item.name in here and getattr(record, item.name) != here[item.name]
     ]
     if differing:
-        command = f"srlm engine build {checkpoint} {engine.parent}"
+        command = shlex.join(["srlm", "engine", "build", *map(os.path.abspath, (checkpoint, engine.parent))])
         raise ValueError(f"{engine} was built for something else: {', '.join(differing)}. Build it: {command}")
     return record
 

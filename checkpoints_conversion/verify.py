@@ -4,6 +4,7 @@ They are read by the description of each layout, which is tested against indepen
 """
 
 import hashlib
+import os
 import shlex
 import time
 from collections.abc import Iterator
@@ -85,7 +86,7 @@ def check_verified(folder: Path, quick: bool = False) -> None:
 def verifying(folder: Path) -> str:
     """Return the command that verifies a converted folder."""
     source = str(read_json(folder / RECORD).get("source", "SOURCE"))
-    return shlex.join(("srlm", "convert", "verify", source, str(folder)))
+    return shlex.join(("srlm", "convert", "verify", source, os.path.abspath(folder)))
 
 
 def proven_files(folder: Path) -> dict[str, ProvenFile] | None:

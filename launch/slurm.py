@@ -240,7 +240,7 @@ def check_by(argv: list[str]) -> None:
 def submit(script: Path) -> int:
     """Submit the script to Slurm and return the job's number. UserError when Slurm refuses it."""
     if shutil.which("sbatch") is None:
-        raise UserError(f"there is no sbatch here. Submit it where there is: sbatch {script}")
+        raise UserError(f"there is no sbatch here. Submit it where there is: sbatch {shlex.quote(str(script))}")
     done = ask(["sbatch", "--parsable", str(script)])
     if done.returncode:
         raise UserError(f"sbatch {script}: {done.stderr.strip()}")

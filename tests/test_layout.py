@@ -15,7 +15,7 @@ HEAVY = {"torch", "transformers", "megatron", "transformer_engine", "matplotlib"
 TRUTH = "srlm_mega.data.toy_world.truth"
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 80
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "kernels", "checkpoints_conversion"),
+    ("errors", "text", "kernels", "checkpoints_conversion"),
     ("config",),
     ("records", "chat", "seeds", "gpus", "run"),
     ("judging", "launch"),

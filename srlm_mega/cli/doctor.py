@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import orjson
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from srlm_mega.cli.arguments import ConfigFile, Overrides
+from srlm_mega.cli.output import VisibleConsole
 from srlm_mega.config.runtime import SamplerBackend
 from srlm_mega.errors import USER_ERROR, UserError
 
@@ -53,11 +53,11 @@ def doctor(
 
 def show(rows: "Sequence[DoctorRow]", versions: "VersionSet") -> None:
     """Print the table of probes, then what to do."""
-    console = Console(width=None if os.isatty(1) else TABLE_WIDTH)
+    console = VisibleConsole(width=None if os.isatty(1) else TABLE_WIDTH)
     table = Table("", "", "found", "wanted", box=None)
     for row in rows:
         table.add_row(row.name, Text(row.status, COLOURS[row.status]), Text(row.found), Text(row.wanted))
-    console.print(f"For {versions.name} ({versions.source})", highlight=False)
+    console.print(f"For {versions.name} ({versions.source})")
     console.print(table)
     for row in rows:
         if row.remedy:
@@ -86,7 +86,7 @@ def preflight(
         check_resolves(master_addr)
     node = this_node(os.environ, node_rank, nnodes, master_addr, master_port)
     arguments = [str(config_file), *(overrides or [])]
-    run_preflight(config, arguments, out, node, model_folders(config), Console(width=TABLE_WIDTH))
+    run_preflight(config, arguments, out, node, model_folders(config), VisibleConsole(width=TABLE_WIDTH))
 
 
 def model_folders(config: "Config") -> int:

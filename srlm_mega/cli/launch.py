@@ -1,6 +1,5 @@
 """`srlm launch`: jobs on clusters."""
 
-import sys
 import tempfile
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -10,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Literal, assert_never
 import typer
 
 from srlm_mega.cli.arguments import OVERRIDES, ConfigFile, GpuFilePath, GpuName, Overrides
+from srlm_mega.cli.output import print_message
 from srlm_mega.errors import UserError
+from srlm_mega.text import quoted
 
 if TYPE_CHECKING:
     from srlm_mega.config import Config
@@ -66,7 +67,7 @@ def launch_slurm(
     if submitted:
         print(f"job {submit(script)}: {script}; it logs to {job.run.jobs}")
     else:
-        print(f"wrote {script}. Submit it: sbatch {script}")
+        print(f"wrote {script}. Submit it: sbatch {quoted(script)}")
 
 
 def check_by_rehearsal(job: "SlurmJob", gpu: "GpuModel") -> None:
@@ -78,7 +79,7 @@ def check_by_rehearsal(job: "SlurmJob", gpu: "GpuModel") -> None:
     engine = ["transformer_engine"] if fp8 or job.config.model.layer_backend == "transformer_engine" else []
     missing = [package for package in ("torch", "megatron", *engine) if find_spec(package) is None]
     if missing:
-        print(f"not rehearsed: {' and '.join(missing)} cannot be imported here", file=sys.stderr)
+        print_message(f"not rehearsed: {' and '.join(missing)} cannot be imported here")
         return
     from srlm_mega.config.file import to_yaml
     from srlm_mega.tools.rehearsal.rehearsal_record import WITHOUT_FP8
@@ -89,14 +90,14 @@ def check_by_rehearsal(job: "SlurmJob", gpu: "GpuModel") -> None:
         resolved = Path(folder) / "config.yaml"
         resolved.write_text(to_yaml(job.config), encoding="utf-8")
         if fp8:
-            print("rehearsed in bf16: casts to FP8 and FP8 copies of weights are not counted", file=sys.stderr)
+            print_message("rehearsed in bf16: casts to FP8 and FP8 copies of weights are not counted")
         rehearsed = rehearse(RehearsalRequest(resolved, WITHOUT_FP8 if fp8 else (), gpu, (), all_stages=False))
     if not rehearsed.succeeds:
         raise UserError(
             "training fails its rehearsal, so no job was written. Change the layout, name the nodes' kind of GPU with "
             f"--gpu, or take --no-rehearsal.\n{header(rehearsed)}"
         )
-    print(header(rehearsed), file=sys.stderr)
+    print_message(header(rehearsed))
 
 
 def check_stages(config: "Config", template: "Template", stages: Sequence[str]) -> None:

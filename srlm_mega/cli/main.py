@@ -12,6 +12,7 @@ from srlm_mega.cli.convert import convert, engine_app
 from srlm_mega.cli.doctor import doctor, preflight
 from srlm_mega.cli.evaluate import evaluate_app, export_app
 from srlm_mega.cli.launch import launch_app
+from srlm_mega.cli.output import print_message, visible_output
 from srlm_mega.cli.planner import plan
 from srlm_mega.cli.rehearse import rehearse, rehearse_rank
 from srlm_mega.cli.run import compare_checkpoints, replica, run, stage
@@ -28,7 +29,10 @@ from srlm_mega.errors import (
     exit_code,
     reason,
 )
+from srlm_mega.text import on_one_screen
 
+# Wrong words on a command line. Typer exports one kind of them only, and has moved the others.
+USAGE_ERROR: type[typer.BadParameter] = typer.BadParameter.__mro__[1]
 LABELS = {CRASHED: "crashed", USER_ERROR: "error", CANNOT_CONTINUE: "stopped", STOP_REQUESTED: "interrupted"}
 
 app = typer.Typer(
@@ -60,13 +64,27 @@ app.command(hidden=True)(compare_checkpoints)
 app.command(hidden=True, context_settings=OVERRIDES)(rehearse_rank)
 
 
+@app.callback()
+def every_command(context: typer.Context) -> None:
+    """Let what any command prints be visible."""
+    context.with_resource(visible_output())
+
+
 def main() -> None:
-    """Run the command line. A user's mistake is one message, never a traceback."""
+    """Run the command line. A user's mistake is one message of at most a screen, never a traceback."""
     try:
-        app()
+        code = app(standalone_mode=False)
+    except USAGE_ERROR as error:
+        is_help = error.ctx is not None and error.message == error.ctx.get_help()  # what a command without words shows
+        error.message = error.message if is_help else on_one_screen(error.message)
+        error.show()
+        code = USER_ERROR
+    except typer.Abort:  # Ctrl-D at a question
+        print_message("Aborted!")
+        code = CRASHED
     except (UserError, CannotContinue, StopRequested, StageCrashed, OSError) as error:
         code = exit_code(error)
         if code == CRASHED and not isinstance(error, StageCrashed):
             raise
-        print(f"{LABELS[code]}: {reason(error)}", file=sys.stderr)
-        sys.exit(code)
+        print_message(f"{LABELS[code]}: {reason(error)}")
+    sys.exit(code)

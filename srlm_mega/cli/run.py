@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from srlm_mega.cli.arguments import ConfigFile, Overrides, RunFolder
+from srlm_mega.cli.output import VisibleConsole
 from srlm_mega.errors import CannotContinue
 from srlm_mega.launch.child_process import die_with, srlm_command
+from srlm_mega.text import quoted
 
 
 def run(
@@ -28,7 +29,7 @@ def run(
     from srlm_mega.controller.loop import run_loop
     from srlm_mega.run.run_dir import RunDir
 
-    console = Console()
+    console = VisibleConsole()
     config = load_config(config_file, overrides or [])
     folder = RunDir(config.run.dir)
     try:
@@ -36,11 +37,10 @@ def run(
     except CannotContinue:
         write_report(folder.root)
         raise
-    if made or not folder.report_file.is_file():
-        write_report(folder.root)
-    else:
-        console.print(f"Nothing to do: every stage of {folder.root} is finished.", markup=False, highlight=False)
-    print_summary(folder.root, console)
+    if not made:
+        console.print(f"Nothing to do: every stage of {folder.root} is finished.")
+    report = write_report(folder.root) if made or not folder.report_file.is_file() else f"Report: {folder.report_file}"
+    print_summary(folder.root, report, console)
 
 
 def stage(
@@ -71,16 +71,20 @@ def compare_checkpoints(run: RunFolder, name: str) -> None:
     raise typer.Exit(compare_them(RunDir(run), name))
 
 
-def write_report(run: Path) -> None:
-    """Run `srlm report` in a process of its own: plots need packages that the controller does without."""
-    argv = [*srlm_command(), "report", str(run)]
-    subprocess.run(argv, check=False, stdout=subprocess.DEVNULL, preexec_fn=partial(die_with, os.getpid()))
+def write_report(run: Path) -> str:
+    """Run `srlm report` in a process of its own: plots need packages that the controller does without. Return where the
+    report is, or that it could not be written; the process says why."""
+    argv = [*srlm_command(), "report", os.path.join(os.curdir, run)]  # a name that begins with - is no option
+    done = subprocess.run(argv, check=False, stdout=subprocess.DEVNULL, preexec_fn=partial(die_with, os.getpid()))
+    if done.returncode:
+        return f"The report could not be written. Try again: srlm report {quoted(run)}"
+    return f"Report: {run / 'report.html'}"
 
 
-def print_summary(run: Path, console: Console) -> None:
+def print_summary(run: Path, report: str, console: VisibleConsole) -> None:
     """Print the final table, and where the rest is."""
     from srlm_mega.report.summary import build_summary
     from srlm_mega.report.terminal import summary_table
 
     console.print(summary_table(build_summary(run)))
-    console.print(f"Report: {run / 'report.html'}\nA pair's history: srlm show pair ID {run}", highlight=False)
+    console.print(f"{report}\nA pair's history: srlm show pair ID {quoted(run)}")

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from srlm_mega.cli.arguments import RunFolder, SoundRunFolder, sound_run
+from srlm_mega.cli.output import VisibleConsole
 
 show_app = typer.Typer(
     help="Look inside a run, or at the paper's numbers.", no_args_is_help=True, rich_markup_mode=None
@@ -27,7 +27,7 @@ def status(
     from srlm_mega.run.soundness import damages
 
     if watch and not json:
-        follow(run, Console())
+        follow(run, VisibleConsole())
         return
     status = read_status(run, dict(damages(RunDir(run))))
     if json:
@@ -35,7 +35,7 @@ def status(
 
         print(orjson.dumps(status, option=orjson.OPT_INDENT_2).decode())
     else:
-        Console().print(view(status))
+        VisibleConsole().print(view(status))
 
 
 def report(run: SoundRunFolder) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from srlm_mega.config.knobs import deciding, flat, knobs
 from srlm_mega.config.runtime import default_shard_size
+from srlm_mega.text import on_one_screen
 
 # Former name -> today's. Files, overrides and finished outputs may have either.
 RENAMED = {
@@ -129,4 +130,4 @@ def take(values: dict[str, Any], key: str) -> Any:
 @cache
 def print_once(line: str) -> None:
     """Print a line to stderr, once per process."""
-    print(line, file=sys.stderr)
+    print(on_one_screen(line), file=sys.stderr)

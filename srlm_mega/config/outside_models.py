@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from srlm_mega.checkpoints_conversion.llama import LlamaShape
+from srlm_mega.text import quoted
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -37,13 +38,14 @@ def absence(path: Path) -> str:
     """Say why there is no model at a path, and how to get one: out of a GGUF file or, where the path may be an id, into
     the hub cache."""
     if path.is_file():
-        converted = f"make a folder of it (srlm convert {path} FOLDER --to huggingface) and give that"
+        converted = f"make a folder of it (srlm convert {quoted(path)} FOLDER --to huggingface) and give that"
         return f"{path} is a file: {converted if path.suffix == '.gguf' else 'give its folder'}"
     if path.exists():
         return f"{path} has no config.json"
     if HUB_ID.fullmatch(str(path)) is None:
         return f"there is no {path}"
-    return f"there is no {path}, nor a whole model of this id in the hub cache {hub_cache()} (hf download {path})"
+    download = f"hf download {quoted(path)}"
+    return f"there is no {path}, nor a whole model of this id in the hub cache {hub_cache()} ({download})"
 
 
 def shape_in(folder: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from srlm_mega.run.progress import ProgressState
 
@@ -22,9 +23,9 @@ class Display:
         """Show the bar of one stage until the block ends; the block calls what it is given with each new state."""
         columns = (
             SpinnerColumn(),
-            TextColumn(f"{{task.description:<{STAGE_WIDTH}}}"),
+            TextColumn(f"{{task.description:<{STAGE_WIDTH}}}", markup=False),
             BarColumn(bar_width=24),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             TimeElapsedColumn(),
         )
         with Progress(*columns, console=self._console, transient=True, disable=not self._console.is_terminal) as bars:
@@ -40,7 +41,8 @@ class Display:
     def finished(self, name: str, rows: int, seconds: float) -> None:
         """Print the line of a finished stage."""
         count = f"{rows:>7,} rows" if rows else " " * 12
-        self._console.print(f"[green]✓[/] {name:<{STAGE_WIDTH}} {count} {seconds:8.1f} s", highlight=False)
+        line = f" {name:<{STAGE_WIDTH}} {count} {seconds:8.1f} s"
+        self._console.print(Text.assemble(("✓", "green"), line), highlight=False)
 
     def print_line(self, text: str) -> None:
         """Print a text as it is; nothing in it is markup."""

@@ -14,7 +14,7 @@ import orjson
 
 from srlm_mega.report.lineage_sample import CandidateNode, PromptTree
 from srlm_mega.report.round_parts import RoundPart
-from srlm_mega.report.text import shortened
+from srlm_mega.text import shortened
 
 PROMPTS_PER_PAGE = 50
 MAX_BYTES = 13 * 2**20  # of base64; everything else in the page takes 1 to 2 MiB

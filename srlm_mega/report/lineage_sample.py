@@ -10,7 +10,7 @@ from typing import Literal
 
 import xxhash
 
-from srlm_mega.report.text import shortened, visible
+from srlm_mega.text import shortened, visible
 
 PROMPT_CHARACTERS, CANDIDATE_CHARACTERS, JUDGEMENT_CHARACTERS = 2000, 1500, 1000
 RECORD_BYTES = 80  # approximate size of a record in the page besides its text

@@ -31,11 +31,11 @@ from srlm_mega.report.planned import planned_rows
 from srlm_mega.report.plots import dpo_plots, judge_plot, lengths_plot, quality_plot, scores_plot, time_plot
 from srlm_mega.report.round_parts import RoundPart, read_round
 from srlm_mega.report.summary import Summary, build_summary, decimal, percent
-from srlm_mega.report.text import duration, visible
 from srlm_mega.run.files import write_atomic
 from srlm_mega.run.plan import eft_source, plan
 from srlm_mega.run.run_dir import RunDir
 from srlm_mega.run.stage_kinds import CANDIDATES, EVALUATION, SEED, SFT, model_name
+from srlm_mega.text import duration, visible
 
 SHOWN_PROMPTS = 6
 SHOWN_PAIRS = 2

@@ -27,8 +27,8 @@ from srlm_mega.report.page import render, write_report
 from srlm_mega.report.plots import row_of, running_mean
 from srlm_mega.report.summary import Summary, build_summary, write_summary
 from srlm_mega.report.terminal import summary_table
-from srlm_mega.report.text import duration, shortened, visible
 from srlm_mega.run.plan import find_stage
+from srlm_mega.text import duration, shortened, visible
 
 
 @pytest.fixture(scope="module")
