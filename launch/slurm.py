@@ -17,6 +17,7 @@ from srlm_mega.config import Config
 from srlm_mega.config.file import check_outside_files, load_config, to_yaml
 from srlm_mega.errors import UserError
 from srlm_mega.launch.ranks import gpu_request, literal, pyxis
+from srlm_mega.launch.time_limit import check_time_limit
 from srlm_mega.run.files import write_atomic
 from srlm_mega.run.run_dir import RunDir
 
@@ -104,7 +105,7 @@ def load_for_job(
 
 
 def render(job: SlurmJob) -> str:
-    """Return the script. UserError for a value with a line break, or a wrong name of a variable."""
+    """Return the script. UserError for a value with a line break, a wrong name of a variable, or too short a time."""
     slurm = job.config.launch.slurm
     values = {f"launch.slurm.{name}": value for name, value in slurm}
     values |= {"run.dir": job.run.root, "the working directory": job.workdir, "--stage": job.stages}
@@ -114,6 +115,8 @@ def render(job: SlurmJob) -> str:
     for name in slurm.environment:
         if not name.isidentifier():
             raise UserError(f"launch.slurm.environment: {name!r} is no name of a variable: use letters, digits and _")
+    if slurm.time is not None:
+        check_time_limit(slurm.time, "launch.slurm.time", job.config, bool(job.preflight_nodes))
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         undefined=StrictUndefined,

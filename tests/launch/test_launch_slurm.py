@@ -151,9 +151,10 @@ case "$1 $2" in
   run*)
     printf '%s\\n' "$@" >"$FAKES/arguments"
     env >"$FAKES/environment"
-    trap 'exit 4' USR1
+    further() { [[ ! -e $FAKES/further ]] || echo more >>"$FAKES/progress"; }
+    trap 'further; exit 4' USR1
     if [[ -e $FAKES/saves ]]; then
-      trap 'trap "" USR1; touch "$FAKES/saving"; sleep 1; echo saved >>"$FAKES/asked"; exit 4' USR1
+      trap 'trap "" USR1; touch "$FAKES/saving"; sleep 1; echo saved >>"$FAKES/asked"; further; exit 4' USR1
       touch "$FAKES/begun"
       while :; do sleep 0.05; done
     fi
@@ -163,12 +164,12 @@ case "$1 $2" in
       exit 4
     fi
     [[ ! -e $FAKES/by_hand ]] || touch "$RUN/stop"
-    [[ ! -e $FAKES/further ]] || echo more >>"$FAKES/progress"
+    further
     exit "$(cat "$FAKES/run")" ;;
 esac
 """,
     "srun": 'printf \'%s\\n\' "$@" >"$FAKES/srun_arguments"\nwhile [[ $1 == --* ]]; do shift; done\nexec "$@"\n',
-    "scontrol": 'echo "$@" >>"$FAKES/asked"\n[[ $1 != show ]] || echo "   ReqNodeList=(null) ExcNodeList=n7"\n',
+    "scontrol": 'echo "$@" >>"$FAKES/asked"\n[[ $1 != show ]] || cat "$FAKES/shown"\n',
 }
 
 
@@ -181,7 +182,8 @@ class Stage:
 
     def start(self, attempt: int = 0, preflight: int = 0, code: int = 0, **flags: str) -> "subprocess.Popen[str]":
         """The script; `flags` are files that the players look for."""
-        files = {"preflight": str(preflight), "run": str(code), "progress": "seed\n"} | flags
+        shown = "   ReqNodeList=(null) ExcNodeList=n7\n   PreemptEligibleTime=2026-11-30T12:00:00 PreemptTime=None\n"
+        files = {"preflight": str(preflight), "run": str(code), "progress": "seed\n", "shown": shown} | flags
         for name, content in files.items():
             (self.folder / name).write_text(content)
         script = self.folder / "job.sbatch"
@@ -253,9 +255,28 @@ def test_what_another_attempt_would_not_change(stage: Stage, code: int) -> None:
 
 @pytest.mark.timing
 def test_preempted(stage: Stage) -> None:
-    code, printed = stage.ended(stage.start(code=4))
+    code, printed = stage.ended(stage.start(code=4, further=""))
     assert code == 0 and "Queued again" in printed
     assert stage.asked_of_slurm() == ["requeue 5"]
+
+
+@pytest.mark.timing
+def test_asked_to_stop_before_it_came_further(stage: Stage) -> None:
+    """The next attempt has the same time limit. A preempted one may have longer."""
+    process = stage.start(long="")
+    stage.wait_for("begun")
+    process.send_signal(signal.SIGUSR1)
+    ended, printed = stage.ended(process)
+    assert ended == 4 and "before it came further: not queued again" in printed, printed
+    assert stage.asked_of_slurm() == ["show job 5"]
+    for flag in ("asked", "long"):
+        (stage.folder / flag).unlink()
+    assert stage.ended(stage.start(code=4))[0] == 4, "the steps alone were asked"
+    assert stage.asked_of_slurm() == ["show job 5"]
+    (stage.folder / "asked").unlink()
+    code, printed = stage.ended(stage.start(code=4, shown=" PreemptTime=2026-11-30T12:00:00 LastSchedEval=None\n"))
+    assert code == 0 and "Queued again" in printed
+    assert stage.asked_of_slurm() == ["show job 5", "requeue 5"]
 
 
 @pytest.mark.timing
@@ -275,12 +296,12 @@ def test_crashed_with_and_without_progress(stage: Stage) -> None:
 
 @pytest.mark.timing
 def test_restarts_are_bounded(stage: Stage) -> None:
-    code, printed = stage.ended(stage.start(code=4, attempt=3))
+    code, printed = stage.ended(stage.start(code=4, attempt=3, further=""))
     assert code == 4 and "3 restarts, launch.slurm.max_restarts=3" in printed
     (stage.folder / "arguments").unlink()
     assert stage.ended(stage.start(attempt=4))[0] == 1, "Slurm itself queued it once too often"
     assert not (stage.folder / "arguments").exists() and stage.asked_of_slurm() == []
-    assert stage.ended(stage.start(code=4, attempt=2))[0] == 0
+    assert stage.ended(stage.start(code=4, attempt=2, further=""))[0] == 0
     assert stage.asked_of_slurm() == ["requeue 5"]
 
 
@@ -302,7 +323,7 @@ def test_nobody_to_blame(stage: Stage) -> None:
 
 @pytest.mark.timing
 def test_the_warning_reaches_the_run(stage: Stage) -> None:
-    process = stage.start(long="")
+    process = stage.start(long="", further="")
     stage.wait_for("begun")
     process.send_signal(signal.SIGUSR1)
     assert stage.ended(process)[0] == 0
@@ -312,7 +333,7 @@ def test_the_warning_reaches_the_run(stage: Stage) -> None:
 @pytest.mark.timing
 @pytest.mark.parametrize(("second", "code", "asked"), [("USR1", 0, ["saved", "requeue 5"]), ("TERM", 4, ["saved"])])
 def test_a_second_signal_does_not_end_the_save(stage: Stage, second: str, code: int, asked: list[str]) -> None:
-    process = stage.start(saves="")
+    process = stage.start(saves="", further="")
     stage.wait_for("begun")
     process.send_signal(signal.SIGUSR1)
     stage.wait_for("saving")
@@ -323,11 +344,18 @@ def test_a_second_signal_does_not_end_the_save(stage: Stage, second: str, code: 
 
 @pytest.mark.timing
 def test_the_warning_in_the_preflight(stage: Stage) -> None:
-    process = stage.start(slow="")
+    process = stage.start(slow="", shown="PreemptTime=2026-11-30T12:00:00\n")
     stage.wait_for("begun")
     process.send_signal(signal.SIGUSR1)
     assert stage.ended(process)[0] == 0
-    assert stage.asked_of_slurm() == ["requeue 5"] and not (stage.folder / "arguments").exists()
+    asked = stage.asked_of_slurm()
+    assert asked == ["show job 5", "requeue 5"] and not (stage.folder / "arguments").exists()
+    (stage.folder / "begun").unlink()
+    process = stage.start(slow="")
+    stage.wait_for("begun")
+    process.send_signal(signal.SIGUSR1)
+    code, printed = stage.ended(process)
+    assert code == 4 and "in the preflight, before it came further: not queued again" in printed, printed
 
 
 @pytest.mark.timing

@@ -14,7 +14,8 @@ from srlm_mega.config import Config
 from srlm_mega.config.file import load_config
 from srlm_mega.errors import UserError
 from srlm_mega.launch import slurm
-from srlm_mega.launch.slurm import Partition, SlurmJob, Template, check_fits, load_for_job, parse_partition
+from srlm_mega.launch.slurm import Partition, SlurmJob, Template, check_fits, load_for_job, parse_partition, render
+from srlm_mega.launch.time_limit import seconds_of
 from srlm_mega.report.status import progress_line
 from srlm_mega.run.run_dir import RunDir
 
@@ -130,6 +131,44 @@ def test_what_fits() -> None:
     check_fits("debug,gpu", 10, 8, CLUSTER)
     with pytest.raises(UserError, match="no default partition: give --partition, one of gpu"):
         check_fits(None, 1, 0, CLUSTER[1:])
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("30", 1800), ("2:30", 180), ("24:00:00", 86_400), ("1-0", 86_400), ("1-12:30", 131_400),
+        ("2-00:00:30", 172_860), ("UNLIMITED", None), ("infinite", None), ("-1", None), ("2 days", None), ("", None),
+        ("0", None),
+    ],
+)  # fmt: skip
+def test_time_limits_as_slurm_reads_them(text: str, seconds: int | None) -> None:
+    assert seconds_of(text) == seconds
+
+
+@pytest.mark.parametrize(
+    ("time", "more", "message"),
+    [
+        ("2:00", [], "2:00 is 120 s.* needs 478 s: 58 s.*60 s.*300 s.*signal_seconds.*60 s"),
+        ("5", [], "5 is 300 s"),
+        ("7:00", [], "7:00 is 420 s"),
+        ("0-1", ["launch.slurm.signal_seconds=3600"], "0-1 is 3600 s"),
+        ("2:30", ["launch.slurm.signal_seconds=30"], "2:30 is 180 s.* needs 208 s"),
+        ("10:00", ["model.path=null", "model.hidden_size=8192", "model.ffn_hidden_size=28672", "model.num_layers=80",
+                   "model.num_attention_heads=64", "model.num_query_groups=8"], "10:00 is 600 s.* needs 7.. s"),
+    ],
+)  # fmt: skip
+def test_a_time_limit_in_which_no_attempt_comes_further(time: str, more: list[str], message: str) -> None:
+    """The warning comes at once, and the job would queue itself again until max_restarts."""
+    for template in ("run", "bench"):
+        with pytest.raises(UserError, match=message):
+            render(SlurmJob(template, load_config(TOY, [*more, f'launch.slurm.time="{time}"'])))
+
+
+def test_a_time_limit_with_room_for_progress() -> None:
+    for time in ("8", "7:01", "24:00:00", "UNLIMITED", "2 days"):  # Slurm itself judges the last
+        render(SlurmJob("run", load_config(TOY, [f'launch.slurm.time="{time}"'])))
+    sampling = load_config(TOY, ["launch.nodes=2", 'launch.slurm.time="7:00"'])
+    render(SlurmJob("sample", sampling, ("round_1/candidates",)))  # it has no preflight
 
 
 @pytest.mark.parametrize(
