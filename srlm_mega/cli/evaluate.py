@@ -9,6 +9,7 @@ from srlm_mega.cli.arguments import SoundRunFolder
 
 if TYPE_CHECKING:
     from srlm_mega.config.comparison import PairwiseJudgeConfig
+    from srlm_mega.evaluation.lengths import LengthControlled
     from srlm_mega.evaluation.results import Comparison
 
 evaluate_app = typer.Typer(help="Compare and measure finished models.", no_args_is_help=True, rich_markup_mode=None)
@@ -58,6 +59,15 @@ def judge_settings(judge: str | None, endpoint: str | None, variable: str | None
         raise UserError("; ".join(problems)) from None
 
 
+def described_score(controlled: "LengthControlled") -> str:
+    """Return a length-controlled score with its interval as text."""
+    if controlled.score is None:
+        return "not given: one side is longer on more than 90% of the prompts"
+    if controlled.score_low is None:
+        return f"{controlled.score:.1%}"
+    return f"{controlled.score:.1%}, bootstrap 95% {controlled.score_low:.1%} to {controlled.score_high:.1%}"
+
+
 def described(comparison: "Comparison") -> str:
     """Return a comparison's result as text."""
     head = f"{comparison.ours} against {comparison.theirs}, judged by {comparison.judge}"
@@ -73,9 +83,8 @@ def described(comparison: "Comparison") -> str:
         f"wins {result.wins} ({result.win_rate:.1%}), ties {result.ties} ({result.tie_rate:.1%}), "
         f"losses {result.losses} ({result.loss_rate:.1%})",
         f"score (ties half) {result.score:.1%}, Wilson's 95% {result.score_low:.1%} to {result.score_high:.1%}",
-        "length-controlled score "
-        + ("not defined: one side is always longer" if controlled.score is None else f"{controlled.score:.1%}")
-        + f"; mean characters {controlled.mean_characters_ours:.0f} against {controlled.mean_characters_theirs:.0f}",
+        f"length-controlled score {described_score(controlled)}; mean characters "
+        f"{controlled.mean_characters_ours:.0f} against {controlled.mean_characters_theirs:.0f}",
         *(
             f"  ours {one.name}: {one.score:.1%} on {one.prompts} prompts ({one.score_low:.1%} to {one.score_high:.1%})"
             for one in controlled.bins

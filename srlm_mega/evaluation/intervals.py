@@ -15,7 +15,7 @@ from pydantic import with_config
 from scipy.special import ndtr, stdtrit
 
 from srlm_mega.evaluation.results import JUDGED_PROMPTS, EvaluationSample, JudgedPrompt
-from srlm_mega.evaluation.win_rates import HeadToHead
+from srlm_mega.evaluation.win_rates import FEWEST_PROMPTS, HeadToHead
 from srlm_mega.records import STRICT, read_jsonl
 
 CHANCE = 0.5
@@ -23,8 +23,6 @@ CHANCE = 0.5
 
 RESAMPLES = 4000  # an end of an interval then varies by some 0.04 standard errors from one seed to another
 BLOCK = 1_000_000  # number of drawn prompts in memory at once
-# Without a true difference, five prompts all differ in the same direction once in 2 ** 4 = 16 times, six once in 32.
-FEWEST_PROMPTS = 6
 Floats = NDArray[np.float64]
 PromptShares = Mapping[str, tuple[float, float]]
 """By prompt id, a part and a whole; the figure is the sum of the parts divided by the sum of the wholes."""

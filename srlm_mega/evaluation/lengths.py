@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import with_config
 
-from srlm_mega.evaluation.win_rates import wilson_interval
+from srlm_mega.evaluation.win_rates import FEWEST_PROMPTS, wilson_interval
 from srlm_mega.judging.pairwise import Outcome
 from srlm_mega.records import STRICT, Message, PreferencePair
 
@@ -18,6 +18,8 @@ SIMILAR = 0.1  # lengths that differ by less than this share of the longer one
 # intercept is nearly free.
 RIDGE = np.diag([1e-6, 1.0])
 NEWTON_STEPS = 50
+LEAST_SIDE = 0.1  # of the prompts on either side of equal lengths: with fewer the score rests on a handful
+RESAMPLES = 500
 Floats = NDArray[np.float64]
 
 
@@ -50,14 +52,18 @@ class LengthBin:
 @dataclass(frozen=True, slots=True)
 class LengthControlled:
     """Length-controlled score. `score` is the score at equal lengths by a logistic regression, as in AlpacaEval 2 but
-    without its terms per instruction; None when one side is longer on every prompt, so that it cannot be estimated.
-    `length_effect` is the coefficient of length (above 0: longer wins). `bins` without prompts are left out."""
+    without its terms per instruction and its pull towards a gamed baseline; None when one side is longer on more than
+    90 % of the prompts, so that nothing can be said. `score_low` and `score_high` are its 95 % interval over prompts,
+    None with fewer than six or without a score. `length_effect` is the coefficient of length (above 0: longer wins).
+    `bins` without prompts are left out."""
 
     score: float | None
     length_effect: float
     mean_characters_ours: float
     mean_characters_theirs: float
     bins: tuple[LengthBin, ...]
+    score_low: float | None = None
+    score_high: float | None = None
 
 
 @with_config(STRICT)
@@ -109,13 +115,28 @@ def length_controlled(outcomes: Sequence[Outcome], ours: Sequence[int], theirs: 
     values = np.array([VALUE[one] for one in outcomes])
     differences = np.array(ours, dtype=np.float64) - np.array(theirs, dtype=np.float64)
     intercept, effect = logistic_fit(values, standardised(differences))
+    estimable = min((differences <= 0).mean(), (differences >= 0).mean()) >= LEAST_SIDE
+    low, high = score_interval(values, differences) if estimable and len(outcomes) >= FEWEST_PROMPTS else (None, None)
     return LengthControlled(
-        score=float(sigmoid(np.array(intercept))) if differences.min() <= 0 <= differences.max() else None,
+        score=float(sigmoid(np.array(intercept))) if estimable else None,
         length_effect=effect,
         mean_characters_ours=fmean(ours),
         mean_characters_theirs=fmean(theirs),
         bins=length_bins(values, ours, theirs),
+        score_low=low,
+        score_high=high,
     )
+
+
+def score_interval(values: Floats, differences: Floats, seed: int = 0) -> tuple[float, float]:
+    """Return the 95 % interval of the score at equal lengths by the bootstrap over prompts: the 2.5 % and 97.5 %
+    quantiles of `RESAMPLES` fits. Values in [0, 1] and differences of lengths have shape [prompts]."""
+    generator, fits = np.random.default_rng(seed), []
+    for _ in range(RESAMPLES):
+        drawn = generator.integers(len(values), size=len(values))
+        fits.append(logistic_fit(values[drawn], standardised(differences[drawn]))[0])
+    low, high = np.quantile(sigmoid(np.array(fits)), (0.025, 0.975))
+    return float(low), float(high)
 
 
 def standardised(differences: Floats) -> Floats:

@@ -11,6 +11,8 @@ from srlm_mega.records import STRICT
 
 QUALITY_TOLERANCE = 1e-6
 Z_95 = 1.959963984540054
+# Without a true difference, five prompts all differ in the same direction once in 2 ** 4 = 16 times, six once in 32.
+FEWEST_PROMPTS = 6
 
 
 @with_config(STRICT)

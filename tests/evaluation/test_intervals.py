@@ -8,7 +8,6 @@ from scipy.stats import binom
 
 from srlm_mega.evaluation import intervals
 from srlm_mega.evaluation.intervals import (
-    FEWEST_PROMPTS,
     Interval,
     PromptShares,
     accuracy_shares,
@@ -19,6 +18,7 @@ from srlm_mega.evaluation.intervals import (
 )
 from srlm_mega.evaluation.judge_metrics import RankedScore, judge_metrics, judged_prompt
 from srlm_mega.evaluation.results import EvaluationSample, JudgedPrompt
+from srlm_mega.evaluation.win_rates import FEWEST_PROMPTS
 
 
 def shares(*parts: float, whole: float = 1.0) -> PromptShares:

@@ -8,6 +8,7 @@ from scipy.optimize import minimize
 
 from srlm_mega.evaluation.lengths import (
     RIDGE,
+    VALUE,
     length_bins,
     length_controlled,
     length_statistics,
@@ -81,6 +82,33 @@ def test_equal_lengths_give_the_raw_score_exactly() -> None:
     outcomes: list[Outcome] = ["win", "tie", "loss", "win"]
     found = length_controlled(outcomes, [5] * 4, [5] * 4)
     assert found.score == pytest.approx(2.5 / 4, abs=1e-6) and found.length_effect == 0
+
+
+def test_the_interval_is_as_wide_as_estimates_vary() -> None:
+    """The score of 60 draws has a standard deviation; the interval of one draw is about 2 * 1.96 of it wide."""
+
+    def first_400(seed: int) -> tuple[list[Outcome], list[int], list[int]]:
+        outcomes, ours, theirs = drawn(score_at_equal=0.4, effect=2.0, bias=300, seed=seed)
+        return outcomes[:400], ours[:400], theirs[:400]
+
+    def score(outcomes: list[Outcome], ours: list[int], theirs: list[int]) -> float:
+        differences = np.array(ours, dtype=float) - np.array(theirs)
+        return logistic_fit(np.array([VALUE[one] for one in outcomes]), standardised(differences))[0]
+
+    logits = [score(*first_400(seed)) for seed in range(60)]
+    found = length_controlled(*first_400(60))
+    assert found.score is not None and found.score_low is not None and found.score_high is not None
+    assert found.score_low < found.score < found.score_high
+    low, high = (np.log(end / (1 - end)) for end in (found.score_low, found.score_high))
+    assert high - low == pytest.approx(2 * 1.96 * np.std(logits), rel=0.3)
+    assert length_controlled(["win"] * 5, [5] * 5, [5] * 5).score_low is None, "five prompts"
+
+
+def test_where_one_side_is_nearly_always_longer_nobody_can_say() -> None:
+    outcomes: list[Outcome] = ["win", "loss"] * 50
+    assert length_controlled(outcomes, [10] * 91 + [1] * 9, [5] * 100).score is None
+    assert length_controlled(outcomes, [10] * 90 + [1] * 10, [5] * 100).score is not None
+    assert length_controlled(outcomes, [1] * 91 + [10] * 9, [5] * 100).score is None
 
 
 def test_where_one_side_is_always_longer_nobody_can_say() -> None:
