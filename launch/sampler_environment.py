@@ -20,13 +20,14 @@ from srlm_mega.launch.child_process import (
     TRAINING_SETTINGS,
 )
 from srlm_mega.launch.ranks import gpu_request, number_in, pyxis
+from srlm_mega.run.lock import TOKEN
 
 # Our own values of what is for training: with any other value a variable is the user's.
 OURS = TRAINING_SETTINGS | TRAINING_PREFERENCES | CPU_TRAINING_SETTINGS
 OURS |= {"PYTORCH_ALLOC_CONF": OURS["PYTORCH_CUDA_ALLOC_CONF"]}  # its name since torch 2.9
 HIDDEN = ("", "-1", "NoDevFiles")  # values of CUDA_VISIBLE_DEVICES where there is to be no GPU, the last one Slurm's
 # A container is given these by name, where they are set.
-PASSED_ON = (*SETTINGS, *PREFERENCES, *OURS, "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+PASSED_ON = (*SETTINGS, *PREFERENCES, *OURS, "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", TOKEN)
 
 # A task of an MPI replica's step. What it is given: TensorRT-LLM's launcher ($0), which starts the command in its first
 # task and an MPI leader beside it, and the command. Older launchers (1.1.0rc6) split the command's words at spaces, so

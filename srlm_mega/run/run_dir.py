@@ -4,7 +4,6 @@ A stage's output is a folder `RUN/<stage>/`. It is built as `<stage>.partial/`, 
 last, and renamed: what has its final name is whole. What is finished is exactly what exists on disk.
 """
 
-import fcntl
 import os
 import shutil
 import time
@@ -17,6 +16,7 @@ import orjson
 from srlm_mega.config.compatibility import changed, listed
 from srlm_mega.errors import UserError
 from srlm_mega.run.files import fsync, remove_folder, write_atomic
+from srlm_mega.run.lock import held
 from srlm_mega.run.manifest import (
     IDENTITY,
     MANIFEST,
@@ -244,19 +244,14 @@ class RunDir:
         return existed
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Lock the run folder for one controller, until its process ends. UserError if another one holds the lock."""
+    def lock(self, or_by_starter: bool = False) -> Iterator[None]:
+        """Lock the run folder for this process, until it ends. UserError if another one holds the lock; but not, with
+        `or_by_starter`, if that one started this one."""
         others = [path for path in self.root.iterdir() if path.name not in (LOCK, JOBS)] if self.root.is_dir() else []
         if others and not self.config_file.is_file():
             raise UserError(f"{self.root} is not empty and not a run folder: give another one (run.dir=...)")
         self.root.mkdir(parents=True, exist_ok=True)
-        with (self.root / LOCK).open("a+b") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"another srlm run works in {self.root}. Wait for it to end, or end it, then start again."
-                ) from None
+        with held(self.root / LOCK, or_by_starter):
             yield
 
 

@@ -23,6 +23,12 @@ from srlm_mega.stages.work import Work
 def compare_checkpoints(run: RunDir, name: str) -> int:
     """Do the comparison that a paused training stage waits for. Returns the exit code; an error's message is in the
     progress file. UserError when no checkpoint waits."""
+    with run.lock(or_by_starter=True):
+        return compare_waiting(run, name)
+
+
+def compare_waiting(run: RunDir, name: str) -> int:
+    """Do the comparison in a run that is locked."""
     config = load_config(run.config_in_force)
     progress = Progress(run.progress_file(f"{name}/early_stopping"))
     samplers = Samplers(config, run.replicas)

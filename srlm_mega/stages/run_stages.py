@@ -33,6 +33,28 @@ def run_stages(run: RunDir, names: Sequence[str]) -> int:
     show_stacks_when_asked()
     config = load_config(run.config_in_force)
     stages = [find_stage(config, name) for name in names]
+    # The first of the ranks holds the lock for all. Who is refused leaves the progress files to those who work here.
+    with run.lock(or_by_starter=True) if is_first(stages) else nullcontext():
+        return make(run, config, stages)
+
+
+def is_first(stages: Sequence[Stage]) -> bool:
+    """Tell whether this process makes the stages alone, or is the first of torchrun's ranks."""
+    if not any(stage.kind.parallel for stage in stages):
+        return True
+    import torch
+
+    # Before megatron-core is imported: its decorators call torch.compile there and then, and to load the default
+    # backend, inductor, is a quarter of a process's start. On a CPU none of those functions is ever called.
+    if not torch.cuda.is_available():
+        torch.compiler.set_default_backend("eager")
+    from srlm_mega.training.topology import started_as
+
+    return started_as() == 0
+
+
+def make(run: RunDir, config: Config, stages: Sequence[Stage]) -> int:
+    """Make the stages' outputs, as `run_stages` says."""
     try:
         with joined_ranks(config, stages), closing(Samplers(config, run.replicas)) as samplers:
             codes = (run_stage(run, samplers, stage) for stage in stages)
@@ -50,12 +72,6 @@ def joined_ranks(config: Config, stages: Sequence[Stage]) -> AbstractContextMana
     """Return a context in which torchrun's ranks share one process group for all stages, if any is parallel."""
     if not any(stage.kind.parallel for stage in stages):
         return nullcontext()
-    import torch
-
-    # Before megatron-core is imported: its decorators call torch.compile there and then, and to load the default
-    # backend, inductor, is a quarter of a process's start. On a CPU none of those functions is ever called.
-    if not torch.cuda.is_available():
-        torch.compiler.set_default_backend("eager")
     from srlm_mega.training.topology import process_group
 
     return process_group(config.trainer)
