@@ -6,8 +6,11 @@ import faulthandler
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import psutil
 
 PR_SET_PDEATHSIG = 1
 SHOW_STACKS = signal.SIGUSR2
@@ -26,6 +29,7 @@ TRAINING_PREFERENCES = {
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
 }
+ONE_NODE_PREFERENCES = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 # Megatron wraps functions in torch.compile when it is imported; its fusions are for GPUs, and loading the compiler
 # costs every rank more than a second. Transformer Engine and apex are not expected on a CPU.
 CPU_TRAINING_SETTINGS = {
@@ -37,25 +41,16 @@ CPU_TRAINING_SETTINGS = {
 def srlm_command() -> list[str]:
     """Return how `srlm` starts with this Python: the command beside it, or, where the package is not installed and only
     on PYTHONPATH, its module."""
-    return beside_python("srlm", "srlm_mega.cli.start")
+    command = Path(sys.executable).parent / "srlm"
+    return [str(command)] if command.exists() else [sys.executable, "-P", "-m", "srlm_mega.cli.start"]
 
 
-def torchrun_command() -> list[str]:
-    """Return how torchrun starts with this Python."""
-    return beside_python("torchrun", "torch.distributed.run")
-
-
-def beside_python(name: str, module: str) -> list[str]:
-    """Return the command of this name beside this Python, or the module where there is none."""
-    command = Path(sys.executable).parent / name
-    return [str(command)] if command.exists() else [sys.executable, "-P", "-m", module]
-
-
-def environment(inherited: Mapping[str, str], threads: int, cpu: bool) -> dict[str, str]:
-    """Return the environment of a stage's processes. env.sh has the reasons, and sets the same but for `cpu`."""
+def environment(inherited: Mapping[str, str], threads: int, cpu: bool, one_node: bool = False) -> dict[str, str]:
+    """Return the environment of a stage's processes. env.sh has the reasons, and sets the same on several nodes with
+    GPUs; on one node ranks talk over the loopback interface."""
+    preferences = PREFERENCES | TRAINING_PREFERENCES | (ONE_NODE_PREFERENCES if one_node else {})
     settings = SETTINGS | TRAINING_SETTINGS | {"OMP_NUM_THREADS": str(threads)}
-    on_cpu = CPU_TRAINING_SETTINGS if cpu else {}
-    return PREFERENCES | TRAINING_PREFERENCES | dict(inherited) | settings | on_cpu
+    return preferences | dict(inherited) | settings | (CPU_TRAINING_SETTINGS if cpu else {})
 
 
 def die_with(parent_pid: int) -> None:
@@ -76,6 +71,18 @@ def die_with_parent() -> None:
     """End with the process that started this one, also when it is already gone: torchrun's agent, in whose place
     `announcing_its_pid` or launch/torchrun_multinode.sh left its pid, or whatever process started this one."""
     die_with(int(os.environ.get(PARENT_PID, os.getppid())))
+
+
+@contextmanager
+def ending_children() -> Iterator[None]:
+    """Kill this process's children, for which other threads wait, when the block is left by an exception."""
+    try:
+        yield
+    except BaseException:
+        for child in psutil.Process().children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
+        raise
 
 
 def show_stacks_when_asked() -> None:

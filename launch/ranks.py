@@ -14,10 +14,11 @@ from typing import Literal, assert_never
 from srlm_mega.config import Config
 from srlm_mega.config.launch import LaunchConfig
 from srlm_mega.errors import CannotContinue, UserError
-from srlm_mega.launch.child_process import announcing_its_pid, srlm_command, torchrun_command
+from srlm_mega.launch.child_process import announcing_its_pid, srlm_command
+from srlm_mega.launch.listening import LOOPBACK
 from srlm_mega.run.run_dir import RunDir
 
-# A node's task of a step. What it is given: a file that all nodes must see, torchrun and its arguments. USR1 (save)
+# A node's task of a step. What it is given: a file that all nodes must see, srlm and torchrun's arguments. USR1 (save)
 # and USR2 (show stacks) are left to the ranks: they would end the agent. SLURM_NODEID is the node's own only here.
 TASK = """\
 trap "" USR1 USR2
@@ -26,7 +27,7 @@ if [ ! -e "$1" ]; then
   exit 2
 fi
 export SRLM_PARENT_PID=$$
-exec "$2" --node-rank="$SLURM_NODEID" "${@:3}"
+exec "$2" torchrun --node-rank="$SLURM_NODEID" "${@:3}"
 """
 
 
@@ -77,12 +78,13 @@ def start_ranks(config: Config, run: RunDir, name: str, arguments: Sequence[str]
             argv = [*srlm_command(), *arguments]
             if launch.nodes > 1:
                 raise CannotContinue(by_hand(launch, name, argv))
-            processes = f"--nproc-per-node={launch.processes_per_node}"
-            return Start(announcing_its_pid([*torchrun_command(), "--standalone", processes, "--no-python", *argv]))
+            options = [f"--nproc-per-node={launch.processes_per_node}", f"--local-addr={LOOPBACK}", "--no-python"]
+            return Start(announcing_its_pid([*srlm_command(), "torchrun", "--standalone", *options, *argv]))
         case "slurm":
             allocation = allocation_for(launch.nodes)
             step = job_step(config, run, allocation, name)
-            rendezvous = Rendezvous(step.hosts[0], port_of(allocation.job), f"{allocation.job}-{allocation.attempt}")
+            host = step.hosts[0] if launch.nodes > 1 else LOOPBACK
+            rendezvous = Rendezvous(host, port_of(allocation.job), f"{allocation.job}-{allocation.attempt}")
             programs = None if step.container is not None else Path(sys.executable).parent
             argv = [tool(programs, "srlm"), *arguments]
             return Start(ranks_in_step(programs, argv, launch, rendezvous, step, shared_file.absolute()), step.logs)
@@ -185,11 +187,10 @@ def tool(bin_dir: Path | None, name: str) -> str:
 
 
 def ranks_on_node(
-    bin_dir: Path | None, argv: Sequence[str], launch: LaunchConfig, rendezvous: Rendezvous, node_rank: int
+    srlm: Sequence[str], argv: Sequence[str], launch: LaunchConfig, rendezvous: Rendezvous, node_rank: int
 ) -> list[str]:
     """Return the command line of this node's share of the ranks; every other node is given the same."""
-    torchrun = [tool(bin_dir, "torchrun"), f"--node-rank={node_rank}"]
-    return announcing_its_pid([*torchrun, *agent(launch, rendezvous, argv)])
+    return announcing_its_pid([*srlm, "torchrun", f"--node-rank={node_rank}", *agent(launch, rendezvous, argv)])
 
 
 def ranks_in_step(
@@ -202,7 +203,7 @@ def ranks_in_step(
 ) -> list[str]:
     """Return a command as ranks on all nodes of a step: one task per node, and torchrun in each. A node that does not
     see `shared_file` fails and says so. When a task fails, the others are ended."""
-    task = ["bash", "-c", TASK, "task", str(shared_file), tool(bin_dir, "torchrun"), *agent(launch, rendezvous, argv)]
+    task = ["bash", "-c", TASK, "task", str(shared_file), tool(bin_dir, "srlm"), *agent(launch, rendezvous, argv)]
     return [*srun_step(step), "--kill-on-bad-exit=1", "--wait=60", *task]
 
 
@@ -218,6 +219,7 @@ def agent(launch: LaunchConfig, rendezvous: Rendezvous, argv: Sequence[str]) -> 
         case other:
             assert_never(other)
     size = [f"--nnodes={launch.nodes}", f"--nproc-per-node={launch.processes_per_node}"]
+    where += [f"--local-addr={LOOPBACK}"] if launch.nodes == 1 else []
     return [*size, *where, "--max-restarts=0", "--no-python", *argv]
 
 

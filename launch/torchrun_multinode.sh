@@ -60,6 +60,7 @@ esac
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 export OMP_NUM_THREADS=$threads
 export SRLM_PARENT_PID=$$ # torchrun's, after exec: its ranks end with it
+if [[ -n ${TORCHRUN:-} ]]; then agent=("$TORCHRUN"); else agent=("$(dirname "$(command -v "$1")")/srlm" torchrun); fi
 # No restarts: workers may reconnect to addresses from before the restart. The same lines resume from the checkpoint.
-exec "${TORCHRUN:-$(dirname "$(command -v "$1")")/torchrun}" --node-rank="$node_rank" --nnodes="$nnodes" \
+exec "${agent[@]}" --node-rank="$node_rank" --nnodes="$nnodes" \
   --nproc-per-node="$nproc" "${place[@]}" --max-restarts=0 --no-python "$@"

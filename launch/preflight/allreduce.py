@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 
 from srlm_mega.config import Config
 from srlm_mega.config.launch import PreflightConfig
-from srlm_mega.launch.child_process import die_with, environment
+from srlm_mega.launch.child_process import die_with, environment, srlm_command
 from srlm_mega.launch.preflight.findings import Finding
 from srlm_mega.launch.preflight.this_node import ThisNode
 from srlm_mega.launch.ranks import Rendezvous, ranks_on_node
@@ -61,8 +61,9 @@ def own_ranks(config: Config, arguments: Sequence[str], out: Path, node: ThisNod
     launch = config.launch.model_copy(update={"rendezvous": "static"})
     program = [sys.executable, "-m", "srlm_mega.training.allreduce_check", str(folder), *arguments]
     rendezvous = Rendezvous(node.head, node.port + 1, id="")
-    argv = ranks_on_node(Path(sys.executable).parent, program, launch, rendezvous, node.rank)
-    settings = environment(os.environ, config.training_threads, cpu=config.trainer.device == "cpu")
+    argv = ranks_on_node(srlm_command(), program, launch, rendezvous, node.rank)
+    cpu, one_node = config.trainer.device == "cpu", len(node.names) == 1
+    settings = environment(os.environ, config.training_threads, cpu, one_node)
     seconds = config.launch.preflight.allreduce_seconds
     return run_ranks(argv, settings, node.name, node.rank * per_node, folder, out / f"{node.name}.log", seconds)
 

@@ -20,6 +20,7 @@ from rich.table import Table
 from srlm_mega.config import Config
 from srlm_mega.config.model_sizes import GIB
 from srlm_mega.errors import UserError
+from srlm_mega.launch.listening import listening_socket
 from srlm_mega.launch.preflight.allreduce import (
     GroupSpeed,
     RanksOutcome,
@@ -32,7 +33,7 @@ from srlm_mega.launch.preflight.allreduce import (
 from srlm_mega.launch.preflight.disk_need import disk_need
 from srlm_mega.launch.preflight.findings import Finding, check_absent, findings, to_leave_out
 from srlm_mega.launch.preflight.node_report import NodeReport, local_report
-from srlm_mega.launch.preflight.roll_call import Caller, RollCall, call
+from srlm_mega.launch.preflight.roll_call import Caller, RollCall, call, job_token
 from srlm_mega.launch.preflight.this_node import ThisNode
 from srlm_mega.run.files import write_atomic
 
@@ -55,7 +56,7 @@ def run_preflight(
     (out / "bad_nodes").unlink(missing_ok=True)
     write_atomic(out / ATTEMPT, attempt.encode())
     others = len(node.names) - 1
-    roll_call = open_roll_call(node.port, attempt) if others else None
+    roll_call = open_roll_call(node, attempt, job_token(arguments)) if others else None
     with ThreadPoolExecutor(1) as pool:  # calls are answered while this node checks itself
         called = pool.submit(roll_call.gather, others, settings.report_seconds) if roll_call else None
         own = look(config, node)
@@ -90,20 +91,20 @@ def run_preflight(
     console.print(f"Preflight: {len(reports)} nodes are well, {time.monotonic() - begin:.0f} s", highlight=False)
 
 
-def open_roll_call(port: int, attempt: str) -> RollCall:
-    """Listen for the other nodes. UserError when the port is taken."""
+def open_roll_call(node: ThisNode, attempt: str, token: str) -> RollCall:
+    """Listen for the other nodes, where they call. UserError when the port is taken."""
     try:
-        return RollCall(port, attempt)
+        return RollCall(listening_socket(node.head, node.port), attempt, token)
     except OSError as error:
-        why = f"node 0 cannot take calls at port {port} ({error.strerror}): give another --master-port"
-        raise UserError(why) from None
+        where = f"{node.head}, port {node.port} ({error.strerror})"
+        raise UserError(f"node 0 cannot take calls at {where}: give another --master-port") from None
 
 
 def follow(config: Config, arguments: Sequence[str], out: Path, node: ThisNode) -> None:
     """Report to node 0 from any other node, and start ranks when it says so. UserError when it cannot be reached."""
     settings = config.launch.preflight
     try:
-        node_0, greeting = call(node.head, node.port, node.rank, settings.report_seconds)
+        node_0, greeting = call(node.head, node.port, node.rank, job_token(arguments), settings.report_seconds)
     except OSError as error:
         raise UserError(
             f"{node.name}: no answer of node 0 at {node.head}:{node.port} in {settings.report_seconds:g} s "
@@ -120,7 +121,7 @@ def follow(config: Config, arguments: Sequence[str], out: Path, node: ThisNode) 
     try:
         node_0.send({"report": asdict(report)})
         patience = settings.report_seconds + PATIENCE_SECONDS + SHARED_SECONDS
-        if node_0.receive(time.monotonic() + patience)["go"]:
+        if node_0.receive(time.monotonic() + patience).get("go") is True:
             node_0.send({"outcome": asdict(own_ranks(config, arguments, out, node))})
     except OSError as error:
         raise UserError(f"{node.name}: node 0 went away during the preflight ({error}): see its messages") from None
@@ -164,8 +165,7 @@ def sees(file: Path, attempt: str, deadline: float) -> bool:
 
 def reported(caller: Caller, out: Path, attempt: str, deadline: float) -> NodeReport:
     """Return a caller's report, with whether node 0 sees the file that it wrote."""
-    report = TypeAdapter(NodeReport).validate_python(caller.report)
-    return replace(report, head_sees=sees(out / f"{report.node}.json", attempt, deadline))
+    return replace(caller.report, head_sees=sees(out / f"{caller.report.node}.json", attempt, deadline))
 
 
 def all_reduce(
@@ -182,10 +182,12 @@ def all_reduce(
     deadline = time.monotonic() + PATIENCE_SECONDS
     for caller in with_ranks:
         try:
-            outcomes.append(TypeAdapter(RanksOutcome).validate_python(caller.connection.receive(deadline)["outcome"]))
-        except OSError as error:
-            first, why = caller.rank * config.launch.processes_per_node, f"the node went away: {error}"
-            outcomes.append(RanksOutcome(caller.report["node"], first, False, (), why))
+            said = caller.connection.receive(deadline).get("outcome")
+            outcomes.append(TypeAdapter(RanksOutcome).validate_python(said))
+        except (OSError, ValueError) as error:
+            why = f"no outcome came from the node: {error}".partition("\n")[0]
+            first = caller.rank * config.launch.processes_per_node
+            outcomes.append(RanksOutcome(caller.report.node, first, False, (), why))
         caller.connection.close()
     return outcomes
 

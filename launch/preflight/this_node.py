@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from srlm_mega.errors import UserError
+from srlm_mega.launch.listening import EVERYWHERE, LOOPBACK
 from srlm_mega.launch.ranks import number_in, port_of
 
 TOP_LEVEL_COMMA = re.compile(r",(?![^\[]*\])")
@@ -14,7 +15,8 @@ TOP_LEVEL_COMMA = re.compile(r",(?![^\[]*\])")
 @dataclass(frozen=True)
 class ThisNode:
     """This node among the job's nodes. `names` are by node rank; if `named` they are Slurm's, else only this one's is a
-    host's. Nodes call node 0 at `head`:`port`; the ranks' rendezvous is at the next port."""
+    host's. Nodes call node 0 at `head`:`port`; the ranks' rendezvous is at the next port. Node 0 listens there, and
+    everywhere when it was not told where the others call."""
 
     rank: int
     names: tuple[str, ...]
@@ -46,7 +48,8 @@ def this_node(
     if count > 1 and own > 0 and address is None:
         raise UserError(f"{own_name} does not know where node 0 is: give --master-addr (or MASTER_ADDR)")
     job = number_in(environment, "SLURM_JOB_ID", default=0)
-    return ThisNode(own, tuple(names), named, address or "127.0.0.1", port or port_of(job))
+    head = (address or EVERYWHERE) if count > 1 else LOOPBACK
+    return ThisNode(own, tuple(names), named, head, port or port_of(job))
 
 
 def expand(compact: str) -> list[str]:

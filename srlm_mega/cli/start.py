@@ -13,9 +13,15 @@ def main() -> None:
     nothing where a shell started it in the background, to ignore it."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, interrupted)
-    from srlm_mega.cli.main import main as run
+    match sys.argv[1:]:
+        case ["torchrun", *words]:  # without the command line, whose imports every training would wait for
+            from srlm_mega.training.torchrun_agent import main as run_agent
 
-    run()
+            run_agent(words)
+        case _:
+            from srlm_mega.cli.main import main as run
+
+            run()
 
 
 def interrupted(number: int, frame: FrameType | None) -> None:

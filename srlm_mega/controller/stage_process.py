@@ -112,8 +112,8 @@ def started(start: Start, name: str, config: Config, run: RunDir, as_ranks: bool
     log_file.parent.mkdir(parents=True, exist_ok=True)
     if start.logs is not None:
         start.logs.mkdir(parents=True, exist_ok=True)
-    cpu, threads = config.trainer.device == "cpu", config.training_threads
-    here = environment(os.environ, threads, cpu) if as_ranks else sampler_variables(os.environ, config, None)
+    cpu, threads, one_node = config.trainer.device == "cpu", config.training_threads, config.launch.nodes == 1
+    here = environment(os.environ, threads, cpu, one_node) if as_ranks else sampler_variables(os.environ, config, None)
     stop_container(start.argv)  # one whose client was killed
     with log_file.open("ab") as log:
         earlier_bytes = log.tell()

@@ -17,7 +17,7 @@ from srlm_mega.controller.loop import run_loop
 from srlm_mega.controller.stage_process import StageProcess, stage_command
 from srlm_mega.errors import CannotContinue, UserError
 from srlm_mega.launch import ranks
-from srlm_mega.launch.child_process import PARENT_PID, environment, srlm_command, torchrun_command
+from srlm_mega.launch.child_process import PARENT_PID, environment, srlm_command
 from srlm_mega.launch.ranks import (
     TASK,
     Allocation,
@@ -48,19 +48,17 @@ def test_srlm_starts_as_a_module_where_it_is_not_installed(tmp_path: Path, monke
     done = subprocess.run([*module, "config", "show", "toy_cpu"], capture_output=True, text=True)
     assert done.returncode == 0 and "num_layers" in done.stdout, done.stderr
     assert srlm_command() == [str(Path(sys.executable).parent / "srlm")]
-    (tmp_path / "torchrun").touch()
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     assert srlm_command() == [str(tmp_path / "python"), "-P", "-m", "srlm_mega.cli.start"]
-    assert torchrun_command() == [str(tmp_path / "torchrun")]
 
 
 def test_static_and_c10d() -> None:
-    assert ranks_on_node(Path("/bin"), ["srlm", "stage"], TWO_NODES, RENDEZVOUS, 1) == [
-        *ANNOUNCED, "/bin/torchrun", "--node-rank=1", "--nnodes=2", "--nproc-per-node=8", "--master-addr=n1",
+    assert ranks_on_node(["/bin/srlm"], ["srlm", "stage"], TWO_NODES, RENDEZVOUS, 1) == [
+        *ANNOUNCED, "/bin/srlm", "torchrun", "--node-rank=1", "--nnodes=2", "--nproc-per-node=8", "--master-addr=n1",
         "--master-port=10005", "--max-restarts=0", "--no-python", "srlm", "stage",
     ]  # fmt: skip
-    dynamic = ranks_on_node(None, ["srlm"], TWO_NODES.model_copy(update={"rendezvous": "c10d"}), RENDEZVOUS, 0)
-    assert dynamic[: len(ANNOUNCED) + 1] == [*ANNOUNCED, "torchrun"]
+    dynamic = ranks_on_node(["srlm"], ["srlm"], TWO_NODES.model_copy(update={"rendezvous": "c10d"}), RENDEZVOUS, 0)
+    assert dynamic[: len(ANNOUNCED) + 1] == [*ANNOUNCED, "srlm"]
     assert {"--rdzv-backend=c10d", "--rdzv-endpoint=n1:10005", "--rdzv-id=5-0", "--max-restarts=0"} <= set(dynamic)
     assert not any(word.startswith("--master") for word in dynamic)
 
@@ -96,7 +94,8 @@ def test_a_nodes_task_knows_its_own_number(tmp_path: Path) -> None:
     argv = ["bash", "-c", TASK, "task", str(seen), "echo", "--nnodes=2", "a  b"]
     settings = {"SLURM_NODEID": "1", "PATH": os.environ["PATH"]}
     assert (
-        subprocess.run(argv, env=settings, capture_output=True, text=True).stdout == "--node-rank=1 --nnodes=2 a  b\n"
+        subprocess.run(argv, env=settings, capture_output=True, text=True).stdout
+        == "torchrun --node-rank=1 --nnodes=2 a  b\n"
     )
     seen.unlink()
     done = subprocess.run(argv, env=settings, capture_output=True, text=True)
@@ -136,8 +135,8 @@ def test_the_script_without_slurm_says_what_python_says(rendezvous: str) -> None
     options = ["--nnodes=2", "--nproc-per-node=8", "--node-rank=1", "--master-addr=localhost", "--master-port=10005"]
     done = multinode(*options, f"--rendezvous={rendezvous}", "env", "stage", "a b")
     launch = TWO_NODES.model_copy(update={"rendezvous": rendezvous})
-    argv = ranks_on_node(None, ["env", "stage", "a b"], launch, Rendezvous("localhost", 10_005, "srlm"), 1)
-    assert done.stdout.split() == " ".join(argv[len(ANNOUNCED) + 1 :]).split()
+    argv = ranks_on_node(["srlm"], ["env", "stage", "a b"], launch, Rendezvous("localhost", 10_005, "srlm"), 1)
+    assert done.stdout.split() == " ".join(argv[len(ANNOUNCED) + 2 :]).split()
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
@@ -43,7 +43,6 @@ from srlm_mega.launch.preflight.node_report import (
     local_report,
     parse_nvidia_smi,
 )
-from srlm_mega.launch.preflight.roll_call import RollCall, call
 from srlm_mega.launch.preflight.this_node import expand, this_node
 
 TOY = ROOT / "launch/configs/toy_cpu.yaml"
@@ -374,33 +373,6 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
-@pytest.mark.timing
-def test_nodes_report_over_the_network_and_clocks_are_compared() -> None:
-    port = free_port()
-    roll_call = RollCall(port, "attempt 1")
-
-    def node() -> None:
-        line, greeting = call("127.0.0.1", port, 1, 60)
-        line.send({"report": asdict(greeting)})
-        assert line.receive(time.monotonic() + 60) == {"go": True}
-        line.close()
-
-    thread = threading.Thread(target=node)
-    thread.start()
-    socket.create_connection(("127.0.0.1", port)).close()  # a stranger
-    (caller,) = roll_call.gather(1, 60)
-    assert caller.rank == 1 and caller.report["attempt"] == "attempt 1"
-    assert abs(caller.report["clock_ahead"]) <= caller.report["clock_error"] + 0.001, "one machine, one clock"
-    caller.connection.send({"go": True})
-    thread.join()
-    assert roll_call.gather(1, 0.1) == []
-
-
-def test_a_call_that_nobody_answers_ends() -> None:
-    with pytest.raises(OSError):
-        call("127.0.0.1", free_port(), 1, 0.5)
-
-
 @pytest.mark.parametrize(
     ("script", "places", "error"),
     [
@@ -432,7 +404,7 @@ def test_fewer_nodes_than_the_layout_takes_are_looked_at_without_it(tmp_path: Pa
 
 def test_a_port_that_is_taken_is_said() -> None:
     with socket.create_server(("", 0)) as taken, pytest.raises(UserError, match="give another --master-port"):
-        coordinator.open_roll_call(taken.getsockname()[1], "attempt")
+        coordinator.open_roll_call(this_node({}, 0, 2, None, taken.getsockname()[1]), "attempt", "token")
 
 
 def test_gpus_are_trainings_or_else_samplings() -> None:

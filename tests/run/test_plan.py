@@ -191,17 +191,18 @@ def test_neighbours_share_their_processes() -> None:
 
 
 def test_command_lines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in ("srlm", "torchrun"):
-        (tmp_path / name).touch()
+    (tmp_path / "srlm").touch()
     monkeypatch.setattr(sys, "executable", f"{tmp_path}/python")
     stages, run = {stage.name: stage for stage in plan(CONFIG)}, RunDir(Path("runs/a b"))
     assert stage_command([stages["seed"]], CONFIG, run).argv == [f"{tmp_path}/srlm", "stage", "runs/a b", "seed"]
     assert stage_command([stages["M0"], stages["M1"]], CONFIG, run).argv[4:] == [
-        f"{tmp_path}/torchrun", "--standalone", "--nproc-per-node=2", "--no-python",
+        f"{tmp_path}/srlm", "torchrun", "--standalone", "--nproc-per-node=2", "--local-addr=127.0.0.1", "--no-python",
         f"{tmp_path}/srlm", "stage", "runs/a b", "M0", "M1",
     ]  # fmt: skip
     assert environment({"PATH": "/bin", "OMP_NUM_THREADS": "8"}, 1, cpu=True)["OMP_NUM_THREADS"] == "1"
     assert environment({"PATH": "/bin"}, 1, cpu=True)["PATH"] == "/bin"
+    own = {"GLOO_SOCKET_IFNAME": "eth1"}
+    assert environment(own, 1, True, one_node=True).items() >= (own | {"NCCL_SOCKET_IFNAME": "lo"}).items()
     assert "TORCHDYNAMO_DISABLE" not in environment({}, 1, cpu=False), "on a GPU Megatron's fusions are compiled"
 
 

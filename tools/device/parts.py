@@ -46,7 +46,7 @@ def measure_device(minutes: float, out: Path, smoke: bool, only: Sequence[str]) 
     own = {"PYTHONUNBUFFERED": "1", "TRITON_CACHE_DIR": str(out.absolute() / "triton"), "TQDM_DISABLE": "1"}
     own |= {"CUDA_VISIBLE_DEVICES": ""} if smoke else {}
     threads = 1 if smoke else len(os.sched_getaffinity(0))
-    settings = environment(os.environ, threads, cpu=smoke) | own
+    settings = environment(os.environ, threads, smoke, one_node=True) | own
     return run_parts([part for part in known if not only or part.name in only], out, minutes, settings)
 
 
