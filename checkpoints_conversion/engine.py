@@ -5,9 +5,12 @@ An engine serves only the versions, GPU, split and limits it was built for, and 
 those of trtllm-build and trtllm-refit 1.2.)
 """
 
+import ctypes
+import functools
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -202,7 +205,8 @@ def check_engine(engine: Path, runtime: Runtime, weights_hash: str | None, check
 
 def probe_runtime(python: str) -> Runtime:
     """Ask the Python that has TensorRT-LLM for its versions and GPU. ValueError when it has no working TensorRT-LLM."""
-    done = subprocess.run([python, "-c", PROBE], capture_output=True, text=True, check=False)
+    end = functools.partial(_end_with, os.getpid())
+    done = subprocess.run([python, "-c", PROBE], capture_output=True, text=True, check=False, preexec_fn=end)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise ValueError(
@@ -232,11 +236,20 @@ def build_engine(
     return engine, step
 
 
+def _end_with(parent_pid: int) -> None:
+    """Let Linux kill this process when its parent ends (PR_SET_PDEATHSIG, SIGKILL)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    if os.getppid() != parent_pid:
+        os._exit(1)
+
+
 def _make(folder: Path, record: EngineRecord, argv: Sequence[str]) -> None:
     partial = partial_folder(folder)
     shutil.rmtree(partial, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run(argv, check=False)
+    done = subprocess.run(
+        argv, check=False, start_new_session=True, preexec_fn=functools.partial(_end_with, os.getpid())
+    )
     if done.returncode != 0:
         raise RuntimeError(f"`{' '.join(argv)}` ended with code {done.returncode}: see its messages above")
     write_record(partial, record)

@@ -6,6 +6,7 @@ import queue
 import signal
 from collections.abc import Sequence
 from multiprocessing.queues import Queue
+from threading import Thread
 
 from srlm_mega.checkpoints_conversion.build import MatrixWriter, Report, Task
 
@@ -25,11 +26,13 @@ def run(work: MatrixWriter, tasks: Sequence[tuple[int, Task]], jobs: int, report
     # Dealt out from the largest to the smallest, so that all processes end at about the same time.
     largest_first = sorted(tasks, key=lambda task: -sum(stored.nbytes for stored in task[1]))
     workers = [
-        context.Process(target=_work, args=(work, largest_first[number::jobs], messages, os.getpid()), daemon=True)
+        context.Process(target=_work, args=(work, largest_first[number::jobs], messages), daemon=True)
         for number in range(min(jobs, len(tasks)))
     ]
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # this process answers Ctrl-C for all
     for worker in workers:
         worker.start()
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
     try:
         while any(worker.is_alive() for worker in workers) or not messages.empty():
             try:
@@ -48,8 +51,15 @@ def run(work: MatrixWriter, tasks: Sequence[tuple[int, Task]], jobs: int, report
             worker.kill()
 
 
-def _work(work: MatrixWriter, tasks: Sequence[tuple[int, Task]], messages: "Queue[Message]", parent: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the parent ends this one
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _work(work: MatrixWriter, tasks: Sequence[tuple[int, Task]], messages: "Queue[Message]") -> None:
+    Thread(target=_end_with_parent, daemon=True).start()
     unreported = 0
 
     def report(written: int) -> None:
@@ -57,8 +67,6 @@ def _work(work: MatrixWriter, tasks: Sequence[tuple[int, Task]], messages: "Queu
         unreported += written
         if unreported < REPORT_BYTES:
             return
-        if os.getppid() != parent:
-            raise SystemExit("the process that started this one is gone")
         messages.put(unreported)
         unreported = 0
 

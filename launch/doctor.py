@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from srlm_mega.config.runtime import SamplerBackend
-from srlm_mega.launch.child_process import die_with
+from srlm_mega.launch.child_process import die_with, ending_children
 from srlm_mega.launch.probe import MODULES, ProbeAnswer
 
 SCRIPT = Path(__file__).with_name("probe.py")
@@ -113,7 +113,7 @@ def fits(version: str, wanted: str) -> bool:
 
 def run_probes(names: Sequence[str], seconds: float) -> list[Probed]:
     """Run probes, a few at a time since each may import torch; `seconds` limits each."""
-    with ThreadPoolExecutor(AT_ONCE) as pool:
+    with ThreadPoolExecutor(AT_ONCE) as pool, ending_children():
         return list(pool.map(lambda name: run_probe(name, seconds), names))
 
 

@@ -123,10 +123,15 @@ def slurm() -> ProbeAnswer:
     """Look for Slurm's commands, and ask whether its controller answers."""
     if shutil.which("srun") is None or shutil.which("sbatch") is None:
         return ProbeAnswer(absent=True)
-    asked = subprocess.run(["srun", "--version"], capture_output=True, text=True)
+    asked = ask("srun", "--version")
     version = "0" if asked.returncode else asked.stdout.split()[-1]  # it fails where there is no slurm.conf
-    ping = subprocess.run(["scontrol", "ping"], capture_output=True, text=True)
+    ping = ask("scontrol", "ping")
     return ProbeAnswer(version, detail="controller is UP" if "is UP" in ping.stdout else "no controller answers")
+
+
+def ask(*argv: str) -> "subprocess.CompletedProcess[str]":
+    """Run a command that ends with this process (PR_SET_PDEATHSIG, SIGKILL)."""
+    return subprocess.run(argv, capture_output=True, text=True, preexec_fn=lambda: ctypes.CDLL(None).prctl(1, 9))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,13 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("tools",),
     ("cli",),
 )
+# Commands that answer at once or have a limit of their own, and one that stops what was left.
+SHORT = {
+    "srlm_mega.run.provenance": "git", "srlm_mega.launch.ranks": "scontrol", "srlm_mega.launch.slurm": "sbatch, sinfo",
+    "srlm_mega.launch.sampler_environment": "docker stop", "srlm_mega.tools.scripts.compile_kernels": "cuobjdump",
+    "srlm_mega.tools.device.device_environment": "nvidia-smi",
+}  # fmt: skip
+STARTS = ("subprocess.run", "subprocess.Popen")
 
 
 def sources() -> dict[str, Path]:
@@ -232,3 +239,15 @@ def test_the_architecture_page_has_a_line_for_every_file() -> None:
 
 def test_the_readme_takes_two_screens() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_every_process_that_we_start_ends_with_the_one_that_started_it() -> None:
+    """As it is written: `preexec_fn` asks Linux for it between fork and exec, whenever the parent is killed."""
+    free, found = set(), 0
+    for module, path in sources().items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in STARTS:
+                found += 1
+                if not any(keyword.arg == "preexec_fn" for keyword in node.keywords):
+                    free.add(module)
+    assert found > 20 and free == SHORT.keys()

@@ -25,7 +25,7 @@ from srlm_mega.checkpoints_conversion.fp8 import Amax, Quantizer, Rounding, line
 from srlm_mega.checkpoints_conversion.huggingface_files import LLAMA_IDS, plan
 from srlm_mega.checkpoints_conversion.llama import LlamaShape
 from srlm_mega.errors import UserError
-from srlm_mega.launch.child_process import srlm_command
+from srlm_mega.launch.child_process import die_with, srlm_command
 from srlm_mega.tools.bench_record import BenchRecord, BenchRow, make_record, make_row, markdown, write_record
 from srlm_mega.tools.bench_timing import take_turns
 
@@ -90,7 +90,7 @@ def measure(argv: Sequence[str], destination: Path, source: Path, cold: bool) ->
     for path in source.iterdir():
         _set_cache(path, cold)
     started = time.perf_counter()
-    process = subprocess.Popen(argv, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, preexec_fn=partial(die_with, os.getpid()))
     peak = 0
     while process.poll() is None:
         peak = max(peak, _peak_of_tree(process.pid))

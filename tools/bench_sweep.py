@@ -4,14 +4,17 @@ Each value is measured by a `srlm bench training` of its own, so that the next o
 code). A value that cannot be measured, for example because memory runs out, is named in the record and left out.
 """
 
+import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from srlm_mega.errors import UserError
+from srlm_mega.launch.child_process import die_with
 from srlm_mega.tools.bench_record import BenchRecord, command_of, read_record, write_record
 
 
@@ -37,12 +40,14 @@ def run_sweep(sweep: Sweep, argv: Sequence[str], json: Path) -> BenchRecord:
     no value could be measured."""
     measured: dict[str, BenchRecord] = {}
     failed: dict[str, int] = {}
+    die = partial(die_with, os.getpid())
     with tempfile.TemporaryDirectory() as folder:
         for value in sweep.values:
             print(f"{sweep.key}={value}", flush=True)
             file = Path(folder) / "record.json"
             file.unlink(missing_ok=True)
-            done = subprocess.run([*argv, f"{sweep.key}={value}", "--json", str(file)], check=False)
+            words = [*argv, f"{sweep.key}={value}", "--json", str(file)]
+            done = subprocess.run(words, check=False, start_new_session=True, preexec_fn=die)
             if done.returncode == 0:
                 measured[value] = read_record(file)
             else:

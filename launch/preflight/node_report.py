@@ -12,8 +12,11 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
+
+from srlm_mega.launch.child_process import die_with
 
 PACKAGES = (
     "srlm-mega", "torch", "megatron-core", "transformer-engine", "flash-attn", "triton", "transformers", "numpy",
@@ -111,7 +114,8 @@ def installed_versions() -> dict[str, str]:
 def visible_gpus() -> tuple[tuple[InstalledGpu, ...], dict[str, str]]:
     """Return the GPUs that this job may use, and what should be the same on all nodes: their kinds and the driver.
     OSError without nvidia-smi, which hangs on some broken GPUs. Not run on a GPU by this project."""
-    done = subprocess.run(NVIDIA_SMI, capture_output=True, text=True, timeout=60)
+    die = partial(die_with, os.getpid())
+    done = subprocess.run(NVIDIA_SMI, capture_output=True, text=True, timeout=60, preexec_fn=die)
     if done.returncode:
         said = (done.stdout + done.stderr).strip().splitlines()
         raise OSError(f"nvidia-smi ended with {done.returncode}: {said[-1] if said else 'nothing said'}")

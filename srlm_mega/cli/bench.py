@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -156,7 +157,7 @@ def sweep_training(text: str, json: Path | None) -> None:
 def start_again(config: "Config", config_file: Path) -> int:
     """Run this command with `--started` in as many processes as the layout has; return their exit code."""
     from srlm_mega.config.file import find_file
-    from srlm_mega.launch.child_process import environment, srlm_command
+    from srlm_mega.launch.child_process import die_with, environment, srlm_command
     from srlm_mega.launch.cores import with_cores
     from srlm_mega.launch.ranks import Start, start_ranks
     from srlm_mega.run.run_dir import RunDir
@@ -166,10 +167,12 @@ def start_again(config: "Config", config_file: Path) -> int:
     start = Start([*srlm_command(), *arguments])
     if config.world_size > 1:
         start = start_ranks(config, RunDir(config.run.dir), "bench", arguments, find_file(config_file))
-    settings = environment(os.environ, config.training_threads, cpu=config.trainer.device == "cpu")
+    cpu, one_node = config.trainer.device == "cpu", config.launch.nodes == 1
+    settings = environment(os.environ, config.training_threads, cpu, one_node)
     if start.logs is not None:
         start.logs.mkdir(parents=True, exist_ok=True)
-    code = subprocess.run(start.argv, check=False, env=settings).returncode
+    die = partial(die_with, os.getpid())
+    code = subprocess.run(start.argv, check=False, env=settings, start_new_session=True, preexec_fn=die).returncode
     for path in sorted(start.logs.glob("*.log")) if start.logs is not None else ():
         print(f"{path}:\n{path.read_text(errors='replace')}")
     return code

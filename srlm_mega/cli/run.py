@@ -75,7 +75,8 @@ def write_report(run: Path) -> str:
     """Run `srlm report` in a process of its own: plots need packages that the controller does without. Return where the
     report is, or that it could not be written; the process says why."""
     argv = [*srlm_command(), "report", os.path.join(os.curdir, run)]  # a name that begins with - is no option
-    done = subprocess.run(argv, check=False, stdout=subprocess.DEVNULL, preexec_fn=partial(die_with, os.getpid()))
+    die = partial(die_with, os.getpid())
+    done = subprocess.run(argv, check=False, stdout=subprocess.DEVNULL, start_new_session=True, preexec_fn=die)
     if done.returncode:
         return f"The report could not be written. Try again: srlm report {quoted(run)}"
     return f"Report: {run / 'report.html'}"

@@ -1,10 +1,12 @@
 """Prefetching: an iterator that runs in a process of its own, ahead of its reader."""
 
 import multiprocessing
+import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from multiprocessing.connection import Connection
+from threading import Thread
 from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -19,7 +21,9 @@ def prefetch(make: Callable[P, Iterable[T]], *args: P.args, **kwargs: P.kwargs) 
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     maker = context.Process(target=_send, args=(theirs, make, args, kwargs), daemon=True)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # the reader answers Ctrl-C
     maker.start()
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
     theirs.close()  # the other process keeps the only writing end, so that its death ends the pipe
     try:
         batch: list[T]
@@ -29,6 +33,13 @@ def prefetch(make: Callable[P, Iterable[T]], *args: P.args, **kwargs: P.kwargs) 
         maker.kill()
         maker.join()
         ours.close()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _receive(connection: Connection) -> list[T]:
@@ -44,7 +55,7 @@ def _receive(connection: Connection) -> list[T]:
 def _send(
     connection: Connection, make: Callable[..., Iterable[T]], args: tuple[object, ...], kwargs: dict[str, object]
 ) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the reader ends this one
+    Thread(target=_end_with_parent, daemon=True).start()
     try:
         items = iter(make(*args, **kwargs))
         while batch := list(islice(items, BATCH)):

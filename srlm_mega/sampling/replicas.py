@@ -95,6 +95,7 @@ class Replicas:
         return subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
+            start_new_session=True,  # the process that starts them answers Ctrl-C for all
             preexec_fn=partial(die_with, os.getpid()),
             env=sampler_variables(os.environ, self._config, number),
         )

@@ -1,5 +1,6 @@
 """Ctrl-C at any moment ends a command with code 4 and no traceback."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -57,3 +58,54 @@ def test_a_command_in_the_background_of_a_script_stays(tmp_path: Path) -> None:
     """A shell lets it ignore Ctrl-C, which is for what runs in the foreground."""
     done = begun(signal.SIG_IGN, "typer", "show", "paper", cwd=tmp_path)
     assert done.returncode == 0 and "interrupted" not in done.stderr
+
+
+# In a fork for each command, so that only one process imports: the signal comes when a command begins to work.
+EVERY = """
+import json, os, signal, sys
+from importlib.abc import MetaPathFinder
+from pathlib import Path
+import typer
+from srlm_mega.cli.main import app
+from srlm_mega.cli.start import main
+
+VALUES = {"config_file": "toy_cpu", "run": "RUN", "runs": "RUN", "rank": "0", "number": "0", "words": "a b --to trtllm"}
+
+class Finder(MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.startswith("srlm_mega."):
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), signal.SIGINT)
+
+def commands(command, words=()):
+    if isinstance(command, typer.core.TyperGroup):
+        return [leaf for name, one in command.commands.items() for leaf in commands(one, (*words, name))]
+    for needed in (one for one in command.params if one.required):
+        option = [] if needed.param_type_name == "argument" else [f"--{needed.name}"]
+        words = (*words, *option, *VALUES.get(needed.name, "x").split())
+    return [words]
+
+ended = {}
+for words in commands(typer.main.get_command(app)):
+    child = os.fork()
+    if child == 0:
+        file = os.open("said", os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
+        os.dup2(file, 1), os.dup2(file, 2)
+        sys.argv = ["srlm", *words]
+        sys.meta_path.insert(0, Finder())
+        main()
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    ended[" ".join(words)] = [code, Path("said").read_text()]
+print(json.dumps(ended))
+"""
+
+
+def test_every_command_ends_with_one_line(tmp_path: Path) -> None:
+    (tmp_path / "RUN").mkdir()
+    (tmp_path / "RUN" / "config.yaml").touch()
+    done = subprocess.run([sys.executable, "-c", EVERY], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    ended = json.loads(done.stdout)
+    assert len(ended) > 30 and "stage RUN x" in ended and "show pair x RUN" in ended
+    assert ended.pop("config schema")[0] == 0, "it imports nothing more"
+    assert {words: end for words, end in ended.items() if end != [STOP_REQUESTED, "interrupted: Ctrl-C\n"]} == {}

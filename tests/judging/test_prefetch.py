@@ -3,7 +3,11 @@
 import multiprocessing
 import os
 import random
+import select
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,6 +34,14 @@ def killed_at(count: int) -> Iterator[int]:
 def endless() -> Iterator[int]:
     while True:
         yield 1
+
+
+def blocked(folder: Path | None = None) -> Iterator[bool]:
+    """Whether Ctrl-C reaches this process; with a folder it first tells its pid there, and works for long."""
+    if folder is not None:
+        (folder / "pid").write_text(str(os.getpid()))
+        time.sleep(60)
+    yield signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 @pytest.mark.parametrize("count", [0, 1, BATCH, 2 * BATCH + 3])
@@ -83,3 +95,32 @@ def test_a_bad_line_is_named_from_there_too(tmp_path: Path) -> None:
         file.write(b'{"id": "half\n')
     with pytest.raises(UserError, match=rf"judgements\.jsonl:{count + 1}: JudgementScore: Invalid JSON"):
         list(read_rewards(path, 1, worth_a_process=0))
+
+
+def test_ctrl_c_is_for_the_reader_alone() -> None:
+    assert list(prefetch(blocked)) == [True]
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+READER = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from srlm_mega.judging.prefetch import prefetch
+from test_prefetch import blocked
+if __name__ == "__main__":
+    list(prefetch(blocked, Path(sys.argv[2])))
+"""
+
+
+def test_a_killed_reader_leaves_no_process(tmp_path: Path) -> None:
+    """Also while the other one has nothing to send, and does not see that nobody reads."""
+    os.mkfifo(tmp_path / "pid")
+    (tmp_path / "reader.py").write_text(READER)
+    argv = [sys.executable, str(tmp_path / "reader.py"), str(Path(__file__).parent), str(tmp_path)]
+    with subprocess.Popen(argv) as reader:
+        maker = os.pidfd_open(int((tmp_path / "pid").read_text()))
+        reader.kill()
+    poll = select.poll()
+    poll.register(maker)
+    assert poll.poll(30_000), "it ends long before its work does"

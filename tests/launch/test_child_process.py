@@ -41,3 +41,25 @@ def test_a_child_whose_parent_was_killed_before_it_asked(announced: bool, tmp_pa
     poll.register(child)
     assert poll.poll(60_000), "the child ends, one way or the other"
     assert (tmp_path / "lives").exists() != announced
+
+
+WAITER = """
+import subprocess, sys
+from concurrent.futures import ThreadPoolExecutor
+import psutil
+from srlm_mega.launch.child_process import ending_children
+
+try:
+    with ThreadPoolExecutor(1) as pool, ending_children():
+        asked = pool.submit(subprocess.run, ["sleep", "600"])
+        while not psutil.Process().children():
+            pass
+        sys.exit(4)
+finally:
+    print(asked.result().returncode)
+"""
+
+
+def test_who_is_interrupted_does_not_wait_for_children_of_threads() -> None:
+    done = subprocess.run([sys.executable, "-c", WAITER], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (4, f"{-signal.SIGKILL}\n"), done.stderr

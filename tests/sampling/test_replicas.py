@@ -174,6 +174,16 @@ def test_replicas_of_a_node_start_one_after_the_other(tmp_path: Path, monkeypatc
     replicas.close()
 
 
+def test_ctrl_c_of_a_terminal_does_not_reach_replicas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process that starts them answers it, in one line."""
+    monkeypatch.setattr("srlm_mega.sampling.replicas.sampler_process", lambda *given: ["sleep", "600"])
+    replicas = Replicas(load_config(TOY), SampledModel(tmp_path, tmp_path), tmp_path / "replicas")
+    replicas._alive[0] = replica = replicas._started(0)
+    assert os.getpgid(replica.pid) == replica.pid != os.getpgid(0)
+    replicas.close()
+    assert replica.returncode == -signal.SIGTERM
+
+
 @pytest.mark.extra
 def test_one_load_serves_all_stages_of_a_model(tmp_path: Path) -> None:
     """Candidates and their judgements: two replicas each load M1 once, and nothing of theirs is left."""

@@ -1,9 +1,11 @@
 """`srlm bench device`: the demo's loop at small size on the GPU, with the `huggingface` sampler; seconds and rates of
 each stage. Trainer and sampler share the one device."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +13,7 @@ import torch
 import typer
 
 from srlm_mega.config.file import load_config
-from srlm_mega.launch.child_process import srlm_command
+from srlm_mega.launch.child_process import die_with, srlm_command
 from srlm_mega.report.costs import stage_costs
 from srlm_mega.run.run_dir import RunDir
 from srlm_mega.tools.bench_kernels import find_device
@@ -38,7 +40,8 @@ def main(
     """Run the small demo, and record its stages, also those of a run that failed."""
     device = find_device()
     overrides = [f"run.dir={folder}", *SMALL, *(ON_GPU if device.type == "cuda" else SMOKE)]
-    code = subprocess.run([*srlm_command(), "run", "toy_cpu", *overrides], check=False).returncode
+    die = partial(die_with, os.getpid())
+    code = subprocess.run([*srlm_command(), "run", "toy_cpu", *overrides], check=False, preexec_fn=die).returncode
     record = record_of(folder, overrides, code, device)
     write_record(record, json)
     print(table(record))

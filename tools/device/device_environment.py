@@ -15,7 +15,7 @@ import torch
 import typer
 
 from srlm_mega.config.model_sizes import GIB
-from srlm_mega.launch.child_process import srlm_command
+from srlm_mega.launch.child_process import die_with, srlm_command
 from srlm_mega.tools.bench_kernels import find_device, interleaved
 from srlm_mega.tools.bench_record import BenchRow, make_record, make_row, table, write_record
 from srlm_mega.tools.device.first_call import gpu_name
@@ -61,7 +61,7 @@ def facts() -> dict[str, object]:
 def asked_doctor() -> dict[str, object]:
     """Return the doctor's exit code, and its rows or what it says instead."""
     argv = [*srlm_command(), "doctor", "--json", "--timeout", str(DOCTOR_SECONDS)]
-    done = subprocess.run(argv, capture_output=True, check=False)
+    done = subprocess.run(argv, capture_output=True, check=False, preexec_fn=partial(die_with, os.getpid()))
     rows = orjson.loads(done.stdout) if done.stdout.startswith(b"{") else done.stderr.decode()
     return {"doctor_exit_code": done.returncode, "doctor": rows}
 

@@ -1,9 +1,11 @@
 """`srlm bench device`: the peak memory that a benchmark of training measured, beside what `srlm rehearse` predicts for
 the same configuration without a GPU."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +14,7 @@ import typer
 
 from srlm_mega.config.model_sizes import GIB
 from srlm_mega.errors import UserError
-from srlm_mega.launch.child_process import srlm_command
+from srlm_mega.launch.child_process import die_with, srlm_command
 from srlm_mega.tools.bench_record import BenchRecord, make_record, make_row, read_record, table, write_record
 
 MEASURED = "memory/stage_0_"
@@ -25,8 +27,9 @@ def main(
 ) -> None:
     """Rehearse the configuration, and compare its peak with the measured one."""
     rehearsal = json.with_name(f"{json.stem}_rehearsal.json")
+    die = partial(die_with, os.getpid())
     with rehearsal.open("wb") as file:
-        done = subprocess.run([*srlm_command(), "rehearse", *words, "--json"], stdout=file, check=False)
+        done = subprocess.run([*srlm_command(), "rehearse", *words, "--json"], stdout=file, check=False, preexec_fn=die)
     if not rehearsal.stat().st_size:
         sys.exit(done.returncode or 1)
     record = compared(read_record(measured), orjson.loads(rehearsal.read_bytes()))

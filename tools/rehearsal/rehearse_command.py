@@ -20,7 +20,7 @@ from srlm_mega.config.file import load_config
 from srlm_mega.config.model_sizes import GIB
 from srlm_mega.errors import USER_ERROR, UserError
 from srlm_mega.gpus import GpuModel
-from srlm_mega.launch.child_process import die_with, environment, srlm_command
+from srlm_mega.launch.child_process import die_with, ending_children, environment, srlm_command
 from srlm_mega.launch.cores import usable_cores
 from srlm_mega.records import parse_line
 from srlm_mega.tools.planner.training_steps import Lengths, layout_of, planned_memory, training_job
@@ -50,7 +50,7 @@ def rehearse(request: RehearsalRequest) -> Rehearsed:
     if wrong:
         raise UserError(f"--ranks {wrong[0]}: the layout has ranks 0 to {config.world_size - 1}")
     at_once = max(1, min(len(ranks), usable_cores(), psutil.virtual_memory().available // PROCESS_BYTES))
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(at_once) as pool:
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(at_once) as pool, ending_children():
         gpu_file(Path(folder)).write_bytes(orjson.dumps(request.gpu))
         records = list(pool.map(partial(in_own_process, request, config, Path(folder)), ranks))
     job = training_job(config, config.dpo, layout_of(config), request.gpu, Lengths())
@@ -65,10 +65,11 @@ def in_own_process(request: RehearsalRequest, config: Config, folder: Path, rank
     arguments = ["rehearse-rank", str(request.config_file), str(rank), str(out), str(gpu_file(folder))]
     done = subprocess.run(
         [*srlm_command(), *arguments, *request.overrides],
-        env=environment(os.environ, threads=1, cpu=True),
+        env=environment(os.environ, threads=1, cpu=True, one_node=True),
         capture_output=True,
         text=True,
         check=False,
+        start_new_session=True,
         preexec_fn=partial(die_with, os.getpid()),
     )
     if out.is_file():
