@@ -25,7 +25,7 @@ class PairwiseJudgeConfig(Section, decides="output"):
     )
     max_new_tokens: int = Field(512, ge=1, description="Longest judgement, in tokens.")
     timeout_seconds: Annotated[float, Decides("reach")] = Field(
-        120.0, gt=0, description="Longest wait for one answer of the endpoint, in seconds."
+        120.0, gt=0, description="Longest wait for one whole answer of the endpoint, in seconds."
     )
     attempts: Annotated[int, Decides("reach")] = Field(
         5, ge=1, description="Tries of each request to the endpoint, with growing waits between them."
@@ -40,8 +40,12 @@ class PairwiseJudgeConfig(Section, decides="output"):
     @classmethod
     def _plain_url(cls, endpoint: str | None) -> str | None:
         if endpoint is not None:
-            parts = urlsplit(endpoint)
-            if parts.scheme not in ("http", "https") or not parts.hostname:
+            try:
+                parts = urlsplit(endpoint)
+                is_url = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+            except ValueError:  # a port that is none: it may be the password
+                is_url = False
+            if not is_url:
                 raise ValueError("give the base URL of an OpenAI-compatible endpoint, such as http://host:8000/v1")
             if parts.username or parts.password or parts.query:
                 raise ValueError(
@@ -58,7 +62,8 @@ class PairwiseJudgeConfig(Section, decides="output"):
         return name
 
     def key(self, environment: Mapping[str, str]) -> str | None:
-        """Return the endpoint's key, None where none is sent. UserError when its variable is not set."""
+        """Return the endpoint's key, None where none is sent. UserError when its variable is not set, or
+        holds what no request can carry."""
         if self.endpoint is None or self.api_key_variable is None:
             return None
         key = environment.get(self.api_key_variable, "").strip()
@@ -66,6 +71,11 @@ class PairwiseJudgeConfig(Section, decides="output"):
             raise UserError(
                 f"the judge's `api_key_variable` names {self.api_key_variable}, which is not set in the environment: "
                 "export it and start the same command"
+            )
+        if not (key.isascii() and key.isprintable()):  # which would be quoted by the error that it ends in
+            raise UserError(
+                f"{self.api_key_variable} in the environment holds a line break or a letter beyond ASCII, which no key "
+                "has: export the key alone and start the same command"
             )
         return key
 

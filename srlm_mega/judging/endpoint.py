@@ -1,15 +1,18 @@
-"""Client of an OpenAI-compatible endpoint: one question, one answer, with a time limit and retries.
+"""Client of an OpenAI-compatible endpoint: one question, one answer, with limits of time and size, and retries.
 
-The key is read from an environment variable and sent in the request's header, nowhere else. It is removed from
-everything that the endpoint sends back before that is logged or stored.
+The key is read from an environment variable and sent in the request's header, nowhere else: redirects are not followed.
+It is removed from everything that the endpoint sends back before that is logged or stored.
 """
 
+import asyncio
 import os
 from collections.abc import Callable, Mapping
+from threading import Thread
 from time import sleep as wait
 from typing import Any
 
 import httpx
+import orjson
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
 from srlm_mega.config.comparison import PairwiseJudgeConfig
@@ -20,6 +23,7 @@ WRONG_KEY, WRONG_NAME = (401, 403), 404
 TRANSIENT = (408, 409, 429)  # and 5xx: a retry may succeed
 CUT = ("length", "content_filter")  # reasons to end an answer before it is whole
 QUOTED = 200  # characters of a response that an error quotes
+MAX_ANSWER_BYTES = 8 * 1024**2  # an answer has a few kilobytes
 
 
 class RequestFailed(Exception):
@@ -47,8 +51,12 @@ class Endpoint:
         self._settings = settings
         self._url = f"{settings.endpoint.rstrip('/')}/chat/completions"
         self._key = settings.key(environment)
-        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
-        self._client = httpx.Client(headers=headers, timeout=settings.timeout_seconds)
+        headers = {"Accept-Encoding": "identity"}  # what is packed has no size before it is unpacked
+        headers |= {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        self._client = httpx.AsyncClient(headers=headers, timeout=None)
+        # Only there a limit holds for a whole answer: a reader that waits for bytes has one for the next of them.
+        self._loop = asyncio.new_event_loop()
+        Thread(target=self._loop.run_forever, daemon=True).start()
         self._sleep = sleep
 
     def ask(self, question: str) -> tuple[str, bool]:
@@ -65,7 +73,8 @@ class Endpoint:
 
     def close(self) -> None:
         """Close the endpoint's connections."""
-        self._client.close()
+        asyncio.run_coroutine_threadsafe(self._client.aclose(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
 
     def _ask_once(self, question: str) -> tuple[str, bool]:
         body = {
@@ -75,38 +84,57 @@ class Endpoint:
             "max_tokens": self._settings.max_new_tokens,
         }
         try:
-            response = self._client.post(self._url, json=body)
+            status, content = asyncio.run_coroutine_threadsafe(self._post(body), self._loop).result()
         except httpx.ConnectError as error:
             raise Unreachable(self._cleared(str(error))) from None
-        except httpx.TimeoutException:
-            raise TransientFailure(f"no answer within {self._settings.timeout_seconds:g} s") from None
+        except TimeoutError:
+            raise TransientFailure(f"no whole answer within {self._settings.timeout_seconds:g} s") from None
         except httpx.TransportError as error:
             raise TransientFailure(self._cleared(f"{type(error).__name__}: {error}")) from None
-        self._check_status(response)
-        return self._answer_in(response)
+        except httpx.InvalidURL as error:
+            raise UserError(f"the judge's `endpoint` is no URL ({error}): correct it") from None
+        self._check_status(status, content)
+        return self._answer_in(content)
 
-    def _check_status(self, response: httpx.Response) -> None:
-        said = f"HTTP {response.status_code}: {self._cleared(response.text)[:QUOTED]}"
-        if response.status_code in WRONG_KEY:
+    async def _post(self, body: Mapping[str, Any]) -> tuple[int, bytes]:
+        """Return an answer's status and content. TimeoutError when it is not there in time, RequestFailed when it is
+        too large."""
+        content = bytearray()
+        async with (
+            asyncio.timeout(self._settings.timeout_seconds),
+            self._client.stream("POST", self._url, json=body) as response,
+        ):
+            async for part in response.aiter_raw():
+                content += part
+                if len(content) > MAX_ANSWER_BYTES:
+                    raise RequestFailed(f"an answer of more than {MAX_ANSWER_BYTES >> 20} MiB")
+        return response.status_code, bytes(content)
+
+    def _check_status(self, status: int, content: bytes) -> None:
+        said = f"HTTP {status}: {self._quoted(content)}"
+        if status in WRONG_KEY:
             raise UserError(f"{self._settings.endpoint} refuses the key ({said}). {self._key_advice()}")
-        if response.status_code == WRONG_NAME:
+        if status == WRONG_NAME:
             raise UserError(
                 f"{self._url} has no model {self._settings.model} ({said}): correct the judge's `endpoint` or `model`"
             )
-        if response.status_code in TRANSIENT or response.status_code >= 500:
+        if status in TRANSIENT or status >= 500:
             raise TransientFailure(said)
-        if response.status_code != 200:
+        if status != 200:
             raise RequestFailed(said)
 
-    def _answer_in(self, response: httpx.Response) -> tuple[str, bool]:
+    def _answer_in(self, content: bytes) -> tuple[str, bool]:
         try:
-            choice: Any = response.json()["choices"][0]
-            content, cut = choice["message"]["content"], choice.get("finish_reason") in CUT
+            choice: Any = orjson.loads(content)["choices"][0]  # it takes no lone surrogates and no deep nesting
+            text, cut = choice["message"]["content"], choice.get("finish_reason") in CUT
         except (ValueError, LookupError, TypeError, AttributeError):
-            content, cut = None, False
-        if not isinstance(content, str):
-            raise TransientFailure(f"not a chat completion: {self._cleared(response.text)[:QUOTED]}")
-        return self._cleared(content), cut
+            text, cut = None, False
+        if not isinstance(text, str):
+            raise TransientFailure(f"not a chat completion: {self._quoted(content)}")
+        return self._cleared(text), cut
+
+    def _quoted(self, content: bytes) -> str:
+        return self._cleared(content.decode(errors="replace"))[:QUOTED]
 
     def _cleared(self, text: str) -> str:
         return text.replace(self._key, "[key]") if self._key else text

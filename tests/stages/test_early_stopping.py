@@ -198,7 +198,7 @@ def test_garbage_and_time_outs_stop_the_run_and_it_goes_on_where_it_was(
         run = paused("judge.model=j", f"judge.endpoint={fake.url}", "judge.attempts=2")
         folder.append(run.partial("M2"))
         responses = EarlyStoppingFiles(run.partial("M2")).responses(2)
-        for mood[0], cause in (("html", "not a chat completion: <html>"), ("hang", "no answer within 2 s")):
+        for mood[0], cause in (("html", "not a chat completion: <html>"), ("hang", "no whole answer within 2 s")):
             if mood[0] == "hang":
                 patience = load_config(run.config_file, ["early_stopping.judge.timeout_seconds=2"])
                 run.config_file.write_text(to_yaml(patience))
