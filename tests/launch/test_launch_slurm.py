@@ -179,6 +179,7 @@ class Stage:
 
     folder: Path
     job: SlurmJob
+    shell: tuple[str, ...] = ("bash",)
 
     def start(self, attempt: int = 0, preflight: int = 0, code: int = 0, **flags: str) -> "subprocess.Popen[str]":
         """The script; `flags` are files that the players look for."""
@@ -194,7 +195,7 @@ class Stage:
             "SLURM_RESTART_COUNT": str(attempt),
         }  # fmt: skip
         return subprocess.Popen(
-            ["bash", str(script)], env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            [*self.shell, str(script)], env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
 
     def ended(self, process: "subprocess.Popen[str]") -> tuple[int, str]:
@@ -244,6 +245,56 @@ def test_done(stage: Stage) -> None:
     assert "--export=ALL" in options and "--nodes=2" in options
     settings = (stage.folder / "environment").read_text().splitlines()
     assert {"NOTE=it's $5", "NCCL_SOCKET_IFNAME=ib0", "GLOO_SOCKET_IFNAME=ib0", "PYTHONSAFEPATH=1"} <= set(settings)
+
+
+MODULE = """\
+module() {
+  echo "$LD_PRELOAD" >/dev/null
+  echo "module $*" >>"$FAKES/modules"
+  [[ $1 != purge || ! -e $FAKES/takes_slurm ]] || PATH=$FAKES/few
+  [[ $2 != absent* && ($1 != purge || ! -e $FAKES/sticky) ]]
+}
+export -f module
+exec bash "$1"
+"""
+
+
+def with_modules(stage: Stage, *modules: str, defined: bool = True, **flags: str) -> tuple[int, str]:
+    """How a job of these modules ends. Their command reads, as Lmod's does, a variable that is not set."""
+    own = stage.job.config.launch.slurm.model_copy(update={"modules": modules})
+    launch = stage.job.config.launch.model_copy(update={"slurm": own})
+    job = replace(stage.job, config=stage.job.config.model_copy(update={"launch": launch}))
+    (stage.folder / "few").mkdir()
+    for name in ("date", "hostname"):
+        (stage.folder / "few" / name).symlink_to(f"/usr/bin/{name}")
+    shell = ["bash", "-c", MODULE, "with_modules"] if defined else ["bash"]
+    return stage.ended(replace(stage, job=job, shell=tuple(shell)).start(**flags))  # type: ignore[arg-type]
+
+
+@pytest.mark.timing
+def test_modules_are_loaded_before_anything_runs(stage: Stage) -> None:
+    code, printed = with_modules(stage, "cuda/12.8", "it's", sticky="")
+    assert code == 0 and printed.endswith("done\n") and "sticky modules stay" in printed, printed
+    assert (stage.folder / "modules").read_text() == "module purge\nmodule load cuda/12.8\nmodule load it's\n"
+
+
+@pytest.mark.timing
+@pytest.mark.parametrize(
+    ("modules", "defined", "flags", "message"),
+    [
+        (("gcc", "absent/1"), True, {}, "ended: module load absent/1 ended with 1"),
+        (("absent/1", "gcc"), True, {}, "ended: module load absent/1 ended with 1"),
+        (("gcc",), False, {}, "module is no command on .*bash_profile"),
+        (("gcc",), True, {"takes_slurm": ""}, "srun and scontrol are not on PATH after module purge"),
+    ],
+)
+def test_a_module_that_fails_ends_the_job(
+    stage: Stage, modules: tuple[str, ...], defined: bool, flags: dict[str, str], message: str
+) -> None:
+    """It would go on with another stack, and end well."""
+    code, printed = with_modules(stage, *modules, defined=defined, **flags)
+    assert code == 2 and re.search(message, printed), printed
+    assert not (stage.folder / "arguments").exists() and stage.asked_of_slurm() == []
 
 
 @pytest.mark.timing
