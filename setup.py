@@ -8,5 +8,6 @@ from setuptools import find_namespace_packages, setup
 
 setup(
     packages=find_namespace_packages(include=["srlm_mega*"], exclude=["*.__pycache__*", "srlm_mega.tools.scripts*"]),
+    scripts=["launch/srlm"],
     package_data={"": ["*"]},  # every file next to a module is part of its package: a list would forget one
 )

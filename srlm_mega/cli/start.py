@@ -1,4 +1,4 @@
-"""Where the `srlm` command begins: with what Ctrl-C does, before anything that takes time is imported."""
+"""Where the `srlm` command (launch/srlm) begins: with what Ctrl-C does, before anything that takes time is imported."""
 
 import os
 import signal
@@ -13,6 +13,7 @@ def main() -> None:
     nothing where a shell started it in the background, to ignore it."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, interrupted)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # launch/srlm let it wait
     match sys.argv[1:]:
         case ["torchrun", *words]:  # without the command line, whose imports every training would wait for
             from srlm_mega.training.torchrun_agent import main as run_agent

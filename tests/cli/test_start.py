@@ -1,6 +1,9 @@
 """Ctrl-C at any moment ends a command with code 4 and no traceback."""
 
 import json
+import os
+import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
 from srlm_mega.errors import STOP_REQUESTED
 
@@ -109,3 +113,41 @@ def test_every_command_ends_with_one_line(tmp_path: Path) -> None:
     assert len(ended) > 30 and "stage RUN x" in ended and "show pair x RUN" in ended
     assert ended.pop("config schema")[0] == 0, "it imports nothing more"
     assert {words: end for words, end in ended.items() if end != [STOP_REQUESTED, "interrupted: Ctrl-C\n"]} == {}
+
+
+def command_beside(python: str, folder: Path) -> Path:
+    """launch/srlm, installed beside a Python."""
+    command = folder / "srlm"
+    shutil.copy(ROOT / "launch/srlm", command)
+    (folder / "python3").write_text(f"#!/bin/sh\n{python}\n")
+    (folder / "python3").chmod(0o755)
+    return command
+
+
+def test_ctrl_c_waits_until_python_has_started(tmp_path: Path) -> None:
+    """Python's own answer, while it starts, is a traceback. The signal is there before its first instruction."""
+    if subprocess.run(["env", "--block-signal=INT", "true"], capture_output=True).returncode:
+        pytest.skip("this env cannot let a signal wait")
+    command = command_beside(f'kill -INT $$\nexec "{sys.executable}" "$@"', tmp_path)
+    done = subprocess.run([command, "show", "paper"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (STOP_REQUESTED, "", "interrupted: Ctrl-C\n")
+
+
+def test_spawned_processes_do_not_run_the_command_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """multiprocessing reads the main script once more in each of them."""
+    monkeypatch.setattr(sys, "argv", ["srlm", "show", "paper"])
+    assert "main" in runpy.run_path(str(ROOT / "launch/srlm"), run_name="__mp_main__")
+
+
+def test_the_command_takes_the_python_beside_it(tmp_path: Path) -> None:
+    """Through a link too, with an env that cannot let signals wait, and words as they are."""
+    command = command_beside('printf "%s|" "$@"', tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    link = tmp_path / "elsewhere" / "srlm"
+    link.symlink_to(command)
+    (tmp_path / "elsewhere" / "env").write_text("#!/bin/sh\nexit 125\n")
+    (tmp_path / "elsewhere" / "env").chmod(0o755)
+    path = f"{tmp_path / 'elsewhere'}:{os.environ['PATH']}"
+    for start, variables in ((command, os.environ), (link, os.environ), (link, {**os.environ, "PATH": path})):
+        done = subprocess.run([start, "a b", "$c", "'d"], capture_output=True, text=True, env=variables)
+        assert done.stdout == f"{start}|a b|$c|'d|", done.stderr
