@@ -12,7 +12,6 @@ from itertools import chain, islice
 from pathlib import Path
 
 import modelopt.torch.quantization as mtq
-import orjson
 import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaModel
@@ -20,6 +19,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaModel
 from srlm_mega.checkpoints_conversion.bar import no_bar
 from srlm_mega.checkpoints_conversion.convert import Bar, open_checkpoint
 from srlm_mega.checkpoints_conversion.fp8 import GROUPS, Amax
+from srlm_mega.checkpoints_conversion.json_files import bounded_lines, parse_object
 from srlm_mega.checkpoints_conversion.llama import EMBEDDING
 from srlm_mega.checkpoints_conversion.logits import TORCH_DTYPES, default_dtype, fill_parameter, numbers
 from srlm_mega.checkpoints_conversion.reader import Checkpoint, Reader
@@ -113,12 +113,12 @@ def read_prompts(path: Path, folder: Path) -> list[list[int]]:
     tokenizer = None
     prompts = []
     with path.open("rb") as file:
-        for number, line in enumerate(islice(file, MAX_PROMPTS), start=1):
-            record = orjson.loads(line)
-            if "tokens" in record:
-                prompts.append(list(record["tokens"]))
+        for number, line in enumerate(islice(bounded_lines(file, path), MAX_PROMPTS), start=1):
+            record = parse_object(line, f"{path}:{number}")
+            tokens, text = record.get("tokens"), record.get("text", record.get("prompt"))
+            if isinstance(tokens, list) and tokens and all(type(one) is int for one in tokens):
+                prompts.append(tokens)
                 continue
-            text = record.get("text", record.get("prompt"))
             if not isinstance(text, str):
                 raise ValueError(f"{path}:{number}: neither `tokens` nor `text` nor `prompt`: give one of them")
             tokenizer = tokenizer or AutoTokenizer.from_pretrained(folder)

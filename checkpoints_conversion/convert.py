@@ -10,8 +10,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from srlm_mega.checkpoints_conversion import fp8, huggingface_files, jobs, trtllm
 from srlm_mega.checkpoints_conversion.bar import no_bar
 from srlm_mega.checkpoints_conversion.bits import DType
@@ -85,7 +83,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
             return torch_dist.open_checkpoint(folder)
         case Kind.TRTLLM:
-            model = read_json(folder / RECORD)["model"] if (folder / RECORD).is_file() else {}
+            model = read_record(folder).model if (folder / RECORD).is_file() else {}
             checkpoint = trtllm.open_checkpoint(folder, tied=model.get("tie_word_embeddings", False))
             return replace(checkpoint, config=checkpoint.config | model)
         case Kind.GGUF:
@@ -171,4 +169,10 @@ def _tokenizer_texts(source: Path) -> dict[str, bytes]:
 
 def read_record(folder: Path) -> Record:
     """Read the record of a converted folder. ValueError when it has none."""
-    return Record(**orjson.loads(orjson.dumps(read_json(folder / RECORD))))
+    try:
+        record = Record(**read_json(folder / RECORD))
+    except TypeError as error:
+        raise ValueError(f"{folder / RECORD} is no record of a conversion ({error}): convert it again") from None
+    if not isinstance(record.model, dict):
+        raise ValueError(f"{folder / RECORD}: its model is {record.model!r}, and should be an object: convert it again")
+    return record

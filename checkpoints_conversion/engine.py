@@ -131,16 +131,15 @@ def wanted_record(checkpoint: Path, limits: Limits, runtime: Runtime) -> EngineR
     if "mapping" not in found:
         command = shlex.join(["srlm", "convert", "SRC", os.path.abspath(checkpoint), "--to", "trtllm"])
         raise ValueError(f"{checkpoint} is no TensorRT-LLM checkpoint: {command} first")
-    split = read_split(found)
-    is_fp8 = found["quantization"].get("quant_algo") == "FP8"
+    try:
+        split, is_fp8 = read_split(found), found["quantization"].get("quant_algo") == "FP8"
+        kind, positions = str(found["dtype"]), int(found["max_position_embeddings"])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{checkpoint / CONFIG}: {type(error).__name__} {error}: convert the model again") from None
     if limits.use_fp8_context_fmha and not is_fp8:
-        kind = found["dtype"]
         raise ValueError(f"use_fp8_context_fmha needs an FP8 checkpoint, and {checkpoint} is {kind}: turn it off")
-    if limits.max_seq_len > found["max_position_embeddings"]:
-        raise ValueError(
-            f"max_seq_len {limits.max_seq_len} is more than the model's {found['max_position_embeddings']} positions: "
-            "lower it"
-        )
+    if limits.max_seq_len > positions:
+        raise ValueError(f"max_seq_len {limits.max_seq_len} is more than the model's {positions} positions: lower it")
     model, scales, weights = (xxhash.xxh3_128() for _ in range(3))
     model.update(orjson.dumps(found, option=orjson.OPT_SORT_KEYS))
     for rank in range(split.tp * split.pp):
@@ -179,7 +178,10 @@ def next_step(wanted: EngineRecord, cache: Path) -> BuildStep:
 def read_record(engine: Path) -> EngineRecord:
     """Read the record of an engine's folder. ValueError when it has none."""
     found: dict[str, Any] = read_json(engine / RECORD)
-    return EngineRecord(**{**found, "limits": Limits(**found["limits"])})
+    try:
+        return EngineRecord(**{**found, "limits": Limits(**found["limits"])})
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{engine / RECORD} is no record of an engine ({error}): build it again") from None
 
 
 def write_record(engine: Path, record: EngineRecord) -> None:

@@ -121,9 +121,9 @@ class Amax:
             some = ", ".join(sorted(wanted ^ inputs.keys())[:3])
             raise ValueError(f"{path} is not of this model: {some} are in one and not in the other. Calibrate again")
         for name, value in inputs.items():
-            if not 0 < value < float("inf"):
+            if type(value) not in (int, float) or not 0 < value < float("inf"):
                 raise ValueError(f"{path}: {name} has {value}: calibrate again")
-        return cls(found["num_prompts"], inputs)
+        return cls(found.get("num_prompts", 0), inputs)
 
 
 def outgrown(reference: Amax, probe: Amax, margin: float) -> dict[str, float]:

@@ -11,11 +11,10 @@ from torch import Tensor
 from srlm_mega.checkpoints_conversion.bits import dtype_named
 from srlm_mega.checkpoints_conversion.build import allocate
 from srlm_mega.checkpoints_conversion.huggingface_files import (
-    CONFIG,
     MAX_SHARD_BYTES,
     copy_tokenizer,
     plan,
-    read_json,
+    read_config,
     special_ids,
     stored_tensors,
 )
@@ -26,7 +25,7 @@ DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "b
 
 def read_shape(folder: Path) -> LlamaShape:
     """Read the shape of the model in a folder. ValueError when there is no model, or it is no plain Llama."""
-    return LlamaShape.from_huggingface(read_json(folder / CONFIG))
+    return read_config(folder)[1]
 
 
 def open_weights(folder: Path) -> Mapping[str, Tensor]:

@@ -12,6 +12,7 @@ import orjson
 
 from srlm_mega.checkpoints_conversion.bits import DType
 from srlm_mega.checkpoints_conversion.build import OutputFile, Plan
+from srlm_mega.checkpoints_conversion.json_files import MAX_OBJECT_BYTES, parse_object
 from srlm_mega.checkpoints_conversion.llama import (
     EMBEDDING,
     OUTPUT,
@@ -55,20 +56,24 @@ def read_json(file: Path) -> dict[str, Any]:
     """Read a file's JSON object. ValueError when the file does not exist or holds none."""
     if not file.is_file():
         raise ValueError(f"{file} does not exist: {file.parent} is not a Hugging Face model folder")
+    with file.open("rb") as content:
+        return parse_object(content.read(MAX_OBJECT_BYTES + 1), file)
+
+
+def read_config(folder: Path) -> tuple[dict[str, Any], LlamaShape]:
+    """Read a folder's config.json, and the shape that it says. ValueError, with the file, for any but a plain Llama."""
+    config = read_json(folder / CONFIG)
     try:
-        content = orjson.loads(file.read_bytes())
-    except orjson.JSONDecodeError as error:
-        raise ValueError(f"{file} is not JSON ({error}): download it again") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds {type(content).__name__}, not an object: download it again")
-    return content
+        return config, LlamaShape.from_huggingface(config)
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG}: {error}") from None
 
 
 def files_by_tensor(folder: Path) -> dict[str, str]:
     """Return the file of each tensor of a folder. ValueError when the index names a file that is not there, or when
     other readers would take other weights: there are two sets of them, or a tied output that is not the embedding."""
     if (folder / INDEX).is_file():
-        files: dict[str, str] = read_json(folder / INDEX).get("weight_map", {})
+        files = read_index(folder / INDEX)
     elif (folder / WEIGHTS).is_file():
         files = dict.fromkeys(read_header(folder / WEIGHTS), WEIGHTS)
     else:
@@ -83,6 +88,17 @@ def files_by_tensor(folder: Path) -> dict[str, str]:
         check_same_weights(folder, files)
     if read_json(folder / CONFIG).get("tie_word_embeddings") and {EMBEDDING, OUTPUT} <= files.keys():
         check_tied_output(folder, files[EMBEDDING], files[OUTPUT])
+    return files
+
+
+def read_index(file: Path) -> dict[str, str]:
+    """Read the file of each tensor from an index. ValueError when it says none, or names one outside of its folder."""
+    files = read_json(file).get("weight_map", {})
+    if not isinstance(files, dict):
+        raise ValueError(f"{file} has no `weight_map` from tensors to files: download it again")
+    for name, where in files.items():
+        if not isinstance(where, str) or Path(where).name != where:
+            raise ValueError(f"{file}: {name} is in {where!r}, which is no file of this folder: download it again")
     return files
 
 
@@ -123,7 +139,11 @@ def special_ids(tokenizer_from: Path | None) -> dict[str, Any]:
     if file is None:
         return LLAMA_IDS
     source = read_json(file)
-    return {key: source[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in source}
+    ids = {key: source[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in source}
+    for key, value in ids.items():
+        if value is not None and any(type(one) is not int for one in (value if isinstance(value, list) else [value])):
+            raise ValueError(f"{file}: {key} is {value!r}, and should be a token's id: take the file it came with")
+    return ids
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
@@ -140,8 +160,7 @@ def pretty_json(content: Mapping[str, Any]) -> bytes:
 
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Open a folder with `config.json` and safetensors. ValueError names the file and tensor that are wrong."""
-    config = read_json(folder / CONFIG)
-    shape = LlamaShape.from_huggingface(config)
+    config, shape = read_config(folder)
     stored = stored_tensors(folder, shape, SCALES if "quantization_config" in config else ())
     model = shape.to_huggingface() | special_ids(folder)
     return Checkpoint(folder, KIND, shape, model, one_dtype(stored, folder), tuple(stored)).check()

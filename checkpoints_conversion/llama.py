@@ -4,12 +4,14 @@ Hugging Face stores whole matrices under `model.layers.<n>`; Megatron stores, pe
 stage, fused ones under `decoder.layers.<n within the stage>`. This file needs no torch.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from enum import Enum
 from typing import Any
 
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"  # in Hugging Face's names
+MAX_LAYERS, MAX_SIZE = 10_000, 2**31
 ROTARY_TABLE = "rotary_emb.inv_freq"  # old checkpoints have it, and nobody reads it
 
 
@@ -25,9 +27,10 @@ class RopeScaling:
     @classmethod
     def from_huggingface(cls, config: Mapping[str, Any]) -> "RopeScaling | None":
         """Read it from a `config.json`; None where nothing is stretched. ValueError for other kinds of scaling."""
-        rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-        if not isinstance(rope, Mapping):
-            raise ValueError(f"the model's rope_scaling is {rope!r}: take the config.json it came with")
+        both = [config.get(key) or {} for key in ("rope_scaling", "rope_parameters")]
+        if not all(isinstance(one, Mapping) for one in both):
+            raise ValueError(f"the model's rope_scaling is {both[0] or both[1]!r}: take the config.json it came with")
+        rope = both[0] or both[1]
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind == "default":
             return None
@@ -52,7 +55,8 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class LlamaShape:
-    """The sizes and constants that define a Llama, in Megatron's words. ValueError when heads do not divide."""
+    """The sizes and constants that define a Llama, in Megatron's words. ValueError when heads do not divide, or a size
+    is beyond all models."""
 
     num_layers: int
     hidden_size: int
@@ -68,6 +72,9 @@ class LlamaShape:
 
     def __post_init__(self) -> None:
         sizes = asdict(self)
+        for what in ("num_layers", "hidden_size", "ffn_hidden_size", "vocab_size", "max_position_embeddings"):
+            if sizes[what] > (limit := MAX_LAYERS if what == "num_layers" else MAX_SIZE):
+                raise ValueError(f"{what} {sizes[what]:,} is more than {limit:,}: this is no Llama")
         for what, by in (("hidden_size", "num_attention_heads"), ("num_attention_heads", "num_query_groups")):
             if sizes[what] % sizes[by]:
                 raise ValueError(f"{what} {sizes[what]} is not divisible by {by} {sizes[by]}: this is no Llama")
@@ -96,7 +103,7 @@ class LlamaShape:
             max_position_embeddings=_count(config, "max_position_embeddings", 2048),
             norm_epsilon=_number(config, "rms_norm_eps", 1e-6),
             rotary_base=_number({**config, **(config.get("rope_parameters") or {})}, "rope_theta", 10000.0),
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            tie_word_embeddings=_flag(config, "tie_word_embeddings"),
             rope_scaling=scaling,
         )
         head_dim = config.get("head_dim")
@@ -130,12 +137,20 @@ class LlamaShape:
         }
 
 
+def _flag(config: Mapping[str, Any], key: str) -> bool:
+    """Return true or false; false where the key is absent or null."""
+    value = config.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"the model's {key} is {value!r}, not true or false: take the config.json it came with")
+    return bool(value)
+
+
 def _number(config: Mapping[str, Any], key: str, default: float | None = None) -> float:
     """Return a positive number; `default` where the key is absent or null."""
     value = default if config.get(key) is None else config[key]
     if value is None:
         raise ValueError(f"the model's config has no {key}: it is not that of a Llama, give one that is")
-    if type(value) not in (int, float) or not value > 0:
+    if type(value) not in (int, float) or not 0 < value < math.inf:
         raise ValueError(f"the model's {key} is {value!r}, not a positive number: take the config.json it came with")
     return float(value)
 

@@ -7,16 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import orjson
 
 from srlm_mega.checkpoints_conversion.bits import DType
+from srlm_mega.checkpoints_conversion.json_files import MAX_OBJECT_BYTES, parse_object
 
 ALIGNMENT = 8
 METADATA = {"format": "pt"}  # transformers wants it
 BLOCK_BYTES = 1 << 20
-MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
 @dataclass(frozen=True)
@@ -58,31 +58,37 @@ def read_header(path: Path) -> dict[str, FileTensor]:
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+        if size < 8 or length > min(size - 8, MAX_OBJECT_BYTES):
             raise ValueError(f"{path} is truncated or no safetensors file: download or convert it again")
-        try:
-            header = orjson.loads(file.read(length))
-        except orjson.JSONDecodeError as error:
-            raise ValueError(f"{path} is no safetensors file ({error}): download or convert it again") from None
-    dtypes = {dtype.value: dtype for dtype in DType}
-    tensors = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        if entry["dtype"] not in dtypes:
-            known = ", ".join(dtypes)
-            raise ValueError(f"{path}: {name} is of dtype {entry['dtype']}, supported are {known}: give another model")
-        begin, end = entry["data_offsets"]
-        tensor = FileTensor(name, dtypes[entry["dtype"]], tuple(entry["shape"]), offset=8 + length + begin)
-        if tensor.nbytes != end - begin:
-            raise ValueError(f"{path}: {name} has not the bytes of its shape: download or convert it again")
-        if tensor.offset + tensor.nbytes > size:
+        header = parse_object(file.read(length), path)
+    header.pop("__metadata__", None)
+    tensors = {name: _tensor(name, entry, 8 + length, path) for name, entry in header.items()}
+    end = 8 + length
+    for tensor in sorted(tensors.values(), key=lambda one: (one.offset, one.nbytes)):
+        if tensor.offset < end:
+            raise ValueError(f"{path}: {tensor.name} overlaps another tensor: download or convert it again")
+        end = tensor.offset + tensor.nbytes
+        if end > size:
             raise ValueError(
-                f"{path} is truncated: it has {size:,} bytes, and {name} ends at byte "
-                f"{tensor.offset + tensor.nbytes:,}: download or convert it again"
+                f"{path} is truncated: it has {size:,} bytes, and {tensor.name} ends at byte {end:,}: "
+                "download or convert it again"
             )
-        tensors[name] = tensor
     return tensors
+
+
+def _tensor(name: str, entry: Any, start: int, path: Path) -> FileTensor:
+    """Return a tensor by its entry in a header. ValueError when the entry has another form."""
+    dtypes = {dtype.value: dtype for dtype in DType}
+    match entry:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [begin, end]}:
+            if dtype not in dtypes:
+                known = ", ".join(dtypes)
+                raise ValueError(f"{path}: {name} is of dtype {dtype}, supported are {known}: give another model")
+            if all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
+                tensor = FileTensor(name, dtypes[dtype], tuple(shape), offset=start + begin)
+                if tensor.nbytes == end - begin:
+                    return tensor
+    raise ValueError(f"{path}: {name} has not the bytes of its shape: download or convert it again")
 
 
 def same_bytes(one: Path, first: FileTensor, other: Path, second: FileTensor) -> bool:

@@ -30,7 +30,14 @@ from torch.distributed.checkpoint.metadata import (
 
 from srlm_mega.checkpoints_conversion.bits import DType, dtype_named
 from srlm_mega.checkpoints_conversion.build import OutputFile, Plan
-from srlm_mega.checkpoints_conversion.huggingface_files import CONFIG, one_dtype, pretty_json, read_json, special_ids
+from srlm_mega.checkpoints_conversion.huggingface_files import (
+    CONFIG,
+    one_dtype,
+    pretty_json,
+    read_config,
+    read_json,
+    special_ids,
+)
 from srlm_mega.checkpoints_conversion.llama import Layout, LlamaShape, Row, check_size, table
 from srlm_mega.checkpoints_conversion.megatron import placements
 from srlm_mega.checkpoints_conversion.patches import (
@@ -42,10 +49,11 @@ from srlm_mega.checkpoints_conversion.patches import (
     stack,
     whole,
 )
+from srlm_mega.checkpoints_conversion.plain_pickle import METADATA, read_metadata
 from srlm_mega.checkpoints_conversion.reader import Checkpoint, Stored
 
 KIND = "megatron"
-METADATA, COMMON, FORMAT = ".metadata", "common.pt", "metadata.json"
+COMMON, FORMAT = "common.pt", "metadata.json"
 FORMAT_TEXT = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -235,14 +243,18 @@ def _envelope(sizes: tuple[int, ...], dtype: torch.dtype) -> tuple[list[tuple[in
     the size of all. It depends on size and dtype only, apart from a checksum that torch.load does not read."""
     sink = _Sink()
     torch.save(torch.zeros(sizes, dtype=dtype), sink)  # zeros that nobody writes take no memory
-    return list(sink.pieces.items()), _data_begin(sink.pieces[0]), sink.size
+    begin = _data_begin(sink.pieces[0])
+    assert begin is not None, "torch.save writes another zip"
+    return list(sink.pieces.items()), begin, sink.size
 
 
-def _data_begin(archive: bytes) -> int:
-    """Find a tensor's numbers in the zip archive of torch.save, by the local header: 30 bytes, name, extra field."""
-    header = archive.index(DATA) - 30
+def _data_begin(archive: bytes) -> int | None:
+    """Find a tensor's numbers in the zip archive of torch.save, by the local header: 30 bytes, name, extra field. None
+    where it is another archive."""
+    header = archive.find(DATA) - 30
     name_length, extra_length = (int.from_bytes(archive[header + at : header + at + 2], "little") for at in (26, 28))
-    assert archive[header : header + 4] == b"PK\x03\x04" and name_length == len(DATA), "torch.save writes another zip"
+    if header < 0 or archive[header : header + 4] != b"PK\x03\x04" or name_length != len(DATA):
+        return None
     return header + 30 + name_length + extra_length
 
 
@@ -255,8 +267,8 @@ def _torch_bytes(content: object) -> bytes:
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Open the weights of a distributed checkpoint, however it was split; a training state's optimizer is passed over.
     The model's `config.json` must lie in the folder. ValueError names a tensor that is missing or of another size."""
-    config = read_json(folder / CONFIG)
-    shape = LlamaShape.from_huggingface(config)
+    _, shape = read_config(folder)
+    check_format(folder)
     metadata = read_metadata(folder)
     stored: list[Stored] = []
     for tensor in global_tensors(shape):
@@ -276,16 +288,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, KIND, shape, model, one_dtype(stored, folder), tuple(stored)).check()
 
 
-def read_metadata(folder: Path) -> Metadata:
-    """Read a folder's `.metadata`, a pickle: open only what you trust. ValueError for another kind of checkpoint."""
-    found = read_json(folder / FORMAT)
-    if (backend := found.get("sharded_backend")) != "torch_dist":
+def check_format(folder: Path) -> None:
+    """ValueError for a checkpoint of another format than torch_dist."""
+    if (backend := read_json(folder / FORMAT).get("sharded_backend")) != "torch_dist":
         raise ValueError(f"{folder} is of format {backend!r}, and only torch_dist is read: save it as that")
-    if not (folder / METADATA).is_file():
-        raise ValueError(f"{folder / METADATA} is missing: the checkpoint was not finished, take another")
-    metadata = pickle.loads((folder / METADATA).read_bytes())
-    assert isinstance(metadata, Metadata), f"{folder / METADATA} holds a {type(metadata).__name__}"
-    return metadata
 
 
 def _chunk_matrices(
@@ -313,8 +319,8 @@ def _data_offset(path: Path, place: _StorageInfo) -> int:
     if not path.is_file():
         raise ValueError(f"{path} is missing, and {METADATA} names it: copy the checkpoint again")
     with path.open("rb") as file:
-        file.seek(place.offset)
-        head = file.read(min(place.length, 1 << 13))
-    if DATA not in head:
+        file.seek(min(place.offset, path.stat().st_size))
+        begin = _data_begin(file.read(min(place.length, 1 << 13)))
+    if begin is None:
         raise ValueError(f"{path} is truncated or damaged at byte {place.offset:,}: copy the checkpoint again")
-    return _data_begin(head)
+    return begin

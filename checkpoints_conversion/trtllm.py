@@ -150,11 +150,14 @@ def open_checkpoint(folder: Path, tied: bool) -> Checkpoint:
     """Open a checkpoint. A tied output is a copy of the embedding in it; `tied` says that it is one. ValueError names
     the file and tensor that are wrong."""
     found = read_json(folder / CONFIG)
-    shape, split = read_shape(found, folder, tied), read_split(found)
+    try:
+        shape, split, is_parallel = read_shape(found, folder, tied), read_split(found), found["use_parallel_embedding"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / CONFIG}: {type(error).__name__} {error}: convert the model again") from None
     stored = []
     headers = {rank_file(rank): read_header(folder / rank_file(rank)) for rank in range(split.tp * split.pp)}
     known: dict[str, set[str]] = {file: set() for file in headers}
-    for file, name, size, matrix in rank_matrices(shape, split, found["use_parallel_embedding"] or split.tp == 1):
+    for file, name, size, matrix in rank_matrices(shape, split, is_parallel or split.tp == 1):
         scale_name = f"{name.removesuffix('.weight')}.weights_scaling_factor"
         stored.append(stored_tensor(folder, file, headers[file], name, size, matrix, scale_name))
         known[file].add(name)
@@ -172,8 +175,11 @@ def _is_derived(name: str) -> bool:
 
 
 def read_split(found: Mapping[str, Any]) -> RankSplit:
-    """Return the ranks that a checkpoint's config names."""
-    return RankSplit(found["mapping"]["tp_size"], found["mapping"]["pp_size"])
+    """Return the ranks that a checkpoint's config names. KeyError, TypeError or ValueError when it names none."""
+    tp, pp = (found["mapping"][key] for key in ("tp_size", "pp_size"))
+    if type(tp) is not int or type(pp) is not int or min(tp, pp) < 1:
+        raise ValueError(f"its mapping is tp_size {tp!r}, pp_size {pp!r}")
+    return RankSplit(tp, pp)
 
 
 def read_shape(found: Mapping[str, Any], folder: Path, tied: bool) -> LlamaShape:

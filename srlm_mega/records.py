@@ -8,11 +8,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import InitVar, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, BinaryIO, Literal, TypeVar
 
 import orjson
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
+from srlm_mega.checkpoints_conversion.json_files import bounded_lines
 from srlm_mega.errors import UserError
 
 FinishReason = Literal["stop", "length"]
@@ -311,11 +312,19 @@ def complaint(kind: type[Any], error: ValidationError) -> str:
     return f"{kind.__name__}: {where + ': ' if where else ''}{first['msg']}"
 
 
+def lines_of(file: BinaryIO, path: Path) -> Iterator[bytes]:
+    """Yield the lines of an open file. UserError, with file and line, for one longer than 16 MiB."""
+    try:
+        yield from bounded_lines(file, path)
+    except ValueError as error:  # checkpoints_conversion does not import UserError
+        raise UserError(str(error)) from None
+
+
 def read_jsonl(path: Path, kind: type[T]) -> Iterator[T]:
     """Yield the records of a file that srlm wrote. UserError names the file and the number of a bad line."""
     validate = _adapter(kind).validator.validate_json  # type: ignore[arg-type]  # as in parse_line; without its layers
     with path.open("rb", BUFFER) as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(lines_of(file, path), start=1):
             try:
                 record: T = validate(line)
             except ValidationError as error:

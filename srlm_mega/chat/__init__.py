@@ -87,7 +87,10 @@ class Chat:
         secret = secrets.token_hex(8)
         self._secret = {name: f"\ue000{secret}-{tokenizer.token_to_id(name)}\ue001" for name in names}
         self._control = _any_of(names)
-        self._coder = with_names(tokenizer, self._secret)
+        try:
+            self._coder = with_names(tokenizer, self._secret)
+        except Exception as error:  # tokenizers raises bare Exception
+            raise UserError(f"the tokenizer of {origin} cannot be used ({error}): download it again") from None
         self.bos_id, eos_id, self.unk_id = (
             None if name is None else tokenizer.token_to_id(name)
             for name in (special.bos_token, special.eos_token, special.unk_token)

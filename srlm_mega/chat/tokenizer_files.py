@@ -65,7 +65,11 @@ class TokenizerFolder:
         except ValueError as error:  # checkpoints_conversion does not import UserError
             raise UserError(str(error)) from None
         settings = read_object(folder / TOKENS) | read_object(folder / SETTINGS)
-        special = SpecialTokens(**{name: _content(settings.get(name)) for name in asdict(SpecialTokens())})
+        try:
+            special = SpecialTokens(**{name: _content(settings.get(name)) for name in asdict(SpecialTokens())})
+            named = _named_tokens(settings) | read_object(folder / ADDED).keys()
+        except TypeError as error:
+            raise UserError(f"{folder / SETTINGS} names a special token that is {error}: download it again") from None
         if not special.given:
             special = SpecialTokens(
                 **{
@@ -75,7 +79,6 @@ class TokenizerFolder:
                 }
             )
         template = _template(folder, settings)
-        named = _named_tokens(settings) | read_object(folder / ADDED).keys()
         used = [special.bos_token, special.eos_token, *sorted(one for one in named if one in (template or ""))]
         if lacking := [one for one in used if one is not None and tokenizer.token_to_id(one) is None]:
             raise UserError(
@@ -145,16 +148,21 @@ def write_object(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _content(token: Any) -> str | None:
-    """Return a special token's text, which files hold as text or as an object with its flags."""
+    """Return a special token's text, which files hold as text or as an object with its flags. TypeError for others."""
     content = token.get("content") if isinstance(token, dict) else token
-    return content if isinstance(content, str) else None
+    if token is not None and not isinstance(content, str):
+        raise TypeError(f"{token!r}, and no text")
+    return content
 
 
 def _named_tokens(settings: Mapping[str, Any]) -> set[str]:
-    """Return the tokens, besides those with a role, that transformers adds to a tokenizer.json without them."""
+    """Return the tokens, besides those with a role, that transformers adds to a tokenizer.json without them. TypeError
+    for what is none."""
     listed: list[Any] = []
     for name in ("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens"):
         value = settings.get(name) or []
+        if not isinstance(value, dict | list):
+            raise TypeError(f"{value!r} in {name}, and no list")
         listed += value.values() if isinstance(value, dict) else value
     return {text for text in map(_content, listed) if text is not None}
 
@@ -186,7 +194,9 @@ def _template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     if isinstance(template, dict):
         names = ", ".join(map(str, template)) or "none"
         template = template.get("default", _refusing(f"none has the name default; there are {names}"))
-    return without_clock(template) if isinstance(template, str) else None
+    if not isinstance(template, str | None):
+        template = _refusing(f"it is {type(template).__name__} in {SETTINGS}, and no text")
+    return None if template is None else without_clock(template)
 
 
 def _refusing(reason: str) -> str:

@@ -5,7 +5,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from srlm_mega.checkpoints_conversion.llama import LlamaShape
 from srlm_mega.text import quoted
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -55,10 +54,6 @@ def shape_in(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     # It loads numpy, which no configuration without a folder needs.
-    from srlm_mega.checkpoints_conversion.huggingface_files import read_json
+    from srlm_mega.checkpoints_conversion.huggingface_files import read_config
 
-    config = read_json(file)
-    try:
-        return asdict(LlamaShape.from_huggingface(config))
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
+    return asdict(read_config(folder)[1])

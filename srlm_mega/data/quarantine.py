@@ -14,6 +14,7 @@ import orjson
 
 from srlm_mega.data.template_marks import LeftInside, unwrap_all
 from srlm_mega.errors import UserError
+from srlm_mega.records import lines_of
 
 T = TypeVar("T")
 
@@ -155,7 +156,7 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     opener = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
+            for number, line in enumerate(lines_of(file, path), start=1):
                 content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
                 if content.strip():
                     yield number, content.rstrip(b"\r\n")

@@ -9,7 +9,7 @@ from typing import Any
 
 import orjson
 
-from srlm_mega.records import one_text
+from srlm_mega.records import lines_of, one_text
 from srlm_mega.report.costs import read_metrics
 from srlm_mega.report.lineage_sample import LineageSample, PairLeaf
 from srlm_mega.run.run_dir import RunDir
@@ -84,7 +84,7 @@ def lines(run: RunDir, stage: str, file: str) -> Iterator[dict[str, Any]]:
     if run.manifest(stage) is None:
         return
     with (run.output(stage) / file).open("rb") as content:
-        for line in content:
+        for line in lines_of(content, run.output(stage) / file):
             yield orjson.loads(line)
 
 

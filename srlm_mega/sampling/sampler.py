@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-import orjson
-
 from srlm_mega.chat import StopStrings
+from srlm_mega.checkpoints_conversion.huggingface_files import read_json
 from srlm_mega.errors import UserError
 from srlm_mega.records import Decoding, FinishReason
 
@@ -151,8 +150,17 @@ class ModelLimits:
             raise UserError(
                 f"{model_folder} is not a Hugging Face model folder (no config.json): give the folder of a model"
             )
-        fields = orjson.loads(path.read_bytes())
-        return cls(int(fields["max_position_embeddings"]), int(fields["vocab_size"]))
+        try:
+            fields = read_json(path)
+        except ValueError as error:  # checkpoints_conversion does not import UserError
+            raise UserError(str(error)) from None
+        limits = [fields.get(key) for key in ("max_position_embeddings", "vocab_size")]
+        if any(type(one) is not int or one < 1 for one in limits):
+            raise UserError(
+                f"{path} has max_position_embeddings {limits[0]!r} and vocab_size {limits[1]!r}, not two positive "
+                "numbers: take the file that the model came with"
+            )
+        return cls(*limits)
 
     def check(self, prompts: Sequence[tuple[int, ...]], max_new_tokens: int) -> None:
         """Raise ValueError for the first prompt that cannot be answered as a whole: none is ever cut."""

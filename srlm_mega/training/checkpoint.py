@@ -6,16 +6,19 @@ one file system.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from multiprocessing import get_context
 from multiprocessing.managers import SyncManager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
+from unittest.mock import patch
 
 import megatron.core
+import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject
@@ -28,6 +31,7 @@ from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer.module import MegatronModule
 from torch.distributed.checkpoint import CheckpointException
 
+from srlm_mega.checkpoints_conversion.plain_pickle import read_metadata, unpickled
 from srlm_mega.config.training import TrainerConfig
 from srlm_mega.errors import CannotContinue, UserError
 from srlm_mega.launch.child_process import die_with
@@ -54,6 +58,19 @@ METADATA = {
     "chained_optim_avoid_prefix": True,
 }
 
+# What Transformer Engine pickles as a layer's state: its recipe, its scales, and how those are used.
+RECIPES = ("DelayedScaling", "Float8CurrentScaling", "Float8BlockScaling", "MXFP8BlockScaling", "NVFP4BlockScaling")
+LAYER_STATE_NAMES = {
+    *(
+        ("transformer_engine.common.recipe", name)
+        for name in (*RECIPES, "Format", "_FormatHelper", "MMParams", "QParams")
+    ),
+    ("megatron.core.extensions.transformer_engine", "TEDelayedScaling"),
+    ("torch._utils", "_rebuild_tensor_v2"),
+    ("torch.storage", "_load_from_bytes"),  # a torch.load
+    ("torch", "Size"),
+    ("collections", "OrderedDict"),
+}
 MAKE_ROOM = "look at the disk, then run the same command again: training resumes from the newest whole checkpoint"
 
 
@@ -149,28 +166,34 @@ class Checkpoints:
                 f"{path} was written by a newer megatron-core, and {megatron.core.__version__} does not read it: "
                 f"resume with the version that wrote it, or remove {path.parent} to start this stage anew"
             )
+        try:
+            read_metadata(path)  # before Megatron does, which runs what it asks for
+        except ValueError as error:  # checkpoints_conversion does not import UserError
+            raise UserError(f"{error}, or remove {path.parent} to start this stage anew") from None
         remedy = f"resume with the configuration that wrote it, or remove {path.parent} to start this stage anew"
         mismatch = (f"{path} does not fit this model", remedy)
-        with explained(UserError, *mismatch):
-            common = dist_checkpointing.load_common_state_dict(str(path))
-        position, same_layout = Position(**common["position"]), common["layout"] == self._layout()
-        if common["distributed_optimizer"] != self._topology.parallel.use_distributed_optimizer:
+        with explained(UserError, *mismatch), as_data():
+            common = load_common(path)
+            position, same_layout = Position(**common["position"]), common["layout"] == self._layout()
+            is_distributed = common["distributed_optimizer"]
+        if is_distributed != self._topology.parallel.use_distributed_optimizer:
             raise UserError(
-                f"{path} was written with parallel.use_distributed_optimizer={common['distributed_optimizer']}: resume "
+                f"{path} was written with parallel.use_distributed_optimizer={is_distributed}: resume "
                 f"with the same value, which any layout can, or remove {path.parent} to start this stage anew"
             )
         state = self.sharded_state(model, optimizer, is_loading=True, random_states=same_layout)
-        with explained(UserError, *mismatch):
+        with explained(UserError, *mismatch), as_data():
             fresh = keep_absent([state[f"model{number}"] for number in range(len(model))], path)
             loaded = dist_checkpointing.load(state, str(path))
+            for number, chunk in enumerate(model):
+                check_layer_states(loaded[f"model{number}"], path)
+                unwrap(chunk).load_state_dict(loaded[f"model{number}"])
+            optimizer.load_state_dict(loaded["optimizer"])
+            if same_layout:
+                megatron_random._set_all_rng_states(*loaded["random_states"])
         if self._topology.any(fresh) and self._topology.is_main:
             print(f"{path.name} has no state of Transformer Engine's layers: FP8 scales start anew", flush=True)
-        for number, chunk in enumerate(model):
-            unwrap(chunk).load_state_dict(loaded[f"model{number}"])
-        optimizer.load_state_dict(loaded["optimizer"])
-        if same_layout:
-            megatron_random._set_all_rng_states(*loaded["random_states"])
-        else:
+        if not same_layout:
             self._topology.seed_dropout(seed + position.step)
         self._saved_step = position.step
         return position
@@ -228,6 +251,34 @@ def keep_absent(chunks: Sequence[dict[str, Any]], path: Path) -> bool:
     for chunk, name, item in absent:
         chunk[name] = LocalNonpersistentObject(item.data)
     return bool(absent)
+
+
+@contextmanager
+def as_data() -> Iterator[None]:
+    """Let torch.load run nothing that a file asks for, also where its caller would let it. What torch and Python raise
+    for files that are not what they should be becomes Megatron's error."""
+    with patch.dict(os.environ, {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1"}):
+        try:
+            yield
+        except UnpicklingError as error:
+            raise CheckpointingException("a file is damaged, or asks for more than tensors and plain values") from error
+        except (ValueError, TypeError, LookupError, AttributeError, EOFError) as error:
+            raise CheckpointingException(f"{type(error).__name__}: {error}") from error
+
+
+def load_common(path: Path) -> dict[str, Any]:
+    """Read what all ranks have in common."""
+    try:
+        return dict(dist_checkpointing.load_common_state_dict(str(path)))
+    except RuntimeError as error:  # torch.load's for a damaged archive
+        raise CheckpointingException(error) from error
+
+
+def check_layer_states(state: Mapping[str, Any], path: Path) -> None:
+    """Raise ValueError for a pickle of Transformer Engine's layers that asks for more than their own classes."""
+    for name, content in state.items():
+        if name.endswith("_extra_state") and isinstance(content, torch.Tensor) and content.numel():
+            unpickled(content.cpu().numpy().tobytes(), LAYER_STATE_NAMES, f"{name} in {path}")
 
 
 @contextmanager

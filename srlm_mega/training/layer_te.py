@@ -19,8 +19,8 @@ from torch import nn
 
 from srlm_mega.training.layer_torch import llama_block
 
-# Delayed scales are pickled in a checkpoint, and newer versions refuse to read them back without it. The checkpoint is
-# this run's own, and compared with its hashes before it is read.
+# Delayed scales are pickled in a checkpoint, and newer versions refuse to read them back without it. checkpoint.py
+# has looked at them before.
 os.environ["NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"] = "1"
 
 

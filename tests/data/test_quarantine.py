@@ -7,9 +7,10 @@ from typing import Any
 import orjson
 import pytest
 
+from srlm_mega.checkpoints_conversion import json_files
 from srlm_mega.data.quarantine import BadLine, UserLines, text_field
 from srlm_mega.errors import UserError
-from srlm_mega.records import read_jsonl
+from srlm_mega.records import FailedRequest, read_jsonl
 
 
 def read(path: Path, *lines: bytes) -> tuple[list[str], int]:
@@ -99,3 +100,17 @@ def test_an_empty_or_absent_file_is_refused(tmp_path: Path) -> None:
         read(tmp_path / "seed.jsonl")
     with pytest.raises(UserError, match="there is no file"):
         list(UserLines(tmp_path / "absent", lambda number, fields: number, tmp_path / "bad"))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "own.jsonl"])
+def test_a_line_without_end_is_named_and_not_read(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By every reader of lines: of a user's files, packed or not, and of a run's own."""
+    monkeypatch.setattr(json_files, "MAX_LINE_BYTES", 1 << 20)
+    message = FailedRequest("a", "x", 1)
+    content = orjson.dumps(message, option=orjson.OPT_APPEND_NEWLINE) + b'{"id": "' + b"x" * (2 << 20) + b'"}\n'
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    users = UserLines(path, lambda number, fields: text_field(fields, "id"), tmp_path / "bad")
+    with pytest.raises(UserError, match=rf"{name}:2: the line is longer than 1 MiB") as error:
+        list(read_jsonl(path, FailedRequest) if name == "own.jsonl" else users)
+    assert "xxx" not in str(error.value)
