@@ -14,6 +14,7 @@ from srlm_mega.evaluation.judge_metrics import ratio
 from srlm_mega.evaluation.results import ModelEvaluation
 from srlm_mega.judging.pair_counts import PairCounts
 from srlm_mega.records import STRICT, parse_line
+from srlm_mega.run.logs import read_state
 from srlm_mega.run.run_dir import RunDir
 from srlm_mega.run.stage_kinds import CANDIDATES, HEALTH, PAIRS, REFERENCE
 
@@ -155,6 +156,6 @@ def read_health(run: RunDir, number: int) -> RoundHealth | None:
     figures: dict[str, HealthFigure] = {}
     for stage in (REFERENCE.of(number), HEALTH.of(number)):
         for path in (run.partial(stage) / "health.json", run.output(stage) / "health.json"):
-            if path.is_file():
-                figures |= parse_line(RoundHealth, path.read_bytes()).figures
+            if (found := read_state(path, RoundHealth)) is not None:
+                figures |= found.figures
     return RoundHealth.of(number, figures) if figures else None

@@ -6,9 +6,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import orjson
-
 from srlm_mega.config import Config
+from srlm_mega.run.logs import read_metrics
 from srlm_mega.run.manifest import Manifest
 from srlm_mega.run.plan import Stage, plan
 from srlm_mega.run.run_dir import RunDir
@@ -77,7 +76,7 @@ def training_rates(path: Path) -> dict[str, float]:
     rows = read_metrics(path)
     rates = {}
     for key in TRAINING_RATES:
-        values = [row[key] for row in rows if row.get(key) is not None]
+        values = [value for row in rows if (value := row.get(key)) is not None]
         if values:
             rates[key] = median(values)
     memory = [value for row in rows for key, value in row.items() if key.startswith("memory/") and value is not None]
@@ -87,12 +86,5 @@ def training_rates(path: Path) -> dict[str, float]:
 def sampling_rates(path: Path) -> dict[str, float]:
     """Return the rates of a sampling stage as a whole, from the newest line that is not about a single shard."""
     whole = [row for row in read_metrics(path) if "shards" in row]
-    return {key: whole[-1][key] for key in SAMPLING_RATES if key in whole[-1]} if whole else {}
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read the whole lines of a metrics.jsonl; none without a file. A killed stage may have cut its last line."""
-    if not path.is_file():
-        return []
-    lines = path.read_bytes().splitlines(keepends=True)
-    return [orjson.loads(line) for line in lines if line.endswith(b"\n")]
+    newest = whole[-1] if whole else {}
+    return {key: value for key in SAMPLING_RATES if (value := newest.get(key)) is not None}

@@ -6,6 +6,7 @@ from typing import Any
 
 import orjson
 
+from srlm_mega.errors import UserError
 from srlm_mega.report.costs import StageCost
 from srlm_mega.run.run_dir import RunDir
 
@@ -27,17 +28,22 @@ class PlannedRow:
 
 
 def planned_rows(run: RunDir, costs: Sequence[StageCost]) -> list[PlannedRow]:
-    """Return a DPO step's figures and then the seconds of every stage; empty without a plan."""
+    """Return a DPO step's figures and then the seconds of every stage; empty without a plan. UserError for a file that
+    is none."""
     path = run.root / FILE
     if not path.is_file():
         return []
-    plan = orjson.loads(path.read_bytes())
     by_stage: dict[str, float] = {}
-    for stage in plan["stages"]:  # training and the conversion after it are two entries of one stage
-        by_stage[stage["name"]] = by_stage.get(stage["name"], 0.0) + stage["seconds"]
+    try:
+        plan = orjson.loads(path.read_bytes())
+        for stage in plan["stages"]:  # training and the conversion after it are two entries of one stage
+            by_stage[stage["name"]] = by_stage.get(stage["name"], 0.0) + stage["seconds"]
+        step = step_rows(plan, costs)
+    except (ValueError, TypeError, LookupError, ZeroDivisionError) as error:
+        wrong = f"{path} is not what `srlm plan CONFIG --json` prints ({error!r}): make it again, or remove it"
+        raise UserError(wrong) from None
     taken = {cost.stage.name: cost.seconds for cost in costs}
-    rows = [PlannedRow(f"{name}, seconds", seconds, taken.get(name)) for name, seconds in by_stage.items()]
-    return step_rows(plan, costs) + rows
+    return step + [PlannedRow(f"{name}, seconds", seconds, taken.get(name)) for name, seconds in by_stage.items()]
 
 
 def step_rows(plan: Mapping[str, Any], costs: Sequence[StageCost]) -> list[PlannedRow]:

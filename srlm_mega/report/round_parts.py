@@ -10,8 +10,8 @@ from typing import Any
 import orjson
 
 from srlm_mega.records import lines_of, one_text
-from srlm_mega.report.costs import read_metrics
 from srlm_mega.report.lineage_sample import LineageSample, PairLeaf
+from srlm_mega.run.logs import read_metrics
 from srlm_mega.run.run_dir import RunDir
 from srlm_mega.run.stage_kinds import CANDIDATES, JUDGEMENTS, PAIRS, PROMPTS, model_name
 
@@ -92,7 +92,7 @@ def read_dpo_steps(path: Path) -> tuple[DpoStep, ...]:
     """Read the steps of one model's DPO; a value that was not finite is NaN, a gap in the curve."""
     keys = ("loss", "rewards/margins", "rewards/accuracies", "rewards/chosen", "rewards/rejected")
     return tuple(
-        DpoStep(row["step"], *(math.nan if row.get(key) is None else float(row[key]) for key in keys))
+        DpoStep(int(step), *(math.nan if (value := row.get(key)) is None else value for key in keys))
         for row in read_metrics(path)
-        if "rewards/margins" in row  # not a step of replayed EFT
+        if "rewards/margins" in row and (step := row.get("step")) is not None  # not a step of replayed EFT
     )

@@ -4,12 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
-
-import orjson
+from typing import Literal
 
 from srlm_mega.config.file import load_config
 from srlm_mega.evaluation.health_limits import read_health
+from srlm_mega.run.logs import read_metrics
 from srlm_mega.run.manifest import Manifest
 from srlm_mega.run.plan import Stage, plan
 from srlm_mega.run.presence import read_controller
@@ -131,27 +130,18 @@ def usual_seconds(kind: StageKind, finished: Mapping[Stage, Manifest]) -> float 
 def newest_losses(run: RunDir, model: str) -> Losses | None:
     """Read the newest losses of a model that is trained or being trained, None without any."""
     for folder in (run.output(model), run.partial(model)):
-        if rows := tail(folder / "metrics.jsonl"):
-            keys = ("loss", "rewards/margins", "rewards/accuracies", "grad_norm")
-            return Losses(model, rows[-1]["step"], {key: rows[-1][key] for key in keys if key in rows[-1]})
+        for row in reversed(read_metrics(folder / "metrics.jsonl", TAIL_BYTES)):
+            if (step := row.get("step")) is not None:
+                keys = ("loss", "rewards/margins", "rewards/accuracies", "grad_norm")
+                return Losses(model, int(step), {key: row[key] for key in keys if key in row})
     return None
 
 
 def step_seconds(path: Path) -> float | None:
     """Return the median of the newest steps' seconds, None without any."""
-    newest = [row["step_seconds"] for row in tail(path)[-RECENT_STEPS:] if row.get("step_seconds") is not None]
+    rows = read_metrics(path, TAIL_BYTES)[-RECENT_STEPS:]
+    newest = [seconds for row in rows if (seconds := row.get("step_seconds")) is not None]
     return median(newest) if newest else None
-
-
-def tail(path: Path) -> list[dict[str, Any]]:
-    """Read the last whole lines of a metrics.jsonl that may be growing; none without a file."""
-    if not path.is_file():
-        return []
-    with path.open("rb") as file:
-        size = file.seek(0, 2)
-        file.seek(max(0, size - TAIL_BYTES))
-        lines = file.read().split(b"\n")
-    return [orjson.loads(line) for line in lines[1 if size > TAIL_BYTES else 0 : -1]]
 
 
 def shares_of(run: RunDir, stage: Stage, manifest: Manifest) -> RoundShares:

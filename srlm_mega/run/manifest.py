@@ -8,6 +8,8 @@ from typing import Any
 import orjson
 import xxhash
 
+from srlm_mega.run.logs import read_state
+
 MANIFEST = "manifest.json"
 IDENTITY = "identity.json"
 TRACKING_ID = "tracking_id"
@@ -69,11 +71,8 @@ class Manifest:
 
 def begun_with(path: Path) -> Identity | None:
     """Read an identity.json; return None where there is none that can be read."""
-    try:
-        stage, config, inputs = orjson.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
-        return None
-    return Identity(stage, config, inputs)
+    found = read_state(path, tuple[str, dict[str, Any], dict[str, str]])
+    return None if found is None else Identity(*found)
 
 
 def log_name(name: str) -> str | None:

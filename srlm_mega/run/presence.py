@@ -11,6 +11,7 @@ import orjson
 
 from srlm_mega.errors import reason
 from srlm_mega.run.files import write_atomic
+from srlm_mega.run.logs import read_state
 from srlm_mega.run.run_dir import RunDir
 
 
@@ -48,7 +49,10 @@ def announced(run: RunDir) -> Iterator[None]:
 def read_controller(run: RunDir) -> Controller | None:
     """Return the newest controller, None where none has worked yet."""
     path = controller_file(run)
-    return Controller(**orjson.loads(path.read_bytes())) if path.is_file() else None
+    if not path.exists():
+        return None
+    damaged = Controller(0, "", f"{path} cannot be read, so it is not known whether `srlm run` works")
+    return read_state(path, Controller) or damaged
 
 
 def controller_file(run: RunDir) -> Path:

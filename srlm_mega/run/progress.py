@@ -3,20 +3,24 @@
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import orjson
+from pydantic import Field
 
 from srlm_mega.run.files import write_atomic
+from srlm_mega.run.logs import read_state
 
 WRITE_INTERVAL_SECONDS = 0.2
+Count = Annotated[int, Field(ge=0, le=2**53)]
 
 
 @dataclass(frozen=True)
 class ProgressState:
     """Progress of a stage: `done` of `total` units. `exit_code` and `message` explain a failure."""
 
-    done: int = 0
-    total: int = 0
+    done: Count = 0
+    total: Count = 0
     unit: str = ""
     note: str = ""
     exit_code: int | None = None
@@ -47,7 +51,5 @@ class Progress:
 
 
 def read_progress(path: Path) -> ProgressState:
-    """Return the newest state; an empty one when the stage has not written any yet."""
-    if not path.is_file():
-        return ProgressState()
-    return ProgressState(**orjson.loads(path.read_bytes()))
+    """Return the newest state; an empty one when the stage has not written any yet, or it is damaged."""
+    return read_state(path, ProgressState) or ProgressState()

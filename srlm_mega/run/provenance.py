@@ -9,13 +9,15 @@ from pathlib import Path
 
 import orjson
 
+from srlm_mega.text import visible
+
 PACKAGES = ("srlm-mega", "torch", "megatron-core", "transformers", "tokenizers", "safetensors", "numpy", "pydantic")
 
 
 def provenance() -> bytes:
     """Return versions, commit, command, date and machine as a JSON object."""
     facts = {
-        "command": sys.argv,
+        "command": list(map(visible, sys.argv)),  # file names need not be UTF-8, and JSON must
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
         "python": platform.python_version(),

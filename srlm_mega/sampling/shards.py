@@ -154,10 +154,10 @@ class ShardFiles(Generic[R]):
 
     def _take_over(self, path: Path, replica: int, take_over_seconds: float) -> bool:
         try:
-            age, owner = time.time() - path.stat().st_mtime, path.read_text()
+            age, owner = time.time() - path.stat().st_mtime, path.read_bytes()
         except FileNotFoundError:  # released in between
             return False
-        if age <= take_over_seconds or owner == str(replica):
+        if age <= take_over_seconds or owner == str(replica).encode():
             return False
         write_atomic(path, str(replica).encode())
         return True
@@ -166,7 +166,7 @@ class ShardFiles(Generic[R]):
         """Remove the leases of a replica that ended."""
         for path in self.folder.glob("*.lease"):
             with suppress(FileNotFoundError):  # its new owner has finished the shard
-                if path.read_text() == str(replica):
+                if path.read_bytes() == str(replica).encode():
                     path.unlink()
 
     def prepare(self) -> list[ShardReport]:
@@ -288,7 +288,7 @@ def held_shards(folder: Path) -> list[str]:
     for path in sorted(folder.glob("*.shards/*.lease")):
         with suppress(FileNotFoundError):  # finished in between
             minutes = (time.time() - path.stat().st_mtime) / 60
-            held.append(f"replica {path.read_text()}, {minutes:.0f} min in {path.stem}")
+            held.append(f"replica {path.read_text(errors='replace')}, {minutes:.0f} min in {path.stem}")
     return held
 
 

@@ -1,5 +1,6 @@
 """Trackers, which get metrics besides metrics.jsonl: TensorBoard, Weights & Biases, MLflow. On the main rank only."""
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -46,9 +47,10 @@ def open_trackers(config: Config, out: Path, first_step: int) -> Iterator[list[T
 
 
 def tracking_id(out: Path) -> str:
-    """Return the id of the stage's run at a server. It is created once and stays in the output's folder."""
+    """Return the id of the stage's run at a server. It is created once and stays in the output's folder; a damaged one
+    is replaced."""
     path = out / TRACKING_ID
-    if not path.is_file():
+    if not path.is_file() or re.fullmatch(rb"[0-9a-f]{32}", path.read_bytes()) is None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(uuid4().hex, encoding="utf-8")
     return path.read_text(encoding="utf-8")
