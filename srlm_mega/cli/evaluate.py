@@ -69,17 +69,12 @@ def described_score(controlled: "LengthControlled") -> str:
 
 
 def described(comparison: "Comparison") -> str:
-    """Return a comparison's result as text."""
-    head = f"{comparison.ours} against {comparison.theirs}, judged by {comparison.judge}"
-    left_out = (
-        f"{comparison.prompts} prompts; {comparison.too_long} too long for the judge, {comparison.failed} failed; "
-        f"{comparison.unparsed} judgements without a verdict, {comparison.truncated} cut off"
-    )
+    """Return the result of a comparison that has one, as text."""
     result, controlled = comparison.result, comparison.length_controlled
-    if result is None or controlled is None:
-        return f"{head}\nno prompt has a verdict in both orders\n{left_out}"
+    assert result is not None and controlled is not None, "head_to_head returns no comparison without a result"
     lines = [
-        head,
+        f"{comparison.ours} ({comparison.ours_hash}) against {comparison.theirs} ({comparison.theirs_hash}), "
+        f"judged by {comparison.judge}",
         f"wins {result.wins} ({result.win_rate:.1%}), ties {result.ties} ({result.tie_rate:.1%}), "
         f"losses {result.losses} ({result.loss_rate:.1%})",
         f"score (ties half) {result.score:.1%}, Wilson's 95% {result.score_low:.1%} to {result.score_high:.1%}",
@@ -89,7 +84,7 @@ def described(comparison: "Comparison") -> str:
             f"  ours {one.name}: {one.score:.1%} on {one.prompts} prompts ({one.score_low:.1%} to {one.score_high:.1%})"
             for one in controlled.bins
         ),
-        left_out,
+        comparison.left_out,
     ]
     return "\n".join(lines)
 

@@ -91,7 +91,7 @@ class JudgedBy:
 class Comparison:
     """Comparison of two models' responses by a judge, in both orders. Of `prompts`, those with a verdict in both orders
     make the result, None without any. `too_long` counts prompts that did not fit, `failed` those without an answer;
-    `unparsed` and `truncated` count judgements (two per prompt)."""
+    `unparsed` and `truncated` count judgements (two per prompt). A head-to-head has the models' hashes."""
 
     ours: str
     theirs: str
@@ -103,6 +103,16 @@ class Comparison:
     truncated: int
     result: HeadToHead | None
     length_controlled: LengthControlled | None
+    ours_hash: str = ""
+    theirs_hash: str = ""
+
+    @property
+    def left_out(self) -> str:
+        """The prompts and judgements that did not count, in words."""
+        return (
+            f"{self.prompts} prompts; {self.too_long} too long for the judge, {self.failed} failed; "
+            f"{self.unparsed} judgements without a verdict, {self.truncated} cut off"
+        )
 
 
 @with_config(STRICT)

@@ -1,8 +1,8 @@
 """Head-to-head of any two finished models, outside a run's plan (`srlm evaluate head-to-head`)."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,18 +13,20 @@ from srlm_mega.config import Config
 from srlm_mega.config.comparison import PairwiseJudgeConfig
 from srlm_mega.config.compatibility import changed
 from srlm_mega.config.file import load_config
-from srlm_mega.errors import UserError
+from srlm_mega.errors import CannotContinue, UserError
 from srlm_mega.evaluation.results import Comparison
 from srlm_mega.records import Prompt, read_jsonl
 from srlm_mega.run.files import write_atomic
 from srlm_mega.run.identity import responding
 from srlm_mega.run.manifest import IDENTITY, file_hash
 from srlm_mega.run.run_dir import RunDir
+from srlm_mega.run.soundness import check_sound
 from srlm_mega.sampling.samplers import Samplers
-from srlm_mega.stages.compare_responses import compare, matches_of
+from srlm_mega.stages.compare_responses import Match, compare, matches_of
 from srlm_mega.stages.judges import open_judge, open_m1
 from srlm_mega.stages.pairwise_judge import OpenJudge
 from srlm_mega.stages.responses import Writer, held_out, respond
+from srlm_mega.stages.truth_judge import GROUND_TRUTH, TruthJudge, truth_is_known
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,14 @@ class RunModel:
 
     @classmethod
     def at(cls, path: Path) -> "RunModel":
-        """Open a model by its path, such as `RUN/M2`. UserError when it is not a finished model with weights."""
+        """Open a model by its path, such as `RUN/M2`. UserError when it is not a finished model with weights, or when
+        anything of its run, whose prompts and settings serve too, is not as it was written. Every byte of the model is
+        read."""
         run = RunDir(path.parent)
         if not run.config_file.is_file() or run.manifest(path.name) is None:
             raise UserError(f"{path} is not a finished model of a run: give one such as runs/toy/M2")
-        run.verify(path.name, quick=True)
+        check_sound(run)
+        run.verify(path.name, quick=False)
         if not run.weights(path.name).exists():
             raise UserError(f"{path} has no weights: give a model such as {path.parent}/M1")
         config = load_config(run.config_file)
@@ -58,7 +63,8 @@ class RunModel:
 
 
 def writer_at(path: Path) -> Writer:
-    """Open a run's model (`RUN/M2`) or any Hugging Face folder. UserError for one converted and not verified."""
+    """Open a run's model (`RUN/M2`) or any Hugging Face folder, named by its content. UserError for one that was
+    converted and not verified, or altered since."""
     if not (path / "config.json").is_file():
         return RunModel.at(path).writer
     return Writer.outside(path)
@@ -67,7 +73,8 @@ def writer_at(path: Path) -> Writer:
 @dataclass(frozen=True)
 class HeadToHeadRequest:
     """The two models, prompts, judge and decoding of a head-to-head. `ours` is a run's model, whose sampler and lengths
-    serve both. `prompts` None: the run's held-out prompts; `judge` None: the run's M1."""
+    serve both. `prompts` None: the run's held-out prompts; `judge` None: the ground truth in the toy world, else the
+    run's M1."""
 
     ours: Path
     theirs: Path
@@ -79,15 +86,17 @@ class HeadToHeadRequest:
 
 def head_to_head(request: HeadToHeadRequest, out: Path) -> Comparison:
     """Let both models answer the prompts and the judge compare them. `out` gets responses, judgements and
-    `result.json`; after a kill the same call resumes there. UserError when `out` belongs to another comparison."""
+    `result.json`; after a kill the same call resumes there. UserError when `out` belongs to another comparison,
+    CannotContinue when no prompt has a verdict in both orders."""
     model, theirs = RunModel.at(request.ours), writer_at(request.theirs)
     file = held_out(model.run) if request.prompts is None else request.prompts
     prompts = list(read_jsonl(file, Prompt))
+    judge = judge_of(model, request.judge, prompts)
     identity = {
         "ours": model.writer.name,
         "theirs": theirs.name,
         "prompts": file_hash(file),
-        "judge": RunModel.at(model.run.output("M1")).writer.name if request.judge is None else request.judge.model,
+        "judge": judge.name,
         "judge_tokens": (model.config.judge if request.judge is None else request.judge).max_new_tokens,
         "temperature": request.temperature,
         "top_p": request.top_p,
@@ -106,18 +115,47 @@ def head_to_head(request: HeadToHeadRequest, out: Path) -> Comparison:
         if len(matches) < len(prompts):
             print(f"left out {len(prompts) - len(matches)} prompts: a whole response of one of the models does not fit")
         names, file = (str(request.ours), str(request.theirs)), out / "judgements.jsonl"
-        opener = judge_of(model, request.judge, samplers)
-        result = compare(names, matches, opener, file, partial(print_progress, "judgements"))
+        compared = compare(names, matches, judge.opener(samplers, matches), file, partial(print_progress, "judgements"))
+    result = replace(compared, judge=judge.shown, ours_hash=model.writer.name, theirs_hash=theirs.name)
     write_atomic(out / "result.json", orjson.dumps(result, option=orjson.OPT_INDENT_2))
+    if result.result is None:
+        raise CannotContinue(
+            f"{result.ours} against {result.theirs}, judged by {result.judge}: no result, since no prompt has a "
+            f"verdict in both orders. {result.left_out}. Give another judge (--judge FOLDER or --judge NAME --endpoint "
+            f"URL) and another --out; what this one answered is in {file}"
+        )
     return result
 
 
-def judge_of(model: RunModel, settings: PairwiseJudgeConfig | None, samplers: Samplers) -> OpenJudge:
-    """Return the function that opens the configured judge or, without one, M1 of the model's run."""
-    if settings is not None:
-        return partial(open_judge, settings, samplers, False)
-    m1 = RunModel.at(model.run.output("M1"))
-    return partial(open_m1, m1.run, samplers, m1.writer.folder)
+@dataclass(frozen=True)
+class ChosenJudge:
+    """The judge of a head-to-head: its name in the identity, the one in the result, and how it is opened."""
+
+    name: str
+    shown: str
+    opener: Callable[[Samplers, Sequence[Match]], OpenJudge]
+
+
+def judge_of(model: RunModel, settings: PairwiseJudgeConfig | None, prompts: Sequence[Prompt]) -> ChosenJudge:
+    """Return the configured judge or, without one, the ground truth where it is known, else M1 of the model's run."""
+    if settings is None and truth_is_known(model.config, prompts):
+        return ChosenJudge(GROUND_TRUTH, GROUND_TRUTH, lambda samplers, matches: partial(TruthJudge.of, matches))
+    if settings is None:
+        path = model.run.output("M1")
+        m1 = model if model.name == "M1" else RunModel.at(path)
+        name, folder = m1.writer.name, m1.writer.folder
+        return ChosenJudge(
+            name, f"{path} ({name})", lambda samplers, matches: partial(open_m1, m1.run, samplers, folder)
+        )
+    if settings.endpoint is not None:
+        name = settings.model
+        return ChosenJudge(name, name, lambda samplers, matches: partial(open_judge, settings, samplers, False))
+    taken = Writer.outside(Path(settings.model))
+    return ChosenJudge(
+        taken.name,
+        f"{settings.model} ({taken.name})",
+        lambda samplers, matches: partial(open_judge, settings, samplers, False, taken=taken),
+    )
 
 
 def begin(folder: Path, identity: Mapping[str, object]) -> None:

@@ -1,20 +1,25 @@
 """srlm evaluate head-to-head: two finished models, any judge, a folder that goes on after a kill."""
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import orjson
 import pytest
 from fake_endpoint import Asked, Reply, completion, fake_endpoint
 from judge_model import write_always_a
-from sampling_run import begin_run, write_model
+from sampling_run import VALIDATION, begin_run, write_model
 from typer.testing import CliRunner
 
 from srlm_mega.cli.main import app
 from srlm_mega.config.file import load_config, to_yaml
+from srlm_mega.data.toy_world.truth import quality
 from srlm_mega.data.toy_world.word_tokenizer import toy_tokenizer
-from srlm_mega.errors import UserError
+from srlm_mega.errors import CannotContinue, UserError, exit_code
 from srlm_mega.evaluation.results import Comparison
 from srlm_mega.records import Candidate, Prompt, parse_line, read_jsonl, write_jsonl
+from srlm_mega.run import manifest
+from srlm_mega.run.outside_folder import content_hash
 from srlm_mega.run.run_dir import RunDir
 
 
@@ -68,6 +73,9 @@ def test_a_folder_of_something_else_is_refused(models: tuple[Path, Path, Path], 
     config_file = models[0].parent / "config.yaml"  # a run's sampler may be set anew after its end
     config_file.write_text(to_yaml(load_config(config_file, ["sampler.batch_size=32"])))
     code, _, error = call(models, tmp_path / "out", "--judge", str(tmp_path / "judge"))
+    assert code != 0 and "config.yaml is not what round_1/prompts was made with" in str(error)
+    shutil.rmtree(models[0].parent / "round_1")
+    code, _, error = call(models, tmp_path / "out", "--judge", str(tmp_path / "judge"))
     assert code != 0 and "is of other models, prompts, settings" in str(error)
 
 
@@ -86,9 +94,85 @@ def test_a_folder_of_another_command_is_refused(
 
 def test_by_m1_where_no_judge_is_named(models: tuple[Path, Path, Path], tmp_path: Path) -> None:
     """A random M1 with 128 positions: every question is too long for it, and nothing is invented."""
-    code, said, error = call(models, tmp_path / "out")
-    assert code == 0, error
-    assert "no prompt has a verdict in both orders" in said and "6 too long for the judge" in said
+    _, _, error = call(models, tmp_path / "out")
+    assert isinstance(error, CannotContinue) and exit_code(error) == 3, error
+    assert "no prompt has a verdict in both orders" in str(error) and "6 too long for the judge" in str(error)
+    assert "Give another judge (--judge FOLDER" in str(error) and f"{models[0]} (" in str(error)
+    assert parse_line(Comparison, (tmp_path / "out/result.json").read_bytes()).result is None
+
+
+def test_another_model_behind_the_same_path_is_another_comparison(
+    models: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    """Of the other side, and of the judge: both go by their content."""
+    theirs, judge = models[1], tmp_path / "judge"
+    write_always_a(judge)
+    assert call(models, tmp_path / "out", "--judge", str(judge))[0] == 0
+    before = parse_line(Comparison, (tmp_path / "out/result.json").read_bytes())
+    assert before.theirs == str(theirs) and before.theirs_hash == content_hash(theirs) != before.ours_hash
+    assert before.judge == f"{judge} ({content_hash(judge)})"
+    answers = list(read_jsonl(tmp_path / "out/theirs/responses.jsonl", Candidate))
+    assert {one.model_hash for one in answers} == {before.theirs_hash}
+    for folder in (theirs, judge):
+        flip_bit(folder / "model.safetensors")
+        code, _, error = call(models, tmp_path / "out", "--judge", str(judge))
+        assert code != 0 and "is of other models, prompts, settings or another judge" in str(error), folder
+        flip_bit(folder / "model.safetensors")
+    given = models[2].read_bytes()
+    models[2].write_bytes(given.replace(b"list 7", b"list 8"))
+    code, _, error = call(models, tmp_path / "out", "--judge", str(judge))
+    assert code != 0 and "is of other models, prompts, settings or another judge" in str(error)
+    models[2].write_bytes(given)
+    assert call(models, tmp_path / "out", "--judge", str(judge))[0] == 0
+    moved = theirs.rename(tmp_path / "moved")
+    models = models[0], moved, models[2]
+    assert call(models, tmp_path / "out", "--judge", str(judge))[0] == 0, "the path does not count"
+    after = parse_line(Comparison, (tmp_path / "out/result.json").read_bytes())
+    assert replace(after, theirs=before.theirs) == before
+
+
+@pytest.mark.parametrize("name", ["M1/huggingface/model.safetensors", "seed/validation.jsonl", "config.yaml"])
+def test_nothing_of_a_run_is_used_that_was_altered(
+    models: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Not even where the quick check sees sizes alone. Exports use the same."""
+    monkeypatch.setattr(manifest, "QUICK_HASH_BYTES", 10_000)
+    altered = models[0].parent / name
+    if name == "config.yaml":
+        altered.write_text(altered.read_text().replace("vocab_size: 128", "vocab_size: 256"))
+    else:
+        flip_bit(altered)
+    (tmp_path / "alpaca.json").write_text('[{"instruction": "list 2 animals", "dataset": "x"}]')
+    export = ["export", "alpaca_eval", str(models[0]), "--prompts", str(tmp_path / "alpaca.json"), "--out", "x.json"]
+    head_to_head = ["evaluate", "head-to-head", str(models[0]), str(models[1]), "--out", str(tmp_path / "out")]
+    for argv in (head_to_head, export, ["export", "lm_eval", str(models[0])]):
+        error = CliRunner().invoke(app, argv).exception
+        assert isinstance(error, UserError) and str(altered) in str(error), argv
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_toy_world_is_judged_by_its_truth(tmp_path: Path) -> None:
+    """The words on the README: no option but --out. Its M1 has 128 positions, and could read no question."""
+    run = begin_run(tmp_path / "toy", ["unused"], "candidates.max_new_tokens=6")
+    write_model(load_config(run.config_file), tmp_path / "other", toy_tokenizer(), seed=5)
+    argv = ["evaluate", "head-to-head", str(run.root / "M1"), str(tmp_path / "other"), "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, argv)
+    assert done.exit_code == 0 and "judged by ground truth" in done.output, done.output + str(done.exception)
+    comparison = parse_line(Comparison, (tmp_path / "out/result.json").read_bytes())
+    ours, theirs = (
+        {one.prompt_id: quality(one.prompt, one.text) for one in read_jsonl(tmp_path / "out" / side, Candidate)}
+        for side in ("ours/responses.jsonl", "theirs/responses.jsonl")
+    )
+    found = comparison.result
+    assert found is not None and (comparison.prompts, comparison.judge) == (len(VALIDATION), "ground truth")
+    assert found.wins == sum(ours[name] > theirs[name] for name in ours)
+    assert found.losses == sum(ours[name] < theirs[name] for name in ours)
+
+
+def flip_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
 
 
 def test_an_endpoint_without_a_judge_is_refused(models: tuple[Path, Path, Path], tmp_path: Path) -> None:

@@ -16,8 +16,9 @@ from srlm_mega.config import Config
 from srlm_mega.config.file import load_config, to_yaml
 from srlm_mega.data.toy_world.word_tokenizer import toy_tokenizer
 from srlm_mega.records import Prompt, write_jsonl
+from srlm_mega.run.identity import config_of
 from srlm_mega.run.manifest import Identity
-from srlm_mega.run.plan import find_stage
+from srlm_mega.run.plan import find_stage, plan
 from srlm_mega.run.progress import Progress
 from srlm_mega.run.run_dir import RunDir
 from srlm_mega.sampling.samplers import Samplers
@@ -32,19 +33,27 @@ def begin_run(root: Path, prompts: list[str], *overrides: str, tokenizer: Tokeni
     root.mkdir(parents=True)
     config = load_config(ROOT / "launch/configs/toy_cpu.yaml", [f"run.dir={root}", *overrides])
     run.config_file.write_text(to_yaml(config))
-    with_files(run, config, "seed", lambda out: (out / "judge_template.txt").write_text(TEMPLATE))
+    with_files(run, config, "seed", write_seed)
     with_files(run, config, "M1", lambda out: write_model(config, out / "huggingface", tokenizer or toy_tokenizer()))
     records = [Prompt(f"p{number:03d}", text, "test") for number, text in enumerate(prompts)]
     with_files(run, config, "round_1/prompts", lambda out: write_jsonl(out / "prompts.jsonl", records))
     return run
 
 
+def write_seed(out: Path) -> None:
+    """The judge's rubric and the held-out prompts."""
+    (out / "judge_template.txt").write_text(TEMPLATE)
+    write_jsonl(out / "validation.jsonl", [Prompt(f"v{n}", text, "test") for n, text in enumerate(VALIDATION)])
+
+
+VALIDATION = ("list 4 animals upper open sure close thanks", "list 2 tools lower open okay close bye")
 TEMPLATE = "review {{instruction}} <response> {{response}} </response>"
 
 
 def with_files(run: RunDir, config: Config, stage: str, write: object) -> None:
-    """A finished output whose files `write(folder)` makes."""
-    identity = Identity(stage, {}, {})
+    """A finished output whose files `write(folder)` makes, as this configuration would make it."""
+    planned = [one for one in plan(config) if one.name == stage]
+    identity = Identity(stage, config_of(planned[0], config) if planned else {}, {})
     write(run.begin(identity, resumable=False))  # type: ignore[operator]
     run.commit(identity, 0, 0.0, "test", {})
 
