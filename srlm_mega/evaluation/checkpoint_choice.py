@@ -6,8 +6,10 @@ that training, which makes the checkpoints, and judging, which compares them, kn
 after a kill at any time.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import takewhile
 from pathlib import Path
 
 import orjson
@@ -16,7 +18,9 @@ from pydantic import with_config
 from srlm_mega.config.comparison import EarlyStoppingConfig
 from srlm_mega.evaluation.results import Comparison
 from srlm_mega.records import STRICT, parse_line
-from srlm_mega.run.files import write_atomic
+from srlm_mega.run.manifest import FileEntry, damage, entry_of
+from srlm_mega.run.run_dir import files_below
+from srlm_mega.run.sealed_file import is_whole, write_sealed
 
 START = 0  # the model that training started from is the checkpoint of step 0
 
@@ -39,12 +43,14 @@ class Verdict:
 @with_config(STRICT)
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """Counts of a training up to a checkpoint whose Hugging Face folder is complete; its schedule has `max_steps`."""
+    """Counts of a training up to a checkpoint whose Hugging Face folder, with these `files`, is complete; its schedule
+    has `max_steps`."""
 
     max_steps: int
     items: int
     excluded: int
     verified: int
+    files: Mapping[str, FileEntry] = field(default_factory=dict)
 
 
 def comparison_steps(interval: int, steps: int) -> list[int]:
@@ -98,25 +104,41 @@ class EarlyStoppingFiles:
         return self.step_folder(step) / "judgements.jsonl"
 
     def verdicts(self) -> list[Verdict]:
-        """Read the verdicts of all comparisons so far, in order."""
-        return [parse_line(Verdict, path.read_bytes()) for path in sorted(self.folder.glob("step_*/verdict.json"))]
+        """Read the verdicts of all comparisons so far, in order, up to the first that is not as it was written: that
+        comparison is repeated from its responses and judgements."""
+        files = (self.step_folder(step) / "verdict.json" for step in self._exported_steps())
+        whole = takewhile(partial(is_whole, unsealed=True), files)
+        return [parse_line(Verdict, path.read_bytes()) for path in whole]
 
     def exported(self, step: int) -> Exported | None:
         """Read the counts of a checkpoint, None unless its Hugging Face folder is complete."""
         path = self.step_folder(step) / "exported.json"
-        return parse_line(Exported, path.read_bytes()) if path.is_file() else None
+        return parse_line(Exported, path.read_bytes()) if is_whole(path, unsealed=True) else None
 
     def write_exported(self, step: int, exported: Exported) -> None:
         """Mark a checkpoint's Hugging Face folder as complete."""
-        write_atomic(self.step_folder(step) / "exported.json", orjson.dumps(exported))
+        folder = self.export(step)
+        files = {str(path.relative_to(folder)): entry_of(path) for path in files_below(folder)}
+        content = orjson.dumps(replace(exported, files=files))
+        write_sealed(self.step_folder(step) / "exported.json", lambda path: path.write_bytes(content))
+
+    def damage(self, step: int, folder: Path) -> str | None:
+        """Return how a checkpoint's Hugging Face folder, wherever it is now, differs from what was exported; None when
+        it does not."""
+        exported = self.exported(step)
+        files = {} if exported is None else exported.files
+        found = (damage(folder / name, entry, "exported.json", "exported.json") for name, entry in files.items())
+        return next((text for text in found if text is not None), None)
 
     def write_verdict(self, verdict: Verdict) -> None:
         """Write a comparison's verdict, which ends it."""
         content = orjson.dumps(verdict, option=orjson.OPT_INDENT_2)
-        write_atomic(self.step_folder(verdict.step) / "verdict.json", content)
+        write_sealed(self.step_folder(verdict.step) / "verdict.json", lambda path: path.write_bytes(content))
 
     def waiting(self) -> int | None:
         """Return the step of the checkpoint to compare next, None when there is none."""
         compared = {verdict.step for verdict in self.verdicts()}
-        steps = sorted(int(path.parent.name.removeprefix("step_")) for path in self.folder.glob("step_*/exported.json"))
-        return next((step for step in steps if step not in compared), None)
+        return next((step for step in self._exported_steps() if step not in compared), None)
+
+    def _exported_steps(self) -> list[int]:
+        return sorted(int(path.parent.name.removeprefix("step_")) for path in self.folder.glob("step_*/exported.json"))

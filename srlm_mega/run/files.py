@@ -1,25 +1,90 @@
 """Writing and removing files so that a kill leaves nothing that looks whole."""
 
 import os
+import re
 import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+LEFT_OVER = re.compile(r"\..+\.[^.].*\.(?P<pid>\d+)")  # as `replacing` names a file while it is written
+LONG_SECONDS = 3600.0  # no write takes so long
 
 
 def remove_folder(path: Path, renamed: Path) -> None:
-    """Rename a folder and remove it, so that a kill in between leaves nothing that looks whole."""
-    shutil.rmtree(renamed, ignore_errors=True)  # left by a removal that was killed
+    """Rename a folder and remove it, so that a kill in between leaves nothing that looks whole. A link goes without
+    what it points to."""
+    discard(renamed)  # left by a removal that was killed
     os.rename(path, renamed)
-    shutil.rmtree(renamed)
+    discard(renamed)
+
+
+def discard(path: Path) -> None:
+    """Remove a folder with its content, a file, or a link without what it points to; do nothing where there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def dangling(path: Path) -> str | None:
+    """Return what is wrong with a link whose target is not there, in words; None for anything else."""
+    if path.is_symlink() and not path.exists():
+        return f"{path} is a link to {os.readlink(path)}, which is not there"
+    return None
+
+
+@contextmanager
+def replacing(path: Path, writer: str | None = None) -> Iterator[Path]:
+    """Yield the path of a temporary file for the block to write. It is then synced to the disk and gets its name, or,
+    after an error, is removed. `writer`: what keeps the temporary files of several writers apart; default: host and
+    process."""
+    temporary = path.with_name(f".{path.name}.{writer or f'{os.uname().nodename}.{os.getpid()}'}")
+    try:
+        yield temporary
+        fsync(temporary)
+        os.rename(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_atomic(path: Path, content: bytes) -> None:
     """Write a small file so that readers see the old or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")  # process ids repeat on other nodes
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.rename(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_durably(path: Path, write: Callable[[Path], object], writer: str | None = None) -> None:
+    """Let `write` fill a temporary file, sync it to the disk, and only then give it its name. `writer`: as for
+    `replacing`."""
+    with replacing(path, writer) as temporary:
+        write(temporary)
+    fsync(path.parent)
+
+
+def all_files(folder: Path) -> Iterator[Path]:
+    """Yield all files below a folder, not through links."""
+    return (Path(root) / name for root, _, names in os.walk(folder) for name in names)
+
+
+def is_old(path: Path) -> bool:
+    """Tell whether a file was written so long ago that no write of it is under way."""
+    return time.time() - path.lstat().st_mtime > LONG_SECONDS
+
+
+def sweep(paths: Iterable[Path], elsewhere: Callable[[Path], bool] = is_old) -> None:
+    """Remove those of these files that killed writers left. `elsewhere`: function that tells whether another machine's
+    writer of a file is dead."""
+    here = os.uname().nodename
+    for path in paths:
+        if (match := LEFT_OVER.fullmatch(path.name)) is not None:
+            ours = path.name.endswith(f".{here}.{match['pid']}")
+            with suppress(FileNotFoundError):
+                if elsewhere(path) if not ours else not Path(f"/proc/{match['pid']}").exists():
+                    path.unlink()
 
 
 def fsync(path: Path) -> None:

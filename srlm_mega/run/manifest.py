@@ -97,6 +97,11 @@ def damage(path: Path, entry: FileEntry, list_name: str, list_says: str, quick: 
     return None
 
 
+def entry_of(path: Path) -> FileEntry:
+    """Return a file's size and hash."""
+    return FileEntry(path.stat().st_size, file_hash(path))
+
+
 def file_hash(path: Path) -> str:
     """Return the xxh3-128 of a file's content, in hexadecimal."""
     state = xxhash.xxh3_128()

@@ -27,15 +27,17 @@ class ShardReport:
 
 @dataclass(frozen=True)
 class FinishedShard:
-    """The content of a shard's file. `lines` are its records, one JSON line each."""
+    """The content of a shard's file. `lines` are its records, one JSON line each, `asked` is the hash of what they
+    answer."""
 
     lines: bytes
     report: ShardReport
     failed: tuple[FailedRequest, ...]
+    asked: str
 
     def as_bytes(self) -> bytes:
         """Return the file's content."""
-        said = {"report": asdict(self.report), "failed": [asdict(one) for one in self.failed]}
+        said = {"report": asdict(self.report), "failed": [asdict(one) for one in self.failed], "asked": self.asked}
         return self.lines + orjson.dumps(said | {"xxh3_128": _hash(self.lines, said)}, option=orjson.OPT_APPEND_NEWLINE)
 
     @classmethod
@@ -47,11 +49,12 @@ class FinishedShard:
             said = orjson.loads(content[start:])
             claimed = said.pop("xxh3_128")
             report, failed = ShardReport(**said["report"]), tuple(FailedRequest(**one) for one in said["failed"])
+            asked = str(said["asked"])
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(f"{path} is cut or damaged: its last line is no shard's report") from None
         if content[-1:] != b"\n" or claimed != _hash(content[:start], said):
             raise ValueError(f"{path} was altered: its xxh3-128 is not the one in its last line")
-        return cls(content[:start], report, failed)
+        return cls(content[:start], report, failed, asked)
 
 
 def _hash(lines: bytes, said: dict[str, Any]) -> str:

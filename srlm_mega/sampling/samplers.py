@@ -1,7 +1,6 @@
 """The models that a process samples: one at a time, loaded once for all the lists of requests that follow one another,
 in this process or by replicas."""
 
-import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Protocol
 
 from srlm_mega.config import Config
 from srlm_mega.records import PromptTokens, SampledTexts
+from srlm_mega.run.files import discard
 from srlm_mega.sampling.job_files import SampledModel
 from srlm_mega.sampling.local_model import LocalModel
 from srlm_mega.sampling.replicas import Replicas
@@ -79,8 +79,8 @@ class Samplers:
         if self._open is not None:
             self._open.close()
             self._open = self._model = None
-        with suppress(FileNotFoundError):
-            shutil.rmtree(self._folder)
+        with suppress(FileNotFoundError):  # a replica that ends removes files of its own
+            discard(self._folder)
 
     def _opened(self, model: SampledModel) -> OpenModel:
         if self.config.starts_replicas:

@@ -7,12 +7,11 @@ finished shards (in_flight.py). Doing a shard twice does no harm.
 """
 
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -20,7 +19,8 @@ import orjson
 
 from srlm_mega.errors import CannotContinue
 from srlm_mega.records import FailedRequest, parse_line, write_jsonl
-from srlm_mega.run.files import fsync, remove_folder, write_atomic
+from srlm_mega.run.files import discard, remove_folder, write_atomic, write_durably
+from srlm_mega.run.sealed_file import contents, fingerprint, is_whole, write_sealed
 from srlm_mega.sampling.finished_shard import FinishedShard, ShardReport
 from srlm_mega.seeds import derive_seed
 
@@ -40,6 +40,11 @@ class Shard(Generic[R]):
     seed: int
     requests: Sequence[R]
     position: int = 0
+
+    @cached_property
+    def asked(self) -> str:
+        """Hash of the requests, and of what decides their draws."""
+        return fingerprint(self.number, self.seed, self.position, of=self.requests)
 
 
 @dataclass(frozen=True)
@@ -99,8 +104,8 @@ class ShardFiles(Generic[R]):
 
     @property
     def merged(self) -> bool:
-        """True when the output file exists."""
-        return self.output.exists()
+        """True when the output file is there as it was merged, from answers to these requests."""
+        return is_whole(self.output, self._made_from())
 
     def missing(self) -> list[Shard[R]]:
         """Return the shards that no process has finished; none when the folder is gone, as all were merged."""
@@ -187,9 +192,9 @@ class ShardFiles(Generic[R]):
     def finish(self, shard: Shard[R], answered: Answered, report: ShardReport) -> None:
         """Write a shard's file, and free the shard. Nothing happens when another has finished it and all are merged."""
         lines = b"".join(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE) for record in answered.records)
-        content = FinishedShard(lines, report, tuple(answered.failed)).as_bytes()
+        content = FinishedShard(lines, report, tuple(answered.failed), shard.asked).as_bytes()
         with self._while_there_is_a_folder():
-            write_durably(self._file(shard, ".jsonl"), lambda path: path.write_bytes(content), f"tmp{report.replica}")
+            write_durably(self._file(shard, ".jsonl"), lambda path: path.write_bytes(content), f"{report.replica}")
             self._file(shard, ".lease").unlink(missing_ok=True)
 
     def report(self, shard: Shard[R]) -> ShardReport:
@@ -197,8 +202,12 @@ class ShardFiles(Generic[R]):
         return self._load(shard).report
 
     def read(self, kind: type[A]) -> Iterator[A]:
-        """Yield the records of all shards, in order. CannotContinue as `check_failures`."""
-        return (parse_line(kind, line) for loaded in self._all() for line in loaded.lines.splitlines())
+        """Yield the records of all shards, one per request that did not fail, in order. CannotContinue as
+        `check_failures`."""
+        for shard, loaded in zip(self.shards, self._all(), strict=True):
+            lines = loaded.lines.splitlines()
+            assert len(lines) + len(loaded.failed) == len(shard.requests), f"{name_of(shard, '')} lacks records"
+            yield from (parse_line(kind, line) for line in lines)
 
     def check_failures(self) -> list[FailedRequest]:
         """Return the failed requests of all shards. CannotContinue when more than `allowed` failed, or a shard was
@@ -220,7 +229,7 @@ class ShardFiles(Generic[R]):
             write_durably(self.output.with_name(FAILED), partial(write_jsonl, records=failed))
         else:  # that of an earlier comparison in this folder
             self.output.with_name(FAILED).unlink(missing_ok=True)
-        write_durably(self.output, write or self._concatenate)
+        write_sealed(self.output, write or self._concatenate, self._made_from())
 
     def tidy(self) -> None:
         """Remove the shards' folder, which nobody needs after the merge. It loses its name first: replicas that look
@@ -228,7 +237,7 @@ class ShardFiles(Generic[R]):
         removed = self.folder.with_name(f".{self.folder.name}.removed")
         if self.folder.exists():
             remove_folder(self.folder, removed)
-        shutil.rmtree(removed, ignore_errors=True)  # left by a removal that was killed
+        discard(removed)  # left by a removal that was killed
 
     @contextmanager
     def _while_there_is_a_folder(self) -> Iterator[None]:
@@ -248,9 +257,13 @@ class ShardFiles(Generic[R]):
     def _load(self, shard: Shard[R]) -> FinishedShard:
         """Read a finished shard. ValueError when it is not as it was written, or another's."""
         loaded, path = FinishedShard.load(self._file(shard, ".jsonl")), self._file(shard, ".jsonl")
-        if (loaded.report.shard, loaded.report.requests) != (shard.number, len(shard.requests)):
-            raise ValueError(f"{path} is another shard's: it says {loaded.report.shard}, {loaded.report.requests}")
+        if loaded.asked != shard.asked:
+            raise ValueError(f"{path} is another shard's, or answers other requests")
         return loaded
+
+    def _made_from(self) -> str:
+        """Return a hash of the requests, and of the failures that lie beside the output."""
+        return fingerprint(contents(self.output.with_name(FAILED)), of=(shard.asked for shard in self.shards))
 
     def _all(self) -> Iterator[FinishedShard]:
         """Yield all shards. CannotContinue when one is not as it was written."""
@@ -317,13 +330,3 @@ def run_shards(
             on_finished(report)
         files.merge()
     files.tidy()
-
-
-def write_durably(path: Path, write: Callable[[Path], object], suffix: str = "tmp") -> None:
-    """Let `write` fill a temporary file, sync it to the disk, and only then give it its name. `suffix` keeps the
-    temporary files of several processes apart."""
-    temporary = path.with_name(f".{path.name}.{suffix}")
-    write(temporary)
-    fsync(temporary)
-    os.rename(temporary, path)
-    fsync(path.parent)

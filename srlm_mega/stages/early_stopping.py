@@ -10,7 +10,8 @@ from srlm_mega.evaluation.checkpoint_choice import START, EarlyStoppingFiles, de
 from srlm_mega.records import Prompt, read_jsonl
 from srlm_mega.run.plan import find_stage
 from srlm_mega.run.progress import Progress
-from srlm_mega.run.run_dir import RunDir
+from srlm_mega.run.run_dir import RunDir, remedy
+from srlm_mega.run.sealed_file import is_whole
 from srlm_mega.run.stage_kinds import model_name
 from srlm_mega.sampling.samplers import Samplers
 from srlm_mega.stages.compare_responses import compare, matches_of
@@ -38,6 +39,8 @@ def compare_waiting(run: RunDir, name: str) -> int:
     if step is None:
         raise UserError(f"{name} has no checkpoint that waits for a comparison: `srlm run` resumes it by itself")
     try:
+        for name in work.stage.inputs:
+            run.verify(name, quick=True)
         with closing(samplers):
             sample_responses(work, files, step)
             write_verdict(work, files, step)
@@ -53,14 +56,21 @@ def sample_responses(work: Work, files: EarlyStoppingFiles, step: int) -> None:
     best so far and has not answered yet."""
     prompts, start = list(read_jsonl(work.read("seed", "validation.jsonl"), Prompt)), model_name(work.round)
     for one in (kept_step(files.verdicts()), step):
-        if not files.responses(one).exists():
+        if not is_whole(files.responses(one)):
             files.step_folder(one).mkdir(parents=True, exist_ok=True)
             on_progress = partial(report_progress, work, f"responses of step {one}")
             if one == START:
                 writer = Writer(work.run.digest(start), work.run.weights(start))
             else:
+                check_export(work, files, one)
                 writer = Writer(f"{work.stage.name} step {one}", files.export(one))
             respond(work.samplers, writer, prompts, 0.0, 1.0, files.responses(one), on_progress)
+
+
+def check_export(work: Work, files: EarlyStoppingFiles, step: int) -> None:
+    """Raise UserError when a checkpoint's Hugging Face folder is not as it was exported."""
+    if (found := files.damage(step, files.export(step))) is not None:
+        raise UserError(f"{found}. {remedy(work.stage.name)}")
 
 
 def write_verdict(work: Work, files: EarlyStoppingFiles, step: int) -> None:

@@ -32,7 +32,7 @@ class EndpointJudge:
     def judge(self, questions: Sequence[PairwiseQuestion], file: Path, on_progress: ProgressCallback) -> None:
         """Ask all questions as `PairwiseJudge.judge` specifies."""
         watch = ShardWatch(file.with_name("metrics.jsonl"), on_progress, len(questions), devices=1, replicas=1)
-        files = ShardFiles(cut_into_shards(questions, SHARD_SIZE, 0, "pairwise"), file)
+        files = ShardFiles(cut_into_shards(questions, SHARD_SIZE, 0, self.name), file)
         run_shards(files, self._answer, watch.earlier, watch.finished)
         watch.close()
 

@@ -26,10 +26,11 @@ from srlm_mega.evaluation.results import (
 from srlm_mega.evaluation.win_rates import HeadToHead, head_to_head
 from srlm_mega.judging.scores import mean_score, score_of
 from srlm_mega.records import Prompt, PromptTokens, RankedReplies, read_jsonl, write_jsonl
+from srlm_mega.run.files import write_durably
+from srlm_mega.run.sealed_file import contents, is_whole, write_sealed
 from srlm_mega.run.stage_kinds import BEFORE_ROUNDS, EVALUATION
 from srlm_mega.sampling.job_files import SampledModel
 from srlm_mega.sampling.sampler import SamplingParams
-from srlm_mega.sampling.shards import write_durably
 from srlm_mega.seeds import derive_seed
 from srlm_mega.stages.compare_responses import compare_with_m1
 from srlm_mega.stages.responses import held_out
@@ -80,7 +81,8 @@ def measure(work: Work, model: str, keep: bool) -> tuple[list[EvaluationSample],
     """Sample and judge with the model, and write `samples.jsonl`. With `keep`, a resumed attempt returns what the first
     one measured: verdicts of a comparison must belong to the samples that they were given on."""
     samples_file, measured_file = work.out / "samples.jsonl", work.out / "measured.json"
-    if keep and samples_file.exists():  # it is written last, so measured.json is there too
+    others = (measured_file, work.out / JUDGED_PROMPTS)
+    if keep and is_whole(samples_file, contents(*others)):
         (measured,) = read_jsonl(measured_file, Measured)
         return list(read_jsonl(samples_file, EvaluationSample)), measured
     chat, sampled = Chat.from_folder(work.run.weights(model)), sampled_model(work, model)
@@ -91,7 +93,7 @@ def measure(work: Work, model: str, keep: bool) -> tuple[list[EvaluationSample],
     measured = Measured(tuple(lengths), too_long, tuple(judged), judgements)
     if keep:
         write_durably(measured_file, partial(write_jsonl, records=[measured]))
-    write_durably(samples_file, partial(write_jsonl, records=samples))
+    write_sealed(samples_file, partial(write_jsonl, records=samples), contents(*others))
     return samples, measured
 
 

@@ -1,13 +1,13 @@
 """A finished model's answers to AlpacaEval 2 and MT-Bench, sampled by its run's sampler, in their file formats."""
 
-import shutil
+import glob
+import os
 import time
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from srlm_mega.chat import Chat
 from srlm_mega.errors import UserError
@@ -18,9 +18,10 @@ from srlm_mega.evaluation.export_formats import (
     alpaca_json,
     mt_bench_line,
 )
-from srlm_mega.records import Candidate, Prompt, PromptTokens, SampledText, read_jsonl
-from srlm_mega.run.files import write_atomic
+from srlm_mega.records import Candidate, Prompt, PromptTokens, SampledText, SampledTexts, read_jsonl, write_jsonl
+from srlm_mega.run.files import dangling, discard, sweep, write_atomic
 from srlm_mega.run.identity import responding
+from srlm_mega.run.sealed_file import fingerprint, is_whole, write_sealed
 from srlm_mega.sampling.sampler import SamplingParams
 from srlm_mega.sampling.samplers import Samplers
 from srlm_mega.seeds import derive_seed
@@ -36,8 +37,7 @@ def export_alpaca_eval(
     """Write a model's answers to AlpacaEval's instructions; return the number of those left out because a whole answer
     would not fit. After a kill the same call resumes in `<out>.partial`."""
     prompts = [Prompt(str(number), one.instruction, one.dataset) for number, one in enumerate(instructions)]
-    folder = out.with_name(f"{out.name}.partial")
-    file, top_p = folder / "responses.jsonl", model.config.evaluation.top_p
+    top_p = model.config.evaluation.top_p
     identity = {
         "model": model.writer.name,
         "instructions": [one.instruction for one in instructions],
@@ -45,32 +45,47 @@ def export_alpaca_eval(
         "top_p": top_p,
         "settings": responding(model.config),
     }
-    begin(folder, identity)
-    with closing(Samplers(model.config, folder / "replicas")) as samplers:
-        on_progress = partial(print_progress, "responses")
+    with unfinished(model, out, identity) as (samplers, folder, target):
+        file, on_progress = folder / "responses.jsonl", partial(print_progress, "responses")
         too_long = respond(samplers, model.writer, prompts, temperature, top_p, file, on_progress)
-    outputs = [
-        AlpacaOutput(candidate.prompt, candidate.text, generator, instructions[int(candidate.prompt_id)].dataset)
-        for candidate in read_jsonl(file, Candidate)
-    ]
-    write_atomic(out, alpaca_json(outputs))
-    shutil.rmtree(folder)
+        outputs = [
+            AlpacaOutput(candidate.prompt, candidate.text, generator, instructions[int(candidate.prompt_id)].dataset)
+            for candidate in read_jsonl(file, Candidate)
+        ]
+        write_atomic(target, alpaca_json(outputs))
     return too_long
 
 
 def export_mt_bench(model: RunModel, questions: Sequence[MtBenchQuestion], model_id: str, out: Path) -> None:
-    """Write a model's answers to every turn of MT-Bench's questions. UserError when a turn does not fit."""
+    """Write a model's answers to every turn of MT-Bench's questions. UserError when a turn does not fit. After a kill
+    the same call resumes in `<out>.partial`."""
     chat = Chat.from_folder(model.writer.folder)
     conversations = [Conversation(question, (), ()) for question in questions]
-    with (
-        TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as folder,
-        closing(Samplers(model.config, Path(folder) / "replicas")) as samplers,
-    ):
+    identity = {"model": model.writer.name, "questions": questions, "settings": responding(model.config)}
+    with unfinished(model, out, identity) as (samplers, folder, target):
         for turn in range(max(len(question.turns) for question in questions)):
             for temperature in sorted({question.temperature for question in questions}):
-                conversations = take_turn(model, chat, samplers, Path(folder), conversations, turn, temperature)
-    now = time.time()
-    write_atomic(out, b"".join(mt_bench_line(one.question, model_id, one.answers, now) for one in conversations))
+                conversations = take_turn(model, chat, samplers, folder, conversations, turn, temperature)
+        now = time.time()
+        write_atomic(target, b"".join(mt_bench_line(one.question, model_id, one.answers, now) for one in conversations))
+
+
+@contextmanager
+def unfinished(model: RunModel, out: Path, identity: Mapping[str, object]) -> Iterator[tuple[Samplers, Path, Path]]:
+    """Yield samplers, the folder `<out>.partial` in which an export of this identity begins or resumes, and the file
+    to write, which is what `out` links to where it is a link. The folder goes when the block has written the file.
+    UserError where there can be no such file, or the folder is another export's."""
+    target = Path(os.path.realpath(out))
+    if target.is_dir():
+        raise UserError(f"{out} is a folder: give the name of a file")
+    if out.is_symlink() and not target.parent.is_dir():
+        raise UserError(f"{dangling(out)}: bring that back, or give another name")
+    folder = target.with_name(f"{target.name}.partial")
+    begin(folder, identity)
+    sweep(target.parent.glob(f".{glob.escape(target.name)}.*"))
+    with closing(Samplers(model.config, folder / "replicas")) as samplers:
+        yield samplers, folder, target
+    discard(folder)
 
 
 @dataclass(frozen=True)
@@ -97,7 +112,7 @@ def take_turn(
     temperature: float,
 ) -> list[Conversation]:
     """Answer a turn of the conversations that have it and are sampled at this temperature; return all of them, in
-    order. `folder`: for files that go when it is done. UserError when a prompt leaves no room for an answer."""
+    order. The answers are kept in `folder`. UserError when a prompt leaves no room for an answer."""
     length = min(MT_BENCH_TOKENS, model.config.candidates.max_new_tokens)
     prompts = {
         number: one.token_ids + (chat.next_prompt if turn else chat.prompt)(one.question.turns[turn])
@@ -116,8 +131,12 @@ def take_turn(
     seed = derive_seed(model.config.run.seed, "mt_bench", turn, str(temperature))
     params = SamplingParams(1, temperature, 1.0, length, seed)
     requests = [PromptTokens(names[number], prompt) for number, prompt in prompts.items()]
-    sampled = samplers.ask(model.writer.sampled, requests, params, folder / f"turn_{turn}_{temperature}")
+    part, made_from = folder / f"turn_{turn}_{temperature}", fingerprint(seed, of=requests)
+    file = part.with_name(f"{part.name}.jsonl")
+    if not is_whole(file, made_from):
+        answers = samplers.ask(model.writer.sampled, requests, params, part)
+        write_sealed(file, partial(write_jsonl, records=answers), made_from)
     result = list(conversations)
-    for (number, prompt), answer in zip(prompts.items(), sampled, strict=True):
+    for (number, prompt), answer in zip(prompts.items(), read_jsonl(file, SampledTexts), strict=True):
         result[number] = result[number].answered(prompt, answer.completions[0], chat)
     return result

@@ -16,7 +16,7 @@ from srlm_mega.config.file import load_config
 from srlm_mega.errors import CannotContinue, UserError
 from srlm_mega.evaluation.results import Comparison
 from srlm_mega.records import Prompt, read_jsonl
-from srlm_mega.run.files import write_atomic
+from srlm_mega.run.files import all_files, dangling, sweep, write_atomic
 from srlm_mega.run.identity import responding
 from srlm_mega.run.manifest import IDENTITY, file_hash
 from srlm_mega.run.run_dir import RunDir
@@ -108,9 +108,8 @@ def head_to_head(request: HeadToHeadRequest, out: Path) -> Comparison:
         for side, writer in (("ours", model.writer), ("theirs", theirs)):
             files.append(out / side / "responses.jsonl")
             files[-1].parent.mkdir(exist_ok=True)
-            if not files[-1].exists():
-                on_progress = partial(print_progress, f"responses of {side}")
-                respond(samplers, writer, prompts, request.temperature, request.top_p, files[-1], on_progress)
+            on_progress = partial(print_progress, f"responses of {side}")
+            respond(samplers, writer, prompts, request.temperature, request.top_p, files[-1], on_progress)
         matches = matches_of(*files)
         if len(matches) < len(prompts):
             print(f"left out {len(prompts) - len(matches)} prompts: a whole response of one of the models does not fit")
@@ -160,6 +159,8 @@ def judge_of(model: RunModel, settings: PairwiseJudgeConfig | None, prompts: Seq
 
 def begin(folder: Path, identity: Mapping[str, object]) -> None:
     """Make a folder to work in, or resume in one of the same identity. UserError for any other that exists."""
+    if (found := dangling(folder)) is not None:
+        raise UserError(f"{found}: bring that back, or give another folder")
     if folder.exists():
         if not (folder / IDENTITY).is_file():
             raise UserError(f"{folder} exists and was not made by this command: give another folder")
@@ -170,6 +171,7 @@ def begin(folder: Path, identity: Mapping[str, object]) -> None:
                 "folder, or remove this one"
             )
     folder.mkdir(parents=True, exist_ok=True)
+    sweep(all_files(folder))
     write_atomic(folder / IDENTITY, orjson.dumps(identity))
 
 

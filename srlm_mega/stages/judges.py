@@ -9,11 +9,11 @@ from srlm_mega.chat import Chat
 from srlm_mega.config.comparison import PairwiseJudgeConfig
 from srlm_mega.records import PairwiseJudgement, PromptTokens, write_jsonl
 from srlm_mega.run.run_dir import RunDir
+from srlm_mega.run.sealed_file import fingerprint, is_whole, write_sealed
 from srlm_mega.sampling.job_files import SampledModel
 from srlm_mega.sampling.sampler import ModelLimits, SamplingParams
 from srlm_mega.sampling.samplers import Samplers
 from srlm_mega.sampling.sampling_rate import ProgressCallback
-from srlm_mega.sampling.shards import write_durably
 from srlm_mega.stages.pairwise_judge import PairwiseJudge, PairwiseQuestion, judgement_of
 from srlm_mega.stages.responses import Writer
 from srlm_mega.stages.sampling_task import SampledBy
@@ -54,17 +54,18 @@ class LocalJudge:
 
     def judge(self, questions: Sequence[PairwiseQuestion], file: Path, on_progress: ProgressCallback) -> None:
         """Ask all questions as `PairwiseJudge.judge` specifies."""
-        if file.exists():
-            return
         asked = {f"{one.prompt_id}/{'ours' if one.ours_first else 'theirs'}": one for one in questions}
         requests = [PromptTokens(name, self.chat.prompt(question.text)) for name, question in asked.items()]
+        made_from = fingerprint(self.name, self.params.max_new_tokens, of=requests)
+        if is_whole(file, made_from):
+            return
         part = file.with_name(f"{file.name}.part")
         answers = self.samplers.ask(self.model, requests, self.params, part, self.allowed, on_progress)
         by = SampledBy(self.chat, self.name, self.params)
         records: Iterator[PairwiseJudgement] = (
             judgement_of(asked[answer.id], by.fields(one)) for answer in answers for one in answer.completions
         )
-        write_durably(file, partial(write_jsonl, records=records))
+        write_sealed(file, partial(write_jsonl, records=records), made_from)
 
     def close(self) -> None:
         """Do nothing: the model stays loaded for whoever samples it next."""

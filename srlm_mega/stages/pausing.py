@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from srlm_mega.errors import TrainingPaused
+from srlm_mega.errors import TrainingPaused, UserError
 from srlm_mega.evaluation.checkpoint_choice import (
     START,
     EarlyStoppingFiles,
@@ -18,8 +18,9 @@ from srlm_mega.evaluation.checkpoint_choice import (
     comparison_steps,
     kept_step,
 )
-from srlm_mega.run.files import fsync
-from srlm_mega.run.run_dir import files_below
+from srlm_mega.run.files import discard, fsync
+from srlm_mega.run.run_dir import files_below, remedy
+from srlm_mega.run.sealed_file import is_whole
 from srlm_mega.stages.work import Done, Work
 from srlm_mega.training.topology import Topology
 from srlm_mega.training.trainer import TrainingPart, TrainingSummary
@@ -38,11 +39,11 @@ def train_with_pauses(
     if verdicts and verdicts[-1].stop:
         topology.beat("export", "the best checkpoint")
         if topology.is_main:
-            keep_best(work.out, files, verdicts, start)
+            keep_best(work, files, verdicts, start)
         topology.barrier()
         return summary(files, verdicts, steps)
     step = comparison_steps(settings.eval_interval, steps)[len(verdicts)]
-    waits = topology.all_gather(files.exported(step) is not None if topology.is_main else None)[0]
+    waits = topology.all_gather(is_waiting(files, step) if topology.is_main else None)[0]
     if not waits:
         if topology.is_main:
             remove_worse(files, verdicts)
@@ -54,6 +55,18 @@ def train_with_pauses(
     raise TrainingPaused(f"after step {step} of {steps}: its checkpoint is to be compared with the best one before it")
 
 
+def is_waiting(files: EarlyStoppingFiles, step: int) -> bool:
+    """Tell whether a checkpoint is exported and only its comparison is missing. One that is not as it was exported is
+    removed, unless it has answered already: the training's own checkpoint of this step is there to export it again."""
+    if files.exported(step) is None:
+        return False
+    if is_whole(files.responses(step)) or (found := files.damage(step, files.export(step))) is None:
+        return True
+    print(f"{found}: the checkpoint is exported again", flush=True)
+    shutil.rmtree(files.step_folder(step))
+    return False
+
+
 def remove_worse(files: EarlyStoppingFiles, verdicts: list[Verdict]) -> None:
     """Remove the weights of checkpoints that were not kept; their responses and judgements stay."""
     for verdict in verdicts:
@@ -61,15 +74,18 @@ def remove_worse(files: EarlyStoppingFiles, verdicts: list[Verdict]) -> None:
             shutil.rmtree(files.export(verdict.step), ignore_errors=True)
 
 
-def keep_best(out: Path, files: EarlyStoppingFiles, verdicts: list[Verdict], start: Path) -> None:
-    """Make the best checkpoint the stage's model, and remove the weights of the others."""
-    kept, final = kept_step(verdicts), out / "huggingface"
+def keep_best(work: Work, files: EarlyStoppingFiles, verdicts: list[Verdict], start: Path) -> None:
+    """Make the best checkpoint the stage's model, and remove the weights of the others. UserError when it is not as it
+    was exported."""
+    kept, final = kept_step(verdicts), work.out / "huggingface"
+    if kept == START:
+        for path in (files.export(START), final):  # left by a killed attempt
+            discard(path)
+        shutil.copytree(start, files.export(START))
     if not final.exists():  # else a killed attempt got this far
-        if kept == START:
-            copy = files.export(START)
-            shutil.rmtree(copy, ignore_errors=True)
-            shutil.copytree(start, copy)
         os.rename(files.export(kept), final)
+    if (found := files.damage(kept, final)) is not None:
+        raise UserError(f"{found}. {remedy(work.stage.name)}")
     remove_worse(files, verdicts)
 
 
@@ -77,7 +93,8 @@ def summary(files: EarlyStoppingFiles, verdicts: list[Verdict], steps: int) -> D
     """Return the manifest's counts: what was trained, which step was kept, and the score of each comparison."""
     trained = verdicts[-1].step
     exported = files.exported(trained)
-    assert exported is not None, f"a verdict on step {trained}, which was never exported"
+    if exported is None:
+        raise UserError(f"{files.step_folder(trained)}/exported.json is missing or damaged: restore it, or train anew")
     counts: dict[str, float] = {
         "steps": trained,
         "max_steps": steps,

@@ -10,9 +10,9 @@ from srlm_mega.chat import Chat
 from srlm_mega.data.self_instruct import KnownTexts, TaskFilter, few_shot_prompt, parse_tasks
 from srlm_mega.errors import CannotContinue, UserError
 from srlm_mega.records import Prompt, PromptDraft, PromptTokens, RankedReplies, SftExample, read_jsonl, write_jsonl
+from srlm_mega.run.sealed_file import fingerprint, is_whole, write_sealed
 from srlm_mega.run.stage_kinds import PROMPTS, model_name
 from srlm_mega.sampling.sampler import ModelLimits, SamplingParams
-from srlm_mega.sampling.shards import write_durably
 from srlm_mega.seeds import derive_seed
 from srlm_mega.stages.sampler_weights import sampled_model
 from srlm_mega.stages.sampling_task import SampledBy
@@ -89,12 +89,9 @@ def self_instruct(work: Work) -> Done:
                 f"{settings.per_round} prompts; rejected: {dict(task_filter.rejected)}, too long to answer: {no_room}. "
                 f"Lower prompts.per_round, loosen the filters, or read {work.out} to see what the writer wrote."
             )
-        path = work.out / f"drafts_{wave:05d}.jsonl"
-        if not path.exists():  # else a killed attempt got this far
-            drafts, failed = sample_drafts(work, wave, seeds, earlier, accepted, by, allowed)
-            allowed -= failed
-            write_durably(path, partial(write_jsonl, records=drafts))
-        for draft in read_jsonl(path, PromptDraft):
+        drafts, failed = sample_drafts(work, wave, seeds, earlier, accepted, by, allowed)
+        allowed -= failed
+        for draft in drafts:
             for task in parse_tasks(draft.text, truncated=draft.finish_reason == "length"):
                 if not fits(work, chat, task):
                     no_room += 1
@@ -120,7 +117,7 @@ def sample_drafts(
 ) -> tuple[list[PromptDraft], int]:
     """Sample one wave of requests, each of which shows IFT tasks and, once there are enough, generated ones: of earlier
     rounds, and those `accepted` so far. The last wave is as short as prompts.max_requests makes it. Return the drafts,
-    and how many requests failed for good, which may be `allowed`."""
+    of which a killed attempt may have left the file, and how many requests failed for good, which may be `allowed`."""
     settings, generated = work.config.prompts, [*earlier, *(prompt.text for prompt in accepted)]
     seed = derive_seed(work.config.run.seed, work.stage.name, wave)
     rng = random.Random(seed)
@@ -144,14 +141,18 @@ def sample_drafts(
         work.progress.update(len(accepted), settings.per_round, "prompts", note)
 
     asked = [PromptTokens(name, ids) for name, (_, ids) in requests.items()]
-    params, file = replace(by.params, seed=seed), work.out / f"wave_{wave:05d}"
-    answers = work.samplers.ask(sampled_model(work, writer_model(work)), asked, params, file, allowed, report)
-    drafts = [
-        PromptDraft(id=answer.id, request=requests[answer.id][0], **by.fields(completion))
-        for answer in answers
-        for completion in answer.completions
-    ]
-    return drafts, len(asked) - len(answers)  # the next wave makes up for them
+    params, made_from = replace(by.params, seed=seed), fingerprint(seed, of=asked)
+    file, path = work.out / f"wave_{wave:05d}", work.out / f"drafts_{wave:05d}.jsonl"
+    if not is_whole(path, made_from):
+        answers = work.samplers.ask(sampled_model(work, writer_model(work)), asked, params, file, allowed, report)
+        records = (
+            PromptDraft(id=answer.id, request=requests[answer.id][0], **by.fields(completion))
+            for answer in answers
+            for completion in answer.completions
+        )
+        write_sealed(path, partial(write_jsonl, records=records), made_from)
+    drafts = list(read_jsonl(path, PromptDraft))
+    return drafts, len(asked) - len(drafts)  # the next wave makes up for them
 
 
 def writer_model(work: Work) -> str:

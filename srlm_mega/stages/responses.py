@@ -1,7 +1,7 @@
 """One response of a model to each of a list of prompts, for comparisons and exports."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -10,11 +10,11 @@ from srlm_mega.errors import UserError
 from srlm_mega.records import Prompt, PromptTokens, write_jsonl
 from srlm_mega.run.outside_folder import check_undamaged, content_hash
 from srlm_mega.run.run_dir import RunDir
+from srlm_mega.run.sealed_file import fingerprint, is_whole, write_sealed
 from srlm_mega.sampling.job_files import SampledModel
 from srlm_mega.sampling.sampler import SamplingParams
 from srlm_mega.sampling.samplers import Samplers
 from srlm_mega.sampling.sampling_rate import ProgressCallback
-from srlm_mega.sampling.shards import write_durably
 from srlm_mega.seeds import derive_seed
 from srlm_mega.stages.sampling_task import SampledBy, SamplingRequest, candidates_of, fitting_requests
 
@@ -58,8 +58,8 @@ def respond(
     file: Path,
     on_progress: ProgressCallback,
 ) -> int:
-    """Write a response (Candidate) per prompt to `file`, by way of shards that survive a kill. Returns the number of
-    prompts left out because a whole response would not fit.
+    """Write a response (Candidate) per prompt to `file`, by way of shards that survive a kill, unless it has them
+    already. Returns the number of prompts left out because a whole response would not fit.
 
     The draws depend only on the run's seed and the prompts, so that differences between models come from the models.
     For the same reason no request may fail: CannotContinue. UserError when no prompt fits.
@@ -75,8 +75,10 @@ def respond(
     params = SamplingParams(1, temperature, top_p, length, derive_seed(config.run.seed, "responses"))
     by = SampledBy(chat, writer.name, params)
     sent, part = [PromptTokens(one.id, one.token_ids) for one in requests], file.with_name(f"{file.name}.part")
-    answers = samplers.ask(writer.sampled, sent, params, part, on_progress=on_progress)
-    pairs = zip(requests, answers, strict=True)
-    records = (one for request, answer in pairs for one in candidates_of(by, "c", request, answer.completions))
-    write_durably(file, partial(write_jsonl, records=records))
+    made_from = fingerprint(writer.name, asdict(params), of=sent)
+    if not is_whole(file, made_from):
+        answers = samplers.ask(writer.sampled, sent, params, part, on_progress=on_progress)
+        pairs = zip(requests, answers, strict=True)
+        records = (one for request, answer in pairs for one in candidates_of(by, "c", request, answer.completions))
+        write_sealed(file, partial(write_jsonl, records=records), made_from)
     return len(prompts) - len(requests)

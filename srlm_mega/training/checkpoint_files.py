@@ -14,7 +14,7 @@ import orjson
 
 from srlm_mega.errors import UserError
 from srlm_mega.run.files import fsync, remove_folder, write_atomic
-from srlm_mega.run.manifest import FileEntry, damage, file_hash
+from srlm_mega.run.manifest import FileEntry, damage, entry_of
 
 FILES = "files.json"
 LATEST = "latest_checkpointed_iteration.txt"
@@ -48,7 +48,7 @@ def newest_step(folder: Path) -> int | None:
 
 def entries_of(paths: Sequence[Path]) -> dict[str, FileEntry]:
     """Return sizes and hashes by file name."""
-    return {path.name: FileEntry(path.stat().st_size, file_hash(path)) for path in paths}
+    return {path.name: entry_of(path) for path in paths}
 
 
 def publish(folder: Path, step: int, entries: Mapping[str, FileEntry], keep: int) -> None:

@@ -76,7 +76,7 @@ def test_the_output_is_whole_in_order_and_alone(tmp_path: Path) -> None:
     run(tmp_path / "out.jsonl")
     records = list(read_jsonl(tmp_path / "out.jsonl", Prompt))
     assert [record.id for record in records] == [f"p{number}" for number in range(23)]
-    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
+    assert {path.name for path in tmp_path.iterdir()} == {"out.jsonl", ".out.jsonl.seal"}
 
 
 def test_another_seed_gives_another_output(tmp_path: Path) -> None:
@@ -343,7 +343,7 @@ def test_who_looks_for_a_shard_when_all_are_merged_finds_none(tmp_path: Path) ->
     files.tidy()
     assert late.missing() == [] and late.finished() == [] and late.lease_next(1, 0) is None
     finish(late, late.shards[0], answers, replica=1)
-    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
+    assert {path.name for path in tmp_path.iterdir()} == {"out.jsonl", ".out.jsonl.seal"}
 
 
 def test_the_folder_goes_while_a_replica_takes_a_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -396,4 +396,4 @@ def test_kill_minus_nine_changes_no_byte(tmp_path: Path) -> None:
         assert not output.exists()
     subprocess.run([sys.executable, "-c", SLOW_STAGE, str(output), "0"], check=True, stdout=subprocess.DEVNULL)
     assert output.read_bytes() == whole
-    assert [path.name for path in output.parent.iterdir()] == ["out.jsonl"]
+    assert {path.name for path in output.parent.iterdir()} == {"out.jsonl", ".out.jsonl.seal"}

@@ -24,9 +24,13 @@ from srlm_mega.judging import endpoint
 from srlm_mega.records import Candidate, PairwiseJudgement, Prompt, read_jsonl, write_jsonl
 from srlm_mega.run.identity import config_of, identity_of
 from srlm_mega.run.plan import find_stage
-from srlm_mega.run.progress import ProgressState, read_progress
+from srlm_mega.run.progress import Progress, ProgressState, read_progress
 from srlm_mega.run.run_dir import RunDir
+from srlm_mega.run.sealed_file import seal_of
+from srlm_mega.sampling.samplers import Samplers
 from srlm_mega.stages.early_stopping import compare_checkpoints
+from srlm_mega.stages.pausing import is_waiting, keep_best
+from srlm_mega.stages.work import Work
 
 TOY = ROOT / "launch/configs/toy_cpu.yaml"
 JUDGE = ["early_stopping.judge.model=j"]
@@ -173,6 +177,60 @@ def test_a_local_judge_that_always_says_a_is_a_tie(paused: Callable[..., RunDir]
     assert (verdict.kept, verdict.stop) == (2, False), "0.5 is not below 0.5"
     judged = list(read_jsonl(EarlyStoppingFiles(run.partial("M2")).judgements(2), PairwiseJudgement))
     assert {one.verdict for one in judged} == {"first"} and {one.text for one in judged} == {"Verdict : A"}
+
+
+def test_what_was_damaged_since_is_made_again(paused: Callable[..., RunDir], tmp_path: Path) -> None:
+    """Responses and judgements of a comparison that was killed, and a verdict: to the same bytes."""
+    write_always_a(tmp_path / "judge")
+    run = paused(f"judge.model={tmp_path / 'judge'}", "judge.max_new_tokens=8")
+    assert compare(run)[0] == 0
+    files = EarlyStoppingFiles(run.partial("M2"))
+    verdict = files.step_folder(2) / "verdict.json"
+    paths = (files.responses(0), files.responses(2), files.judgements(2), verdict)
+    whole = [path.read_bytes() for path in paths]
+    for path, content in zip(paths, whole, strict=True):
+        for wrong in (b"", b"".join(content.splitlines(keepends=True)[:-1]), content.replace(b"2", b"1")):
+            if path != verdict:
+                verdict.unlink()
+            path.write_bytes(wrong)
+            assert (files.verdicts(), files.waiting()) == ([], 2)
+            assert compare(run)[0] == 0 and [path.read_bytes() for path in paths] == whole
+    for path in (verdict, files.step_folder(2) / "exported.json"):
+        seal_of(path).unlink()  # as an older version wrote them
+    assert files.verdicts()[0].kept == 2 and files.exported(2) is not None
+
+
+def test_weights_that_are_not_as_they_were_exported_are_not_sampled(paused: Callable[..., RunDir]) -> None:
+    run = paused("judge.model=j", "judge.endpoint=http://127.0.0.1:9/v1")
+    files = EarlyStoppingFiles(run.partial("M2"))
+    assert is_waiting(files, 2)
+    weights = files.export(2) / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    code, said = compare(run)
+    assert code == USER_ERROR and f"{weights} was altered" in said.message and "--redo M2" in said.message
+    assert not is_waiting(files, 2) and not files.step_folder(2).exists(), "it is exported again"
+
+
+@pytest.mark.parametrize("kept", [0, 2])
+def test_the_best_checkpoint_is_kept_as_it_was_exported(paused: Callable[..., RunDir], kept: int) -> None:
+    run = paused("judge.model=j", "judge.endpoint=http://127.0.0.1:9/v1")
+    config, files = load_config(run.config_file), EarlyStoppingFiles(run.partial("M2"))
+    (verdict,) = verdicts_of([0.6 if kept else 0.4], [2], last=2)
+    stage, final = find_stage(config, "M2"), run.partial("M2") / "huggingface"
+    work = Work(run, config, stage, run.partial("M2"), Progress(tmp := run.root / "p.json"), Samplers(config, tmp))
+    whole = (files.export(2) if kept else run.weights("M1")).joinpath("model.safetensors").read_bytes()
+    for _ in range(2):  # the second attempt finds what the first left
+        keep_best(work, files, [verdict], run.weights("M1"))
+        assert (final / "model.safetensors").read_bytes() == whole
+    (final / "model.safetensors").write_bytes(whole[:-1])
+    if kept:
+        with pytest.raises(UserError, match=rf"{final}/model\.safetensors has {len(whole) - 1} bytes.*--redo M2"):
+            keep_best(work, files, [verdict], run.weights("M1"))
+    else:
+        keep_best(work, files, [verdict], run.weights("M1"))
+        assert (final / "model.safetensors").read_bytes() == whole
 
 
 def test_words_that_are_no_verdict_stop_the_run(paused: Callable[..., RunDir]) -> None:

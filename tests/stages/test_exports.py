@@ -1,5 +1,7 @@
 """Exports: other people's formats, two turns, and commands that lm-eval understands."""
 
+import os
+import re
 import shlex
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +27,7 @@ from srlm_mega.run.run_dir import RunDir
 from srlm_mega.sampling.job_files import SampledModel
 from srlm_mega.sampling.sampler import SamplingParams
 from srlm_mega.sampling.samplers import Samplers
+from srlm_mega.stages import exports
 from srlm_mega.stages.exports import Conversation, export_mt_bench
 from srlm_mega.stages.head_to_head import RunModel
 
@@ -118,6 +121,60 @@ def test_a_turn_that_does_not_fit_is_refused(run: RunDir, tmp_path: Path) -> Non
     path.write_bytes(orjson.dumps({"question_id": 7, "category": "math", "turns": ["animals " * 200]}))
     with pytest.raises(UserError, match="turn 1 of questions 7"):
         export_mt_bench(RunModel.at(run.root / "M1"), read_mt_bench_questions(path), "m", tmp_path / "out.jsonl")
+
+
+class Killed(Exception):
+    """An end that no code expects."""
+
+
+@pytest.mark.parametrize("kind", ["alpaca_eval", "mt_bench"])
+def test_an_unfinished_export_resumes_on_whole_files_only(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    asked = tmp_path / "asked.jsonl"
+    questions = [{"instruction": f"list {n} animals"} for n in (2, 3)] if kind == "alpaca_eval" else QUESTIONS
+    asked.write_bytes(b"".join(orjson.dumps(one) + b"\n" for one in questions))
+    option, out = "--prompts" if kind == "alpaca_eval" else "--questions", tmp_path / "out.json"
+    argv = ("export", kind, run.root / "M1", option, asked, "--out")
+    call(*argv, tmp_path / "whole.json")
+
+    def answers(path: Path) -> list[object]:
+        rows = orjson.loads(path.read_bytes()) if kind == "alpaca_eval" else path.read_bytes().splitlines()
+        return [row if kind == "alpaca_eval" else orjson.loads(row)["choices"] for row in rows]
+
+    def killed(*arguments: object) -> None:
+        raise Killed
+
+    for damage in (lambda path: None, lambda path: path.write_bytes(b""), lambda path: path.write_bytes(b"{}\n")):
+        with monkeypatch.context() as patched:
+            patched.setattr(exports, "write_atomic", killed)
+            assert isinstance(CliRunner().invoke(app, [*map(str, argv), str(out)]).exception, Killed)
+        (tmp_path / f".out.json.{os.uname().nodename}.{2**22 + 1}").write_text("of a killed write")
+        kept = sorted((tmp_path / "out.json.partial").glob("*.jsonl"))
+        assert kept
+        damage(kept[0])
+        call(*argv, out)
+        assert answers(out) == answers(tmp_path / "whole.json")
+        assert {path.name for path in tmp_path.glob("*out*")} | {path.name for path in tmp_path.glob(".out*")} == {
+            "out.json"
+        }
+
+
+def test_where_an_export_can_be_written(run: RunDir, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"instruction": "list 2 animals"}')
+    argv = ["export", "alpaca_eval", str(run.root / "M1"), "--prompts", str(prompts), "--out"]
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link.json").symlink_to(tmp_path / "disk/there.json")
+    call(*argv, tmp_path / "link.json")
+    assert (tmp_path / "link.json").is_symlink() and [path.name for path in (tmp_path / "disk").iterdir()] == [
+        "there.json"
+    ]
+    (tmp_path / "gone.json").symlink_to(tmp_path / "unmounted/there.json")
+    for out, said in ((tmp_path, "is a folder"), (tmp_path / "gone.json", "is a link to .*, which is not there")):
+        error = CliRunner().invoke(app, [*argv, str(out)]).exception
+        assert isinstance(error, UserError) and re.search(said, str(error))
+    assert not (tmp_path / "unmounted").exists()
 
 
 def test_lm_evals_commands_have_nine_tasks_and_the_shots(run: RunDir) -> None:

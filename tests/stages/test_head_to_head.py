@@ -1,5 +1,6 @@
 """srlm evaluate head-to-head: two finished models, any judge, a folder that goes on after a kill."""
 
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from srlm_mega.records import Candidate, Prompt, parse_line, read_jsonl, write_j
 from srlm_mega.run import manifest
 from srlm_mega.run.outside_folder import content_hash
 from srlm_mega.run.run_dir import RunDir
+from srlm_mega.run.sealed_file import seal_of
 
 
 @pytest.fixture
@@ -62,6 +64,56 @@ def test_wins_ties_and_losses_with_their_interval(models: tuple[Path, Path, Path
     assert result is not None and (result.wins, result.ties, result.losses) == (3, 2, 1)
     assert "wins 3 (50.0%), ties 2 (33.3%), losses 1 (16.7%)" in said and "Wilson" in said
     assert result.score == pytest.approx(4 / 6) and result.score_low < 4 / 6 < result.score_high
+
+
+def test_what_was_damaged_since_is_made_again(models: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    """Emptied, cut, edited, or another's with its seal: the files are those of the undisturbed comparison."""
+
+    def reply(asked: Asked) -> Reply:
+        return completion(f"Verdict: {'A' if int(asked.parts[0].split()[1]) % 2 else 'tie'}")
+
+    out = tmp_path / "out"
+    with fake_endpoint(reply) as fake:
+        options = ("--judge", "j", "--endpoint", fake.url)
+        assert call(models, out, *options)[0] == 0
+        whole = contents(out)
+        for name, other in (
+            ("ours/responses.jsonl", "theirs/responses.jsonl"),
+            ("theirs/responses.jsonl", "judgements.jsonl"),
+            ("judgements.jsonl", "ours/responses.jsonl"),
+            ("result.json", None),
+        ):
+            content, asked = whole[out / name], len(fake.asked)
+            (out / name).write_bytes(content.replace(b"e", b"a"))
+            (out / f".{name.rpartition('/')[2]}.{os.uname().nodename}.{2**22 + 1}").write_text("of a killed write")
+            assert call(models, out, *options)[0] == 0
+            (out / name).write_bytes(b"".join(content.splitlines(keepends=True)[:-1]))
+            assert call(models, out, *options)[0] == 0
+            if other is not None:
+                seal_of(out / name).write_bytes(seal_of(out / other).read_bytes())
+                (out / name).write_bytes(whole[out / other])
+                assert call(models, out, *options)[0] == 0
+            assert contents(out) == whole, name
+            assert (len(fake.asked) > asked) == (name == "judgements.jsonl"), "questions that stand are not asked again"
+
+
+def contents(out: Path) -> dict[Path, bytes]:
+    """All files of a comparison, hidden ones too, but for the one that holds seconds."""
+    return {path: path.read_bytes() for path in out.rglob("*.json*") if path.name != "metrics.jsonl"}
+
+
+def test_a_folder_to_write_that_is_a_link(models: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    write_always_a(tmp_path / "judge")
+    options = ("--judge", str(tmp_path / "judge"))
+    (tmp_path / "out").symlink_to(tmp_path / "there")
+    code, _, error = call(models, tmp_path / "out", *options)
+    assert code != 0 and "out is a link to" in str(error) and "which is not there" in str(error)
+    (tmp_path / "there").write_text("")
+    code, _, error = call(models, tmp_path / "out", *options)
+    assert code != 0 and "was not made by this command" in str(error)
+    (tmp_path / "there").unlink()
+    assert call(models, tmp_path / "there", *options)[0] == 0
+    assert call(models, tmp_path / "out", *options)[0] == 0
 
 
 def test_a_folder_of_something_else_is_refused(models: tuple[Path, Path, Path], tmp_path: Path) -> None:

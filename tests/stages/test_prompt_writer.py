@@ -16,6 +16,7 @@ from srlm_mega.records import Prompt, PromptDraft, RankedReplies, RankedReply, S
 from srlm_mega.run.plan import find_stage, plan
 from srlm_mega.run.progress import Progress
 from srlm_mega.run.run_dir import RunDir
+from srlm_mega.run.sealed_file import seal_of
 from srlm_mega.sampling.samplers import Samplers
 from srlm_mega.stages.base import take_writer
 from srlm_mega.stages.prompts import seed_prompts, write_prompts
@@ -155,6 +156,35 @@ def test_a_shorter_wave_is_the_beginning_of_a_whole_one(tmp_path: Path) -> None:
         drafts.append(list(read_jsonl(work.out / "drafts_00000.jsonl", PromptDraft)))
     few, many = drafts
     assert [(one.request, one.token_ids) for one in few] == [(one.request, one.token_ids) for one in many[:10]]
+
+
+@pytest.mark.parametrize("damage", ["emptied", "cut", "edited", "of an earlier wave", "of fewer requests"])
+def test_damaged_drafts_are_sampled_again(tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    work = begin(tmp_path, "round_1/prompts", "prompts.max_requests=66", "prompts.max_new_tokens=8")
+    with pytest.raises(CannotContinue):
+        write_prompts(work)
+    first, second = (work.out / f"drafts_{wave:05d}.jsonl" for wave in (0, 1))
+    whole = [path.read_bytes() for path in (first, second)]
+    capsys.readouterr()
+    match damage:
+        case "emptied":
+            second.write_bytes(b"")
+        case "cut":
+            second.write_bytes(whole[1].splitlines(keepends=True)[0])
+        case "edited":
+            second.write_bytes(whole[1].replace(b'"text":"', b'"text":"x'))
+        case "of an earlier wave":
+            for file in (second, seal_of(second)):
+                file.write_bytes(file.with_name(file.name.replace("00001", "00000")).read_bytes())
+        case _:
+            fewer = work.config.prompts.model_copy(update={"max_requests": 65})
+            work = replace(work, config=work.config.model_copy(update={"prompts": fewer}))
+    with pytest.raises(CannotContinue, match=r"^6[56] requests"):
+        write_prompts(work)
+    wanted = whole if damage != "of fewer requests" else [whole[0], whole[1].splitlines(keepends=True)[0]]
+    assert [path.read_bytes() for path in (first, second)] == wanted
+    said = capsys.readouterr().out
+    assert f"{second} is not as it was written" in said and str(first) not in said
 
 
 def test_progress_is_shown_within_a_wave(tmp_path: Path) -> None:
