@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from srlm_mega.cli.arguments import OVERRIDES, ConfigFile, Overrides, RunFolder
+from srlm_mega.cli.arguments import OVERRIDES, ConfigFile, Overrides, SoundRunFolder
 from srlm_mega.config.runtime import SamplerBackend
 from srlm_mega.errors import CRASHED, USER_ERROR, UserError
 
@@ -97,7 +97,7 @@ def bench_training(
 
 @bench_app.command("sampling", context_settings=OVERRIDES)
 def bench_sampling(
-    run: RunFolder,
+    run: SoundRunFolder,
     overrides: Overrides = None,
     prompts: Annotated[int, typer.Option(min=1, help="Number of prompts of round 1.")] = 100,
     repetitions: Annotated[int, typer.Option(min=1, help="Number of times that all take turns.")] = 3,

@@ -47,13 +47,15 @@ def run_loop(config: Config, run: RunDir, redo: tuple[str, ...], display: Displa
     redone = {name for chosen in redo for name in downstream(stages, find_stage(config, chosen).name)}
     if config.launch.launcher == "slurm":
         allocation_for(config.launch.nodes)
-    if run.manifest("seed") is None:
+    if "seed" in redone or run.manifest("seed") is None:
         check_outside_files(config)
     with run.lock():
+        run.sweep(stage.name for stage in stages)
         check_finished([stage for stage in stages if stage.name not in redone], config, run)
-        removed = [stage for stage in reversed(stages) if stage.name in redone and run.remove(stage.name)]
-        for stage in removed:  # the last one went first: a kill in between leaves a run that can resume
-            display.print_line(f"removed {run.output(stage.name)}")
+        # The last one goes first: a kill in between leaves a run that can resume.
+        removed = [said for stage in reversed(stages) if stage.name in redone and (said := run.remove(stage.name))]
+        for said in removed:
+            display.print_line(said)
         wanted = [find_stage(config, name) for name in only] or stages
         missing = [stage for stage in stages if stage in wanted and run.manifest(stage.name) is None]
         check_inputs(missing, run)
@@ -121,7 +123,9 @@ def check_finished(stages: list[Stage], config: Config, run: RunDir) -> None:
     """Raise UserError unless what is on disk is whole and is what this configuration makes. Remove what a killed
     commit left."""
     for stage in stages:
-        if run.manifest(stage.name) is not None:
+        if run.manifest(stage.name) is None:
+            run.check_unfinished(stage.name)
+        else:
             run.verify(stage.name, quick=True)
             check_unchanged(stage, config, run)
             run.remove_leftovers(stage.name)

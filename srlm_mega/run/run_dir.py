@@ -4,10 +4,10 @@ A stage's output is a folder `RUN/<stage>/`. It is built as `<stage>.partial/`, 
 last, and renamed: what has its final name is whole. What is finished is exactly what exists on disk.
 """
 
+import fnmatch
 import os
-import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import orjson
 
 from srlm_mega.config.compatibility import changed, listed
 from srlm_mega.errors import UserError
-from srlm_mega.run.files import fsync, remove_folder, write_atomic
+from srlm_mega.run.files import all_files, dangling, discard, fsync, is_old, remove_folder, sweep, write_atomic
 from srlm_mega.run.lock import held
 from srlm_mega.run.manifest import (
     IDENTITY,
@@ -26,9 +26,10 @@ from srlm_mega.run.manifest import (
     begun_with,
     damage,
     digest_of,
-    file_hash,
+    entry_of,
     log_name,
 )
+from srlm_mega.run.sealed_file import SEAL
 
 LOCK = ".lock"
 JOBS = "slurm"
@@ -108,9 +109,20 @@ class RunDir:
         """Return the Hugging Face folder of M0, M1, ..."""
         return self.output(model) / "huggingface"
 
+    def check_place(self, stage: str) -> None:
+        """Raise UserError for a file, or a link to nothing, where a stage has its folders or above them."""
+        above = [self.root / parent for parent in Path(stage).parents]
+        for path in (*above, self.output(stage), self.partial(stage)):
+            redo = "" if path in above else f". The same `srlm run` command with --redo {stage} removes it too"
+            if (found := dangling(path)) is not None:
+                raise UserError(f"{found}: bring that back, or remove the link{redo}")
+            if path.exists() and not path.is_dir():
+                raise UserError(f"{path} is a file, where {stage} has its folder: move it away{redo}")
+
     def manifest(self, stage: str) -> Manifest | None:
         """Read the manifest of a finished stage; return None when the stage is not finished. UserError for one that
-        was altered."""
+        was altered, and as `check_place`."""
+        self.check_place(stage)
         path = self.output(stage) / MANIFEST
         if not path.is_file():
             return None
@@ -135,7 +147,8 @@ class RunDir:
         return manifest.digest
 
     def verify(self, stage: str, quick: bool) -> None:
-        """Raise UserError if an output differs from its manifest; `quick` skips the hash of files above 256 MiB."""
+        """Raise UserError if an output differs from its manifest, or has a file that this does not list; `quick` skips
+        the hash of files above 256 MiB."""
         manifest = self.manifest(stage)
         assert manifest is not None, f"verify of an unfinished stage {stage}"
         if digest_of(manifest.files) != manifest.digest:
@@ -144,15 +157,24 @@ class RunDir:
             found = damage(self.output(stage) / name, entry, f"{stage}/{MANIFEST}", "its manifest", quick)
             if found is not None:
                 raise UserError(f"{found}. {remedy(stage)}")
+        for path in files_below(self.output(stage), through_links=False):  # what they point to may be others' too
+            name = str(path.relative_to(self.output(stage)))
+            if name not in manifest.files and log_name(name) is None:
+                raise UserError(f"{path} is not in {stage}/{MANIFEST}: the run did not write it. Move it away")
+
+    def check_unfinished(self, stage: str) -> None:
+        """Raise UserError where the output of an unfinished stage is there nevertheless, and as `check_place`."""
+        self.check_place(stage)
+        if self.output(stage).exists():
+            raise UserError(
+                f"{self.output(stage)} is there without a {MANIFEST}, so it is not known to be whole: restore the "
+                f"manifest, or move the folder away, or make it again: the same `srlm run` command with --redo {stage}"
+            )
 
     def begin(self, identity: Identity, resumable: bool) -> Path:
         """Return the partial folder of a stage: new and empty or, where the stage can resume, that of a killed attempt
         of the same identity. UserError for a training that was begun from other inputs or with other values."""
-        if self.output(identity.stage).exists():
-            raise UserError(
-                f"{self.output(identity.stage)} is there without a {MANIFEST}, so it is not known to be whole: "
-                "restore the manifest, or move the folder away"
-            )
+        self.check_unfinished(identity.stage)
         partial = self.partial(identity.stage)
         begun = begun_with(partial / IDENTITY)
         changes = {} if begun is None else changed(begun.config, identity.config, identity.layout)
@@ -164,7 +186,7 @@ class RunDir:
                     f"the earlier values back, or start it anew: the same command with --redo {identity.stage}"
                     + listed(changes)
                 )
-            shutil.rmtree(partial)
+            discard(partial)
         if not partial.exists():
             partial.mkdir(parents=True)
             write_atomic(partial / IDENTITY, identity.compared)
@@ -175,13 +197,8 @@ class RunDir:
         partial = self.partial(identity.stage)
         (partial / MANIFEST).unlink(missing_ok=True)  # left by an attempt that was killed in its commit
         names = sorted(str(path.relative_to(partial)) for path in files_below(partial))
-        names = [name for name in names if not name.startswith(f"{TRAINING_STATE}/")]
         logs = {name: log_name(name) for name in names}
-        files = {
-            name: FileEntry((partial / name).stat().st_size, file_hash(partial / name))
-            for name in names
-            if logs[name] is None
-        }
+        files = {name: entry_of(partial / name) for name in names if logs[name] is None}
         manifest = Manifest(
             stage=identity.stage,
             digest=digest_of(files),
@@ -227,21 +244,40 @@ class RunDir:
 
     def drop_attempt(self) -> None:
         """Forget the attempt's configuration, if it was not taken."""
-        if self.attempt.is_dir():
-            shutil.rmtree(self.attempt)
+        discard(self.attempt)
 
     def remove_leftovers(self, stage: str) -> None:
         """Remove from a finished output the files by which a killed attempt would have been resumed."""
-        (self.output(stage) / IDENTITY).unlink(missing_ok=True)
-        shutil.rmtree(self.output(stage) / TRAINING_STATE, ignore_errors=True)
+        discard(self.output(stage) / IDENTITY)
+        discard(self.output(stage) / TRAINING_STATE)
+        for seal in list(files_below(self.output(stage), f".*{SEAL}", through_links=False)):
+            discard(seal)
 
-    def remove(self, stage: str) -> bool:
-        """Remove an output and everything nested in it (for --redo); return True if there was one."""
-        existed = self.output(stage).exists()
-        for path in (self.output(stage), self.partial(stage)):
-            if path.exists():
-                remove_folder(path, path.with_name(f"{path.name}.removed"))
-        return existed
+    def remove(self, stage: str) -> str:
+        """Remove an output and everything nested in it (for --redo), but of a link not what it points to. Return what
+        was removed, in words; nothing where there was no output."""
+        output, said = self.output(stage), ""
+        if output.is_symlink():
+            said = f"removed the link {output}; {os.readlink(output)}, where it pointed, is kept"
+        elif output.exists():
+            said = f"removed {output}"
+        for path in (output, self.partial(stage)):
+            if os.path.lexists(path):
+                remove_folder(path, removed(path))
+        return said
+
+    def sweep(self, stages: Iterable[str]) -> None:
+        """Remove what killed writes and removals left. The caller holds the lock: of other processes only `srlm report`
+        and `srlm launch` write here, in the run's own folder and in its jobs'."""
+
+        def is_dead(path: Path) -> bool:
+            return is_old(path) or not (path.parent == self.root or self.jobs in path.parents)
+
+        places = [path for stage in stages for path in (self.output(stage), self.partial(stage))]
+        for path in places:
+            discard(removed(path))
+        for folder in (self.root, *(path for path in places if path.is_symlink())):
+            sweep(all_files(folder), is_dead)
 
     @contextmanager
     def lock(self, or_by_starter: bool = False) -> Iterator[None]:
@@ -250,6 +286,8 @@ class RunDir:
         others = [path for path in self.root.iterdir() if path.name not in (LOCK, JOBS)] if self.root.is_dir() else []
         if others and not self.config_file.is_file():
             raise UserError(f"{self.root} is not empty and not a run folder: give another one (run.dir=...)")
+        if (found := dangling(self.root)) is not None:
+            raise UserError(f"{found}. Bring that back, or give another folder (run.dir=...)")
         self.root.mkdir(parents=True, exist_ok=True)
         with held(self.root / LOCK, or_by_starter):
             yield
@@ -269,11 +307,22 @@ def stopwatch() -> Iterator[list[float]]:
     seconds.append(time.monotonic() - start)
 
 
-def files_below(folder: Path) -> list[Path]:
-    """Return all files of an output, through links to folders too, without manifest, identity and temporary files."""
-    return [
-        Path(root) / name
-        for root, _, names in os.walk(folder, followlinks=True)
-        for name in names
-        if name not in (MANIFEST, IDENTITY) and not name.startswith(".")
-    ]
+def removed(path: Path) -> Path:
+    """Return the name of a folder while it is removed."""
+    return path.with_name(f"{path.name}.removed")
+
+
+def files_below(folder: Path, pattern: str = "[!.]*", through_links: bool = True) -> Iterator[Path]:
+    """Yield all files of an output, without manifest, identity, temporary files, a training's checkpoints and the
+    outputs of other stages. `pattern`: what their names match, default: not hidden; `through_links`: follow links to
+    folders."""
+    for root, folders, names in os.walk(folder, followlinks=through_links):
+        if Path(root) == folder:
+            folders[:] = [name for name in folders if not is_apart(folder / name)]
+        yield from (Path(root) / name for name in fnmatch.filter(names, pattern) if name not in (MANIFEST, IDENTITY))
+
+
+def is_apart(folder: Path) -> bool:
+    """Tell whether a folder in an output is no part of it: checkpoints, or another stage's."""
+    known = folder.name == TRAINING_STATE or folder.suffix in (".partial", ".removed")
+    return known or any((folder / name).exists() for name in (MANIFEST, IDENTITY))

@@ -31,6 +31,7 @@ def unsoundness(stage: Stage, config: Config, run: RunDir) -> str | None:
     try:
         manifest = run.manifest(stage.name)
         if manifest is None:
+            run.check_unfinished(stage.name)
             return None
         run.verify(stage.name, quick=True)
     except UserError as error:

@@ -1,5 +1,6 @@
 """Commands that show a run look first whether it is as it was written."""
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,8 @@ COMMANDS = {
     "evaluate lengths": ["RUN"],
     "show seed": ["RUN"],
     "show pair": ["r1-q0", "RUN"],
+    "bench sampling": ["RUN"],
+    "export lm_eval": ["RUN/M2"],
 }
 
 
@@ -72,24 +75,43 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
         shutil.copy(run / "round_2/pairs" / MANIFEST, run / "round_1/pairs" / MANIFEST) and None
     ),
     "the run's configuration": edited("config.yaml", "beta: ", "beta: 1"),
+    "a further file": lambda run: (run / "M2/chat_template.jinja").write_text("") and None,
+    "a link to nothing": lambda run: replaced(run / "round_1", lambda path: path.symlink_to(run / "gone")),
+    "a linked model that is gone": lambda run: replaced(run / "M2", lambda path: path.symlink_to(run / "gone")),
+    "a file for a folder": lambda run: replaced(run / "M2", lambda path: path.write_text("")),
+    "no manifest": lambda run: (run / "M2" / MANIFEST).unlink(),
 }
+FOUND = (
+    "altered|is the manifest of|is not what .* was made with|not in M2/manifest|is a link to|is a file|is there without"
+)
+
+
+def replaced(path: Path, make: Callable[[Path], object]) -> None:
+    shutil.rmtree(path)
+    make(path)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_what_was_altered_is_not_shown(run: Path, damage: str) -> None:
     check_sound(RunDir(run))
     DAMAGES[damage](run)
-    with pytest.raises(UserError, match=r"altered|is the manifest of|is not what .* was made with"):
+    with pytest.raises(UserError, match=FOUND):
         check_sound(RunDir(run))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_looks(run: Path, command: str) -> None:
-    argv = [*command.split(), *(str(run) if word == "RUN" else word for word in COMMANDS[command])]
+    argv = [*command.split(), *(word.replace("RUN", str(run)) for word in COMMANDS[command])]
     assert "its manifest says" not in str(CliRunner().invoke(app, argv).exception)
-    DAMAGES["an edited figure"](run)
+    edited("M2/metrics.jsonl", "", "a log may change")(run)
+    assert "its manifest says" not in str(CliRunner().invoke(app, argv).exception)
+    damage = DAMAGES["an edited figure" if argv[0] != "export" else "a further file"]
+    damage(run)
     found = CliRunner().invoke(app, argv).exception
-    assert isinstance(found, UserError) and "evaluation.json has 1103 bytes, its manifest says 1102" in str(found)
+    assert isinstance(found, UserError)
+    assert re.search(
+        r"evaluation\.json has 1103 bytes, its manifest says 1102|chat_template\.jinja is not in", str(found)
+    )
 
 
 def test_status_says_which_output_is_damaged(run: Path) -> None:
@@ -97,6 +119,32 @@ def test_status_says_which_output_is_damaged(run: Path) -> None:
     states = orjson.loads(CliRunner().invoke(app, ["status", str(run), "--json"]).output)["stages"]
     assert {one["name"] for one in states if one["state"] == "damaged"} == {"round_1/pairs"}
     assert "was altered" in next(one["note"] for one in states if one["name"] == "round_1/pairs")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["a further file", "a link to nothing", "a linked model that is gone", "a file for a folder", "no manifest"],
+)
+def test_status_of_what_is_no_output(run: Path, damage: str) -> None:
+    DAMAGES[damage](run)
+    done = CliRunner().invoke(app, ["status", str(run), "--json"])
+    assert done.exit_code == 0, done.exception
+    notes = [one["note"] for one in orjson.loads(done.output)["stages"] if one["state"] == "damaged"]
+    assert notes and all(re.search(FOUND, note) for note in notes)
+
+
+def test_a_run_whose_stages_were_moved_and_linked_back_is_sound(run: Path, tmp_path: Path) -> None:
+    for name in ("M1", "M2/evaluation", "round_1", "round_2/pairs"):
+        moved = tmp_path / "disk" / name
+        moved.parent.mkdir(parents=True, exist_ok=True)
+        (run / name).rename(moved)
+        (run / name).symlink_to(moved)
+    linked = tmp_path / "linked"
+    linked.symlink_to(run)
+    check_sound(RunDir(linked))
+    states = orjson.loads(CliRunner().invoke(app, ["status", str(linked), "--json"]).output)["stages"]
+    assert {one["state"] for one in states if one["name"].startswith(("M1", "M2", "round_1/pairs"))} >= {"done"}
+    assert not [one for one in states if one["state"] == "damaged"]
 
 
 def test_what_an_older_version_wrote_has_no_seal(run: Path) -> None:

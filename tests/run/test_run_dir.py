@@ -9,6 +9,7 @@ import orjson
 import pytest
 
 from srlm_mega.errors import UserError
+from srlm_mega.run.files import write_atomic
 from srlm_mega.run.manifest import IDENTITY, MANIFEST, Identity, digest_of, file_hash
 from srlm_mega.run.run_dir import RunDir
 
@@ -225,6 +226,124 @@ def test_a_broken_manifest_is_named(tmp_path: Path) -> None:
     (make_output(run) / MANIFEST).write_text("{")
     with pytest.raises(UserError, match="is not a manifest"):
         run.manifest("round_1/pairs")
+
+
+def test_a_file_that_is_not_in_the_manifest_is_named(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    folder = make_output(run)
+    make_output(run, Identity(f"{IDENTITY_A.stage}/evaluation", {}, {}))
+    begun = run.begin(Identity(f"{IDENTITY_A.stage}/sampler_weights", {}, {}), resumable=True)
+    (begun / "half.jsonl").write_text("")
+    (folder / "tensorboard").mkdir()
+    (folder / "tensorboard/events").write_text("a log of a later attempt")
+    (folder / "linked").symlink_to(tmp_path)  # as an outside model is: what is added there is others' business
+    run.verify(IDENTITY_A.stage, quick=True)
+    for name in ("chat_template.jinja", "huggingface/chat_template.jinja"):
+        extra = folder / name
+        extra.parent.mkdir(exist_ok=True)
+        extra.write_text("")
+        with pytest.raises(UserError, match=rf"{extra} is not in round_1/pairs/manifest\.json.*Move it away"):
+            run.verify(IDENTITY_A.stage, quick=True)
+        extra.unlink()
+
+
+@pytest.mark.parametrize("kind", ["link", "relative link", "dangling link", "link to a file", "file", "loop"])
+@pytest.mark.parametrize("partial", [False, True])
+def test_redo_of_a_folder_that_is_none(tmp_path: Path, kind: str, partial: bool) -> None:
+    """--redo removes a link, never what it points to, and the stage can be made again there."""
+    run, moved = RunDir(tmp_path / "run"), tmp_path / "moved"
+    made = run.begin(IDENTITY_A, resumable=True) if partial else make_output(run)
+    (made / "kept").write_text("")
+    made.rename(moved)
+    match kind:
+        case "link":
+            made.symlink_to(moved)
+        case "relative link":
+            made.symlink_to(Path("../../moved"))
+        case "dangling link":
+            made.symlink_to(tmp_path / "gone")
+        case "link to a file":
+            made.symlink_to(moved / "kept")
+        case "loop":
+            made.symlink_to(made)
+        case _:
+            made.write_text("")
+    if kind.endswith("link") and not kind.startswith("dangling"):
+        assert partial or run.manifest(IDENTITY_A.stage) is not None
+    else:
+        with pytest.raises(UserError, match=rf"{made}.* --redo {IDENTITY_A.stage}"):
+            run.manifest(IDENTITY_A.stage)
+    said = run.remove(IDENTITY_A.stage)
+    assert ("removed the link" in said and "is kept" in said) == ("l" in kind[:8] and kind != "file" and not partial)
+    assert list(made.parent.iterdir()) == [] and (moved / "kept").exists()
+    make_output(run)
+    run.verify(IDENTITY_A.stage, quick=False)
+
+
+def test_an_unfinished_stage_moved_and_linked_back_resumes(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    partial = run.begin(IDENTITY_A, resumable=True)
+    (partial / "pairs.jsonl").write_text("one\n")
+    partial.rename(tmp_path / "moved")
+    partial.symlink_to(tmp_path / "moved")
+    assert (run.begin(IDENTITY_A, resumable=True) / "pairs.jsonl").exists()
+    run.commit(IDENTITY_A, 1, 1.0, "0", {})
+    run.verify(IDENTITY_A.stage, quick=False)
+    assert (tmp_path / "moved" / MANIFEST).exists()
+    partial.symlink_to(tmp_path / "moved")  # of another identity it is not resumed, nor what it points to removed
+    run.remove(IDENTITY_A.stage)
+    partial.symlink_to(tmp_path / "moved")
+    assert list(run.begin(Identity(IDENTITY_A.stage, {}, {}), resumable=True).iterdir()) == [partial / IDENTITY]
+    assert (tmp_path / "moved" / MANIFEST).exists()
+
+
+def test_a_run_folder_that_is_a_link(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "there")
+    with RunDir(tmp_path / "run").lock():
+        pass
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    with (
+        pytest.raises(UserError, match=r"gone is a link to .*nowhere, which is not there"),
+        RunDir(tmp_path / "gone").lock(),
+    ):
+        pass
+
+
+def test_what_killed_writes_left_is_swept(tmp_path: Path) -> None:
+    """Of this machine by process, of others under the lock, but for reports and jobs, which need no lock."""
+    run, here = RunDir(tmp_path / "run"), os.uname().nodename
+    folder = make_output(run)
+    (moved := tmp_path / "moved").mkdir()
+    (run.root / "M1").symlink_to(moved)
+    run.jobs.mkdir()
+    (tmp_path / "run/M2.removed").mkdir()
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    dead = [place / f".{name}.{here}.{process.pid}" for place in (run.root, folder, moved) for name in ("a", "b.json")]
+    elsewhere = [folder / ".manifest.json.node7.12", run.root / "M2.partial/.identity.json.a.b.3"]
+    alive = [folder / f".pairs.jsonl.{here}.{os.getpid()}", run.root / ".report.html.node7.12"]
+    others = [run.jobs / ".run.sbatch.login1.4", run.root / ".hidden", folder / ".notes.2024"]
+    (run.root / "M2.partial").mkdir()
+    for path in (*dead, *elsewhere, *alive, *others):
+        path.write_text("")
+    run.sweep(["M1", "M2", IDENTITY_A.stage])
+    assert [path for path in (*dead, *elsewhere) if path.exists()] == []
+    assert all(path.exists() for path in (*alive, *others)) and not (tmp_path / "run/M2.removed").exists()
+    os.utime(alive[1], (0, 0))
+    run.sweep([])
+    assert not alive[1].exists()
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "a").write_text("before")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_atomic(tmp_path / "a", b"after")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_text() == "before"
 
 
 @pytest.mark.timing
