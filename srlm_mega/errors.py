@@ -1,10 +1,14 @@
 """The ways a run ends early, and their exit codes."""
 
-from errno import EACCES, EDQUOT, EEXIST, EISDIR, ENAMETOOLONG, ENOENT, ENOSPC, ENOTDIR, EPERM, EROFS
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from errno import EACCES, EDQUOT, EEXIST, EIO, EISDIR, ENAMETOOLONG, ENOENT, ENOSPC, ENOTDIR, EPERM, EROFS, ESTALE
+from pathlib import Path
 
 CRASHED, USER_ERROR, CANNOT_CONTINUE, STOP_REQUESTED, PAUSED = 1, 2, 3, 4, 5
 ENGINE_DIED = 6  # of a replica: another one may take its shards
-NO_SPACE = frozenset({ENOSPC, EDQUOT})
+DISK_FAILED = frozenset({ENOSPC, EDQUOT, EIO, ESTALE})
 NOT_USABLE = frozenset({ENOENT, EACCES, EPERM, EROFS, ENOTDIR, EISDIR, EEXIST, ENAMETOOLONG})
 
 
@@ -35,7 +39,7 @@ ENDS = {USER_ERROR: UserError, CANNOT_CONTINUE: CannotContinue, STOP_REQUESTED: 
 def exit_code(error: Exception) -> int:
     """Return the exit code of a command that ends with this error."""
     if isinstance(error, OSError):
-        if error.errno in NO_SPACE:
+        if error.errno in DISK_FAILED:
             return CANNOT_CONTINUE
         return USER_ERROR if error.errno in NOT_USABLE else CRASHED
     return next((code for code, kind in ENDS.items() if isinstance(error, kind)), CRASHED)
@@ -45,5 +49,53 @@ def reason(error: Exception) -> str:
     """Return an error's message; for an operating system's error the file, what is wrong, and what to do."""
     if not isinstance(error, OSError):
         return str(error)
-    remedy = "free some space; the same command resumes the run" if error.errno in NO_SPACE else "give another path"
-    return f"{error.filename or 'a file'}: {error.strerror}: {remedy}"
+    name = error.filename if isinstance(error.filename, str | Path) else "a file without a name"
+    return f"{name}: {error.strerror}: {os_remedy(error.errno, Path(name))}"
+
+
+def os_remedy(number: int | None, path: Path) -> str:
+    """Return what to do about an operating system's error at a path, given its number."""
+    match number:
+        case n if n == ENOSPC:
+            return f"{space_left(path)}. Make room there; the same command resumes the run"
+        case n if n == EDQUOT:
+            return f"your quota there is used up (`quota -s`), {space_left(path)}. Make room; the same command resumes"
+        case n if n in (EIO, ESTALE):
+            return "the disk or the network's file system failed (`dmesg`). Once it works, the same command resumes"
+        case n if n == EROFS:
+            return "its file system is mounted read-only: have it mounted for writing, or give another run.dir"
+        case n if n in (EACCES, EPERM):
+            return "you may not do this there (`ls -ld` shows who may): change its rights, or give another path"
+        case n if n == ENAMETOOLONG:
+            return f"the path has {len(str(path))} characters, its last part {len(path.name)}: give a shorter one"
+        case _:
+            return "give another path"
+
+
+def space_left(path: Path) -> str:
+    """Return in words how much room the file system of a path has."""
+    place = next((folder for folder in (path, *path.parents) if os.path.exists(folder)), Path("."))
+    try:
+        found = os.statvfs(place)
+    except OSError:
+        return "its file system does not say how much is free"
+    free, size = (blocks * found.f_frsize / 2**20 for blocks in (found.f_bavail, found.f_blocks))
+    names = ", and it has no room for more files (inodes)" if found.f_files and not found.f_favail else ""
+    return f"{free:,.0f} MiB of {size:,.0f} MiB are free on its file system{names}"
+
+
+def is_full(path: Path) -> bool:
+    """Tell whether the file system of a path has no room for another small file."""
+    found = os.statvfs(path)
+    return found.f_bavail * found.f_frsize < 2**20 or (found.f_files > 0 and found.f_favail == 0)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give the file's name to an operating system's error that has none: a failed write does not say where."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise

@@ -14,7 +14,7 @@ import orjson
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
 from srlm_mega.checkpoints_conversion.json_files import bounded_lines
-from srlm_mega.errors import UserError
+from srlm_mega.errors import UserError, naming
 
 FinishReason = Literal["stop", "length"]
 STRICT = ConfigDict(extra="forbid")
@@ -335,7 +335,7 @@ def read_jsonl(path: Path, kind: type[T]) -> Iterator[T]:
 def write_jsonl(path: Path, records: Iterable[Any]) -> int:
     """Write records, one JSON line each (keys in the order of their class); return how many."""
     count = 0
-    with path.open("wb", BUFFER) as file:
+    with naming(path), path.open("wb", BUFFER) as file:
         for record in records:
             file.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
             count += 1

@@ -3,15 +3,16 @@
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from errno import ENOSPC
 from functools import partial
 from pathlib import Path
 from typing import Literal, NoReturn
 
 from srlm_mega.config import Config
-from srlm_mega.errors import ENDS, StageCrashed
+from srlm_mega.errors import CANNOT_CONTINUE, ENDS, CannotContinue, StageCrashed, is_full, reason
 from srlm_mega.launch.child_process import die_with, environment
 from srlm_mega.launch.ranks import Start, start_one, start_ranks
 from srlm_mega.launch.sampler_environment import (
@@ -38,7 +39,7 @@ def launch_mode(stage: Stage, config: Config) -> Literal["as ranks", "here", "in
     return "in the sampler's environment" if stage.kind.converts and config.sampler.elsewhere else "here"
 
 
-def check_sampler(missing: list[Stage], config: Config) -> None:
+def check_sampler(missing: Sequence[Stage], config: Config) -> None:
     """Raise UserError before hours of training, and not after them, if the sampler's environment cannot be entered."""
     if config.sampler.elsewhere and any(stage.kind.samples or stage.kind.converts for stage in missing):
         check_sampler_environment(config)
@@ -145,4 +146,7 @@ def raise_failure(name: str, process: StageProcess, run: RunDir) -> NoReturn:
     if state.message:
         raise StageCrashed(f"{name}: {state.message}. The stacks of all ranks are in {process.log_path}")
     how = f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
-    raise StageCrashed(f"{name} ended with {how}. {process.log_tail()}")
+    if is_full(run.root):  # it could not say so itself
+        raise CannotContinue(f"{name} ended with {how}. {reason(OSError(ENOSPC, os.strerror(ENOSPC), run.root))}")
+    kind = CannotContinue if code == CANNOT_CONTINUE else StageCrashed
+    raise kind(f"{name} ended with {how}. {process.log_tail()}")

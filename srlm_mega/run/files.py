@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from srlm_mega.errors import naming
+
 LEFT_OVER = re.compile(r"\..+\.[^.].*\.(?P<pid>\d+)")  # as `replacing` names a file while it is written
 LONG_SECONDS = 3600.0  # no write takes so long
 
@@ -42,9 +44,10 @@ def replacing(path: Path, writer: str | None = None) -> Iterator[Path]:
     process."""
     temporary = path.with_name(f".{path.name}.{writer or f'{os.uname().nodename}.{os.getpid()}'}")
     try:
-        yield temporary
-        fsync(temporary)
-        os.rename(temporary, path)
+        with naming(path):
+            yield temporary
+            fsync(temporary)
+            os.rename(temporary, path)
     except BaseException:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -91,6 +94,7 @@ def fsync(path: Path) -> None:
     """Make a file or a folder's entries durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -1,7 +1,7 @@
 """Running stages in this process: begin an output, call the function of the stage's kind, commit the output."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from importlib.metadata import version
 from pkgutil import resolve_name
 
@@ -16,6 +16,7 @@ from srlm_mega.errors import (
     TrainingPaused,
     UserError,
     exit_code,
+    naming,
     reason,
 )
 from srlm_mega.launch.child_process import die_with_parent, show_stacks_when_asked
@@ -85,10 +86,11 @@ def run_stage(run: RunDir, samplers: Samplers, stage: Stage) -> int:
         if run.manifest(stage.name) is not None:
             raise UserError(f"{run.output(stage.name)} is finished. Make it again: srlm run ... --redo {stage.name}")
         work = Work(run, samplers.config, stage, run.partial(stage.name), progress, samplers)
-        if stage.kind.parallel:
-            run_parallel(work)
-        else:
-            run_single(work)
+        with naming(work.out):  # where nothing says which of its files it was
+            if stage.kind.parallel:
+                run_parallel(work)
+            else:
+                run_single(work)
     except (UserError, CannotContinue, StopRequested, TrainingPaused, OSError) as error:
         return record_failure(error, progress)
     return 0
@@ -99,8 +101,9 @@ def record_failure(error: Exception, progress: Progress) -> int:
     code = exit_code(error)
     if code == CRASHED:
         raise error
-    progress.failed(code, reason(error))
     print(reason(error), flush=True)
+    with suppress(OSError):  # on a full disk the log and the exit code have to do
+        progress.failed(code, reason(error))
     return code
 
 
