@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -22,6 +23,10 @@ def run(
         list[str] | None, typer.Option(help="Stage to make again, with all that depends on it; may be repeated.")
     ] = None,
     only: Annotated[list[str] | None, typer.Option(help="Stage to make, and no other; may be repeated.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove what --redo removes without asking.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, say what would be done, and change nothing.")
+    ] = False,
 ) -> None:
     """Run the self-rewarding loop, or resume it. What is finished on disk is kept."""
     from srlm_mega.config.file import load_config
@@ -32,15 +37,28 @@ def run(
     console = VisibleConsole()
     config = load_config(config_file, overrides or [])
     folder = RunDir(config.run.dir)
+    asks = not yes and sys.stdin.isatty() and sys.stdout.isatty()
     try:
-        made = run_loop(config, folder, tuple(redo or ()), Display(console), tuple(only or ()))
+        made = run_loop(
+            config, folder, tuple(redo or ()), Display(console), tuple(only or ()), agrees if asks else None, dry_run
+        )
     except CannotContinue:
         write_report(folder.root)
         raise
+    if dry_run:
+        return
     if not made:
         console.print(f"Nothing to do: every stage of {folder.root} is finished.")
     report = write_report(folder.root) if made or not folder.report_file.is_file() else f"Report: {folder.report_file}"
     print_summary(folder.root, report, console)
+
+
+def agrees(question: str) -> bool:
+    """Ask a person on the terminal, who agrees by `y` or `yes` alone."""
+    try:
+        return input(f"{question} [y/N] ").strip().casefold() in ("y", "yes")
+    except EOFError:
+        return False
 
 
 def stage(

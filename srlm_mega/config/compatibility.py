@@ -1,5 +1,6 @@
 """Files of older versions, read by this one: options that were added, renamed or removed since."""
 
+import os
 import sys
 from collections.abc import Container, Mapping
 from functools import cache
@@ -15,18 +16,43 @@ RENAMED = {
     for key in ("python", "container", "mounts", "num_devices", "devices_per_node", "slurm", "take_over_seconds")
 }
 FORMER_SECTIONS = frozenset(old.rpartition(".")[0] for old in RENAMED)
+# Ends a key under which an output records the hash of the file that the key without it names.
+CONTENT = " xxh3_128"
 # A knob that is gone -> its last default, as JSON. With that value it is ignored, any other is refused.
 REMOVED: dict[str, Any] = {}
 
 
 def changed(old: Mapping[str, Any], new: Mapping[str, Any], ignored: Container[str] = ()) -> dict[str, tuple[Any, Any]]:
     """Return the keys whose values differ, with both values. A key that one side does not know has its default there.
-    Keys in `ignored`, and those that decide no output any more, may differ."""
+    Two paths of the same file, or of files with the same content, are the same value. Keys in `ignored`, and those that
+    decide no output any more, may differ."""
     old = {RENAMED.get(key, key): value for key, value in old.items()}
     free = deciding("limit", "reach", "nothing")
-    keys = [key for key in sorted(old.keys() | new.keys()) if key not in ignored and key not in free]
+    known = sorted(key for key in old.keys() | new.keys() if not key.endswith(CONTENT))
+    keys = [key for key in known if key not in ignored and key not in free]
     both = {key: (recorded(key, old), recorded(key, new)) for key in keys}
-    return {key: (before, after) for key, (before, after) in both.items() if before != after}
+    return {
+        key: (before, after)
+        for key, (before, after) in both.items()
+        if before != after and not same_file(key, old, new)
+    }
+
+
+def same_file(key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Tell whether two values are paths of files with the same content or, where that is not known, of one file."""
+    before, after = old.get(key + CONTENT), new.get(key + CONTENT)
+    if before is not None and after is not None:
+        return bool(before == after)
+    one, other = old.get(key), new.get(key)
+    if not isinstance(one, str) or not isinstance(other, str):
+        return False
+    return os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other)
+
+
+def edited(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys that name the same path in both, of a file whose content is another now, with the path."""
+    files = {key: key + CONTENT for key in old if key + CONTENT in old and key + CONTENT in new}
+    return {key: new[key] for key, file in files.items() if old[key] == new.get(key) and old[file] != new[file]}
 
 
 def listed(changes: Mapping[str, tuple[Any, Any]]) -> str:

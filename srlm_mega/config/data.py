@@ -77,8 +77,10 @@ class PromptsConfig(Section, decides="output"):
     writer: Path | Literal["base", "current"] = Field(
         "base", description="Model that writes: base (M0), current (M(t)), or the Hugging Face folder of another one."
     )
-    path: Path | None = Field(
-        None, description="JSONL of prompts, with `instruction` (and `input`) or `text` (generator=file)."
+    path: Annotated[Path | None, Decides("output", by_round=True)] = Field(
+        None,
+        description="JSONL of prompts, with `instruction` (and `input`) or `text` (generator=file); a further round "
+        "may take another file.",
     )
     per_round: int = Field(5000, ge=1, description="Number of prompts that a round needs, after filters.")
     shots_ift: int = Field(6, ge=0, description="IFT prompts among the few-shot examples; paper: 6.")
@@ -112,10 +114,12 @@ class JudgeConfig(Section, decides="output"):
     backend: Annotated[Literal["model", "random"], Decides("output", part="backend")] = Field(
         "model", description="Judge of the candidates: model (M(t) itself), or random, the control without a judge."
     )
-    template: Path | Literal["additive", "multiple_choice", "score_only", "toy"] = Field(
+    template: Annotated[
+        Path | Literal["additive", "multiple_choice", "score_only", "toy"], Decides("output", by_round=True)
+    ] = Field(
         "additive",
         description="Prompt of the judge: additive (the paper's, 0 to 5 points), multiple_choice, score_only (no "
-        "reasons: an answer of a few tokens), toy, or a file.",
+        "reasons: an answer of a few tokens), toy, or a file; a further round may take another.",
     )
     n: int = Field(3, ge=1, description="Number of judgements per response, whose mean score is the reward; paper: 3.")
     temperature: float = Field(0.7, gt=0, description="Sampling temperature; paper: 0.7.")

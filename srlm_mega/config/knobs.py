@@ -49,6 +49,11 @@ def deciding(*decisions: Decision) -> frozenset[str]:
     return frozenset(key for key, knob in knobs().items() if knob.decides.what in decisions)
 
 
+def by_round() -> frozenset[str]:
+    """Return the keys of the knobs of which a further round may have another value."""
+    return frozenset(key for key, knob in knobs().items() if knob.decides.by_round)
+
+
 def keys_of(section: str, part: str | None) -> tuple[str, ...]:
     """Return the keys of a section's knobs that belong to this part of it, or (None) to no part."""
     return tuple(key for key, knob in knobs().items() if key.startswith(f"{section}.") and knob.decides.part == part)

@@ -19,10 +19,12 @@ Decision = Literal["output", "layout", "limit", "reach", "nothing"]
 @dataclass(frozen=True)
 class Decides:
     """The mark of a knob that decides something else than its section says: `Annotated[int, Decides("limit")]`. `part`
-    names the knobs of a section that some stages read alone."""
+    names the knobs of a section that some stages read alone. `by_round`: a further round may have another value than
+    the finished ones, which keep theirs."""
 
     what: Decision
     part: str | None = None
+    by_round: bool = False
 
 
 def show_decisions(schema: dict[str, Any], section: "type[Section]") -> None:

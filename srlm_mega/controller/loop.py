@@ -5,16 +5,16 @@ This is the controller. It needs no torch and holds no GPU.
 
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
 
 from srlm_mega.config import Config
-from srlm_mega.config.file import check_endpoints, check_outside_files, check_trackers, to_yaml
+from srlm_mega.config.compatibility import edited
+from srlm_mega.config.file import to_yaml
 from srlm_mega.controller.background_report import BackgroundReport
 from srlm_mega.controller.display import Display
 from srlm_mega.controller.stage_process import (
     StageProcess,
-    check_sampler,
     comparison_command,
     launch_mode,
     raise_failure,
@@ -22,51 +22,71 @@ from srlm_mega.controller.stage_process import (
     started,
 )
 from srlm_mega.controller.stall_watchdog import StallWatchdog, stall_seconds
+from srlm_mega.controller.start_checks import check_start, rubric_for
 from srlm_mega.errors import CannotContinue, StopRequested, TrainingPaused, UserError
 from srlm_mega.launch.cores import with_cores
 from srlm_mega.launch.ranks import allocation_for
-from srlm_mega.run.identity import check_unchanged
+from srlm_mega.run.identity import check_all_unchanged, config_of, contents_of
+from srlm_mega.run.manifest import Manifest
 from srlm_mega.run.plan import Stage, downstream, find_stage, plan
 from srlm_mega.run.presence import announced
 from srlm_mega.run.progress import read_progress
 from srlm_mega.run.provenance import provenance
+from srlm_mega.run.removal import told
 from srlm_mega.run.run_dir import RunDir
 from srlm_mega.run.stop_signals import PREEMPTION, on_signals
 
 POLL_SECONDS = 0.1
 
 
-def run_loop(config: Config, run: RunDir, redo: tuple[str, ...], display: Display, only: tuple[str, ...] = ()) -> int:
-    """Make every output of the plan that is missing, in order, or those of `only`; return how many were made.
+def run_loop(
+    config: Config,
+    run: RunDir,
+    redo: tuple[str, ...],
+    display: Display,
+    only: tuple[str, ...] = (),
+    agreed: Callable[[str], bool] | None = None,
+    dry: bool = False,
+) -> int:
+    """Make every output of the plan that is missing, in order, or those of `only`; return how many were made. `dry`
+    does what comes before the first stage, changes nothing, and says what would be done.
 
-    Outputs of `redo`, and all that was made from them, are removed first. StopRequested after a stop signal, Ctrl-C,
-    or when somebody made the stop file.
+    Outputs of `redo`, and all that was made from them, are removed first, unless `agreed` is asked and says no.
+    StopRequested then, after a stop signal, Ctrl-C, or when somebody made the stop file.
     """
     config = with_cores(config, run)
     stages = plan(config)
     redone = {name for chosen in redo for name in downstream(stages, find_stage(config, chosen).name)}
-    if config.launch.launcher == "slurm":
+    if config.launch.launcher == "slurm" and not dry:
         allocation_for(config.launch.nodes)
-    if "seed" in redone or run.manifest("seed") is None:
-        check_outside_files(config)
-    with run.lock():
-        run.sweep(stage.name for stage in stages)
-        check_finished([stage for stage in stages if stage.name not in redone], config, run)
-        # The last one goes first: a kill in between leaves a run that can resume.
-        removed = [said for stage in reversed(stages) if stage.name in redone and (said := run.remove(stage.name))]
-        for said in removed:
-            display.print_line(said)
-        wanted = [find_stage(config, name) for name in only] or stages
-        missing = [stage for stage in stages if stage in wanted and run.manifest(stage.name) is None]
-        check_inputs(missing, run)
+    run.check_folder()
+    if not run.config_file.is_file():
+        what_to_make(config, run, redone, only)  # refused before there is a folder
+    with nullcontext() if dry else run.lock():
+        if not dry:
+            run.sweep(stage.name for stage in stages)
+        made, missing = what_to_make(config, run, redone, only)
+        for line in edited_files(stages, made, config, run):
+            display.print_line(line)
+        doomed = [stage for stage in reversed(stages) if stage.name in redone and run.has(stage.name)]
+        if doomed:
+            facts = told(run.root, [stage.name for stage in reversed(doomed)])
+            display.print_line(f"--redo {' --redo '.join(redo)} removes {facts}")
+            if not dry and agreed is not None and not agreed("Remove and make again?"):
+                raise StopRequested("nothing was removed or changed")
+        if dry:
+            names = ", ".join(stage.name for stage in missing)
+            display.print_line(f"would make {names}" if names else "would make nothing: every stage is finished")
+            return 0
+        for name in made:
+            run.remove_leftovers(name)
+        for stage in doomed:  # the last one goes first: a kill in between leaves a run that can resume
+            display.print_line(run.remove(stage.name))
         if not missing:
             return 0
-        check_endpoints(config)
-        check_trackers(config)
-        check_sampler(missing, config)
         run.stop_file.unlink(missing_ok=True)  # left by the request that ended the run before
         with (
-            attempted(config, run, at_once=bool(removed) or not any(run.manifest(stage.name) for stage in stages)),
+            attempted(config, run, at_once=bool(doomed) or not made, has_seed="seed" in made),
             on_signals((*PREEMPTION, signal.SIGINT), run.stop_file.touch),
             announced(run),
             closing(BackgroundReport(run)) as report,
@@ -77,13 +97,33 @@ def run_loop(config: Config, run: RunDir, redo: tuple[str, ...], display: Displa
         return len(missing)
 
 
+def what_to_make(
+    config: Config, run: RunDir, redone: Collection[str], only: Sequence[str]
+) -> tuple[dict[str, Manifest], list[Stage]]:
+    """Return the finished outputs that stay, and the stages to be made, in order; change nothing. UserError for all
+    that can be known to go wrong now."""
+    stages = plan(config)
+    made = check_finished(stages, config, run, redone)
+    wanted = [find_stage(config, name) for name in only] or stages
+    missing = [stage for stage in stages if stage in wanted and stage.name not in made]
+    check_inputs(missing, made.keys(), run)
+    if missing:
+        check_start(missing, frozenset(made), config, run)
+    return made, missing
+
+
 @contextmanager
-def attempted(config: Config, run: RunDir, at_once: bool) -> Iterator[None]:
+def attempted(config: Config, run: RunDir, at_once: bool, has_seed: bool) -> Iterator[None]:
     """Let the stages of the block work by this configuration. It becomes the run's with the first output, `at_once`, or
-    when it is the run's already; without an output a failed attempt leaves the run as it was."""
-    text = to_yaml(config).encode()
-    same = run.config_file.is_file() and run.config_file.read_bytes() == text
-    run.begin_attempt(text, provenance(), at_once or same)
+    when it is the run's already; without an output a failed attempt leaves the run as it was. The judge's template is
+    taken with it, where it is another than the one that the run has; stage `seed` keeps the first one."""
+    text, rubric = to_yaml(config).encode(), rubric_for(config, run) if has_seed else None
+    if rubric == run.rubric_in_force:
+        rubric = None
+    if not has_seed:
+        run.rubric_file.unlink(missing_ok=True)
+    same = rubric is None and run.config_file.is_file() and run.config_file.read_bytes() == text
+    run.begin_attempt(text, provenance(), at_once or same, rubric)
     try:
         yield
     except CannotContinue:  # the commands that it may name, for each node, work by this configuration
@@ -109,26 +149,57 @@ def stage_groups(stages: list[Stage], missing: list[Stage], config: Config) -> l
     return groups
 
 
-def check_inputs(missing: list[Stage], run: RunDir) -> None:
+def check_inputs(missing: list[Stage], finished: Collection[str], run: RunDir) -> None:
     """Raise UserError unless what these stages read is finished, or is made before them."""
-    made: set[str] = set()
+    made = set(finished)
     for stage in missing:
-        absent = [name for name in stage.inputs if name not in made and run.manifest(name) is None]
+        absent = [name for name in stage.inputs if name not in made]
         if absent:
             raise UserError(f"{stage.name} reads {', '.join(absent)}, not finished in {run.root}: make them first")
         made.add(stage.name)
 
 
-def check_finished(stages: list[Stage], config: Config, run: RunDir) -> None:
-    """Raise UserError unless what is on disk is whole and is what this configuration makes. Remove what a killed
-    commit left."""
+def check_finished(
+    stages: list[Stage], config: Config, run: RunDir, redone: Collection[str] = ()
+) -> dict[str, Manifest]:
+    """Return the manifests of what is finished and not to be `redone`. UserError unless it is whole and is what this
+    configuration makes."""
+    made: dict[str, Manifest] = {}
     for stage in stages:
-        if run.manifest(stage.name) is None:
+        if stage.name in redone:
+            continue
+        manifest = run.manifest(stage.name)
+        if manifest is None:
             run.check_unfinished(stage.name)
         else:
             run.verify(stage.name, quick=True)
-            check_unchanged(stage, config, run)
-            run.remove_leftovers(stage.name)
+            made[stage.name] = manifest
+    check_all_unchanged(stages, made, config, run, contents_now(stages, made, config, run))
+    return made
+
+
+def contents_now(
+    stages: Sequence[Stage], made: Mapping[str, Manifest], config: Config, run: RunDir
+) -> dict[str, dict[str, str]]:
+    """Return the hashes of the outside files of finished stages, as they are now, by stage."""
+    rubric = rubric_for(config, run) if made else None
+    return {stage.name: contents_of(stage, config, rubric) for stage in stages if stage.name in made}
+
+
+def edited_files(stages: Sequence[Stage], made: Mapping[str, Manifest], config: Config, run: RunDir) -> Iterator[str]:
+    """Yield a line for each outside file whose content is another than the one that finished stages were made from."""
+    readers: dict[str, list[str]] = {}
+    contents = contents_now(stages, made, config, run)
+    for stage in stages:
+        if stage.name in made:
+            now = config_of(stage, config) | contents[stage.name]
+            for path in edited(made[stage.name].config, now).values():
+                readers.setdefault(path, []).append(stage.name)
+    for path, names in readers.items():
+        yield (
+            f"{path} was edited since {', '.join(names)} {'was' if len(names) == 1 else 'were'} made from it. What is "
+            f"finished stays as it is, stages to come read the new content; --redo {names[0]} begins there again"
+        )
 
 
 def run_group(group: list[Stage], config: Config, run: RunDir, display: Display, report: BackgroundReport) -> None:

@@ -37,16 +37,17 @@ class UserLines(Generic[T]):
     """Iterable over the lines of a `.jsonl` or `.jsonl.gz`, each parsed by `parse(line number, fields)`, which raises
     ValueError for a line it cannot use. Blank lines are skipped.
 
-    Bad lines are written to the JSONL `quarantine`; without any, no file is made. `strip_template` takes the marks of
-    chat templates off the texts. Iteration raises UserError when the file cannot be read, and at its end when more than
-    1 % of the lines are bad or none is good, or when more than 5 % hold a template that is not taken off.
+    Bad lines are written to the JSONL `quarantine`, unless it is None; without any, no file is made. `strip_template`
+    takes the marks of chat templates off the texts. Iteration raises UserError when the file cannot be read, and at its
+    end when more than 1 % of the lines are bad or none is good, or when more than 5 % hold a template that is not taken
+    off.
     """
 
     def __init__(
         self,
         path: Path,
         parse: Callable[[int, dict[str, Any]], T],
-        quarantine: Path,
+        quarantine: Path | None,
         strip_template: bool = False,
     ) -> None:
         self._path = path
@@ -68,8 +69,9 @@ class UserLines(Generic[T]):
                 except ValueError as error:
                     content = line.decode("utf-8", errors="backslashreplace")
                     bad = BadLine(str(self._path), number, str(error), content)
-                    set_aside = set_aside or open_files.enter_context(self._quarantine.open("wb"))
-                    set_aside.write(orjson.dumps(bad, option=orjson.OPT_APPEND_NEWLINE))
+                    if self._quarantine is not None:
+                        set_aside = set_aside or open_files.enter_context(self._quarantine.open("wb"))
+                        set_aside.write(orjson.dumps(bad, option=orjson.OPT_APPEND_NEWLINE))
                     self.bad += 1
                     self._named += [bad] if self.bad <= LINES_NAMED else []
                 else:

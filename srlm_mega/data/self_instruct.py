@@ -123,7 +123,7 @@ def normalised(text: str) -> str:
     return one_line(text).casefold()
 
 
-def read_prompts(path: Path, quarantine: Path, strip_template: bool = False) -> UserLines[Prompt]:
+def read_prompts(path: Path, quarantine: Path | None, strip_template: bool = False) -> UserLines[Prompt]:
     """Return the prompts of a JSONL with `instruction` (Self-Instruct's seed tasks, Alpaca) or `text` per line, and
     maybe `system`. The file's name is their `source`, the line number their id."""
 

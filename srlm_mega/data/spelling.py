@@ -33,10 +33,15 @@ class Fault:
 
 
 def check_spelling(
-    chat: Chat, records: Sequence[SftExample | RankedReplies | Prompt], limit: float, seed: int, name: str
+    chat: Chat,
+    records: Sequence[SftExample | RankedReplies | Prompt],
+    limit: float,
+    seed: int,
+    name: str,
+    of: str = "the seed data",
 ) -> None:
     """Raise UserError when more than this share of the texts of these records (of many a seeded sample) cannot be
-    spelled; `name` says which tokenizer it is."""
+    spelled; `name` says which tokenizer it is, `of` which texts."""
     texts = list(dict.fromkeys(text for record in records for text in texts_of(record) if text.strip()))
     tried = texts if len(texts) <= MAX_TEXTS else random.Random(seed).sample(texts, MAX_TEXTS)
     faults = {text: fault for text in tried if (fault := fault_in(chat, text)) is not None}
@@ -45,7 +50,7 @@ def check_spelling(
         example, back = next((text, fault.back) for text, fault in faults.items() if fault.kind == kind)
         share = len(faults) / len(tried)
         raise UserError(
-            f"{name} cannot spell {len(faults)} of {len(tried)} texts of the seed data ({share:.1%}, at most "
+            f"{name} cannot spell {len(faults)} of {len(tried)} texts of {of} ({share:.1%}, at most "
             f"{limit:.1%} by seed_data.max_unspellable): {CAUSES[kind]}. For example {shown(example)} gives "
             f"{shown(back)}. Give the tokenizer that the model was trained with, or data in a language that it knows; "
             "seed_data.max_unspellable=1 trains on them all the same"

@@ -1,6 +1,7 @@
 """The stages of a run in order, each with the configuration and inputs that decide its bytes."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, assert_never
 
 from srlm_mega.config import Config
@@ -13,6 +14,7 @@ TRAINER = ("run.seed", "model", "parallel", "trainer", "launch")
 JUDGING = keys_of("judge", part=None)
 BATCHES = keys_of("dpo", part="batches")
 SAMPLER = ("run.seed", "model.seq_length", "sampler", "launch.threads_per_process")
+GIVEN_PROMPTS = replace(kinds.PROMPTS, samples=False, resumable=False)  # from a file
 EARLY_STOPPING = (*SAMPLER, "early_stopping", "candidates.max_new_tokens")
 
 
@@ -51,10 +53,12 @@ class Stage:
 def plan(config: Config) -> list[Stage]:
     """Plan M0, then M1 by supervised training, then a model per self-rewarding round."""
     tokenizer = ("model.tokenizer", "model.path", "model.chat_template", "model.vocab_size", "model.seq_length")
-    outside = ("run.seed", "seed_data", "prompts.path", "judge.template", "eft.min_examples", *tokenizer)
+    rubric = () if config.seed_data.eft_path is None else ("judge.template",)  # which those examples are filled into
+    rounds = range(1, config.run.rounds + 1)
     stages = [
-        Stage(kinds.SEED, 0, (), outside),
+        Stage(kinds.SEED, 0, (), ("run.seed", "seed_data", "eft.min_examples", *rubric, *tokenizer)),
         base_model(config),
+        *(new_prompts(config, t) for t in rounds if prompts_come_first(config)),
         *(sampler_weights(config, "M0") if samples_base(config) else ()),
         *((evaluation(config, "M0"),) if config.evaluation.base_model else ()),
         *first_model(config),
@@ -62,23 +66,35 @@ def plan(config: Config) -> list[Stage]:
         evaluation(config, "M1"),
         *(prompt_writer(config) if config.run.rounds else ()),
     ]
-    for t in range(1, config.run.rounds + 1):
+    for t in rounds:
         stages += self_rewarding_round(config, t)
     return stages
+
+
+def prompts_come_first(config: Config) -> bool:
+    """Tell whether all rounds' prompts are taken before the first training: they are in a file, which is read once, and
+    too few of them show at once. (A round of a `current` writer has M(t) as input, used or not.)"""
+    return config.prompts.generator == "file" and config.prompts.writer != "current"
+
+
+def new_prompts(config: Config, t: int) -> Stage:
+    """Plan the prompts of round t, which repeat none of an earlier round."""
+    earlier = tuple(kinds.PROMPTS.of(before) for before in range(1, t))
+    inputs = ("seed", *prompt_source(config, t), *earlier)
+    kind = GIVEN_PROMPTS if config.prompts.generator == "file" else kinds.PROMPTS
+    return Stage(kind, t, inputs, (*SAMPLER, "prompts", "candidates.max_new_tokens"))
 
 
 def self_rewarding_round(config: Config, t: int) -> list[Stage]:
     """M(t) answers new prompts and judges its own answers; training on the best and the worst of them makes M(t+1)."""
     current, trained = model_name(t), model_name(t + 1)
     prompts, candidates, judgements = kinds.PROMPTS.of(t), kinds.CANDIDATES.of(t), kinds.JUDGEMENTS.of(t)
-    earlier_prompts = tuple(kinds.PROMPTS.of(earlier) for earlier in range(1, t))
     judge = () if config.judge.backend == "random" else loaded(config, current)
     anchor, judge_of_anchor = anchor_stages(config, t)
     extra = (*judge_of_anchor, *previous_judge(config, t))
     judged = (candidates, judgements, *(stage.name for stage in (*anchor, *extra)))
-    prompts_config = (*SAMPLER, "prompts", "candidates.max_new_tokens")
     return [
-        Stage(kinds.PROMPTS, t, ("seed", *prompt_source(config, t), *earlier_prompts), prompts_config),
+        *(() if prompts_come_first(config) else (new_prompts(config, t),)),
         *anchor,  # before the stages that sample M(t), which then follow one another and load it once
         Stage(kinds.CANDIDATES, t, (prompts, *loaded(config, current)), (*SAMPLER, "candidates")),
         Stage(kinds.JUDGEMENTS, t, (candidates, "seed", *judge), (*SAMPLER, *JUDGING, "judge.backend")),
@@ -255,7 +271,7 @@ def find_stage(config: Config, name: str) -> Stage:
     raise UserError(f"no stage {name}. Stages of this run: " + ", ".join(stage.name for stage in stages))
 
 
-def downstream(stages: list[Stage], name: str) -> list[str]:
+def downstream(stages: Sequence[Stage], name: str) -> list[str]:
     """Return the names of a stage and of all that is made from it."""
     found = [name]
     for stage in stages:

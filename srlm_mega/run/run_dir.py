@@ -13,7 +13,7 @@ from pathlib import Path
 
 import orjson
 
-from srlm_mega.config.compatibility import changed, listed
+from srlm_mega.config.compatibility import changed, edited, listed
 from srlm_mega.errors import UserError
 from srlm_mega.run.files import all_files, dangling, discard, fsync, is_old, remove_folder, sweep, write_atomic
 from srlm_mega.run.lock import held
@@ -29,9 +29,11 @@ from srlm_mega.run.manifest import (
     entry_of,
     log_name,
 )
+from srlm_mega.run.removal import made_from, manifests_in, told
 from srlm_mega.run.sealed_file import SEAL
 
 LOCK = ".lock"
+RUBRIC = "judge_template.txt"
 JOBS = "slurm"
 TRAINING_STATE = "megatron"  # a training's checkpoints: several times the model's size, and no part of the output
 
@@ -89,6 +91,18 @@ class RunDir:
         """Folder of Slurm's scripts, and of a folder per job with what its steps printed."""
         return self.root / JOBS
 
+    @property
+    def rubric_file(self) -> Path:
+        """The judge's template for the stages that follow, where it is another than the one that `seed` kept."""
+        return self.root / RUBRIC
+
+    @property
+    def rubric_in_force(self) -> bytes | None:
+        """The judge's template by which stages work now: the attempt's, the run's, or the one that `seed` kept; None
+        before there is one."""
+        places = (self.attempt / RUBRIC, self.rubric_file, self.output("seed") / RUBRIC)
+        return next((path.read_bytes() for path in places if path.is_file()), None)
+
     def log_file(self, stage: str) -> Path:
         """Return the log of the processes whose first stage is this one, of all attempts."""
         return self.root / "logs" / f"{stage.replace('/', '-')}.log"
@@ -132,11 +146,11 @@ class RunDir:
             raw["logs"] = tuple(raw["logs"])
             manifest = Manifest(**raw)
         except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is not a manifest ({error}). {remedy(stage)}") from None
+            raise UserError(f"{path} is not a manifest ({error}). {self.remedy(stage)}") from None
         if manifest.seal and manifest.seal != manifest.sealed().seal:
-            raise UserError(f"{path} was altered: its seal is that of another content. {remedy(stage)}")
+            raise UserError(f"{path} was altered: its seal is that of another content. {self.remedy(stage)}")
         if manifest.stage != stage:
-            raise UserError(f"{path} is the manifest of {manifest.stage}, not of {stage}. {remedy(stage)}")
+            raise UserError(f"{path} is the manifest of {manifest.stage}, not of {stage}. {self.remedy(stage)}")
         return manifest
 
     def digest(self, stage: str) -> str:
@@ -152,11 +166,11 @@ class RunDir:
         manifest = self.manifest(stage)
         assert manifest is not None, f"verify of an unfinished stage {stage}"
         if digest_of(manifest.files) != manifest.digest:
-            raise UserError(f"{self.output(stage) / MANIFEST} was altered: its digest is another. {remedy(stage)}")
+            raise UserError(f"{self.output(stage) / MANIFEST} was altered: its digest is another. {self.remedy(stage)}")
         for name, entry in manifest.files.items():
             found = damage(self.output(stage) / name, entry, f"{stage}/{MANIFEST}", "its manifest", quick)
             if found is not None:
-                raise UserError(f"{found}. {remedy(stage)}")
+                raise UserError(f"{found}. {self.remedy(stage)}")
         for path in files_below(self.output(stage), through_links=False):  # what they point to may be others' too
             name = str(path.relative_to(self.output(stage)))
             if name not in manifest.files and log_name(name) is None:
@@ -168,7 +182,8 @@ class RunDir:
         if self.output(stage).exists():
             raise UserError(
                 f"{self.output(stage)} is there without a {MANIFEST}, so it is not known to be whole: restore the "
-                f"manifest, or move the folder away, or make it again: the same `srlm run` command with --redo {stage}"
+                f"manifest, or move the folder away, or make it again: the same `srlm run` command with "
+                f"{self.redo(stage)}"
             )
 
     def begin(self, identity: Identity, resumable: bool) -> Path:
@@ -179,11 +194,12 @@ class RunDir:
         begun = begun_with(partial / IDENTITY)
         changes = {} if begun is None else changed(begun.config, identity.config, identity.layout)
         same = begun is not None and not changes and (begun.stage, begun.inputs) == (identity.stage, identity.inputs)
+        same = same and begun is not None and not edited(begun.config, identity.config)
         if partial.exists() and not (resumable and same):
             if (partial / TRAINING_STATE).exists():  # hours of training are not thrown away unasked
                 raise UserError(
                     f"{partial} holds a training that was begun with another configuration or from other inputs: give "
-                    f"the earlier values back, or start it anew: the same command with --redo {identity.stage}"
+                    f"the earlier values back, or start it anew: the same command with {self.redo(identity.stage)}"
                     + listed(changes)
                 )
             discard(partial)
@@ -223,12 +239,14 @@ class RunDir:
         self.remove_leftovers(identity.stage)
         self.adopt_attempt()
 
-    def begin_attempt(self, config: bytes, provenance: bytes, at_once: bool) -> None:
-        """Take a configuration for the stages that follow: `at_once` as the run's, else with the first output that they
-        make, so that an attempt which fails leaves the run as it was."""
+    def begin_attempt(self, config: bytes, provenance: bytes, at_once: bool, rubric: bytes | None = None) -> None:
+        """Take a configuration for the stages that follow, and maybe another judge's template: `at_once` as the run's,
+        else with the first output that they make, so that an attempt which fails leaves the run as it was."""
         self.drop_attempt()
         self.attempt.mkdir(parents=True)
         write_atomic(self.attempt / self.provenance_file.name, provenance)
+        if rubric is not None:
+            write_atomic(self.attempt / RUBRIC, rubric)
         write_atomic(self.attempt / self.config_file.name, config)
         if at_once:
             self.adopt_attempt()
@@ -236,8 +254,12 @@ class RunDir:
     def adopt_attempt(self) -> None:
         """Make the attempt's configuration and provenance the run's. The report, which is out of date, is removed."""
         if self.attempt.is_dir():
-            for file in (self.provenance_file, self.config_file):  # the last one decides what is in force
-                with suppress(FileNotFoundError):  # a kill came in between
+            for file in (
+                self.provenance_file,
+                self.rubric_file,
+                self.config_file,
+            ):  # the last one decides what is in force
+                with suppress(FileNotFoundError):  # a kill came in between, or the rubric is the same
                     os.replace(self.attempt / file.name, file)
             self.report_file.unlink(missing_ok=True)
             self.drop_attempt()
@@ -253,18 +275,31 @@ class RunDir:
         for seal in list(files_below(self.output(stage), f".*{SEAL}", through_links=False)):
             discard(seal)
 
+    def has(self, stage: str) -> bool:
+        """Tell whether there is an output of a stage, finished or begun."""
+        return any(os.path.lexists(path) for path in (self.output(stage), self.partial(stage)))
+
     def remove(self, stage: str) -> str:
-        """Remove an output and everything nested in it (for --redo), but of a link not what it points to. Return what
-        was removed, in words; nothing where there was no output."""
-        output, said = self.output(stage), ""
+        """Remove what there is of an output, begun or finished, and everything nested in it (for --redo), but of a link
+        not what it points to. Return what was removed, in words."""
+        output, partial = self.output(stage), self.partial(stage)
         if output.is_symlink():
             said = f"removed the link {output}; {os.readlink(output)}, where it pointed, is kept"
-        elif output.exists():
-            said = f"removed {output}"
-        for path in (output, self.partial(stage)):
+        else:
+            said = f"removed {output if output.exists() else partial}"
+        for path in (output, partial):
             if os.path.lexists(path):
                 remove_folder(path, removed(path))
         return said
+
+    def redo(self, *stages: str) -> str:
+        """Return the options that make stages again, with what they remove."""
+        facts = told(self.root, made_from(manifests_in(self.root), stages) or stages)
+        return f"{' '.join(f'--redo {stage}' for stage in stages)}, which removes {facts}"
+
+    def remedy(self, stage: str) -> str:
+        """Return advice about a damaged output."""
+        return f"Restore it, or make it again: the same `srlm run` command with {self.redo(stage)}"
 
     def sweep(self, stages: Iterable[str]) -> None:
         """Remove what killed writes and removals left. The caller holds the lock: of other processes only `srlm report`
@@ -279,23 +314,22 @@ class RunDir:
         for folder in (self.root, *(path for path in places if path.is_symlink())):
             sweep(all_files(folder), is_dead)
 
-    @contextmanager
-    def lock(self, or_by_starter: bool = False) -> Iterator[None]:
-        """Lock the run folder for this process, until it ends. UserError if another one holds the lock; but not, with
-        `or_by_starter`, if that one started this one."""
+    def check_folder(self) -> None:
+        """Raise UserError when the folder holds something else than a run, or is a link to nowhere."""
         others = [path for path in self.root.iterdir() if path.name not in (LOCK, JOBS)] if self.root.is_dir() else []
         if others and not self.config_file.is_file():
             raise UserError(f"{self.root} is not empty and not a run folder: give another one (run.dir=...)")
         if (found := dangling(self.root)) is not None:
             raise UserError(f"{found}. Bring that back, or give another folder (run.dir=...)")
+
+    @contextmanager
+    def lock(self, or_by_starter: bool = False) -> Iterator[None]:
+        """Lock the run folder for this process, until it ends. UserError if another one holds the lock; but not, with
+        `or_by_starter`, if that one started this one."""
+        self.check_folder()
         self.root.mkdir(parents=True, exist_ok=True)
         with held(self.root / LOCK, or_by_starter):
             yield
-
-
-def remedy(stage: str) -> str:
-    """Return advice about a damaged output."""
-    return f"Restore it, or make it again: the same `srlm run` command with --redo {stage}"
 
 
 @contextmanager

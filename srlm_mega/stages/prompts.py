@@ -7,13 +7,14 @@ from functools import partial
 from itertools import count
 
 from srlm_mega.chat import Chat
-from srlm_mega.data.self_instruct import KnownTexts, TaskFilter, few_shot_prompt, parse_tasks
+from srlm_mega.data.self_instruct import TaskFilter, few_shot_prompt, parse_tasks
 from srlm_mega.errors import CannotContinue, UserError
-from srlm_mega.records import Prompt, PromptDraft, PromptTokens, RankedReplies, SftExample, read_jsonl, write_jsonl
+from srlm_mega.records import Prompt, PromptDraft, PromptTokens, SftExample, read_jsonl, write_jsonl
 from srlm_mega.run.sealed_file import fingerprint, is_whole, write_sealed
-from srlm_mega.run.stage_kinds import PROMPTS, model_name
+from srlm_mega.run.stage_kinds import model_name
 from srlm_mega.sampling.sampler import ModelLimits, SamplingParams
 from srlm_mega.seeds import derive_seed
+from srlm_mega.stages.given_prompts import given_prompts, prompts_of_rounds, seed_prompts_in
 from srlm_mega.stages.sampler_weights import sampled_model
 from srlm_mega.stages.sampling_task import SampledBy
 from srlm_mega.stages.work import Done, Work
@@ -31,31 +32,17 @@ def write_prompts(work: Work) -> Done:
 
 
 def take_from_file(work: Work) -> Done:
-    """Write the round's own slice of the given prompts, without seed data's. UserError when there are not enough."""
-    settings = work.config.prompts
-    given = list(read_jsonl(work.read("seed", "prompts.jsonl"), Prompt))
-    # The order is seeded by the run alone, so that the slices of its rounds are disjoint.
-    prompts = list({prompt.question: prompt for prompt in reversed(given)}.values())  # keep the first of equal texts
-    random.Random(derive_seed(work.config.run.seed, "prompts")).shuffle(prompts)
-    chat, known = answering_chat(work), KnownTexts(settings.rouge_l_max, seed_prompts(work))
-    fitting = [prompt for prompt in prompts if fits(work, chat, prompt.text, prompt.system)]
-    usable = [prompt for prompt in fitting if known.repeated_by(prompt.text) is None]
-    size = settings.per_round
-    mine = usable[(work.round - 1) * size : work.round * size]
-    counts = {
-        "repeated": len(given) - len(prompts),
-        "no_room": len(prompts) - len(fitting),
-        "in_seed_data": len(fitting) - len(usable),
-    }
-    if len(mine) < size:
-        raise UserError(
-            f"{settings.path} has {len(usable)} usable prompts ({counts['repeated']} repeated, {counts['no_room']} too "
-            f"long to answer, {counts['in_seed_data']} like a prompt of the seed data); "
-            f"round {work.round} needs prompts {(work.round - 1) * size + 1} to {work.round * size}. "
-            "Give more prompts, or lower prompts.per_round or run.rounds."
-        )
-    write_jsonl(work.out / "prompts.jsonl", mine)
-    return Done(len(mine), counts)
+    """Write the next prompts of the given ones: no earlier round's, and none of the seed data. UserError when there are
+    not enough."""
+    config, run = work.config, work.run
+    taken = prompts_of_rounds(run, range(1, work.round))
+    given = given_prompts(config, run, answering_chat(work), seed_prompts(work), taken, work.out / "quarantine.jsonl")
+    given.check_enough(config, len(taken), [work.round])
+    ids = {prompt.id for prompt in taken}  # lines of another file may have the same numbers
+    mine = given.usable[: config.prompts.per_round]
+    named = [replace(one, id=f"r{work.round}-{one.id}") if one.id in ids else one for one in mine]
+    write_jsonl(work.out / "prompts.jsonl", named)
+    return Done(len(named), given.counts)
 
 
 def self_instruct(work: Work) -> Done:
@@ -72,11 +59,7 @@ def self_instruct(work: Work) -> Done:
     shots = settings.shots_ift + settings.shots_generated
     if len(seeds) < shots:
         raise UserError(f"{len(seeds)} IFT prompts are too few for requests of {shots} shots: lower prompts.shots_ift")
-    earlier = [
-        prompt.text
-        for before in range(1, work.round)
-        for prompt in read_jsonl(work.read(PROMPTS.of(before), "prompts.jsonl"), Prompt)
-    ]
+    earlier = [prompt.text for prompt in prompts_of_rounds(work.run, range(1, work.round))]
     known = [*seed_prompts(work), *earlier]
     task_filter = TaskFilter(settings.min_words, settings.max_words, settings.rouge_l_max, known)
     accepted: list[Prompt] = []
@@ -172,13 +155,8 @@ def answering_chat(work: Work) -> Chat:
 
 
 def seed_prompts(work: Work) -> list[str]:
-    """Read every prompt of the seed data: new ones must not repeat what models are trained on or evaluated on."""
-    prompts = [example.prompt for example in read_jsonl(work.read("seed", "ift.jsonl"), SftExample)]
-    for name in ("validation.jsonl", "test.jsonl"):
-        prompts += [prompt.text for prompt in read_jsonl(work.read("seed", name), Prompt)]
-    for name in ("eft_eval.jsonl", "eft_sources.jsonl"):
-        prompts += [ranked.prompt for ranked in read_jsonl(work.read("seed", name), RankedReplies)]
-    return prompts
+    """Read every prompt of the seed data, as `seed_prompts_in` says."""
+    return seed_prompts_in(work.read("seed", ""))
 
 
 def fits(work: Work, chat: Chat, text: str, system: str = "") -> bool:

@@ -98,8 +98,10 @@ def report_progress(work: Work, unit: str, done: int, total: int, note: str) -> 
 
 
 def judge_template(work: Work) -> JudgeTemplate:
-    """Read the template of the additive judge that the seed stage kept."""
-    return JudgeTemplate.from_text(work.read("seed", "judge_template.txt").read_text(encoding="utf-8"), "seed")
+    """Read the template of the additive judge that the run has kept."""
+    kept = work.run.rubric_in_force
+    assert kept is not None, f"{work.stage.name} begins after seed, which keeps a template"
+    return JudgeTemplate.from_text(kept.decode("utf-8"), "that the run has kept")
 
 
 def candidates_of(

@@ -14,7 +14,6 @@ from srlm_mega.config.training import ModelConfig
 from srlm_mega.data.formats import read_jsonl_sets
 from srlm_mega.data.judge_examples import with_judge_examples
 from srlm_mega.data.oasst import read_oasst
-from srlm_mega.data.self_instruct import read_prompts
 from srlm_mega.data.spelling import check_spelling
 from srlm_mega.data.toy_world.seed_data import make_toy_world
 from srlm_mega.data.toy_world.word_tokenizer import toy_tokenizer
@@ -23,11 +22,13 @@ from srlm_mega.judging.template import load_template
 from srlm_mega.records import write_jsonl
 from srlm_mega.seeds import derive_seed
 from srlm_mega.stages.chat_format import chosen_template
+from srlm_mega.stages.given_prompts import given_prompts, seed_prompts_in
 from srlm_mega.stages.work import Done, Work
 
 
 def make_seed(work: Work) -> Done:
-    """Write the seed sets, the judge template, the given prompts and the tokenizer of a model that is made here."""
+    """Write the seed sets, the judge template and the tokenizer of a model that is made here. UserError when prompts
+    from a file are too few for the run's rounds, and M0 is to be trained."""
     config, template = work.config, load_template(work.config.judge.template)
     seed = derive_seed(config.run.seed, "seed")
     chat = chat_of(config.model, work.out / "tokenizer")  # first: what is wrong with it shows before a long reading
@@ -50,28 +51,37 @@ def make_seed(work: Work) -> Done:
         f"{name}.jsonl": records for name, records in vars(data).items() if name != "counts"
     }
     counts = dict(data.counts)
-    if config.prompts.path is not None:
-        lines = read_prompts(
-            config.prompts.path, work.out / "prompts_quarantine.jsonl", config.seed_data.strip_template
-        )
-        sets["prompts.jsonl"] = list(lines)
-        counts |= {"prompts": lines.good, "bad_prompts": lines.bad, "templated_prompts": lines.templated}
     rows = {name: write_jsonl(work.out / name, records) for name, records in sets.items()}
     (work.out / "counts.json").write_bytes(orjson.dumps(counts, option=orjson.OPT_INDENT_2))
     (work.out / "judge_template.txt").write_text(template.text, encoding="utf-8")
     spelled = [record for name, records in sets.items() if name != "documents.jsonl" for record in records]
     limit, name = config.seed_data.max_unspellable, f"the tokenizer of {tokenizer_name(config.model)}"
     check_spelling(chat, spelled, limit, seed, name)
+    if config.prompts.generator == "file" and config.pretrain is not None:  # else the prompts come before any training
+        given = given_prompts(config, work.run, chat, seed_prompts_in(work.out), (), None)
+        given.check_enough(config, 0, range(1, config.run.rounds + 1))
     return Done(sum(rows.values()), rows | counts)
 
 
 def chat_of(model: ModelConfig, out: Path) -> Chat:
     """Return the run's chat: of model.path, or of the tokenizer of a model that is made here, which is written to
     `out`. UserError when it cannot be read or used."""
-    if model.path is None:
-        return write_own_tokenizer(model, out)
-    given = TokenizerFolder.read(model.path)
-    return Chat.of(given, chosen_template(model.chat_template, given), str(model.path))
+    return write_own_tokenizer(model, out) if model.path is None else read_chat(model)[2]
+
+
+def read_chat(model: ModelConfig) -> tuple[TokenizerFolder, str, Chat]:
+    """Read the tokenizer of model.path, or of a model that is made here; return it with the text of the run's chat
+    template, and the chat that they make. UserError when one of them cannot be read or used."""
+    if model.path is not None:
+        given, name = TokenizerFolder.read(model.path), str(model.path)
+    else:
+        given = toy() if model.tokenizer is None else load_tokenizer(model.tokenizer)
+        name = f"model.tokenizer {model.tokenizer}"
+    template = chosen_template(model.chat_template, given)
+    chat, highest = Chat.of(given, template, name), highest_token_id(given.tokenizer)
+    if model.path is None and highest >= model.vocab_size:
+        raise UserError(f"the tokenizer has ids up to {highest}: raise model.vocab_size {model.vocab_size} above that")
+    return given, template, chat
 
 
 def tokenizer_name(model: ModelConfig) -> str:
@@ -82,12 +92,7 @@ def tokenizer_name(model: ModelConfig) -> str:
 def write_own_tokenizer(model: ModelConfig, folder: Path) -> Chat:
     """Write the tokenizer of a model that is made here, with its chat template; return both. UserError when
     model.tokenizer cannot be read, or has ids beyond model.vocab_size."""
-    given = toy() if model.tokenizer is None else load_tokenizer(model.tokenizer)
-    template = chosen_template(model.chat_template, given)
-    chat = Chat.of(given, template, f"model.tokenizer {model.tokenizer}")
-    highest = highest_token_id(given.tokenizer)
-    if highest >= model.vocab_size:
-        raise UserError(f"the tokenizer has ids up to {highest}: raise model.vocab_size {model.vocab_size} above that")
+    given, template, chat = read_chat(model)
     write_tokenizer(given.tokenizer, folder, model.seq_length, given.special, template, chat.end_ids)
     return chat
 

@@ -1,0 +1,86 @@
+"""What a run is refused for before its first stage: everything from outside that the stages to be made will read."""
+
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+from srlm_mega.config import Config
+from srlm_mega.config.file import check_endpoints, check_outside_files, check_trackers, read_yaml
+from srlm_mega.config.knobs import flat, knobs
+from srlm_mega.controller.stage_process import check_sampler
+from srlm_mega.judging.template import load_template
+from srlm_mega.run.identity import RUBRIC, within
+from srlm_mega.run.plan import Stage
+from srlm_mega.run.run_dir import RunDir
+from srlm_mega.run.stage_kinds import BASE, PROMPTS, SEED
+
+READ_MODEL = (SEED, BASE)  # the kinds of stages that read the files which section `model` names
+
+
+def check_start(missing: Sequence[Stage], finished: frozenset[str], config: Config, run: RunDir) -> None:
+    """Raise UserError if one of the missing stages could not be made: for files, models and templates that cannot be
+    used, prompts that are too few, an endpoint, a tracker or a sampler that cannot be reached."""
+    read = keys_read_by(missing)
+    if kept_rubric(config, run) is not None:
+        read.discard(RUBRIC)
+    if "seed" in finished and (run.output("seed") / "prompts.jsonl").is_file():  # an older version kept them there
+        read.discard("prompts.path")
+    check_outside_files(config, read)
+    if RUBRIC in read or "seed" not in finished:
+        rubric_for(config, run)
+    if any(stage.kind in READ_MODEL for stage in missing):
+        from srlm_mega.stages.seed import read_chat  # it loads tokenizers, which nothing else here needs
+
+        with redirect_stdout(StringIO()):  # which template it takes is for the log of the stage
+            read_chat(config.model)
+    check_given_prompts(missing, finished, config, run)
+    check_endpoints(config)
+    check_trackers(config)
+    check_sampler(missing, config)
+
+
+def keys_read_by(missing: Sequence[Stage]) -> set[str]:
+    """Return the dotted keys of the outside files that these stages read."""
+    return {
+        key
+        for key in knobs()
+        for stage in missing
+        if within(key, stage.config) and (stage.kind in READ_MODEL or not key.startswith("model."))
+    }
+
+
+def rubric_for(config: Config, run: RunDir) -> bytes:
+    """Return the text of the judge's template that the stages to be made take: the configured one or, where that file
+    is gone, the run's copy of it. UserError when there is none, or it is no template."""
+    kept = kept_rubric(config, run)
+    return load_template(config.judge.template).text.encode() if kept is None else kept
+
+
+def kept_rubric(config: Config, run: RunDir) -> bytes | None:
+    """Return the run's copy of a judge's template whose file is gone; None where the file is there, or the copy is of
+    another one."""
+    template = config.judge.template
+    if not isinstance(template, Path) or template.exists() or not run.config_file.is_file():
+        return None
+    begun = flat(read_yaml(run.config_file)).get(RUBRIC)
+    return run.rubric_in_force if begun == str(template) else None
+
+
+def check_given_prompts(missing: Sequence[Stage], finished: frozenset[str], config: Config, run: RunDir) -> None:
+    """Raise UserError if prompts from a file are too few for the rounds that have none yet. Which of them are like the
+    seed data, or too long, is known once there are a seed and M0."""
+    rounds = sorted(stage.round for stage in missing if stage.kind.place == PROMPTS.place)
+    if config.prompts.generator != "file" or not rounds:
+        return
+    # They load tokenizers and numpy, which nothing else here needs.
+    from srlm_mega.chat import Chat
+    from srlm_mega.stages.given_prompts import check_bare_file, given_prompts, prompts_of_rounds, seed_prompts_in
+
+    if not {"seed", "M0"} <= finished:
+        check_bare_file(config, run, rounds)
+        return
+    taken = prompts_of_rounds(run, range(1, rounds[0]))
+    chat = Chat.from_folder(run.weights("M0"))
+    given = given_prompts(config, run, chat, seed_prompts_in(run.output("seed")), taken, None)
+    given.check_enough(config, len(taken), rounds)

@@ -1,0 +1,65 @@
+"""What --redo would remove: outputs with all that was made from them, their records, and the work that they took."""
+
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from srlm_mega.run.manifest import MANIFEST
+
+NAMED = 4  # outputs that are named, of many
+
+
+def manifests_in(root: Path) -> dict[str, Mapping[str, Any]]:
+    """Return the content of every manifest in a run's folder that can be read, by the stage's name, oldest first."""
+    found: dict[str, Mapping[str, Any]] = {}
+    paths = [*root.glob(f"*/{MANIFEST}"), *root.glob(f"*/*/{MANIFEST}")]
+    for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns):
+        name = str(path.parent.relative_to(root))
+        if ".partial" not in name and ".removed" not in name:
+            try:
+                content = orjson.loads(path.read_bytes())
+            except (orjson.JSONDecodeError, OSError):
+                continue  # one that is damaged may be what is to be made again
+            found[name] = content if isinstance(content, dict) else {}
+    return found
+
+
+def made_from(found: Mapping[str, Mapping[str, Any]], names: Collection[str]) -> list[str]:
+    """Return the outputs of these names, and all that were made from them or lie in them."""
+    doomed: set[str] = set()
+    more = {name for name in found if name in names}
+    while more - doomed:
+        doomed |= more
+        more = {
+            name
+            for name, fields in found.items()
+            if not doomed.isdisjoint(fields.get("inputs") or ()) or name.rpartition("/")[0] in doomed
+        }
+    return [name for name in found if name in doomed]
+
+
+def told(root: Path, names: Iterable[str]) -> str:
+    """Return in words what the removal of these outputs of a run removes: how many, which, records, hours of work, and
+    what is half done."""
+    found = manifests_in(root)
+    outputs = [name for name in found if name in set(names)]
+    rows, seconds = (sum(number(found[name].get(key)) for name in outputs) for key in ("rows", "seconds"))
+    halves = sorted(name for name in set(names) if (root / f"{name}.partial").is_dir())
+    listed = ", ".join(outputs[:NAMED]) + (f" and {len(outputs) - NAMED} more" if len(outputs) > NAMED else "")
+    count = f"{len(outputs)} output{'' if len(outputs) == 1 else 's'} ({listed})" if outputs else ""
+    facts = [count, f"{rows:,.0f} rows", f"{duration(seconds)} of work"] if outputs else []
+    return ", ".join(facts + [f"what {name} has done so far" for name in halves]) or "nothing that is finished"
+
+
+def number(value: object) -> float:
+    """Return a manifest's number, 0 for what is none."""
+    return float(value) if isinstance(value, int | float) else 0.0
+
+
+def duration(seconds: float) -> str:
+    """Return a time in its largest unit."""
+    if seconds >= 3600:
+        return f"{seconds / 3600:,.1f} hours"
+    return f"{seconds / 60:.1f} minutes" if seconds >= 60 else f"{seconds:.0f} seconds"
