@@ -1,5 +1,6 @@
 """From a configuration to a Slurm job: its resources, its script, and what is refused before it is submitted."""
 
+import hashlib
 import json
 import re
 import shlex
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, assert_never
 
@@ -25,6 +27,8 @@ Template = Literal["run", "train", "sample", "bench"]
 PARTITION = re.compile(r"[^|]+\|\d+\|[^|]*")  # sites have sinfo and sbatch say other things as well
 JOB_NUMBER = re.compile(r"^(\d+)(?:;\S*)?\Z", re.MULTILINE)  # in the last line; its cluster's name may follow
 PATIENCE_SECONDS = 60.0
+SCRIPT = Path(__file__).with_name("job.sbatch.j2")
+ENVIRONMENT = Path(__file__).with_name("env.sh")
 GPUS = re.compile(r"gpu:(?:[^:,(]+:)?(\d+)")
 
 
@@ -48,10 +52,23 @@ class SlurmJob:
         """Name in squeue."""
         return f"srlm-{self.run.root.name}"
 
+    @cached_property
+    def folder(self) -> Path:
+        """Folder of the script and of what it reads when it starts. Its name has the hash of all that, so a job that
+        waits runs what was submitted, whatever is launched or updated meanwhile."""
+        parts = [str(self.workdir), str(self.bin_dir), *self.stages, to_yaml(self.config)]
+        content = b"\0".join([*map(str.encode, parts), SCRIPT.read_bytes(), ENVIRONMENT.read_bytes()])
+        return self.run.jobs / f"{self.template}-{hashlib.sha256(content).hexdigest()[:12]}"
+
     @property
     def config_file(self) -> Path:
         """File of the resolved configuration, which the job runs."""
-        return self.run.jobs / f"{self.template}.yaml"
+        return self.folder / f"{self.template}.yaml"
+
+    @property
+    def env_file(self) -> Path:
+        """File of variables, a copy of env.sh."""
+        return self.folder / ENVIRONMENT.name
 
     @property
     def bin_dir(self) -> Path:
@@ -118,7 +135,7 @@ def render(job: SlurmJob) -> str:
     if slurm.time is not None:
         check_time_limit(slurm.time, "launch.slurm.time", job.config, bool(job.preflight_nodes))
     templates = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader(SCRIPT.parent),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -126,12 +143,11 @@ def render(job: SlurmJob) -> str:
     )
     templates.filters |= {"quoted": lambda value: shlex.quote(str(value)), "directive": directive}
     container = pyxis(slurm.container, (job.run.root, *slurm.mounts), job.workdir)
-    return templates.get_template("job.sbatch.j2").render(
+    return templates.get_template(SCRIPT.name).render(
         job=job,
         slurm=slurm,
         gpus=gpu_request(slurm.gpu_option, job.gpus_per_node) if job.gpus_per_node else None,
         log=f"{literal(job.run.jobs)}/%j.log",
-        env_file=Path(__file__).with_name("env.sh"),
         container_options=[shlex.quote(option) for option in container],
         srlm="srlm" if slurm.container else shlex.quote(str(job.bin_dir / "srlm")),
     )
@@ -221,16 +237,27 @@ def checked_script(job: SlurmJob) -> str:
 
 
 def write_job(job: SlurmJob, text: str) -> Path:
-    """Write the script, `text`, and the configuration that it runs; return the script's path. UserError when Slurm
-    refuses it."""
-    job.run.jobs.mkdir(parents=True, exist_ok=True)
+    """Write the script, `text`, and the configuration and variables that it reads; return the script's path. UserError
+    when Slurm refuses it."""
+    job.folder.mkdir(parents=True, exist_ok=True)
     write_atomic(job.config_file, to_yaml(job.config).encode())
+    write_atomic(job.env_file, ENVIRONMENT.read_bytes())
     script = job.config_file.with_suffix(".sbatch")
     write_atomic(script, text.encode())
     check_by(["bash", "-n", str(script)])
     if shutil.which("sbatch") is not None:
         check_by(["sbatch", "--test-only", str(script)])
     return script
+
+
+def jobs_in_queue(run: RunDir) -> list[str]:
+    """Return the jobs of a run that wait or work, such as `12 (PENDING)`; none where there is no squeue."""
+    if shutil.which("squeue") is None:
+        return []
+    rows = [line.split("|", 2) for line in ask(["squeue", "--noheader", "--format=%i|%T|%o"]).stdout.splitlines()]
+    here = run.jobs.resolve()
+    found = [row for row in rows if len(row) == 3 and Path(row[2]).resolve().is_relative_to(here)]
+    return [f"{number} ({state})" for number, state, _ in found]
 
 
 def check_by(argv: list[str]) -> None:

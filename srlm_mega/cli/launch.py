@@ -46,10 +46,10 @@ def launch_slurm(
     gpu: GpuName = None,
     gpu_file: GpuFilePath = None,
 ) -> None:
-    """Write a Slurm job for a run, and submit it if asked. Script and configuration are in RUN/slurm/; a preempted job
-    resumes from its checkpoint. Before that `srlm rehearse` takes the steps of training here, unless the job only
-    samples, or trains on CPUs; --gpu is the kind that must have enough memory."""
-    from srlm_mega.launch.slurm import SlurmJob, checked_script, load_for_job, render, submit, write_job
+    """Write a Slurm job for a run, and submit it if asked. Script and configuration are in a folder of their own in
+    RUN/slurm/; a preempted job resumes from its checkpoint. Before that `srlm rehearse` takes the steps of training
+    here, unless the job only samples, or trains on CPUs; --gpu is the kind that must have enough memory."""
+    from srlm_mega.launch.slurm import SlurmJob, checked_script, jobs_in_queue, load_for_job, render, submit, write_job
     from srlm_mega.tools.gpu_file import chosen_gpu
 
     if dry_run and submitted:
@@ -63,6 +63,11 @@ def launch_slurm(
     text = checked_script(job)
     if rehearsal:
         check_by_rehearsal(job, chosen_gpu(gpu, gpu_file))
+    if others := jobs_in_queue(job.run):
+        print_message(
+            f"of this run there is already in the queue: {', '.join(others)}. Two jobs cannot work on it at once: "
+            "scancel the older one, or let this wait: 'launch.slurm.sbatch_options=[\"--dependency=afterany:JOB\"]'"
+        )
     script = write_job(job, text)
     if submitted:
         print(f"job {submit(script)}: {script}; it logs to {job.run.jobs}")

@@ -19,7 +19,7 @@ from places import ROOT
 from srlm_mega.config.file import load_config
 from srlm_mega.errors import UserError
 from srlm_mega.launch import slurm
-from srlm_mega.launch.slurm import SlurmJob, Template, directive, render
+from srlm_mega.launch.slurm import ENVIRONMENT, SlurmJob, Template, directive, render
 
 GOLDEN = ROOT / "tests/golden"
 LAUNCH = str(Path(slurm.__file__).parent)
@@ -82,8 +82,8 @@ JOBS = {
 
 
 def rendered(job: SlurmJob) -> str:
-    """The script as golden files have it: without the place of this checkout, and with run.yaml in all of them."""
-    return render(job).replace(LAUNCH, "/opt/srlm/launch").replace(f"{job.template}.yaml", "run.yaml")
+    """The script as golden files have it: without the hash of its contents in the name of its folder."""
+    return render(job).replace(job.folder.name, f"{job.template}-HASH")
 
 
 @pytest.mark.parametrize("name", JOBS)
@@ -187,6 +187,8 @@ class Stage:
         files = {"preflight": str(preflight), "run": str(code), "progress": "seed\n", "shown": shown} | flags
         for name, content in files.items():
             (self.folder / name).write_text(content)
+        self.job.env_file.parent.mkdir(parents=True, exist_ok=True)
+        self.job.env_file.write_bytes(ENVIRONMENT.read_bytes())
         script = self.folder / "job.sbatch"
         script.write_text(render(self.job))
         settings = {

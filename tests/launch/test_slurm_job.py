@@ -197,13 +197,44 @@ def written(folder: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> t
 def test_the_files_of_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Script and configuration, which is the resolved one; and the run folder may still be begun."""
     config, script = written(tmp_path / "it's a run", monkeypatch)
-    assert script == tmp_path / "it's a run/slurm/run.sbatch"
+    assert (script.parent.parent, script.name) == (tmp_path / "it's a run/slurm", "run.sbatch")
     assert load_config(script.with_suffix(".yaml")) == config
     assert str(script.with_suffix(".yaml")).replace("'", "'\"'\"'") in script.read_text()
     with RunDir(config.run.dir).lock():
         pass
     with pytest.raises(UserError, match="no sbatch here"):
         slurm.submit(script)
+
+
+def test_a_job_that_waits_keeps_what_was_submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every submission has a folder of its own, with all that the job reads when it starts: also env.sh, which an
+    update of the code may change meanwhile."""
+    config, first = written(tmp_path / "run", monkeypatch)
+    before = {file.name: file.read_bytes() for file in first.parent.iterdir()}
+    assert sorted(before) == ["env.sh", "run.sbatch", "run.yaml"]
+    assert before["env.sh"] == slurm.ENVIRONMENT.read_bytes()
+    assert str(slurm.ENVIRONMENT.parent) not in first.read_text(), "it reads nothing of the code's folder"
+    _, other = written(tmp_path / "run", monkeypatch, "run.seed=7")
+    assert other.parent != first.parent and load_config(other.with_suffix(".yaml")).run.seed == 7
+    changed = tmp_path / "env.sh"
+    changed.write_text("export OMP_NUM_THREADS=2\n")
+    monkeypatch.setattr(slurm, "ENVIRONMENT", changed)
+    _, updated = written(tmp_path / "run", monkeypatch)
+    assert len({first.parent, other.parent, updated.parent}) == 3
+    assert {file.name: file.read_bytes() for file in first.parent.iterdir()} == before
+    assert load_config(first.with_suffix(".yaml")) == config
+
+
+def test_jobs_of_this_run_that_wait_or_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the script that they run, so that another run of the same name is none."""
+    run = RunDir(tmp_path / "a run")
+    rows = [f"12|PENDING|{run.jobs}/run-1/run.sbatch", f"13|RUNNING|{run.jobs}/x|y/t.sbatch", "14|RUNNING|(null)",
+            f"15|PENDING|{tmp_path}/a run 2/slurm/run-1/run.sbatch", "Welcome"]  # fmt: skip
+    (tmp_path / "rows").write_text("\n".join(rows) + "\n")
+    play(tmp_path, monkeypatch, "squeue", f"cat '{tmp_path}/rows'")
+    assert slurm.jobs_in_queue(run) == ["12 (PENDING)", "13 (RUNNING)"]
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    assert slurm.jobs_in_queue(run) == []
 
 
 def test_a_missing_file_is_said_before_submission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,45 @@
+"""Submission to a real Slurm cluster: what a job that waits will run, and what is refused at once."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from cluster import Cluster
+from places import ROOT
+
+from srlm_mega.config.file import load_config
+
+pytestmark = [pytest.mark.extra, pytest.mark.timing]
+TOY = ROOT / "launch/configs/toy_cpu.yaml"
+
+
+def launched(slurm: Cluster, run: Path, *arguments: str) -> tuple[int, str, str]:
+    """`srlm launch slurm` on the head: its exit code, and what it printed."""
+    srlm = Path(sys.executable).parent / "srlm"
+    done = slurm.run(srlm, "launch", "slurm", TOY, f"run.dir='{run}'", *arguments)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_two_submissions_of_one_run(slurm: Cluster, tmp_path: Path) -> None:
+    """Each will run its own configuration and env.sh; the second submission says that there is a first."""
+    held = """launch.slurm.sbatch_options=["--hold"]"""
+    scripts = []
+    for seed in (1, 2):
+        code, printed, said = launched(slurm, tmp_path / "a run", "--submit", held, f"run.seed={seed}")
+        assert code == 0 and ("already in the queue" in said) == (seed == 2), printed + said
+        shown = slurm.said("scontrol", "show", "job", printed.split()[1].rstrip(":"))
+        scripts.append(Path(next(line for line in shown.splitlines() if "Command=" in line).partition("=")[2]))
+    seeds = []
+    for script in scripts:
+        lines = script.read_text().splitlines()
+        assert f"source '{script.with_name('env.sh')}'" in lines and script.with_name("env.sh").is_file()
+        assert f"readonly config='{script.with_suffix('.yaml')}'" in lines
+        seeds.append(load_config(script.with_suffix(".yaml")).run.seed)
+    assert seeds == [1, 2]
+    slurm.said("scancel", "--user=root")
+
+
+def test_a_limit_of_two_minutes(slurm: Cluster, tmp_path: Path) -> None:
+    code, _, said = launched(slurm, tmp_path / "run", "--submit", "--time=2:00")
+    assert code == 2 and "launch.slurm.time=2:00 is 120 s, and an attempt that comes further needs 478 s" in said, said
+    assert slurm.said("squeue", "--noheader") == "" and not (tmp_path / "run").exists()
