@@ -9,10 +9,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, assert_never
+from typing import assert_never
 
 from srlm_mega.config import Config
-from srlm_mega.config.launch import LaunchConfig
+from srlm_mega.config.launch import LaunchConfig, SlurmConfig
 from srlm_mega.errors import CannotContinue, UserError
 from srlm_mega.launch.child_process import announcing_its_pid, srlm_command
 from srlm_mega.launch.listening import LOOPBACK
@@ -259,13 +259,14 @@ def pyxis(container: str | None, mounts: Sequence[Path], workdir: Path) -> list[
             "--no-container-mount-home"]  # fmt: skip
 
 
-def gpu_request(option: Literal["gpus-per-node", "gres"], number: int) -> str:
+def gpu_request(slurm: SlurmConfig, number: int) -> str:
     """Return the option that asks for `number` GPUs of each node."""
-    match option:
+    gpus = str(number) if slurm.gpu_type is None else f"{slurm.gpu_type}:{number}"
+    match slurm.gpu_option:
         case "gpus-per-node":
-            return f"--gpus-per-node={number}"
+            return f"--gpus-per-node={gpus}"
         case "gres":
-            return f"--gres=gpu:{number}"
+            return f"--gres=gpu:{gpus}"
         case other:
             assert_never(other)
 

@@ -180,14 +180,16 @@ def srun_replica(config: Config, replica: int | None) -> list[str]:
     mpi = sampler.traits.needs_mpi
     nodes, on_node = -(-devices // sampler.devices_per_node), min(devices, sampler.devices_per_node)
     tasks = devices if mpi else 1
-    cores = number_in(os.environ, "SLURM_CPUS_ON_NODE", default=1) * on_node // sampler.devices_per_node
+    exclusive = config.launch.slurm.exclusive  # else the job has cores for its own GPUs alone
+    of_job = sampler.devices_per_node if exclusive else min(sampler.num_devices, sampler.devices_per_node)
+    cores = number_in(os.environ, "SLURM_CPUS_ON_NODE", default=1) * on_node // of_job
     argv = [
         "srun", "--exact", f"--nodes={nodes}", f"--ntasks={tasks}", f"--ntasks-per-node={-(-tasks // nodes)}",
         f"--cpus-per-task={max(1, cores // on_node if mpi else cores)}", "--mem=0", "--kill-on-bad-exit=1", "--wait=30",
         "--export=ALL",
     ]  # fmt: skip
     argv += [] if replica is None else [f"--relative={node_of(replica, config)}"]
-    argv += [] if sampler.device == "cpu" else [gpu_request(config.launch.slurm.gpu_option, on_node)]
+    argv += [] if sampler.device == "cpu" else [gpu_request(config.launch.slurm, on_node)]
     argv += ["--mpi=pmix"] if mpi else []
     return [*argv, *pyxis(sampler.container, sampler.mounts, Path.cwd())]
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import re
 import shlex
 import shutil
@@ -19,17 +20,18 @@ from srlm_mega.config import Config
 from srlm_mega.config.file import check_outside_files, load_config, to_yaml
 from srlm_mega.errors import UserError
 from srlm_mega.launch.ranks import gpu_request, literal, pyxis
-from srlm_mega.launch.time_limit import check_time_limit
+from srlm_mega.launch.sbatch_options import SbatchOption, read_options, replaced
+from srlm_mega.launch.time_limit import UNLIMITED, check_time_limit, seconds_of
 from srlm_mega.run.files import write_atomic
 from srlm_mega.run.run_dir import RunDir
 
 Template = Literal["run", "train", "sample", "bench"]
-PARTITION = re.compile(r"[^|]+\|\d+\|[^|]*")  # sites have sinfo and sbatch say other things as well
+PARTITION = re.compile(r"[^|]+\|\d+\|[^|]*(\|[^|]*){0,2}")  # sites have sinfo and sbatch say other things as well
 JOB_NUMBER = re.compile(r"^(\d+)(?:;\S*)?\Z", re.MULTILINE)  # in the last line; its cluster's name may follow
 PATIENCE_SECONDS = 60.0
 SCRIPT = Path(__file__).with_name("job.sbatch.j2")
 ENVIRONMENT = Path(__file__).with_name("env.sh")
-GPUS = re.compile(r"gpu:(?:[^:,(]+:)?(\d+)")
+GPUS = re.compile(r"gpu:(?:([^:,(]+):)?(\d+)")
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,15 @@ class SlurmJob:
     def bin_dir(self) -> Path:
         """Folder of `srlm` on the nodes."""
         return Path(self.config.launch.slurm.python or sys.executable).absolute().parent
+
+    @cached_property
+    def options(self) -> tuple[SbatchOption, ...]:
+        """Options of sbatch that are the user's. UserError for one that a job cannot have."""
+        return read_options(self.config.launch.slurm)
+
+    def option(self, name: str) -> str | None:
+        """Return the value of a user's option, None without it."""
+        return next((option.value for option in self.options if option.name == name), None)
 
     @property
     def nodes(self) -> int:
@@ -132,8 +143,8 @@ def render(job: SlurmJob) -> str:
     for name in slurm.environment:
         if not name.isidentifier():
             raise UserError(f"launch.slurm.environment: {name!r} is no name of a variable: use letters, digits and _")
-    if slurm.time is not None:
-        check_time_limit(slurm.time, "launch.slurm.time", job.config, bool(job.preflight_nodes))
+    if (time := job.option("time")) is not None:
+        check_time_limit(time, "launch.slurm.time", job.config, bool(job.preflight_nodes))
     templates = Environment(
         loader=FileSystemLoader(SCRIPT.parent),
         undefined=StrictUndefined,
@@ -146,7 +157,8 @@ def render(job: SlurmJob) -> str:
     return templates.get_template(SCRIPT.name).render(
         job=job,
         slurm=slurm,
-        gpus=gpu_request(slurm.gpu_option, job.gpus_per_node) if job.gpus_per_node else None,
+        replaced=tuple(replaced(job.options)),
+        gpus=gpu_request(slurm, job.gpus_per_node) if job.gpus_per_node else None,
         log=f"{literal(job.run.jobs)}/%j.log",
         container_options=[shlex.quote(option) for option in container],
         srlm="srlm" if slurm.container else shlex.quote(str(job.bin_dir / "srlm")),
@@ -172,20 +184,23 @@ def directive(value: object) -> str:
 
 @dataclass(frozen=True)
 class Partition:
-    """Nodes of one kind in a partition, as sinfo lists them."""
+    """Nodes of one kind in a partition, as sinfo lists them: of GPUs those of the type that is asked for. Times are a
+    job's longest, and the one that it has without --time."""
 
     name: str
     is_default: bool
     nodes: int
     gpus_per_node: int
+    longest_time: str = "infinite"
+    default_time: str = "n/a"
 
 
-def partitions() -> list[Partition]:
+def partitions(gpu_type: str | None = None) -> list[Partition]:
     """Ask Slurm for the cluster's partitions. UserError when it does not answer."""
-    asked = ask(["sinfo", "--noheader", "--format=%P|%D|%G"])
+    asked = ask(["sinfo", "--noheader", "--format=%P|%D|%G|%l|%L"])
     if asked.returncode:
         raise UserError(f"sinfo does not answer, so nothing can be submitted from here: {asked.stderr.strip()}")
-    kinds = [parse_partition(line) for line in asked.stdout.splitlines() if PARTITION.fullmatch(line.strip())]
+    kinds = [parse_partition(line, gpu_type) for line in asked.stdout.splitlines() if PARTITION.fullmatch(line.strip())]
     if not kinds:
         raise UserError(f"sinfo lists no partition, so nothing can be submitted from here: {asked.stdout.strip()!r}")
     return kinds
@@ -199,15 +214,15 @@ def ask(argv: list[str]) -> "subprocess.CompletedProcess[str]":
         raise UserError(f"{' '.join(argv)}: no answer in {PATIENCE_SECONDS:g} s: does Slurm answer (squeue)?") from None
 
 
-def parse_partition(line: str) -> Partition:
-    """Parse a line of `sinfo --format=%P|%D|%G`, for example `gpu*|16|gpu:h100:8(S:0-1)`."""
-    name, nodes, resources = line.strip().split("|")
-    gpus = sum(int(number) for number in GPUS.findall(resources))
-    return Partition(name.rstrip("*"), name.endswith("*"), int(nodes), gpus)
+def parse_partition(line: str, gpu_type: str | None = None) -> Partition:
+    """Parse a line of `sinfo --format=%P|%D|%G|%l|%L`, for example `gpu*|16|gpu:h100:8(S:0-1)|2-00:00:00|1:00:00`."""
+    name, nodes, resources, *times = line.strip().split("|")
+    gpus = sum(int(number) for kind, number in GPUS.findall(resources) if gpu_type in (None, kind))
+    return Partition(name.rstrip("*"), name.endswith("*"), int(nodes), gpus, *times)
 
 
-def check_fits(partition: str | None, nodes: int, gpus_per_node: int, kinds: Sequence[Partition]) -> None:
-    """UserError when the cluster has no such partition, or its nodes are too small or too few."""
+def kinds_of(partition: str | None, kinds: Sequence[Partition]) -> list[Partition]:
+    """Return the kinds of nodes of the partitions that a job may run in. UserError when the cluster has none such."""
     names = sorted({kind.name for kind in kinds})
     chosen = partition or next((kind.name for kind in kinds if kind.is_default), None)
     if chosen is None:
@@ -215,16 +230,44 @@ def check_fits(partition: str | None, nodes: int, gpus_per_node: int, kinds: Seq
     own = [kind for kind in kinds if kind.name in chosen.split(",")]
     if not own:
         raise UserError(f"no partition {chosen}: give --partition, one of {', '.join(names)}")
+    return own
+
+
+def check_fits(
+    partition: str | None, nodes: int, gpus_per_node: int, kinds: Sequence[Partition], gpu_type: str | None = None
+) -> None:
+    """UserError when the cluster has no such partition, or its nodes are too small or too few."""
+    own = kinds_of(partition, kinds)
+    chosen, gpus = ",".join(dict.fromkeys(kind.name for kind in own)), f"{gpu_type} GPUs" if gpu_type else "GPUs"
     most = max(kind.gpus_per_node for kind in own)
     if gpus_per_node > most:
         raise UserError(
-            f"{gpus_per_node} GPUs per node are more than a node of partition {chosen} has, {most}: change "
+            f"{gpus_per_node} {gpus} per node are more than a node of partition {chosen} has, {most}: change "
             "launch.processes_per_node or sampler.devices_per_node, and --nodes"
+            + (", or launch.slurm.gpu_type" if gpu_type else "")
         )
     enough = sum(kind.nodes for kind in own if kind.gpus_per_node >= gpus_per_node)
     if nodes > enough:
-        with_gpus = f" with {gpus_per_node} GPUs" if gpus_per_node else ""
+        with_gpus = f" with {gpus_per_node} {gpus}" if gpus_per_node else ""
         raise UserError(f"{nodes} nodes{with_gpus} are more than partition {chosen} has, {enough}: ask for fewer")
+
+
+def check_times(job: SlurmJob, kinds: Sequence[Partition]) -> None:
+    """UserError when a job's time is more than its partitions allow, or the one that it has without --time too short.
+    A quality of service may allow more."""
+    own, time = kinds_of(job.option("partition"), kinds), job.option("time")
+    longest = max(own, key=lambda kind: seconds_of(kind.longest_time) or math.inf)
+    if time is None:
+        limit = own[0].longest_time if own[0].default_time == "n/a" else own[0].default_time
+        source = f"--time is not given, and that of partition {own[0].name}"
+        check_time_limit(limit, source, job.config, bool(job.preflight_nodes))
+        return
+    asked = math.inf if time.lower() in UNLIMITED else seconds_of(time)
+    if asked and asked > (seconds_of(longest.longest_time) or math.inf) and job.option("qos") is None:
+        raise UserError(
+            f"launch.slurm.time={time} is above the limit of partition {longest.name}, {longest.longest_time}, and the "
+            "job would wait for ever: give less (--time), or another --partition"
+        )
 
 
 def checked_script(job: SlurmJob) -> str:
@@ -232,7 +275,10 @@ def checked_script(job: SlurmJob) -> str:
     check_outside_files(job.config)
     text = render(job)
     if shutil.which("sinfo") is not None:
-        check_fits(job.config.launch.slurm.partition, job.nodes, job.gpus_per_node, partitions())
+        gpu_type = job.config.launch.slurm.gpu_type
+        kinds = partitions(gpu_type)
+        check_fits(job.option("partition"), job.nodes, job.gpus_per_node, kinds, gpu_type)
+        check_times(job, kinds)
     return text
 
 

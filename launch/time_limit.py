@@ -8,6 +8,7 @@ from srlm_mega.errors import UserError
 
 DAYS = re.compile(r"(\d+)-(\d+)(?::(\d+))?(?::(\d+))?")  # days-hours[:minutes[:seconds]]
 MINUTES = re.compile(r"(?:(\d+):(?=\d+:))?(\d+)(?::(\d+))?")  # minutes, minutes:seconds, hours:minutes:seconds
+UNLIMITED = ("unlimited", "infinite", "-1", "0")
 EARLY_SECONDS = 60  # Slurm may warn so much earlier than it is told (sbatch, --signal)
 PREFLIGHT_EXTRA_SECONDS = 8.0  # a preflight's waits that are no settings
 START_SECONDS = 60.0  # Python, torch and Megatron on all nodes, and a first step
@@ -15,8 +16,8 @@ READ_BYTES_PER_SECOND = 1e9  # of weights, by each node: a slow shared disk
 
 
 def seconds_of(limit: str) -> int | None:
-    """Return the seconds of a time limit in one of Slurm's forms, which it rounds up to minutes; None for no limit (0,
-    infinite, UNLIMITED, -1), and for what is none of these forms."""
+    """Return the seconds of a time limit in one of Slurm's forms, which it rounds up to minutes; None for no limit
+    (UNLIMITED), and for what is none of these forms."""
     if (match := DAYS.fullmatch(limit)) is not None:
         days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
     elif (match := MINUTES.fullmatch(limit)) is not None:

@@ -37,6 +37,9 @@ def launch_slurm(
     partition: Annotated[str | None, typer.Option(help="Partition of the job: launch.slurm.partition.")] = None,
     account: Annotated[str | None, typer.Option(help="Account of the job: launch.slurm.account.")] = None,
     time: Annotated[str | None, typer.Option(help="Time limit: launch.slurm.time, for example 24:00:00.")] = None,
+    qos: Annotated[str | None, typer.Option(help="Quality of service: launch.slurm.qos.")] = None,
+    constraint: Annotated[str | None, typer.Option(help="Features of the nodes: launch.slurm.constraint.")] = None,
+    reservation: Annotated[str | None, typer.Option(help="Reservation: launch.slurm.reservation.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script and write nothing.")] = False,
     submitted: Annotated[bool, typer.Option("--submit", help="Hand the script to sbatch.")] = False,
     rehearsal: Annotated[
@@ -55,6 +58,7 @@ def launch_slurm(
     if dry_run and submitted:
         raise UserError("--dry-run or --submit, not both: a dry run writes nothing that could be submitted")
     given = {"partition": partition, "account": account, "time": time}
+    given |= {"qos": qos, "constraint": constraint, "reservation": reservation}
     job = SlurmJob(template, load_for_job(config_file, overrides or [], template, nodes, given), tuple(stage or ()))
     check_stages(job.config, template, job.stages)
     if dry_run:

@@ -14,9 +14,20 @@ class SlurmConfig(Section, decides="layout"):
 
     partition: str | None = Field(None, description="Partition of the job; null: the cluster's default.")
     account: str | None = Field(None, description="Account that the job is charged to; null: the cluster's default.")
-    time: str | None = Field(None, description='Wall-clock limit, for example "24:00:00" (quoted); null: the default.')
-    sbatch_options: tuple[str, ...] = Field((), description="Further options of sbatch, for example --qos=high.")
+    time: str | None = Field(
+        None, description="Wall-clock limit as sbatch takes it, for example 24:00:00, or minutes; null: the default."
+    )
+    qos: str | None = Field(None, description="Quality of service of the job; null: the cluster's default.")
+    constraint: str | None = Field(None, description="Features that the job's nodes must have, for example h100.")
+    reservation: str | None = Field(None, description="Reservation in which the job runs.")
+    exclusive: bool = Field(
+        True, description="Whole nodes, with all memory; false: only the GPUs and cores (cores_per_node) asked for."
+    )
+    sbatch_options: tuple[str, ...] = Field((), description="Further options of sbatch, for example --mail-type=END.")
     gpu_option: Literal["gpus-per-node", "gres"] = Field("gpus-per-node", description="Option that asks for GPUs.")
+    gpu_type: str | None = Field(
+        None, pattern=r"^[^:,\s]+$", description="Type of GPU that the job asks for, as sinfo names it; null: any."
+    )
     signal_seconds: int = Field(
         300, ge=1, le=65535, description="Seconds of warning before the time limit: time for a checkpoint."
     )
@@ -29,6 +40,12 @@ class SlurmConfig(Section, decides="layout"):
     network_interface: str | None = Field(None, description="Interface of NCCL's and gloo's sockets, for example ib0.")
     container: str | None = Field(None, description="Image (pyxis) for stages; srlm run itself stays outside.")
     mounts: tuple[Path, ...] = Field((), description="Folders that the container sees besides the working directory.")
+
+    @field_validator("time", mode="before")
+    @classmethod
+    def _minutes(cls, time: object) -> object:
+        """A bare number, as YAML has it, is one of minutes, as with sbatch."""
+        return str(time) if type(time) is int else time
 
     @field_validator("environment")
     @classmethod

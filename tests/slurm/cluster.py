@@ -46,7 +46,7 @@ SlurmdTimeout=300
 MessageTimeout=60
 KillWait=10
 GresTypes=gpu
-NodeName={nodes} CPUs=2 RealMemory=2000 Gres=gpu:{gpus} State=UNKNOWN
+NodeName={nodes} CPUs=2 RealMemory=2000 Gres=gpu:h100:{gpus} State=UNKNOWN
 PartitionName=debug Nodes={nodes} Default=YES MaxTime=60 State=UP
 """
 
@@ -131,7 +131,7 @@ def cluster(root: Path, names: Sequence[str]) -> Iterator[Cluster]:
     etc.mkdir()
     (root / "state").mkdir()
     (etc / "slurm.conf").write_text(CONF.format(root=root, nodes=",".join(names), gpus=GPUS))
-    (etc / "gres.conf").write_text(f"Name=gpu File={root}/gpu[0-{GPUS - 1}]\n")
+    (etc / "gres.conf").write_text(f"Name=gpu Type=h100 File={root}/gpu[0-{GPUS - 1}]\n")
     (etc / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
     for number in range(GPUS):  # character devices, or Slurm sets no CUDA_VISIBLE_DEVICES
         subprocess.run(["mknod", str(root / f"gpu{number}"), "c", "1", "3"], check=True)

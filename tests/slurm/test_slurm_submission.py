@@ -43,3 +43,38 @@ def test_a_limit_of_two_minutes(slurm: Cluster, tmp_path: Path) -> None:
     code, _, said = launched(slurm, tmp_path / "run", "--submit", "--time=2:00")
     assert code == 2 and "launch.slurm.time=2:00 is 120 s, and an attempt that comes further needs 478 s" in said, said
     assert slurm.said("squeue", "--noheader") == "" and not (tmp_path / "run").exists()
+
+
+def test_a_time_that_the_partition_never_gives(slurm: Cluster, tmp_path: Path) -> None:
+    code, _, said = launched(slurm, tmp_path / "run", "--submit", "--time=1:30:00")
+    assert code == 2 and "above the limit of partition debug, 1:00:00" in said, said
+
+
+def test_options_and_gpus_of_a_type(slurm: Cluster, tmp_path: Path) -> None:
+    """Slurm takes them from the script; of a type that the nodes do not have nothing is submitted."""
+    gpus = ["trainer.device=cuda", "launch.slurm.gpu_type=h100", "--no-rehearsal"]
+    options = 'launch.slurm.sbatch_options=["-H", "--mem=500", "-J mine", "--gres-flags=enforce-binding"]'
+    for option, request in (("gpus-per-node", "gres:gpu:h100:2"), ("gres", "gres:gpu:h100:2")):
+        chosen = f"launch.slurm.gpu_option={option}"
+        code, printed, said = launched(slurm, tmp_path / option, "--submit", *gpus, options, chosen, "--time=1:00:00")
+        assert code == 0, said
+        shown = slurm.said("scontrol", "show", "job", printed.split()[1].rstrip(":"))
+        for words in ("JobName=mine", "TimeLimit=01:00:00", "MinMemoryNode=500M", f"TresPerNode={request}"):
+            assert words in shown, shown
+    slurm.said("scancel", "--user=root")
+    other = [*gpus, "launch.slurm.gpu_type=a100"]
+    code, _, said = launched(slurm, tmp_path / "run", "--submit", *other)
+    assert code == 2 and "2 a100 GPUs per node are more than a node of partition debug has, 0" in said, said
+
+
+def test_shared_nodes_have_room_for_others(slurm: Cluster, tmp_path: Path) -> None:
+    """A job for one GPU leaves the node's other one to the next."""
+    small = ["trainer.device=cuda", "launch.processes_per_node=1", "parallel.pipeline_model_parallel_size=1"]
+    small += ["launch.slurm.exclusive=false", "launch.cores_per_node=1", "--no-rehearsal"]
+    options = 'launch.slurm.sbatch_options=["--mem=100", "--nodelist=n1", "--begin=now+1hour"]'
+    code, printed, said = launched(slurm, tmp_path / "run", "--submit", *small, options)
+    assert code == 0, said
+    shown = slurm.said("scontrol", "show", "job", printed.split()[1].rstrip(":"))
+    for words in ("OverSubscribe=OK", "TresPerNode=gres:gpu:1", "CPUs/Task=1", "MinMemoryNode=100M"):
+        assert words in shown, shown
+    slurm.said("scancel", "--user=root")
