@@ -6,8 +6,10 @@ import faulthandler
 import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
@@ -28,8 +30,10 @@ TRAINING_SETTINGS = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
 TRAINING_PREFERENCES = {
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
 }
 ONE_NODE_PREFERENCES = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+CACHES = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
 # Megatron wraps functions in torch.compile when it is imported; its fusions are for GPUs, and loading the compiler
 # costs every rank more than a second. Transformer Engine and apex are not expected on a CPU.
 CPU_TRAINING_SETTINGS = {
@@ -48,9 +52,44 @@ def srlm_command() -> list[str]:
 def environment(inherited: Mapping[str, str], threads: int, cpu: bool, one_node: bool = False) -> dict[str, str]:
     """Return the environment of a stage's processes. env.sh has the reasons, and sets the same on several nodes with
     GPUs; on one node ranks talk over the loopback interface."""
-    preferences = PREFERENCES | TRAINING_PREFERENCES | (ONE_NODE_PREFERENCES if one_node else {})
+    preferences = PREFERENCES | TRAINING_PREFERENCES | own_allocator(inherited) | node_local(inherited)
+    preferences |= ONE_NODE_PREFERENCES if one_node else {}
     settings = SETTINGS | TRAINING_SETTINGS | {"OMP_NUM_THREADS": str(threads)}
     return preferences | dict(inherited) | settings | (CPU_TRAINING_SETTINGS if cpu else {})
+
+
+def own_allocator(inherited: Mapping[str, str]) -> dict[str, str]:
+    """Return the settings of PyTorch's allocator that a user gave under one of the two names, under both."""
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    given = [inherited[name] for name in names if name in inherited]
+    return dict.fromkeys(names, given[0]) if given else {}
+
+
+def node_local(inherited: Mapping[str, str]) -> dict[str, str]:
+    """Return where processes keep compiled kernels and other files for a while: on the node's own disk, since many
+    ranks that compile into one shared home lose files to each other."""
+    scratch = inherited.get("SLURM_TMPDIR") or inherited.get("TMPDIR") or "/tmp"
+    root = Path(scratch) / f"srlm-{os.getuid()}"
+    return {"TMPDIR": inherited.get("TMPDIR") or scratch} | {name: str(root / part) for name, part in CACHES.items()}
+
+
+def adapt_to_node(variables: MutableMapping[str, str]) -> None:
+    """Change, before torch is imported, what only this node or its container knows: the folder of our caches has to be
+    made and to be this user's, else a new one takes its place; torch warns of the allocator's old name since 2.9."""
+    ours = node_local(variables)
+    root = Path(ours["TRITON_CACHE_DIR"]).parent
+    own = False
+    with suppress(OSError):
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        own = root.stat().st_uid == os.getuid() and os.access(root, os.W_OK)
+    if not own:
+        root = Path(tempfile.mkdtemp(prefix="srlm-"))
+    for name, part in CACHES.items():
+        if variables.get(name, ours[name]) == ours[name]:
+            variables[name] = str(root / part)
+    with suppress(PackageNotFoundError):
+        if tuple(map(int, version("torch").split(".")[:2])) >= (2, 9) and "PYTORCH_ALLOC_CONF" in variables:
+            variables.pop("PYTORCH_CUDA_ALLOC_CONF", None)
 
 
 def die_with(parent_pid: int) -> None:

@@ -17,6 +17,13 @@ export TRANSFORMERS_VERBOSITY=error
 export TOKENIZERS_PARALLELISM=false
 
 # Values that you have set count for the rest.
+# Compiled kernels and other files for a while are on the node's own disk: many ranks that compile into one shared home
+# lose files to each other.
+scratch=${SLURM_TMPDIR:-${TMPDIR:-/tmp}}
+export TMPDIR="${TMPDIR:-$scratch}"
+export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$scratch/srlm-$UID/triton}"
+export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$scratch/srlm-$UID/inductor}"
+unset scratch
 # A waiting thread sleeps: where cores are shared, spinning takes the one that the other thread needs.
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 # NCCL prints only when something is wrong.
@@ -24,5 +31,7 @@ export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 # (training) A rank whose partner is lost ends with an error and does not wait for ever.
 export TORCH_NCCL_ASYNC_ERROR_HANDLING="${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}"
 # (training) Batches differ in length: the allocator extends its segments and keeps no pieces that are too small to use.
-# Memory in such segments cannot be shared with other processes, as engines do where they split a model.
-export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
+# Memory in such segments cannot be shared with other processes, as engines do where they split a model. The second name
+# is that of torch before 2.9.
+export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}}"
+export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-$PYTORCH_ALLOC_CONF}"

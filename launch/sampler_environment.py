@@ -18,13 +18,13 @@ from srlm_mega.launch.child_process import (
     SETTINGS,
     TRAINING_PREFERENCES,
     TRAINING_SETTINGS,
+    node_local,
 )
 from srlm_mega.launch.ranks import gpu_request, number_in, pyxis
 from srlm_mega.run.lock import TOKEN
 
 # Our own values of what is for training: with any other value a variable is the user's.
 OURS = TRAINING_SETTINGS | TRAINING_PREFERENCES | CPU_TRAINING_SETTINGS
-OURS |= {"PYTORCH_ALLOC_CONF": OURS["PYTORCH_CUDA_ALLOC_CONF"]}  # its name since torch 2.9
 HIDDEN = ("", "-1", "NoDevFiles")  # values of CUDA_VISIBLE_DEVICES where there is to be no GPU, the last one Slurm's
 # A container is given these by name, where they are set.
 PASSED_ON = (*SETTINGS, *PREFERENCES, *OURS, "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", TOKEN)
@@ -110,7 +110,7 @@ def sampler_variables(inherited: Mapping[str, str], config: Config, replica: int
     CUDA_VISIBLE_DEVICES has too few devices."""
     sampler = config.sampler
     kept = {name: value for name, value in inherited.items() if OURS.get(name) != value and name != "OMP_NUM_THREADS"}
-    made = PREFERENCES | kept | SETTINGS
+    made = PREFERENCES | node_local(inherited) | kept | SETTINGS
     if not sampler.on_gpus:
         made["OMP_NUM_THREADS"] = str(config.sampling_threads)
     if sampler.container is None:  # an MPI engine's launcher, and the python3 that it calls, are this environment's

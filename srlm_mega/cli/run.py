@@ -12,7 +12,7 @@ import typer
 from srlm_mega.cli.arguments import ConfigFile, Overrides, RunFolder
 from srlm_mega.cli.output import VisibleConsole
 from srlm_mega.errors import CannotContinue
-from srlm_mega.launch.child_process import die_with, srlm_command
+from srlm_mega.launch.child_process import adapt_to_node, die_with, srlm_command
 from srlm_mega.text import quoted
 
 
@@ -68,6 +68,7 @@ def stage(
     ],
 ) -> None:
     """Make single stages of a run, in this process. `srlm run` starts it, under torchrun where ranks are needed."""
+    adapt_to_node(os.environ)
     from srlm_mega.run.run_dir import RunDir
     from srlm_mega.stages.run_stages import run_stages
 
@@ -76,6 +77,7 @@ def stage(
 
 def replica(folder: Path, number: int) -> None:
     """Load a model and sample it, as one of several processes, job after job. `srlm stage` starts them."""
+    adapt_to_node(os.environ)
     from srlm_mega.sampling.replica_process import work_as_replica
 
     raise typer.Exit(work_as_replica(folder, number))

@@ -17,7 +17,7 @@ from srlm_mega.controller.loop import run_loop
 from srlm_mega.controller.stage_process import StageProcess, stage_command
 from srlm_mega.errors import CannotContinue, UserError
 from srlm_mega.launch import ranks
-from srlm_mega.launch.child_process import PARENT_PID, environment, srlm_command
+from srlm_mega.launch.child_process import PARENT_PID, adapt_to_node, environment, srlm_command
 from srlm_mega.launch.ranks import (
     TASK,
     Allocation,
@@ -111,7 +111,14 @@ def test_ports_stay_out_of_the_way() -> None:
 
 def test_the_shell_and_python_agree_on_the_environment() -> None:
     """Both sets of variables, and that a user's own NCCL_DEBUG stays."""
-    for own in ({}, {"NCCL_DEBUG": "INFO", "OMP_NUM_THREADS": "64"}):
+    users = [
+        {},
+        {"NCCL_DEBUG": "INFO", "OMP_NUM_THREADS": "64"},
+        {"TMPDIR": "/scratch/me", "PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"},
+        {"TMPDIR": "/scratch/me", "SLURM_TMPDIR": "/local/job 5", "PYTORCH_ALLOC_CONF": "max_split_size_mb:64"},
+        {"SLURM_TMPDIR": "/local/5", "TRITON_CACHE_DIR": "/mine", "TORCHINDUCTOR_CACHE_DIR": "/also mine"},
+    ]
+    for own in users:
         script = (
             f'source "{LAUNCH}/env.sh" && "{sys.executable}" -c "import json, os; print(json.dumps(dict(os.environ)))"'
         )
@@ -120,6 +127,55 @@ def test_the_shell_and_python_agree_on_the_environment() -> None:
         shell.pop("LC_CTYPE", None)  # Python's own doing
         assert shell == environment(own, threads=1, cpu=False)
     assert environment({"NCCL_DEBUG": "INFO"}, 1, cpu=False)["NCCL_DEBUG"] == "INFO"
+
+
+def test_compiled_kernels_are_on_the_nodes_own_disk() -> None:
+    """64 ranks that compile into one shared home lose files to each other. A user's own folder is taken."""
+    places = [
+        environment(own, 1, cpu=False)["TRITON_CACHE_DIR"]
+        for own in ({}, {"TMPDIR": "/t"}, {"TMPDIR": "/t", "SLURM_TMPDIR": "/s"}, {"TRITON_CACHE_DIR": "/m"})
+    ]
+    user = f"srlm-{os.getuid()}"
+    assert places == [f"/tmp/{user}/triton", f"/t/{user}/triton", f"/s/{user}/triton", "/m"]
+    assert environment({"SLURM_TMPDIR": "/s"}, 1, cpu=False)["TORCHINDUCTOR_CACHE_DIR"] == f"/s/{user}/inductor"
+    assert [environment(own, 1, cpu=False)["TMPDIR"] for own in ({}, {"SLURM_TMPDIR": "/s"}, {"TMPDIR": "/t"})] == [
+        "/tmp", "/s", "/t",
+    ]  # fmt: skip
+
+
+def test_a_node_without_the_folder_takes_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a container that was not given it, or where it is another user's: its kernels would be loaded."""
+    good = environment({"TMPDIR": str(tmp_path)}, 1, cpu=False)
+    adapt_to_node(good)
+    root = tmp_path / f"srlm-{os.getuid()}"
+    assert good["TRITON_CACHE_DIR"] == str(root / "triton") and root.stat().st_mode & 0o777 == 0o700
+    (tmp_path / "file").touch()
+    bad = environment({"SLURM_TMPDIR": str(tmp_path / "file"), "TORCHINDUCTOR_CACHE_DIR": "/mine"}, 1, cpu=False)
+    adapt_to_node(bad)
+    assert Path(bad["TRITON_CACHE_DIR"]).parent.is_dir() and bad["TORCHINDUCTOR_CACHE_DIR"] == "/mine"
+    assert str(tmp_path / "file") not in bad["TRITON_CACHE_DIR"]
+    monkeypatch.setattr("os.getuid", lambda: 12345)
+    others = environment({"TMPDIR": str(tmp_path)}, 1, cpu=False)
+    (tmp_path / "srlm-12345").mkdir()
+    adapt_to_node(others)
+    assert not others["TRITON_CACHE_DIR"].startswith(f"{tmp_path}/srlm-12345/")
+
+
+@pytest.mark.parametrize(
+    ("torch", "names"),
+    [
+        ("2.8.0+cu128", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"]),
+        ("2.9.0", ["PYTORCH_ALLOC_CONF"]),
+        ("2.10.0a0+b558c98", ["PYTORCH_ALLOC_CONF"]),
+    ],
+)
+def test_the_allocators_settings_have_the_name_that_torch_reads(
+    torch: str, names: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("srlm_mega.launch.child_process.version", lambda package: torch)
+    made = environment({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, 1, cpu=False)
+    adapt_to_node(made)
+    assert {name: made[name] for name in made if "ALLOC_CONF" in name} == dict.fromkeys(names, "max_split_size_mb:64")
 
 
 def multinode(*arguments: str) -> "subprocess.CompletedProcess[str]":

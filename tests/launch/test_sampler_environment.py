@@ -56,7 +56,9 @@ def test_a_sampler_has_nothing_that_is_for_training(cpu: bool) -> None:
     made = sampler_variables(inherited, config_of("sampler.container=image"), 0)
     assert made == USERS | {
         "CUDA_VISIBLE_DEVICES": "0", "HF_HUB_OFFLINE": "1", "NCCL_DEBUG": "WARN", "OMP_WAIT_POLICY": "PASSIVE",
-        "PYTHONSAFEPATH": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error",
+        "PYTHONSAFEPATH": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "TMPDIR": "/tmp",
+        "TRITON_CACHE_DIR": f"/tmp/srlm-{os.getuid()}/triton",
+        "TORCHINDUCTOR_CACHE_DIR": f"/tmp/srlm-{os.getuid()}/inductor",
     }  # fmt: skip
     assert sampler_variables(USERS, config_of("sampler.container=image"), 0) == made, "whoever starts it"
 
