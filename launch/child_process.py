@@ -5,6 +5,7 @@ import ctypes
 import faulthandler
 import os
 import signal
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
@@ -13,6 +14,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
+
+from srlm_mega.errors import UserError
 
 PR_SET_PDEATHSIG = 1
 SHOW_STACKS = signal.SIGUSR2
@@ -33,6 +36,7 @@ TRAINING_PREFERENCES = {
     "PYTORCH_ALLOC_CONF": "expandable_segments:True",
 }
 ONE_NODE_PREFERENCES = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+INTERFACES = "SRLM_NETWORK_INTERFACES"  # names of launch.slurm.network_interface, with spaces between
 CACHES = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
 # Megatron wraps functions in torch.compile when it is imported; its fusions are for GPUs, and loading the compiler
 # costs every rank more than a second. Transformer Engine and apex are not expected on a CPU.
@@ -73,9 +77,29 @@ def node_local(inherited: Mapping[str, str]) -> dict[str, str]:
     return {"TMPDIR": inherited.get("TMPDIR") or scratch} | {name: str(root / part) for name, part in CACHES.items()}
 
 
+def interface_here(variables: Mapping[str, str]) -> str | None:
+    """Return the first of the configured network interfaces that this node has; None where none is configured. OSError
+    names those that it has."""
+    names = variables.get(INTERFACES, "").split()
+    here = sorted(os.listdir("/sys/class/net"))
+    found = next((name for name in names if name in here), None)
+    if names and found is None:
+        raise OSError(f"no interface {' or '.join(names)} (launch.slurm.network_interface), but {', '.join(here)}")
+    return found
+
+
 def adapt_to_node(variables: MutableMapping[str, str]) -> None:
     """Change, before torch is imported, what only this node or its container knows: the folder of our caches has to be
-    made and to be this user's, else a new one takes its place; torch warns of the allocator's old name since 2.9."""
+    made and to be this user's, else a new one takes its place; torch warns of the allocator's old name since 2.9; the
+    network's interface may have another name. UserError where it has none."""
+    try:
+        interface = interface_here(variables)
+    except OSError as error:
+        raise UserError(f"{socket.gethostname()} has {error}") from None
+    names = variables.get(INTERFACES, "").split()
+    for variable in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
+        if interface is not None and variables.get(variable, interface) in names:  # else it is the user's
+            variables[variable] = interface
     ours = node_local(variables)
     root = Path(ours["TRITON_CACHE_DIR"]).parent
     own = False

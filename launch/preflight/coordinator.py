@@ -38,7 +38,13 @@ from srlm_mega.launch.preflight.this_node import ThisNode
 from srlm_mega.run.files import write_atomic
 
 ATTEMPT = "attempt"
-HOPELESS = ("report", "GPUs", "host name", "shared folder")  # the ranks would not start, or not find each other
+HOPELESS = (
+    "report",
+    "GPUs",
+    "host name",
+    "network interface",
+    "shared folder",
+)  # the ranks would not start, or not find each other
 SHARED_SECONDS = 3.0  # network file systems show another node's new file after a while
 PATIENCE_SECONDS = 5.0
 

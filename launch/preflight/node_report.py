@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from srlm_mega.launch.child_process import die_with
+from srlm_mega.launch.child_process import die_with, interface_here
 
 PACKAGES = (
     "srlm-mega", "torch", "megatron-core", "transformer-engine", "flash-attn", "triton", "transformers", "numpy",
@@ -62,6 +62,7 @@ def local_report(node: str, rank: int, folder: Path, with_gpus: bool, seconds: f
     versions, gpus = TimedCheck(installed_versions), TimedCheck(lambda: visible_gpus() if with_gpus else (None, {}))
     name, disk = TimedCheck(own_addresses), TimedCheck(lambda: free_bytes(folder))
     asked: dict[str, TimedCheck[Any]] = {"versions": versions, "GPUs": gpus, "host name": name, "free disk": disk}
+    asked["network interface"] = TimedCheck(lambda: interface_here(os.environ))
     unanswered = {check: why for check, question in asked.items() if (why := question.failure(deadline)) is not None}
     devices, same = gpus.answer or (None, {})
     addresses, foreign = name.answer or (None, ())

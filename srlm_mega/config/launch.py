@@ -1,5 +1,6 @@
 """Processes of a run: torchrun on this node, or steps of a Slurm allocation; the preflight before a job."""
 
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -7,6 +8,8 @@ from pydantic import Field, field_validator
 
 from srlm_mega.config.secrets_in_values import check_variable
 from srlm_mega.config.section import Section
+
+INTERFACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,14}")  # Linux holds 15 letters
 
 
 class SlurmConfig(Section, decides="layout"):
@@ -37,15 +40,37 @@ class SlurmConfig(Section, decides="layout"):
     environment: dict[str, str] = Field(
         {}, description="Further variables of the environment, such as NCCL_IB_HCA; no secrets: the run keeps them."
     )
-    network_interface: str | None = Field(None, description="Interface of NCCL's and gloo's sockets, for example ib0.")
+    network_interface: str | tuple[str, ...] | None = Field(
+        None,
+        description="Full name of the interface of NCCL's and gloo's sockets, for example ib0; of several names, each "
+        "node takes the first that it has.",
+    )
     container: str | None = Field(None, description="Image (pyxis) for stages; srlm run itself stays outside.")
     mounts: tuple[Path, ...] = Field((), description="Folders that the container sees besides the working directory.")
+
+    @property
+    def interfaces(self) -> tuple[str, ...]:
+        """Names of network_interface; a node takes the first that it has."""
+        names = self.network_interface or ()
+        return (names,) if isinstance(names, str) else names
 
     @field_validator("time", mode="before")
     @classmethod
     def _minutes(cls, time: object) -> object:
         """A bare number, as YAML has it, is one of minutes, as with sbatch."""
         return str(time) if type(time) is int else time
+
+    @field_validator("network_interface")
+    @classmethod
+    def _full_names(cls, names: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        for name in (names,) if isinstance(names, str) else names or ():
+            if INTERFACE.fullmatch(name) is None:
+                raise ValueError(
+                    f"{name!r} is no full name of a network interface, such as ib0, and gloo takes nothing else. "
+                    "Several names are a list, [ib0, ens5]; NCCL's patterns (^docker0,lo or =ib0) belong to "
+                    "launch.slurm.environment, as NCCL_SOCKET_IFNAME"
+                )
+        return names
 
     @field_validator("environment")
     @classmethod

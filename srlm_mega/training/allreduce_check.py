@@ -6,6 +6,7 @@ for; rank 0 writes FOLDER/groups.json. On CUDA this has not been run.
 """
 
 import faulthandler
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ import torch.distributed as dist
 
 from srlm_mega.config import Config
 from srlm_mega.config.file import load_config
-from srlm_mega.launch.child_process import die_with_parent
+from srlm_mega.launch.child_process import adapt_to_node, die_with_parent
 from srlm_mega.launch.preflight.allreduce import GroupSpeed
 from srlm_mega.run.files import write_atomic
 from srlm_mega.training.topology import Topology, barrier, started_as
@@ -29,6 +30,7 @@ REPETITIONS = 3
 def main(arguments: Sequence[str]) -> None:
     """Run one rank."""
     die_with_parent()
+    adapt_to_node(os.environ)
     folder, config = Path(arguments[0]), load_config(Path(arguments[1]), arguments[2:])
     seconds = config.launch.preflight.allreduce_seconds
     faulthandler.dump_traceback_later(0.9 * seconds)  # into the node's log, before the node ends this process

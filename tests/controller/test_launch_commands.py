@@ -178,6 +178,22 @@ def test_the_allocators_settings_have_the_name_that_torch_reads(
     assert {name: made[name] for name in made if "ALLOC_CONF" in name} == dict.fromkeys(names, "max_split_size_mb:64")
 
 
+def test_each_node_takes_the_interface_that_it_has() -> None:
+    """The names differ from node to node; NCCL's pattern of the user's own stays."""
+    ours = {"SRLM_NETWORK_INTERFACES": "ib77 lo", "NCCL_SOCKET_IFNAME": "ib77", "GLOO_SOCKET_IFNAME": "ib77"}
+    variables = dict(ours)
+    adapt_to_node(variables)
+    assert (variables["NCCL_SOCKET_IFNAME"], variables["GLOO_SOCKET_IFNAME"]) == ("lo", "lo")
+    variables = ours | {"NCCL_SOCKET_IFNAME": "^docker0"}
+    adapt_to_node(variables)
+    assert (variables["NCCL_SOCKET_IFNAME"], variables["GLOO_SOCKET_IFNAME"]) == ("^docker0", "lo")
+    with pytest.raises(UserError, match=rf"{socket.gethostname()} has no interface ib77 or ib78 .*, but .*lo"):
+        adapt_to_node(ours | {"SRLM_NETWORK_INTERFACES": "ib77 ib78"})
+    variables = {"GLOO_SOCKET_IFNAME": "ib77"}
+    adapt_to_node(variables)
+    assert variables["GLOO_SOCKET_IFNAME"] == "ib77" and "NCCL_SOCKET_IFNAME" not in variables
+
+
 def multinode(*arguments: str) -> "subprocess.CompletedProcess[str]":
     """The script for clusters without Slurm, with an echo for torchrun."""
     settings = {"PATH": os.environ["PATH"], "TORCHRUN": "echo"}

@@ -150,6 +150,14 @@ def test_shared_nodes() -> None:
     assert not any(line.startswith("--cpus") for line in lines(overrides=("launch.cores_per_node=6",)))
 
 
+@pytest.mark.parametrize("name", ["^docker0,lo", "=ib0", "ib0,ib1", "", "ib 0", "$(id)", "an_interface_of_17"])
+def test_a_pattern_is_no_name_of_an_interface(name: str) -> None:
+    """NCCL knows patterns, and gloo dies of them."""
+    for given in (name, [name], ["ib0", name]):
+        with pytest.raises(UserError, match=r"no full name of a network interface.*NCCL_SOCKET_IFNAME"):
+            load_config(TOY, [f"launch.slurm.network_interface={json.dumps(given)}"])
+
+
 SHORT = Partition("short", True, 4, 0, "1:00:00", "10:00")
 LONG = Partition("long", False, 4, 0, "2-00:00:00", "n/a")
 TINY = Partition("tiny", False, 4, 0, "5:00", "n/a")
