@@ -21,6 +21,8 @@ from srlm_mega.launch.preflight.this_node import ThisNode
 from srlm_mega.launch.ranks import Rendezvous, ranks_on_node
 
 CONSEQUENCES = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+END = "the end"  # the place of a rank that has done all its all-reduces
+LIMIT = "launch.preflight.allreduce_seconds"
 NETWORK = "Name the network (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME, NCCL_IB_HCA) and look at NCCL_DEBUG=INFO"
 
 
@@ -136,10 +138,15 @@ def check_ranks(outcomes: Sequence[RanksOutcome], per_node: int, seconds: float,
     places = {outcome.node: every_place(outcome, per_node) for outcome in outcomes}
     furthest = max((place for own in places.values() for place in own), key=lambda place: place.count)
     behind = {node: [place for place in own if place.count < furthest.count] for node, own in places.items()}
-    if not any(behind.values()):
+    if not any(behind.values()) and furthest.name == END:
+        got = f"ranks that ended slowly: the all-reduces had worked, and not all had ended after {seconds:g} s"
+        remedy = f"Raise {LIMIT}: starting and ending take long here (a busy file system?); stacks are in {logs}"
+        yield Finding(", ".join(places), "all-reduce", got, f"an end within {LIMIT}={seconds:g}", remedy)
+    elif not any(behind.values()):
         got = f"no end in {seconds:g} s: all ranks are in {furthest.name}"
-        yield Finding(", ".join(places), "all-reduce", got, "an end", f"{NETWORK}; stacks of all ranks are in {logs}")
-    remedy = f"{NETWORK} on this node; stacks of its ranks are in {logs}"
+        remedy = f"{NETWORK}, or raise {LIMIT}; stacks of all ranks are in {logs}"
+        yield Finding(", ".join(places), "all-reduce", got, f"an end within {LIMIT}={seconds:g}", remedy)
+    remedy = f"{NETWORK} on this node, or raise {LIMIT} where it is only slow; stacks of its ranks are in {logs}"
     for node, late in behind.items():
         if late:
             got = f"{', '.join(f'rank {place.rank} in {place.name}' for place in late)} after {seconds:g} s"

@@ -73,7 +73,7 @@ def run_preflight(
     gpus, need = gpus_of(config, len(node.names)), disk_need(config, models)
     found = [
         *check_absent(node.names, node.named, reports, settings.report_seconds),
-        *findings(reports, gpus, need, settings.max_clock_skew_seconds),
+        *findings(reports, gpus, need, settings.max_clock_skew_seconds, config.world_size),
     ]
     # Ranks that cannot start or find each other would only hang until the limit, and name the wrong node.
     whole = len(node.names) >= config.launch.nodes

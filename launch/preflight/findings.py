@@ -27,13 +27,17 @@ class Finding:
         return f"{self.node}: {self.check}: got {self.got}, wanted {self.wanted}. {self.remedy}"
 
 
-def findings(reports: Sequence[NodeReport], gpus: int | None, need: DiskNeed, max_clock_skew: float) -> list[Finding]:
-    """Return all faults of the nodes that reported. `gpus` per node, None on CPUs; `max_clock_skew` in seconds."""
+def findings(
+    reports: Sequence[NodeReport], gpus: int | None, need: DiskNeed, max_clock_skew: float, ranks: int = 1
+) -> list[Finding]:
+    """Return all faults of the nodes that reported. `gpus` per node, None on CPUs; `max_clock_skew` in seconds; `ranks`
+    of all nodes."""
     return [
         *(finding for report in reports for finding in check_answers(report)),
         *check_versions(reports),
         *(finding for report in reports for finding in check_gpus(report, gpus)),
         *(finding for report in reports for finding in check_name(report, len({one.network for one in reports}) == 1)),
+        *(finding for report in reports for finding in check_limits(report, ranks)),
         *check_shared_folder(reports),
         *(finding for report in reports for finding in check_disk(report, need)),
         *check_clocks(reports, max_clock_skew),
@@ -106,6 +110,21 @@ def check_gpus(report: NodeReport, wanted: int | None) -> Iterator[Finding]:
         if gpu.ecc_errors:
             got = f"{gpu.ecc_errors} uncorrected errors on GPU {number} ({gpu.name})"
             yield Finding(report.node, ECC, got, "0", remedy, (report.node,))
+
+
+def check_limits(report: NodeReport, ranks: int) -> Iterator[Finding]:
+    """Find a node whose processes may open too few files, connections counted, or lock too little memory for RDMA."""
+    raised = "Raise it in the shell that submits, as Slurm hands its limits on, or have the administrator raise"
+    wanted = 512 + 8 * ranks
+    if report.open_files is not None and report.open_files < wanted:
+        due = f"{wanted}: 512, and 8 for connections with each of {ranks} ranks"
+        remedy = f"{raised} LimitNOFILE of slurmd's unit"
+        yield Finding(report.node, "ulimit -n", str(report.open_files), due, remedy, (report.node,))
+    if report.infiniband and report.locked_bytes is not None:
+        due = "unlimited: this node has InfiniBand, which locks the memory that it reads"
+        remedy = f"{raised} LimitMEMLOCK of slurmd's unit"
+        got = f"{report.locked_bytes >> 10} KiB"
+        yield Finding(report.node, "ulimit -l", got, due, remedy, (report.node,))
 
 
 def check_name(report: NodeReport, one_machine: bool) -> Iterator[Finding]:

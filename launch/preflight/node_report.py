@@ -4,6 +4,7 @@ answer missing, and the preflight does not hang."""
 import importlib.metadata
 import os
 import platform
+import resource
 import shutil
 import socket
 import subprocess
@@ -48,6 +49,9 @@ class NodeReport:
     addresses: tuple[str, ...] | None = None  # what its own host name resolves to
     foreign_addresses: tuple[str, ...] = ()  # those of them that are another machine's
     free_bytes: int | None = None  # for the run folder
+    open_files: int | None = None  # ulimit -n, of each process; None: no limit
+    locked_bytes: int | None = None  # ulimit -l; None: no limit
+    infiniband: bool = False
     network: str = ""  # the same for nodes that are one machine
     clock_ahead: float = 0.0  # seconds its clock is ahead of node 0's, and how far that may be off
     clock_error: float = 0.0
@@ -74,6 +78,9 @@ def local_report(node: str, rank: int, folder: Path, with_gpus: bool, seconds: f
         addresses=addresses,
         foreign_addresses=foreign,
         free_bytes=disk.answer,
+        open_files=soft_limit(resource.RLIMIT_NOFILE),
+        locked_bytes=soft_limit(resource.RLIMIT_MEMLOCK),
+        infiniband=any(Path("/sys/class/infiniband").glob("*")),
         network=network(),
         unanswered=unanswered,
     )
@@ -135,6 +142,12 @@ def parse_nvidia_smi(text: str, environment: Mapping[str, str]) -> tuple[tuple[I
         gpus = [gpus[number] for number in numbers] if within_reach else gpus[: len(names)]
     same = {"driver": ", ".join(sorted({driver for _, driver, _ in rows}))}
     return tuple(gpus), same | {"GPU": ", ".join(sorted({gpu.name for gpu in gpus}))}
+
+
+def soft_limit(which: int) -> int | None:
+    """Return the limit that holds for this process, and for the ranks that Slurm starts like it; None without one."""
+    soft, _ = resource.getrlimit(which)
+    return None if soft == resource.RLIM_INFINITY else soft
 
 
 def own_addresses() -> tuple[tuple[str, ...], tuple[str, ...]]:

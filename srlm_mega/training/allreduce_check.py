@@ -20,7 +20,7 @@ import torch.distributed as dist
 from srlm_mega.config import Config
 from srlm_mega.config.file import load_config
 from srlm_mega.launch.child_process import adapt_to_node, die_with_parent
-from srlm_mega.launch.preflight.allreduce import GroupSpeed
+from srlm_mega.launch.preflight.allreduce import END, GroupSpeed
 from srlm_mega.run.files import write_atomic
 from srlm_mega.training.topology import Topology, barrier, started_as
 
@@ -75,7 +75,7 @@ def measure(config: Config, folder: Path, places: Places) -> None:
             for others, gbytes in topology.all_gather((ranks, speed)):
                 slowest[others] = min(gbytes, slowest.get(others, gbytes))
             speeds += [GroupSpeed(axis, others, gbytes) for others, gbytes in sorted(slowest.items())]
-        places.at("the end")
+        places.at(END)
         if topology.is_main:
             write_atomic(folder / "groups.json", orjson.dumps([asdict(speed) for speed in speeds]))
 

@@ -1,6 +1,7 @@
 """Preflight's checks, each seen to find what it is for and to be silent without it."""
 
 import os
+import resource
 import shutil
 import socket
 import subprocess
@@ -24,6 +25,7 @@ from srlm_mega.config.model_sizes import ModelSizes
 from srlm_mega.errors import UserError
 from srlm_mega.launch.preflight import coordinator
 from srlm_mega.launch.preflight.allreduce import (
+    END,
     GroupSpeed,
     RankPlace,
     RanksOutcome,
@@ -86,6 +88,8 @@ def test_well_nodes_are_well() -> None:
         ({"head_sees": False}, "shared folder", "node 0 does not see what it wrote", "one folder", "Mount"),
         ({"clock_ahead": 30.0, "clock_error": 0.1}, "clock", "30.0 s ahead of the others", "within 5 s", "chrony"),
         ({"clock_ahead": -30.0}, "clock", "30.0 s behind the others", "within 5 s", "chrony"),
+        ({"open_files": 519}, "ulimit -n", "519", "520: 512, and 8 for", "LimitNOFILE"),
+        ({"infiniband": True, "locked_bytes": 65_536}, "ulimit -l", "64 KiB", "unlimited: this", "LimitMEMLOCK"),
         ({"unanswered": {"GPUs": "no answer in 10 s"}, "gpus": None}, "GPUs", "no answer in", "an answer", "Log in"),
     ],
 )  # fmt: skip
@@ -96,6 +100,26 @@ def test_a_finding_names_node_check_got_wanted_and_remedy(
     assert (finding.node, finding.check, finding.blamed) == ("n2", check, ("n2",))
     assert got in finding.got and wanted in finding.wanted and remedy in finding.remedy
     assert str(finding).startswith(f"n2: {check}: got {finding.got}, wanted {finding.wanted}. ")
+
+
+def test_limits_that_are_enough() -> None:
+    """Locked memory matters to RDMA alone; the number of ranks to connections."""
+    assert changed(2, open_files=520, locked_bytes=65_536) == [] and changed(2, infiniband=True) == []
+    soft = [replace(node, open_files=1024) for node in NODES]
+    assert all_findings(soft, 8, NEED, 5.0, ranks=64) == []
+    assert [one.node for one in all_findings(soft, 8, NEED, 5.0, ranks=65)] == ["n0", "n1", "n2", "n3"]
+
+
+def test_the_limits_of_this_process_are_reported(tmp_path: Path) -> None:
+    report = local_report("n", 0, tmp_path, False, 10)
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert report.open_files == (None if soft == resource.RLIM_INFINITY else soft) and report.unanswered == {}
+
+
+def test_an_interface_that_a_node_lacks_is_its_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SRLM_NETWORK_INTERFACES", "ib77 ib78")
+    report = local_report("n", 0, tmp_path, False, 10)
+    assert "no interface ib77 or ib78" in (report.unanswered or {})["network interface"]
 
 
 def test_a_full_disk_is_nobodys_fault() -> None:
@@ -207,6 +231,19 @@ def test_ranks_that_never_began_are_named() -> None:
 def test_when_all_ranks_hang_in_one_place_no_node_is_blamed() -> None:
     (finding,) = check_ranks([outcome(0, 2, 2), outcome(1, 2, 2)], 2, 35, "LOGS")
     assert finding.node == "n0, n1" and "all ranks are in place 2" in finding.got and finding.blamed == ()
+
+
+def test_a_slow_end_is_no_fault_of_the_network() -> None:
+    """The all-reduces had worked; only the processes took long to start or to end."""
+    done = [
+        replace(outcome(node, 9, 9), places=tuple(RankPlace(2 * node + i, 9, END) for i in (0, 1))) for node in (0, 1)
+    ]
+    (finding,) = check_ranks(done, 2, 35, "LOGS")
+    assert "ended slowly: the all-reduces had worked" in finding.got and finding.blamed == ()
+    assert "launch.preflight.allreduce_seconds=35" in finding.wanted and "IFNAME" not in finding.remedy
+    for hung in ([outcome(0, 2, 2), outcome(1, 2, 2)], [outcome(0, 2, 2), outcome(1, 2, 1)]):
+        (finding,) = check_ranks(hung, 2, 35, "LOGS")
+        assert "IFNAME" in finding.remedy and "launch.preflight.allreduce_seconds" in finding.remedy
 
 
 def test_a_crash_is_told_apart_from_what_it_caused() -> None:
