@@ -16,8 +16,10 @@ pytest.register_assert_rewrite("sampler_contract")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Where `pytest -m gpu` writes what it measured."""
+    """Where `pytest -m gpu` writes what it measured, and how much tests/survival/ tries."""
     parser.addoption("--gpu-results", default=str(ROOT / "docs/results/gpu_tests.json"), help="JSON file")
+    parser.addoption("--survival-trials", type=int, default=20, help="runs that tests/survival/ disturbs")
+    parser.addoption("--survival-seed", type=int, default=0, help="of what happens to them, and when")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
