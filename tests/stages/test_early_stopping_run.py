@@ -1,23 +1,19 @@
-"""Early stopping in whole runs, as users start them: stopped by a judge, killed while it is asked, run to the end."""
+"""Early stopping in whole runs, as users start them: stopped by a judge, run to the end. tests/survival/ kills them."""
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import orjson
-import psutil
 import pytest
 from early_stopping_run import early_stopping, prefers, small_run
 from fake_endpoint import Asked, Reply, fake_endpoint
 from judge_model import write_always_a
 from places import ROOT
-from test_main_road import contents
 
 from srlm_mega.evaluation.checkpoint_choice import EarlyStoppingFiles
 from srlm_mega.run.run_dir import RunDir
@@ -102,35 +98,6 @@ def test_the_newer_is_worse_so_it_stops_and_keeps_the_older(stopped: World) -> N
     assert [line["step"] for line in steps] == [1, 2, 3, 4]
     assert steps[0]["learning_rate"] == pytest.approx(1e-2) and steps[3]["learning_rate"] > 8e-6, "the schedule is of 6"
     assert [p for p in stopped.folder.rglob("*") if p.is_file() and KEY.encode() in p.read_bytes()] == []
-
-
-def test_killed_while_the_judge_is_asked_it_goes_on_to_the_same_bytes(stopped: World, tmp_path: Path) -> None:
-    world = copied(stopped, tmp_path)
-    asked_once: list[Asked] = []
-
-    def hang(asked: Asked) -> Reply:
-        asked_once.append(asked)
-        return Reply(hang=True)
-
-    with fake_endpoint(hang) as fake:
-        process = world.start(*endpoint(fake.url))
-        deadline = time.monotonic() + 400
-        while not asked_once:
-            assert process.poll() is None and time.monotonic() < deadline, "the judge was never asked"
-            time.sleep(0.05)
-        children = psutil.Process(process.pid).children(recursive=True)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert psutil.wait_procs(children, timeout=60)[1] == [], "something went on without the controller"
-    assert (world.folder / "M2.partial/early_stopping/step_0000002/exported.json").is_file()
-    with fake_endpoint(older_from(4, world.folder / "M2.partial")) as fake:
-        world.finish(*endpoint(fake.url))
-    same, other = contents(stopped.folder), contents(world.folder)
-    for files in (same, other):  # the port of the endpoint
-        files["M2/manifest.json"] = orjson.dumps(
-            {key: value for key, value in orjson.loads(files["M2/manifest.json"]).items() if key != "layout"}
-        )
-    assert same.keys() == other.keys() and [name for name in same if same[name] != other[name]] == []
 
 
 def test_pauses_change_nothing_in_what_is_learnt(stopped: World, tmp_path: Path) -> None:
