@@ -198,8 +198,8 @@ class JudgementScore:
 @dataclass(frozen=True, slots=True)
 class PairwiseJudgement:
     """One comparison of a response with another one, in one order. `verdict` is None when none could be parsed.
-    `model_hash` names the judge: a model of the run by its hash, any other by its folder or its name at an endpoint,
-    which gives no token ids."""
+    `model_hash` names the judge: a model by its hash (older versions: one from outside by its folder), or by its name
+    at an endpoint, which gives no token ids."""
 
     prompt_id: str
     ours_first: bool

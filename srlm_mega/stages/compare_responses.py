@@ -1,19 +1,19 @@
 """Head-to-head by a judge, which needs no ground truth: two models' responses to the same prompts, in both orders."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from srlm_mega.evaluation.lengths import length_controlled
-from srlm_mega.evaluation.results import Comparison, EvaluationSample
+from srlm_mega.evaluation.results import Comparison, EvaluationSample, ModelEvaluation
 from srlm_mega.evaluation.win_rates import head_to_head_of
 from srlm_mega.judging.pairwise import Outcome, outcome, pairwise_template
-from srlm_mega.records import Candidate, PairwiseJudgement, read_jsonl
-from srlm_mega.run.stage_kinds import EVALUATION
+from srlm_mega.records import Candidate, PairwiseJudgement, parse_line, read_jsonl
+from srlm_mega.run.stage_kinds import EVALUATION, model_name
 from srlm_mega.sampling.sampling_rate import ProgressCallback
-from srlm_mega.stages.judges import open_judge, open_m1
+from srlm_mega.stages.judges import local_judge, open_judge, open_m1
 from srlm_mega.stages.pairwise_judge import OpenJudge, PairwiseQuestion
 from srlm_mega.stages.sampler_weights import loaded_folder
 from srlm_mega.stages.sampling_task import report_progress
@@ -43,9 +43,22 @@ def compare_with_m1(work: Work, samples: Sequence[EvaluationSample]) -> Comparis
     if settings is None:
         opener = partial(open_m1, work.run, work.samplers, loaded_folder(work, "M1"))
     else:
-        opener = partial(open_judge, settings, work.samplers, config.model.allow_unverified)
+        allowed = config.model.allow_unverified
+        taken = local_judge(settings, allowed, judged_evaluations(work))
+        opener = partial(open_judge, settings, work.samplers, allowed, taken=taken)
     on_progress = partial(report_progress, work, "questions to the judge")
     return compare((work.stage.model, "M1"), matches, opener, work.out / "pairwise.jsonl", on_progress)
+
+
+def judged_evaluations(work: Work) -> Iterator[tuple[str, Comparison]]:
+    """Yield the comparisons by a judge in the run's finished evaluations, by stage."""
+    for number in range(2, work.config.run.rounds + 2):
+        stage = EVALUATION.of(model_name(number))
+        if work.run.manifest(stage) is not None:
+            work.run.verify(stage, quick=True)
+            evaluation = parse_line(ModelEvaluation, (work.run.output(stage) / "evaluation.json").read_bytes())
+            if evaluation.pairwise is not None:
+                yield stage, evaluation.pairwise
 
 
 def compare(

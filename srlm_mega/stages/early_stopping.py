@@ -1,21 +1,23 @@
 """Comparisons while training is paused: the newest checkpoint answers the validation prompts, and a judge compares its
 responses with those of the best checkpoint before it. The verdict is a file that the training reads."""
 
+from collections.abc import Iterator
 from contextlib import closing
 from functools import partial
 
 from srlm_mega.config.file import load_config
 from srlm_mega.errors import CannotContinue, UserError, exit_code, reason
 from srlm_mega.evaluation.checkpoint_choice import START, EarlyStoppingFiles, decide, kept_step
+from srlm_mega.evaluation.results import Comparison
 from srlm_mega.records import Prompt, read_jsonl
 from srlm_mega.run.plan import find_stage
 from srlm_mega.run.progress import Progress
-from srlm_mega.run.run_dir import RunDir, remedy
+from srlm_mega.run.run_dir import RunDir
 from srlm_mega.run.sealed_file import is_whole
 from srlm_mega.run.stage_kinds import model_name
 from srlm_mega.sampling.samplers import Samplers
 from srlm_mega.stages.compare_responses import compare, matches_of
-from srlm_mega.stages.judges import open_judge
+from srlm_mega.stages.judges import local_judge, open_judge
 from srlm_mega.stages.responses import Writer, respond
 from srlm_mega.stages.sampling_task import report_progress
 from srlm_mega.stages.work import Work
@@ -54,12 +56,14 @@ def compare_waiting(run: RunDir, name: str) -> int:
 def sample_responses(work: Work, files: EarlyStoppingFiles, step: int) -> None:
     """Sample greedy responses of the waiting checkpoint, and of the model that training started from when that is the
     best so far and has not answered yet."""
+    work.run.verify("seed", quick=True)
     prompts, start = list(read_jsonl(work.read("seed", "validation.jsonl"), Prompt)), model_name(work.round)
     for one in (kept_step(files.verdicts()), step):
         if not is_whole(files.responses(one)):
             files.step_folder(one).mkdir(parents=True, exist_ok=True)
             on_progress = partial(report_progress, work, f"responses of step {one}")
             if one == START:
+                work.run.verify(start, quick=False)
                 writer = Writer(work.run.digest(start), work.run.weights(start))
             else:
                 check_export(work, files, one)
@@ -70,7 +74,16 @@ def sample_responses(work: Work, files: EarlyStoppingFiles, step: int) -> None:
 def check_export(work: Work, files: EarlyStoppingFiles, step: int) -> None:
     """Raise UserError when a checkpoint's Hugging Face folder is not as it was exported."""
     if (found := files.damage(step, files.export(step))) is not None:
-        raise UserError(f"{found}. {remedy(work.stage.name)}")
+        raise UserError(f"{found}. {work.run.remedy(work.stage.name)}")
+
+
+def judged_checkpoints(work: Work) -> Iterator[tuple[str, Comparison]]:
+    """Yield the comparisons of the run's checkpoints so far, by the stage that trains or trained them."""
+    for number in range(1, work.round + 2):
+        name = model_name(number)
+        for folder in (work.run.output(name), work.run.partial(name)):
+            for verdict in EarlyStoppingFiles(folder).verdicts():
+                yield name, verdict.comparison
 
 
 def write_verdict(work: Work, files: EarlyStoppingFiles, step: int) -> None:
@@ -78,7 +91,9 @@ def write_verdict(work: Work, files: EarlyStoppingFiles, step: int) -> None:
     settings, verdicts, exported = work.config.early_stopping, files.verdicts(), files.exported(step)
     assert settings is not None and exported is not None, f"no early stopping, or no export of step {step}"
     against, file = kept_step(verdicts), files.judgements(step)
-    opener = partial(open_judge, settings.judge, work.samplers, work.config.model.allow_unverified)
+    allowed = work.config.model.allow_unverified
+    taken = local_judge(settings.judge, allowed, judged_checkpoints(work))
+    opener = partial(open_judge, settings.judge, work.samplers, allowed, taken=taken)
     names, on_progress = (f"step {step}", f"step {against}"), partial(report_progress, work, "questions to the judge")
     matches = matches_of(files.responses(step), files.responses(against))
     comparison = compare(names, matches, opener, file, on_progress)

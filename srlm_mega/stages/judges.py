@@ -1,12 +1,14 @@
 """Pairwise judges: the one that is sampled, and the choice of the configured one."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from srlm_mega.chat import Chat
 from srlm_mega.config.comparison import PairwiseJudgeConfig
+from srlm_mega.errors import UserError
+from srlm_mega.evaluation.results import Comparison
 from srlm_mega.records import PairwiseJudgement, PromptTokens, write_jsonl
 from srlm_mega.run.run_dir import RunDir
 from srlm_mega.run.sealed_file import fingerprint, is_whole, write_sealed
@@ -75,6 +77,24 @@ def open_m1(run: RunDir, samplers: Samplers, loaded: Path, questions: int) -> Lo
     """Return M1 of a run as a judge that tolerates no failed question. `loaded`: as for `SampledModel`."""
     name, model, config = run.digest("M1"), SampledModel(run.weights("M1"), loaded), samplers.config
     return LocalJudge.of_model(name, model, samplers, config.judge.max_new_tokens, 0, config.model.seq_length)
+
+
+def local_judge(
+    settings: PairwiseJudgeConfig, allow_unverified: bool, earlier: Iterable[tuple[str, Comparison]]
+) -> Writer | None:
+    """Return the model of a run's judge, None where an endpoint has it. `earlier`: the run's other comparisons by this
+    judge, with their stages. UserError as for `Writer.outside`, and when another model made one of them."""
+    if settings.endpoint is not None:
+        return None
+    judge = Writer.outside(Path(settings.model), allow_unverified)
+    for stage, comparison in earlier:
+        if comparison.judge not in (judge.name, settings.model):  # older versions recorded the path
+            raise UserError(
+                f"{settings.model} has another model ({judge.name}) than when it judged {stage} ({comparison.judge}), "
+                f"and their comparisons cannot be compared: restore it, or make that again with this one: the same "
+                f"srlm run command with --redo {stage}"
+            )
+    return judge
 
 
 def open_judge(

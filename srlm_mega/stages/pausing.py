@@ -19,7 +19,7 @@ from srlm_mega.evaluation.checkpoint_choice import (
     kept_step,
 )
 from srlm_mega.run.files import discard, fsync
-from srlm_mega.run.run_dir import files_below, remedy
+from srlm_mega.run.run_dir import files_below
 from srlm_mega.run.sealed_file import is_whole
 from srlm_mega.stages.work import Done, Work
 from srlm_mega.training.topology import Topology
@@ -85,7 +85,7 @@ def keep_best(work: Work, files: EarlyStoppingFiles, verdicts: list[Verdict], st
     if not final.exists():  # else a killed attempt got this far
         os.rename(files.export(kept), final)
     if (found := files.damage(kept, final)) is not None:
-        raise UserError(f"{found}. {remedy(work.stage.name)}")
+        raise UserError(f"{found}. {work.run.remedy(work.stage.name)}")
     remove_worse(files, verdicts)
 
 

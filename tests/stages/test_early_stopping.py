@@ -1,6 +1,7 @@
 """Early stopping: the rule, what is due by the files, and the comparison of two checkpoints by judges of every kind."""
 
 import logging
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from srlm_mega.evaluation.win_rates import HeadToHead
 from srlm_mega.judging import endpoint
 from srlm_mega.records import Candidate, PairwiseJudgement, Prompt, read_jsonl, write_jsonl
 from srlm_mega.run.identity import config_of, identity_of
+from srlm_mega.run.outside_folder import content_hash
 from srlm_mega.run.plan import find_stage
 from srlm_mega.run.progress import Progress, ProgressState, read_progress
 from srlm_mega.run.run_dir import RunDir
@@ -231,6 +233,35 @@ def test_the_best_checkpoint_is_kept_as_it_was_exported(paused: Callable[..., Ru
     else:
         keep_best(work, files, [verdict], run.weights("M1"))
         assert (final / "model.safetensors").read_bytes() == whole
+
+
+def test_another_judge_behind_the_same_path_ends_the_comparisons(paused: Callable[..., RunDir], tmp_path: Path) -> None:
+    write_always_a(tmp_path / "judge")
+    run = paused(f"judge.model={tmp_path / 'judge'}", "judge.max_new_tokens=8")
+    assert compare(run)[0] == 0
+    files = EarlyStoppingFiles(run.partial("M2"))
+    before = content_hash(tmp_path / "judge")
+    assert [one.comparison.judge for one in files.verdicts()] == [before]
+    shutil.copytree(files.export(2), files.export(4))
+    files.write_exported(4, Exported(6, 7, 0, 15))
+    weights = tmp_path / "judge/model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    code, said = compare(run)
+    assert code == USER_ERROR and f"has another model ({content_hash(tmp_path / 'judge')})" in said.message
+    assert f"than when it judged M2 ({before})" in said.message and "--redo M2" in said.message
+    weights.write_bytes(whole)
+    assert compare(run)[0] == 0
+
+
+@pytest.mark.parametrize("name", ["M1/huggingface/model.safetensors", "seed/validation.jsonl"])
+def test_nothing_is_sampled_that_was_altered(paused: Callable[..., RunDir], name: str) -> None:
+    run = paused("judge.model=j", "judge.endpoint=http://127.0.0.1:9/v1")
+    content = (run.root / name).read_bytes()
+    (run.root / name).write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+    code, said = compare(run)
+    assert code == USER_ERROR and f"{run.root / name} was altered" in said.message
+    assert not EarlyStoppingFiles(run.partial("M2")).responses(0).exists()
 
 
 def test_words_that_are_no_verdict_stop_the_run(paused: Callable[..., RunDir]) -> None:

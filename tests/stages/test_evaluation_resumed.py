@@ -5,14 +5,16 @@ from pathlib import Path
 
 import pytest
 from fake_endpoint import Asked, Reply, completion, fake_endpoint
+from judge_model import write_always_a
 from sampling_run import begin_run, with_files, write_model
 
 from srlm_mega.config.file import load_config
 from srlm_mega.data.toy_world.word_tokenizer import toy_tokenizer
-from srlm_mega.errors import CANNOT_CONTINUE
+from srlm_mega.errors import CANNOT_CONTINUE, USER_ERROR
 from srlm_mega.evaluation.judge_metrics import judge_metrics
 from srlm_mega.evaluation.results import EvaluationSample, JudgedBy, JudgementCounts, ModelEvaluation
 from srlm_mega.records import PairwiseJudgement, parse_line, read_jsonl, write_jsonl
+from srlm_mega.run.outside_folder import content_hash
 from srlm_mega.run.plan import find_stage
 from srlm_mega.run.progress import read_progress
 from srlm_mega.sampling.samplers import Samplers
@@ -70,3 +72,28 @@ def test_only_what_is_missing_is_asked_about_the_same_responses(
     assert evaluation.judgements == COUNTS, "kept over the kill"
     manifest = run.manifest(STAGE)
     assert manifest is not None and manifest.counts["too_long"] == 2
+
+
+def test_one_run_has_one_judge_whatever_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """M3's comparison is refused with another model behind the path that judged M2."""
+    monkeypatch.setattr(evaluate, "make_samples", lambda *arguments: (samples("ours"), [3] * 10, 0))
+    monkeypatch.setattr(evaluate, "measure_judge", lambda *arguments: (JUDGED, COUNTS))
+    write_always_a(tmp_path / "judge")
+    judge = f"evaluation.pairwise_judge={{model: {tmp_path / 'judge'}, max_new_tokens: 8}}"
+    run = begin_run(tmp_path / "run", ["unused"], "evaluation.pairwise=true", judge)
+    config = load_config(run.config_file)
+    for model in ("M2", "M3"):
+        with_files(run, config, model, lambda out: write_model(config, out / "huggingface", toy_tokenizer()))
+    with_files(run, config, "M1/evaluation", lambda out: write_jsonl(out / "samples.jsonl", samples("theirs")))
+    assert run_stage(run, Samplers(config, run.replicas), find_stage(config, STAGE)) == 0
+    before = content_hash(tmp_path / "judge")
+    judged = parse_line(ModelEvaluation, (run.output(STAGE) / "evaluation.json").read_bytes())
+    assert judged.pairwise is not None and judged.pairwise.judge == before
+    weights = tmp_path / "judge/model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert run_stage(run, Samplers(config, run.replicas), find_stage(config, "M3/evaluation")) == USER_ERROR
+    said = read_progress(run.progress_file("M3/evaluation")).message
+    assert f"than when it judged {STAGE} ({before})" in said and f"--redo {STAGE}" in said
+    weights.write_bytes(whole)
+    assert run_stage(run, Samplers(config, run.replicas), find_stage(config, "M3/evaluation")) == 0
