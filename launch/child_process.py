@@ -8,7 +8,7 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,7 +19,7 @@ from srlm_mega.errors import UserError
 
 PR_SET_PDEATHSIG = 1
 SHOW_STACKS = signal.SIGUSR2
-PARENT_PID = "SRLM_PARENT_PID"  # set by torchrun's agent for its ranks, which its exec does not change
+PARENT_PID, RANK_MARK = "SRLM_PARENT_PID", "TORCHELASTIC_RUN_ID"  # ours and torch's, of torchrun's ranks alone
 # What every process of a run is given; of PREFERENCES a user's own values count.
 SETTINGS = {
     "PYTHONSAFEPATH": "1",
@@ -124,16 +124,11 @@ def die_with(parent_pid: int) -> None:
         os._exit(1)
 
 
-def announcing_its_pid(argv: Sequence[str]) -> list[str]:
-    """Return a command line whose process gives its children its own pid, for their `die_with_parent`: asked for by a
-    child, the parent's pid is already another one when the parent was killed before the child came to ask."""
-    return ["sh", "-c", f'export {PARENT_PID}=$$; exec "$@"', "sh", *argv]
-
-
 def die_with_parent() -> None:
-    """End with the process that started this one, also when it is already gone: torchrun's agent, in whose place
-    `announcing_its_pid` or launch/torchrun_multinode.sh left its pid, or whatever process started this one."""
-    die_with(int(os.environ.get(PARENT_PID, os.getppid())))
+    """End with the process that started this one. Ranks also end when it is already gone: torchrun's agent gives them
+    its pid, since asked for by a rank the parent's pid is another one by then."""
+    parent = os.environ.get(PARENT_PID, "") if RANK_MARK in os.environ else ""
+    die_with(int(parent) if parent.isdecimal() else os.getppid())
 
 
 @contextmanager

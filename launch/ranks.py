@@ -14,7 +14,7 @@ from typing import assert_never
 from srlm_mega.config import Config
 from srlm_mega.config.launch import LaunchConfig, SlurmConfig
 from srlm_mega.errors import CannotContinue, UserError
-from srlm_mega.launch.child_process import announcing_its_pid, srlm_command
+from srlm_mega.launch.child_process import srlm_command
 from srlm_mega.launch.listening import LOOPBACK
 from srlm_mega.run.run_dir import RunDir
 
@@ -26,7 +26,6 @@ if [ ! -e "$1" ]; then
   echo "node $(hostname) does not see $1: the run folder must be on a file system that all nodes share" >&2
   exit 2
 fi
-export SRLM_PARENT_PID=$$
 exec "$2" torchrun --node-rank="$SLURM_NODEID" "${@:3}"
 """
 
@@ -79,7 +78,7 @@ def start_ranks(config: Config, run: RunDir, name: str, arguments: Sequence[str]
             if launch.nodes > 1:
                 raise CannotContinue(by_hand(launch, name, argv))
             options = [f"--nproc-per-node={launch.processes_per_node}", f"--local-addr={LOOPBACK}", "--no-python"]
-            return Start(announcing_its_pid([*srlm_command(), "torchrun", "--standalone", *options, *argv]))
+            return Start([*srlm_command(), "torchrun", "--standalone", *options, *argv])
         case "slurm":
             allocation = allocation_for(launch.nodes)
             step = job_step(config, run, allocation, name)
@@ -190,7 +189,7 @@ def ranks_on_node(
     srlm: Sequence[str], argv: Sequence[str], launch: LaunchConfig, rendezvous: Rendezvous, node_rank: int
 ) -> list[str]:
     """Return the command line of this node's share of the ranks; every other node is given the same."""
-    return announcing_its_pid([*srlm, "torchrun", f"--node-rank={node_rank}", *agent(launch, rendezvous, argv)])
+    return [*srlm, "torchrun", f"--node-rank={node_rank}", *agent(launch, rendezvous, argv)]
 
 
 def ranks_in_step(

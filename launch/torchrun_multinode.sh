@@ -59,7 +59,7 @@ esac
 # shellcheck source=launch/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 export OMP_NUM_THREADS=$threads
-export SRLM_PARENT_PID=$$ # torchrun's, after exec: its ranks end with it
+export SRLM_PARENT_PID=$$ # of another torchrun too, after exec: its ranks end with it
 if [[ -n ${TORCHRUN:-} ]]; then agent=("$TORCHRUN"); else agent=("$(dirname "$(command -v "$1")")/srlm" torchrun); fi
 # No restarts: workers may reconnect to addresses from before the restart. The same lines resume from the checkpoint.
 exec "${agent[@]}" --node-rank="$node_rank" --nnodes="$nnodes" \

@@ -1,5 +1,6 @@
 """`srlm torchrun`: torchrun, whose stores listen where ranks call them. torch's own listen on every network."""
 
+import os
 from collections.abc import Sequence
 from datetime import timedelta
 
@@ -7,6 +8,7 @@ import torch.distributed as dist
 from torch.distributed import TCPStore, run
 from torch.distributed.elastic.rendezvous import c10d_rendezvous_backend, static_tcp_rendezvous
 
+from srlm_mega.launch.child_process import PARENT_PID
 from srlm_mega.launch.listening import listening_socket
 
 
@@ -36,6 +38,7 @@ class BoundStore(TCPStore):
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run torchrun's agent on this node."""
+    """Run torchrun's agent on this node. Its ranks know its pid, to end with it."""
+    os.environ[PARENT_PID] = str(os.getpid())
     dist.TCPStore = c10d_rendezvous_backend.TCPStore = static_tcp_rendezvous.TCPStore = BoundStore  # type: ignore[misc]
     run.main(list(arguments))

@@ -17,7 +17,7 @@ from srlm_mega.controller.loop import run_loop
 from srlm_mega.controller.stage_process import StageProcess, stage_command
 from srlm_mega.errors import CannotContinue, UserError
 from srlm_mega.launch import ranks
-from srlm_mega.launch.child_process import PARENT_PID, adapt_to_node, environment, srlm_command
+from srlm_mega.launch.child_process import adapt_to_node, environment, srlm_command
 from srlm_mega.launch.ranks import (
     TASK,
     Allocation,
@@ -38,7 +38,6 @@ LAUNCH = Path(ranks.__file__).parent
 TOY = ROOT / "launch/configs/toy_cpu.yaml"
 TWO_NODES = LaunchConfig(nodes=2, processes_per_node=8)
 RENDEZVOUS = Rendezvous(host="n1", port=10_005, id="5-0")
-ANNOUNCED = ["sh", "-c", f'export {PARENT_PID}=$$; exec "$@"', "sh"]
 STEP = JobStep(hosts=("n1", "n2"), logs=Path("/run/slurm/5/attempt_0/100%"), container=None, mounts=())
 
 
@@ -54,11 +53,11 @@ def test_srlm_starts_as_a_module_where_it_is_not_installed(tmp_path: Path, monke
 
 def test_static_and_c10d() -> None:
     assert ranks_on_node(["/bin/srlm"], ["srlm", "stage"], TWO_NODES, RENDEZVOUS, 1) == [
-        *ANNOUNCED, "/bin/srlm", "torchrun", "--node-rank=1", "--nnodes=2", "--nproc-per-node=8", "--master-addr=n1",
+        "/bin/srlm", "torchrun", "--node-rank=1", "--nnodes=2", "--nproc-per-node=8", "--master-addr=n1",
         "--master-port=10005", "--max-restarts=0", "--no-python", "srlm", "stage",
     ]  # fmt: skip
     dynamic = ranks_on_node(["srlm"], ["srlm"], TWO_NODES.model_copy(update={"rendezvous": "c10d"}), RENDEZVOUS, 0)
-    assert dynamic[: len(ANNOUNCED) + 1] == [*ANNOUNCED, "srlm"]
+    assert dynamic[:2] == ["srlm", "torchrun"]
     assert {"--rdzv-backend=c10d", "--rdzv-endpoint=n1:10005", "--rdzv-id=5-0", "--max-restarts=0"} <= set(dynamic)
     assert not any(word.startswith("--master") for word in dynamic)
 
@@ -208,7 +207,7 @@ def test_the_script_without_slurm_says_what_python_says(rendezvous: str) -> None
     done = multinode(*options, f"--rendezvous={rendezvous}", "env", "stage", "a b")
     launch = TWO_NODES.model_copy(update={"rendezvous": rendezvous})
     argv = ranks_on_node(["srlm"], ["env", "stage", "a b"], launch, Rendezvous("localhost", 10_005, "srlm"), 1)
-    assert done.stdout.split() == " ".join(argv[len(ANNOUNCED) + 2 :]).split()
+    assert done.stdout.split() == " ".join(argv[2:]).split()
 
 
 @pytest.mark.parametrize(

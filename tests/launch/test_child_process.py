@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from srlm_mega.launch.child_process import PARENT_PID, announcing_its_pid
+from srlm_mega.launch.child_process import PARENT_PID, RANK_MARK
 
 CHILD = """
 import os, sys, time
@@ -23,17 +23,22 @@ while os.getppid() == agent:  # killed before this process asks to end with it
 die_with_parent()
 (folder / "lives").touch()
 """
-AGENT = "import subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]], start_new_session=True)"
+AGENT = f"""
+import os, subprocess, sys
+os.environ["{PARENT_PID}"] = str(os.getpid())
+subprocess.run([sys.executable, *sys.argv[1:]], start_new_session=True)
+"""
 
 
 @pytest.mark.parametrize("announced", [True, False])
 def test_a_child_whose_parent_was_killed_before_it_asked(announced: bool, tmp_path: Path) -> None:
-    """As torchrun's ranks, when the agent is killed while they import. Without the pid they cannot know."""
+    """As torchrun's ranks, when the agent is killed while they import. Without the pid they cannot know; of other
+    processes it is not believed, as a variable that was left in a shell."""
     (tmp_path / "child.py").write_text(CHILD)
     os.mkfifo(tmp_path / "pid")
     argv = [sys.executable, "-c", AGENT, str(tmp_path / "child.py"), str(tmp_path)]
-    variables = {name: value for name, value in os.environ.items() if name != PARENT_PID}
-    agent = subprocess.Popen(announcing_its_pid(argv) if announced else argv, env=variables)
+    variables = {name: value for name, value in os.environ.items() if name != RANK_MARK}
+    agent = subprocess.Popen(argv, env=variables | ({RANK_MARK: "0"} if announced else {}))
     child = os.pidfd_open(int((tmp_path / "pid").read_text()))
     agent.send_signal(signal.SIGKILL)
     agent.wait()

@@ -15,7 +15,7 @@ from srlm_mega.launch.ranks import Rendezvous, ranks_on_node, start_ranks
 from srlm_mega.run.run_dir import RunDir
 
 RANK = """
-import sys, psutil, orjson, torch, torch.distributed as dist
+import os, sys, psutil, orjson, torch, torch.distributed as dist
 dist.init_process_group("gloo")
 total = torch.ones(1)
 dist.all_reduce(total)
@@ -23,7 +23,7 @@ if dist.get_rank() == 0:
     agent = psutil.Process().parent()
     found = [one.laddr.ip for process in (agent, *agent.children(recursive=True))
              for one in process.net_connections() if one.status == psutil.CONN_LISTEN]
-    open(sys.argv[1], "wb").write(orjson.dumps([total.item(), found]))
+    open(sys.argv[1], "wb").write(orjson.dumps([total.item(), found, os.environ["SRLM_PARENT_PID"] == str(agent.pid)]))
 dist.barrier()
 """
 
@@ -45,6 +45,6 @@ def test_on_one_node_nothing_can_be_called_from_outside(road: str, tmp_path: Pat
     inherited = {name: value for name, value in os.environ.items() if "SOCKET_IFNAME" not in name}
     done = subprocess.run(argv, env=environment(inherited, 1, cpu=True, one_node=True), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    total, listening = orjson.loads((tmp_path / "found.json").read_bytes())
-    assert total == 2 and set(listening) == {"127.0.0.1"}
+    total, listening, knows_the_agent = orjson.loads((tmp_path / "found.json").read_bytes())
+    assert total == 2 and knows_the_agent and set(listening) == {"127.0.0.1"}
     assert len(listening) == (3 if road == "a step of one node" else 4)
