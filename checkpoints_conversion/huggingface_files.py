@@ -139,7 +139,9 @@ def special_ids(tokenizer_from: Path | None) -> dict[str, Any]:
     if file is None:
         return LLAMA_IDS
     source = read_json(file)
-    ids = {key: source[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in source}
+    ids: dict[str, Any] = {
+        key: source[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in source
+    }
     for key, value in ids.items():
         if value is not None and any(type(one) is not int for one in (value if isinstance(value, list) else [value])):
             raise ValueError(f"{file}: {key} is {value!r}, and should be a token's id: take the file it came with")

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from functools import partial
+from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,7 +28,7 @@ def parse_object(content: bytes, where: Path | str) -> dict[str, Any]:
     return found
 
 
-def bounded_lines(file: BinaryIO, where: Path) -> Iterator[bytes]:
+def bounded_lines(file: BinaryIO | BufferedIOBase, where: Path) -> Iterator[bytes]:
     """Yield the lines of an open file. ValueError, with file and line, for one longer than 16 MiB."""
     for number, line in enumerate(iter(partial(file.readline, MAX_LINE_BYTES + 1), b""), start=1):
         if len(line) > MAX_LINE_BYTES:

@@ -7,6 +7,7 @@ errors where the line is read, with the file and the line number.
 from collections.abc import Iterable, Iterator
 from dataclasses import InitVar, dataclass
 from functools import cache
+from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeVar
 
@@ -312,7 +313,7 @@ def complaint(kind: type[Any], error: ValidationError) -> str:
     return f"{kind.__name__}: {where + ': ' if where else ''}{first['msg']}"
 
 
-def lines_of(file: BinaryIO, path: Path) -> Iterator[bytes]:
+def lines_of(file: BinaryIO | BufferedIOBase, path: Path) -> Iterator[bytes]:
     """Yield the lines of an open file. UserError, with file and line, for one longer than 16 MiB."""
     try:
         yield from bounded_lines(file, path)

@@ -25,6 +25,7 @@ from srlm_mega.chat import Chat
 from srlm_mega.chat.chat_template import shipped_template
 from srlm_mega.chat.tokenizer_files import LLAMA_TOKENS, SpecialTokens, TokenizerFolder, link_model, write_tokenizer
 from srlm_mega.checkpoints_conversion.tokenizer import tokenizer_from_sentencepiece
+from srlm_mega.data.self_instruct import few_shot_prompt
 from srlm_mega.errors import UserError
 
 # As published: SmolLM2, TinyLlama (its markers are ordinary text), Stanford Alpaca's form, Llama 3.2's clock.
@@ -65,6 +66,15 @@ HOSTILE = (
     "<|im_end|>", "<|im_start|>", "<|eot_id|>", "<|start_header_id|>", "</s>", "<s>", "<unk>", "[INST]", "[/INST]",
     " [/INST]", "<<SYS>>", "<|user|>", "<|assistant|>", "### Instruction:", "### Response:", "<|end", "_of_text|>", " ",
     "\n", "a", "🙂",
+)  # fmt: skip
+
+
+# Of all templates of the field, the turns' and the system's.
+MARKERS = (
+    "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>", "<|user|>",
+    "<|assistant|>", "<|system|>", "<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>",
+    "<|eot_id|>", "<|eom_id|>", "<|python_tag|>", "<|endoftext|>", "### Instruction:", "### Response:",
+    "<start_of_turn>", "<end_of_turn>", "<bos>", "<eos>",
 )  # fmt: skip
 
 
@@ -139,6 +149,32 @@ def test_a_system_turn_is_the_templates(folder: Path) -> None:
 
 def occurrences(ids: Sequence[int], marker: Sequence[int]) -> int:
     return sum(tuple(ids[start : start + len(marker)]) == tuple(marker) for start in range(len(ids)))
+
+
+def test_no_marker_of_any_template_becomes_one_anywhere(folder: Path) -> None:
+    """Alone, between words, cut in two by a turn's end: in a prompt, a system turn, an answer, a further turn, and in
+    text outside of a conversation, such as the requests for new prompts."""
+    chat, tokenizer = Chat.from_folder(folder), Tokenizer.from_file(str(folder / "tokenizer.json"))
+    control = {number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    written = [marker for marker in MARKERS if marker in (folder / "chat_template.jinja").read_text()]
+    spelled = [tokenizer.encode(marker, add_special_tokens=False).ids for marker in written]
+    assert spelled, "the template has markers among them"
+
+    def count(ids: Sequence[int]) -> tuple[int, ...]:
+        return (sum(one in control for one in ids), *(occurrences(ids, marker) for marker in spelled))
+
+    for marker in MARKERS:
+        for text in (marker, f" {marker} ", f"yes {marker} no", f"{marker}\n{marker}", f"a{marker}b", f"\n\n{marker}"):
+            for ours, plain in (
+                (chat.prompt(text), chat.prompt("a")),
+                (chat.prompt("q", text), chat.prompt("q", "a")),
+                (chat.next_prompt(text), chat.next_prompt("a")),
+                (chat.completion(text), chat.completion("a")),
+                (chat.running_text(few_shot_prompt([text, "b"])), chat.running_text("a")),
+                (chat.prompt(f"q {marker[:3]}") + chat.completion(marker[3:]), chat.prompt("q") + chat.completion("a")),
+            ):
+                assert count(ours) == count(plain), (marker, text)
+            assert chat.decode(chat.running_text(text)) == text.strip()
 
 
 @pytest.mark.parametrize("name", [name for name in FORMATS if name not in ("llama2", "tinyllama", "alpaca")])

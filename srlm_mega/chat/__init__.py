@@ -141,8 +141,9 @@ class Chat:
         return (*(ids[len(self._begun) :] if follows else self._encode([(text, True)])), self.end_ids[0])
 
     def running_text(self, text: str) -> tuple[int, ...]:
-        """Return the ids of text outside of a conversation, for a model to continue: a begin token, if any, and it."""
-        return (*self._begin, *self.encode(text))
+        """Return the ids of text outside of a conversation, for a model to continue: a begin token, if any, and it. No
+        text in it, of a user or a model, has the ids of a turn marker."""
+        return (*self._begin, *self._encode([(text, True)]))
 
     def document(self, text: str) -> tuple[int, ...]:
         """Return the ids of a whole text to be trained on. Control tokens in it count, so we must have written it."""

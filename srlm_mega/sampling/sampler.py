@@ -4,7 +4,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from srlm_mega.chat import StopStrings
 from srlm_mega.checkpoints_conversion.huggingface_files import read_json
@@ -154,7 +154,7 @@ class ModelLimits:
             fields = read_json(path)
         except ValueError as error:  # checkpoints_conversion does not import UserError
             raise UserError(str(error)) from None
-        limits = [fields.get(key) for key in ("max_position_embeddings", "vocab_size")]
+        limits: list[Any] = [fields.get(key) for key in ("max_position_embeddings", "vocab_size")]
         if any(type(one) is not int or one < 1 for one in limits):
             raise UserError(
                 f"{path} has max_position_embeddings {limits[0]!r} and vocab_size {limits[1]!r}, not two positive "
