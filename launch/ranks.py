@@ -3,6 +3,7 @@ process is in, with torchrun on each of its nodes."""
 
 import os
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -113,12 +114,17 @@ def allocation_for(nodes: int) -> Allocation:
 
 
 def current_allocation(variables: Mapping[str, str]) -> Allocation:
-    """Read the allocation from Slurm's variables. UserError outside of one."""
+    """Read the allocation from Slurm's variables. UserError outside of one, and where Slurm's commands are missing."""
     nodes = variables.get("SLURM_JOB_NODELIST")
     if nodes is None or "SLURM_JOB_ID" not in variables:
         raise UserError(
             "launch.launcher=slurm, but this is not a Slurm allocation (no SLURM_JOB_ID): `srlm launch slurm CONFIG "
             "--submit` makes one, or give launch.launcher=torchrun on one node"
+        )
+    if shutil.which("scontrol") is None:
+        raise UserError(
+            f"this is Slurm job {variables['SLURM_JOB_ID']}, and scontrol, which lists its nodes, is not on PATH: add "
+            "the folder of Slurm's commands to PATH, or its module to launch.slurm.modules (module purge takes it away)"
         )
     listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=False)
     if listed.returncode:

@@ -344,3 +344,6 @@ def test_hosts_come_from_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"):
         with pytest.raises(UserError, match=f"{name} must be a number, got 'x'"):
             current_allocation(variables | {name: "x"})
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(UserError, match=r"this is Slurm job 12, and scontrol, .* is not on PATH: .*module purge"):
+        current_allocation(variables)
