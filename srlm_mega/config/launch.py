@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from srlm_mega.config.secrets_in_values import check_variable
+from srlm_mega.config.secrets_in_values import check_option, check_variable
 from srlm_mega.config.section import Section
 
 INTERFACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,14}")  # Linux holds 15 letters
@@ -78,6 +78,13 @@ class SlurmConfig(Section, decides="layout"):
         for name, value in environment.items():
             check_variable(name, value)
         return environment
+
+    @field_validator("sbatch_options")
+    @classmethod
+    def _setting_no_secrets(cls, options: tuple[str, ...]) -> tuple[str, ...]:
+        for option in options:
+            check_option(option)
+        return options
 
 
 class PreflightConfig(Section, decides="layout"):

@@ -7,6 +7,16 @@ EXPORT = "export it in the shell from which the job is submitted, which sbatch p
 NAMES = re.compile(r"KEY|TOKEN(?!IZ)|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)  # TOKENIZERS_PARALLELISM is none
 
 
+SCHEME = re.compile(r"^([a-z][a-z0-9+.-]*):/(?!/)", re.IGNORECASE)
+ASSIGNED = re.compile(r"([A-Za-z_]\w*)=[^,\s]")
+
+
+def check_option(option: str) -> None:
+    """Raise ValueError, without the value, for an option of sbatch that sets something to what seems a secret."""
+    for name in ASSIGNED.findall(option):
+        check_variable(name, option.partition("=")[2])
+
+
 def check_variable(name: str, value: str) -> None:
     """Raise ValueError, without the value, for a variable that seems to hold a secret, by its name or as a URI."""
     if NAMES.search(name):
@@ -16,9 +26,11 @@ def check_variable(name: str, value: str) -> None:
 
 
 def has_credentials(uri: str) -> bool:
-    """Tell whether a text is a URI with a password, or with a secret among its parameters."""
+    """Tell whether a text is a URI with a password, or with a secret among its parameters or as its user. A path that
+    was meant to be one has lost a slash."""
     try:
-        parts = urlsplit(uri)
+        parts = urlsplit(SCHEME.sub(r"\1://", uri))
     except ValueError:  # no URI
         return False
-    return bool(parts.scheme and (parts.password or NAMES.search(parts.query)))
+    is_token = parts.scheme in ("http", "https") and parts.username
+    return bool(parts.scheme and (parts.password or is_token or NAMES.search(parts.query)))

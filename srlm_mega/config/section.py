@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Unpack, get_args
+from typing import Any, ClassVar, Literal, Self, Unpack, get_args
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 from pydantic.fields import FieldInfo
+
+from srlm_mega.config.secrets_in_values import EXPORT, has_credentials
 
 # output: the bytes of a stage's output; a finished stage and a half-done one must still have the same value.
 # layout: where and how training runs, which changes its result by rounding only. Recorded and, in training, not
@@ -57,6 +59,15 @@ class Section(BaseModel):
             return value.expanduser()
         except RuntimeError:
             raise ValueError(f"there is no home folder for {value.parts[0]}: give an absolute path") from None
+
+    @model_validator(mode="after")
+    def _shows_no_credentials(self) -> Self:
+        """No value that is a URI with credentials, whatever it is for: a run keeps its configuration and shows it."""
+        for name, value in self:
+            for one in value if isinstance(value, tuple) else (value,):
+                if isinstance(one, str | Path) and has_credentials(str(one)):
+                    raise ValueError(f"{name} is a URI with credentials, and the run keeps its configuration: {EXPORT}")
+        return self
 
     def __init_subclass__(cls, decides: Decision, **settings: Unpack[ConfigDict]) -> None:
         super().__init_subclass__(**settings)
