@@ -157,7 +157,7 @@ def building(
 
     ValueError when the destination exists or another process writes it, OSError when the disk is full.
     """
-    if destination.exists():
+    if os.path.lexists(destination):
         raise ValueError(f"{destination} exists already: remove it or choose another name")
     folder = partial_folder(destination)
     folder.mkdir(parents=True, exist_ok=True)
@@ -168,7 +168,7 @@ def building(
         except BlockingIOError:
             raise ValueError(f"{folder} is being written by another process: wait for it, or end it") from None
         signature = _signature(source, plan)
-        done = _finished_tasks(folder, signature)
+        done = _finished_tasks(folder, signature, plan.outputs)
         if done is None:
             for path in folder.iterdir():
                 path.unlink() if path.is_file() else shutil.rmtree(path)
@@ -194,11 +194,12 @@ def _signature(source: Checkpoint, plan: Plan) -> str:
     return digest.hexdigest()
 
 
-def _finished_tasks(folder: Path, signature: str) -> set[int] | None:
-    """Return the numbers of the finished tasks, or None when there is nothing to resume."""
+def _finished_tasks(folder: Path, signature: str, outputs: Sequence[OutputFile]) -> set[int] | None:
+    """Return the numbers of the finished tasks, or None when there is nothing to resume, or a file was cut since."""
     journal = folder / JOURNAL
     lines = journal.read_text().split("\n") if journal.is_file() else [""]
-    if lines[0] != signature:
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    if lines[0] != signature or any(sizes.get(output.name) != output.size for output in outputs):
         return None
     return {int(line) for line in lines[1:-1]}  # a line without its end was cut off
 

@@ -197,10 +197,12 @@ class RunDir:
         same = same and begun is not None and not edited(begun.config, identity.config)
         if partial.exists() and not (resumable and same):
             if (partial / TRAINING_STATE).exists():  # hours of training are not thrown away unasked
+                how = "was begun with another configuration or from other inputs: give the earlier values back"
+                if begun is None:
+                    how = f"has no readable {IDENTITY}, which says what it was begun with: restore that file"
                 raise UserError(
-                    f"{partial} holds a training that was begun with another configuration or from other inputs: give "
-                    f"the earlier values back, or start it anew: the same command with {self.redo(identity.stage)}"
-                    + listed(changes)
+                    f"{partial} holds a training that {how}, or start it anew: the same command with "
+                    f"{self.redo(identity.stage)}{listed(changes)}"
                 )
             discard(partial)
         if not partial.exists():
@@ -319,8 +321,9 @@ class RunDir:
         others = [path for path in self.root.iterdir() if path.name not in (LOCK, JOBS)] if self.root.is_dir() else []
         if others and not self.config_file.is_file():
             raise UserError(f"{self.root} is not empty and not a run folder: give another one (run.dir=...)")
-        if (found := dangling(self.root)) is not None:
-            raise UserError(f"{found}. Bring that back, or give another folder (run.dir=...)")
+        for path in (self.root, self.log_file("any").parent, self.jobs):
+            if (found := dangling(path)) is not None:
+                raise UserError(f"{found}: bring that back, or remove the link")
 
     @contextmanager
     def lock(self, or_by_starter: bool = False) -> Iterator[None]:

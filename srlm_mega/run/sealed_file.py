@@ -36,13 +36,17 @@ def write_sealed(path: Path, write: Callable[[Path], object], made_from: str = "
     write_durably(path, write_both)
 
 
-def is_whole(path: Path, made_from: str = "", unsealed: bool = False) -> bool:
-    """Tell whether a file is there as it was written, and from the same. Any other is named: it is to be made again.
-    With `unsealed`, one that has no seal, as an older version wrote it, is taken."""
+def is_whole(path: Path, made_from: str | None = None, unsealed: bool = False) -> bool:
+    """Tell whether a file is there as it was written, and, where that is given, from the same. Any other is named: it
+    is to be made again. With `unsealed`, one that has no seal, as an older version wrote it, is taken."""
     if not path.is_file():
         return False
-    seal = seal_of(path)
-    if seal.read_bytes() == f"{file_hash(path)} {made_from}".encode() if seal.is_file() else unsealed:
+    if not seal_of(path).is_file():
+        whole = unsealed
+    else:
+        content, _, source = seal_of(path).read_bytes().partition(b" ")
+        whole = content == file_hash(path).encode() and made_from in (None, source.decode(errors="replace"))
+    if whole:
         return True
     print(f"{path} is not as it was written, or not for these requests: it is made again", flush=True)
     return False

@@ -246,6 +246,19 @@ def test_a_killed_conversion_goes_on(tmp_path: Path) -> None:
     assert not (tmp_path / "out.partial").exists() and not (out / ".journal").exists()
 
 
+def test_a_conversion_whose_files_were_cut_starts_over(tmp_path: Path) -> None:
+    source, out = model(tmp_path / "model"), tmp_path / "out"
+    with pytest.raises(Killed):
+        convert(source, out, Wish(Kind.TRTLLM, 2), SMALL, lambda what, total: killed_after(20_000))
+    os.truncate(tmp_path / "out.partial/rank0.safetensors", 1000)
+    there(source, out, Kind.TRTLLM, 2)
+    assert prove(source, out, no_bar).num_tensors == 39
+    out.rename(tmp_path / "moved")
+    out.symlink_to(tmp_path / "gone")
+    with pytest.raises(ValueError, match="exists already"):
+        there(source, out, Kind.TRTLLM, 2)
+
+
 def test_another_source_starts_over(tmp_path: Path) -> None:
     """What an earlier version of the source left is not mixed with the new one."""
     source, out = model(tmp_path / "model"), tmp_path / "out"

@@ -116,6 +116,12 @@ def test_a_training_that_was_begun_is_not_thrown_away_in_passing(tmp_path: Path)
     with pytest.raises(UserError, match=rf"another configuration.*--redo {IDENTITY_A.stage}"):
         run.begin(other, resumable=True)
     assert (run.begin(IDENTITY_A, resumable=True) / "megatron").exists()
+    identity = (partial / IDENTITY).read_bytes()
+    for damaged in (b"", b"7", b'["M2", 1, {}]', b"{}"):
+        (partial / IDENTITY).write_bytes(damaged)
+        with pytest.raises(UserError, match=rf"has no readable {IDENTITY}.*restore that file.*--redo"):
+            run.begin(IDENTITY_A, resumable=True)
+    (partial / IDENTITY).write_bytes(identity)
     run.remove(IDENTITY_A.stage)
     assert run.begin(other, resumable=True).exists()
 

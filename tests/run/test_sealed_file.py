@@ -32,7 +32,8 @@ def test_what_is_not_as_it_was_written_is_made_again(
     path = tmp_path / "drafts.jsonl"
     assert not is_whole(path, "these")
     make(path)
-    assert is_whole(path, "these") and capsys.readouterr().out == ""
+    assert is_whole(path, "these") and is_whole(path) and capsys.readouterr().out == ""
+    assert not is_whole(path, "others") and capsys.readouterr().out
     DAMAGES[damage](path)
     assert not is_whole(path, "these")
     assert (str(path) in capsys.readouterr().out) == path.is_file()

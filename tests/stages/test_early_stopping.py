@@ -181,7 +181,9 @@ def test_a_local_judge_that_always_says_a_is_a_tie(paused: Callable[..., RunDir]
     assert {one.verdict for one in judged} == {"first"} and {one.text for one in judged} == {"Verdict : A"}
 
 
-def test_what_was_damaged_since_is_made_again(paused: Callable[..., RunDir], tmp_path: Path) -> None:
+def test_what_was_damaged_since_is_made_again(
+    paused: Callable[..., RunDir], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Responses and judgements of a comparison that was killed, and a verdict: to the same bytes."""
     write_always_a(tmp_path / "judge")
     run = paused(f"judge.model={tmp_path / 'judge'}", "judge.max_new_tokens=8")
@@ -197,6 +199,9 @@ def test_what_was_damaged_since_is_made_again(paused: Callable[..., RunDir], tmp
             path.write_bytes(wrong)
             assert (files.verdicts(), files.waiting()) == ([], 2)
             assert compare(run)[0] == 0 and [path.read_bytes() for path in paths] == whole
+    verdict.unlink()
+    capsys.readouterr()
+    assert compare(run)[0] == 0 and "made again" not in capsys.readouterr().out
     for path in (verdict, files.step_folder(2) / "exported.json"):
         seal_of(path).unlink()  # as an older version wrote them
     assert files.verdicts()[0].kept == 2 and files.exported(2) is not None
