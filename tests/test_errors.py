@@ -24,6 +24,7 @@ from srlm_mega.errors import (
 from srlm_mega.records import Prompt, write_jsonl
 from srlm_mega.run.files import write_atomic
 from srlm_mega.run.plan import find_stage
+from srlm_mega.run.presence import announced
 from srlm_mega.run.progress import Progress, read_progress
 from srlm_mega.run.run_dir import RunDir
 from srlm_mega.sampling.samplers import Samplers
@@ -86,6 +87,19 @@ def test_a_stage_on_a_full_disk_says_which_one_it_was(tmp_path: Path, monkeypatc
     run.progress_file("seed").unlink()
     monkeypatch.setattr(Progress, "failed", no_room)
     assert run_stages.run_stage(run, samplers, stage) == CANNOT_CONTINUE
+
+
+def test_a_full_disk_hides_no_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The controller's last words about itself fail there too."""
+
+    def no_room(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    run = RunDir(tmp_path)
+    with pytest.raises(CannotContinue, match="M1 ended"), announced(run):
+        monkeypatch.setattr(os, "fsync", no_room)
+        raise CannotContinue("M1 ended")
+    assert [path.name for path in (tmp_path / "logs").iterdir()] == ["controller.json"], "nor a half"
 
 
 def test_a_process_that_could_not_say_why_it_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

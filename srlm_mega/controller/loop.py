@@ -73,7 +73,7 @@ def run_loop(
             facts = told(run.root, [stage.name for stage in reversed(doomed)])
             display.print_line(f"--redo {' --redo '.join(redo)} removes {facts}")
             if not dry and agreed is not None and not agreed("Remove and make again?"):
-                raise StopRequested("nothing was removed or changed")
+                raise StopRequested("--redo was declined: nothing was removed or changed")
         if dry:
             names = ", ".join(stage.name for stage in missing)
             display.print_line(f"would make {names}" if names else "would make nothing: every stage is finished")

@@ -3,7 +3,7 @@
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -43,7 +43,8 @@ def announced(run: RunDir) -> Iterator[None]:
         ended = (reason(error) if isinstance(error, Exception) else "") or type(error).__name__
         raise
     finally:
-        write_atomic(path, orjson.dumps(replace(working, ended=ended)))
+        with suppress(OSError):  # it would hide why the block ended, such as a full disk
+            write_atomic(path, orjson.dumps(replace(working, ended=ended)))
 
 
 def read_controller(run: RunDir) -> Controller | None:

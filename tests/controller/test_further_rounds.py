@@ -159,7 +159,7 @@ def test_redo_says_what_goes_and_no_changes_nothing(finished: RunDir, capsys: py
         asked.append(question)
         return False
 
-    with pytest.raises(StopRequested, match="nothing was removed"):
+    with pytest.raises(StopRequested, match="declined: nothing was removed or changed"):
         run_loop(config, finished, ("round_1/pairs",), Display(Console(width=200)), agreed=no)
     assert len(asked) == 1 and contents(finished.root) | {finished.root / ".lock": b""} == before | {
         finished.root / ".lock": b""
