@@ -96,6 +96,6 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename is None and error.errno is not None:
+        if error.filename is None and error.errno in DISK_FAILED | NOT_USABLE:
             error.filename = str(path)
         raise

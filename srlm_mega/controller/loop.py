@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 
 from srlm_mega.config import Config
-from srlm_mega.config.compatibility import edited
+from srlm_mega.config.compatibility import CONTENT, edited
 from srlm_mega.config.file import to_yaml
 from srlm_mega.controller.background_report import BackgroundReport
 from srlm_mega.controller.display import Display
@@ -117,6 +117,7 @@ def attempted(config: Config, run: RunDir, at_once: bool, has_seed: bool) -> Ite
     """Let the stages of the block work by this configuration. It becomes the run's with the first output, `at_once`, or
     when it is the run's already; without an output a failed attempt leaves the run as it was. The judge's template is
     taken with it, where it is another than the one that the run has; stage `seed` keeps the first one."""
+    run.drop_attempt()  # a killed one's
     text, rubric = to_yaml(config).encode(), rubric_for(config, run) if has_seed else None
     if rubric == run.rubric_in_force:
         rubric = None
@@ -187,13 +188,15 @@ def contents_now(
 
 
 def edited_files(stages: Sequence[Stage], made: Mapping[str, Manifest], config: Config, run: RunDir) -> Iterator[str]:
-    """Yield a line for each outside file whose content is another than the one that finished stages were made from."""
+    """Yield a line for each outside file whose content is another than the one that finished stages were made from,
+    unless a later round was made from it as it is now."""
     readers: dict[str, list[str]] = {}
     contents = contents_now(stages, made, config, run)
+    taken = {(key, value) for manifest in made.values() for key, value in manifest.config.items() if CONTENT in key}
     for stage in stages:
-        if stage.name in made:
-            now = config_of(stage, config) | contents[stage.name]
-            for path in edited(made[stage.name].config, now).values():
+        now = config_of(stage, config) | contents.get(stage.name, {})
+        for key, path in edited(made[stage.name].config, now).items() if stage.name in made else ():
+            if (key + CONTENT, now[key + CONTENT]) not in taken:
                 readers.setdefault(path, []).append(stage.name)
     for path, names in readers.items():
         yield (

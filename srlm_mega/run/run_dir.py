@@ -256,11 +256,8 @@ class RunDir:
     def adopt_attempt(self) -> None:
         """Make the attempt's configuration and provenance the run's. The report, which is out of date, is removed."""
         if self.attempt.is_dir():
-            for file in (
-                self.provenance_file,
-                self.rubric_file,
-                self.config_file,
-            ):  # the last one decides what is in force
+            files = (self.provenance_file, self.rubric_file, self.config_file)
+            for file in files:  # the last one decides what is in force
                 with suppress(FileNotFoundError):  # a kill came in between, or the rubric is the same
                     os.replace(self.attempt / file.name, file)
             self.report_file.unlink(missing_ok=True)

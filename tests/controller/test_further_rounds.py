@@ -102,6 +102,7 @@ def test_the_rubric_of_further_rounds_is_the_runs_own_copy(finished: RunDir) -> 
         assert finished.rubric_in_force == b"other {{instruction}} {{response}}"
         raise UserError("nothing was made")
     assert finished.rubric_in_force == first == b"rubric {{instruction}} {{response}}"
+    finished.begin_attempt(b"killed", b"", at_once=False, rubric=b"other {{instruction}} {{response}}")
     with attempted(longer, finished, at_once=False, has_seed=True):
         make(finished, longer, "M3/evaluation")
     assert finished.rubric_file.read_bytes() == b"other {{instruction}} {{response}}"
@@ -132,8 +133,12 @@ def test_a_files_content_decides_and_not_its_path(finished: RunDir, monkeypatch:
     with (here / "a.jsonl").open("a") as file:
         file.write('{"text": "one more"}\n')
     config = configured(here, "run.rounds=2")
-    (line,) = edited_files(plan(config), check_finished(plan(config), config, finished), config, finished)
+    made = check_finished(plan(config), config, finished)
+    (line,) = edited_files(plan(config), made, config, finished)
     assert "a.jsonl was edited since round_1/prompts was made from it" in line
+    make(finished, config)
+    made = check_finished(plan(config), config, finished)
+    assert list(edited_files(plan(config), made, config, finished)) == [], "round 2 was made from it as it is"
 
 
 def test_an_older_runs_seed_has_the_prompts_and_the_rubric(finished: RunDir) -> None:
