@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import assert_never
 
 from srlm_mega.config import Config
-from srlm_mega.config.launch import LaunchConfig, SlurmConfig
+from srlm_mega.config.launch import ContainerRuntime, LaunchConfig, SlurmConfig
 from srlm_mega.errors import CannotContinue, UserError
 from srlm_mega.launch.child_process import srlm_command
 from srlm_mega.launch.listening import LOOPBACK
@@ -60,13 +60,15 @@ class Rendezvous:
 
 @dataclass(frozen=True)
 class JobStep:
-    """A step of a Slurm allocation: its nodes, the folder of their logs, and its container (pyxis) if there is one,
-    which sees the working directory and `mounts`."""
+    """A step of a Slurm allocation: its nodes, the folder of their logs, and its container if there is one, which sees
+    the working directory, `mounts` and, if it needs them, the GPUs."""
 
     hosts: tuple[str, ...]
     logs: Path
     container: str | None
     mounts: tuple[Path, ...]
+    runtime: ContainerRuntime = "pyxis"
+    gpus: bool = True
 
 
 def start_ranks(config: Config, run: RunDir, name: str, arguments: Sequence[str], shared_file: Path) -> Start:
@@ -165,6 +167,8 @@ def job_step(config: Config, run: RunDir, allocation: Allocation, name: str) -> 
         logs=(run.jobs / str(allocation.job) / f"attempt_{allocation.attempt}" / name.replace("/", "-")).absolute(),
         container=slurm.container,
         mounts=(run.root, *slurm.mounts),
+        runtime=slurm.container_runtime,
+        gpus=config.trainer.device != "cpu",
     )
 
 
@@ -209,7 +213,7 @@ def ranks_in_step(
     """Return a command as ranks on all nodes of a step: one task per node, and torchrun in each. A node that does not
     see `shared_file` fails and says so. When a task fails, the others are ended."""
     task = ["bash", "-c", TASK, "task", str(shared_file), tool(bin_dir, "srlm"), *agent(launch, rendezvous, argv)]
-    return [*srun_step(step), "--kill-on-bad-exit=1", "--wait=60", *task]
+    return [*srun_step(step, "--kill-on-bad-exit=1", "--wait=60"), *task]
 
 
 def agent(launch: LaunchConfig, rendezvous: Rendezvous, argv: Sequence[str]) -> list[str]:
@@ -233,13 +237,13 @@ def process_in_step(argv: Sequence[str], step: JobStep) -> list[str]:
     return [*srun_step(replace(step, hosts=step.hosts[:1])), *argv]
 
 
-def srun_step(step: JobStep) -> list[str]:
+def srun_step(step: JobStep, *options: str) -> list[str]:
     """Return srun for one task per node, which has all of the node and is bound to no core: its ranks share it."""
     number = len(step.hosts)
-    container = pyxis(step.container, step.mounts, Path.cwd())
+    container = in_container(step.runtime, step.container, step.mounts, Path.cwd(), step.gpus)
     return [
         "srun", f"--nodes={number}", f"--ntasks={number}", "--ntasks-per-node=1", f"--nodelist={','.join(step.hosts)}",
-        "--export=ALL", "--cpu-bind=none", f"--output={literal(step.logs)}/%N.log", *container,
+        "--export=ALL", "--cpu-bind=none", f"--output={literal(step.logs)}/%N.log", *options, *container,
     ]  # fmt: skip
 
 
@@ -248,20 +252,46 @@ def literal(path: Path) -> str:
     return str(path).replace("%", "%%")
 
 
+def in_container(
+    runtime: ContainerRuntime, image: str | None, mounts: Sequence[Path], workdir: Path, gpus: bool
+) -> list[str]:
+    """Return the words that come between srun, with its options, and a command that runs in a container; none without
+    an image. UserError for folders whose names would be taken apart."""
+    match runtime:
+        case "pyxis":
+            return pyxis(image, mounts, workdir)
+        case "apptainer" | "singularity":
+            return [] if image is None else apptainer(runtime, image, mounts, workdir, gpus)
+        case other:
+            assert_never(other)
+
+
+def apptainer(program: str, image: str, mounts: Sequence[Path], workdir: Path, gpus: bool) -> list[str]:
+    """Return `apptainer exec`, or singularity's, in which only the folders, the GPUs and the variables are the host's.
+    Not run by this project."""
+    bound = ",".join(str(folder) for folder in seen_folders(mounts, workdir))
+    return [program, "exec", *(["--nv"] if gpus else []), "--no-home", f"--bind={bound}", f"--pwd={workdir}", image]
+
+
 def pyxis(container: str | None, mounts: Sequence[Path], workdir: Path) -> list[str]:
     """Return srun's options for a container that sees the working directory and `mounts`, and no home folder. UserError
     for folders whose names pyxis would take apart."""
     if container is None:
         return []
+    folders = ",".join(f"{folder}:{folder}" for folder in seen_folders(mounts, workdir))
+    return [f"--container-image={container}", f"--container-mounts={folders}", f"--container-workdir={workdir}",
+            "--no-container-mount-home"]  # fmt: skip
+
+
+def seen_folders(mounts: Sequence[Path], workdir: Path) -> tuple[Path, ...]:
+    """Return the folders that a container sees. UserError for a name that would be taken apart at commas and colons."""
     seen = (workdir, *(path.resolve() for path in mounts))
     for folder in seen:
         if "," in str(folder) or ":" in str(folder):
             raise UserError(
                 f"{folder}: a container cannot be given a folder with a comma or colon in its name; rename it"
             )
-    folders = ",".join(f"{folder}:{folder}" for folder in seen)
-    return [f"--container-image={container}", f"--container-mounts={folders}", f"--container-workdir={workdir}",
-            "--no-container-mount-home"]  # fmt: skip
+    return seen
 
 
 def gpu_request(slurm: SlurmConfig, number: int) -> str:

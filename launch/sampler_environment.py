@@ -20,7 +20,7 @@ from srlm_mega.launch.child_process import (
     TRAINING_SETTINGS,
     node_local,
 )
-from srlm_mega.launch.ranks import gpu_request, number_in, pyxis
+from srlm_mega.launch.ranks import gpu_request, in_container, number_in, seen_folders
 from srlm_mega.run.lock import TOKEN
 
 # Our own values of what is for training: with any other value a variable is the user's.
@@ -76,7 +76,7 @@ def check_sampler_environment(config: Config) -> None:
         )
     if sampler.slurm:
         try:
-            pyxis(sampler.container, sampler.mounts, Path.cwd())
+            seen_folders(sampler.mounts, Path.cwd()) if sampler.container is not None else ()
         except UserError as error:
             raise UserError(f"sampler.mounts: {error}") from None
         nodes = node_of(config.sampler_replicas - 1, config) + -(
@@ -99,8 +99,16 @@ def sampler_process(config: Config, arguments: Sequence[str], replica: int | Non
     if sampler.slurm:
         mpi = ["bash", "-c", LAUNCHER, "trtllm-llmapi-launch"] if sampler.traits.needs_mpi else []
         return [*srun_replica(config, replica), *mpi, program(config), *arguments]
-    container = [] if sampler.container is None else docker(config, sampler.container, replica)
+    container = [] if sampler.container is None else container_here(config, sampler.container, replica)
     return [*container, program(config), *arguments]
+
+
+def container_here(config: Config, image: str, replica: int | None) -> list[str]:
+    """Return the words before a command that runs in a container on this node."""
+    runtime, sampler = config.launch.slurm.container_runtime, config.sampler
+    if runtime == "pyxis":
+        return docker(config, image, replica)
+    return in_container(runtime, image, sampler.mounts, Path.cwd(), sampler.device != "cpu")
 
 
 def sampler_variables(inherited: Mapping[str, str], config: Config, replica: int | None) -> dict[str, str]:
@@ -158,7 +166,7 @@ def stop_containers(config: Config) -> None:
     """Stop the containers of all replicas on this node, for a process that ended before it could do so itself."""
     if config.sampler.container is not None and not config.sampler.slurm:
         for replica in range(config.sampler_replicas):
-            stop_container(docker(config, config.sampler.container, replica))
+            stop_container(container_here(config, config.sampler.container, replica))
 
 
 def stop_container(command: object) -> None:
@@ -191,7 +199,8 @@ def srun_replica(config: Config, replica: int | None) -> list[str]:
     argv += [] if replica is None else [f"--relative={node_of(replica, config)}"]
     argv += [] if sampler.device == "cpu" else [gpu_request(config.launch.slurm, on_node)]
     argv += ["--mpi=pmix"] if mpi else []
-    return [*argv, *pyxis(sampler.container, sampler.mounts, Path.cwd())]
+    runtime = config.launch.slurm.container_runtime
+    return [*argv, *in_container(runtime, sampler.container, sampler.mounts, Path.cwd(), sampler.device != "cpu")]
 
 
 def node_of(replica: int, config: Config) -> int:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 import re
 import shlex
 import shutil
@@ -19,7 +20,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from srlm_mega.config import Config
 from srlm_mega.config.file import check_outside_files, load_config, to_yaml
 from srlm_mega.errors import UserError
-from srlm_mega.launch.ranks import gpu_request, literal, pyxis
+from srlm_mega.launch.ranks import gpu_request, in_container, literal
 from srlm_mega.launch.sbatch_options import SbatchOption, read_options, replaced
 from srlm_mega.launch.time_limit import UNLIMITED, check_time_limit, seconds_of
 from srlm_mega.run.files import write_atomic
@@ -153,10 +154,12 @@ def render(job: SlurmJob) -> str:
         keep_trailing_newline=True,
     )
     templates.filters |= {"quoted": lambda value: shlex.quote(str(value)), "directive": directive}
-    container = pyxis(slurm.container, (job.run.root, *slurm.mounts), job.workdir)
+    mounts, gpus = (job.run.root, *slurm.mounts), job.config.trainer.device != "cpu"
+    container = in_container(slurm.container_runtime, slurm.container, mounts, job.workdir, gpus)
     return templates.get_template(SCRIPT.name).render(
         job=job,
         slurm=slurm,
+        secrets_file=None if slurm.secrets_file is None else job.workdir / slurm.secrets_file,
         replaced=tuple(replaced(job.options)),
         gpus=gpu_request(slurm, job.gpus_per_node) if job.gpus_per_node else None,
         log=f"{literal(job.run.jobs)}/%j.log",
@@ -273,6 +276,8 @@ def check_times(job: SlurmJob, kinds: Sequence[Partition]) -> None:
 def checked_script(job: SlurmJob) -> str:
     """Return the script. UserError, before anything is written, for all faults that can be known here at once."""
     check_outside_files(job.config)
+    if job.config.launch.slurm.secrets_file is not None:
+        check_secrets_file(job.workdir / job.config.launch.slurm.secrets_file, job.run.root)
     text = render(job)
     if shutil.which("sinfo") is not None:
         gpu_type = job.config.launch.slurm.gpu_type
@@ -280,6 +285,21 @@ def checked_script(job: SlurmJob) -> str:
         check_fits(job.option("partition"), job.nodes, job.gpus_per_node, kinds, gpu_type)
         check_times(job, kinds)
     return text
+
+
+def check_secrets_file(file: Path, run: Path) -> None:
+    """UserError, without a word of what is in it, for a file of secrets that others could read or a job could not."""
+    key = f"launch.slurm.secrets_file {file}"
+    if not file.is_file():
+        raise UserError(f"{key}: there is no such file; write lines NAME=value into one, and chmod 600 it")
+    if file.resolve().is_relative_to(run.resolve()):
+        raise UserError(f"{key} is in the run, which is copied and shown: keep it elsewhere")
+    if file.stat().st_uid != os.getuid() or file.stat().st_mode & 0o077:
+        raise UserError(f"{key} can be read by others than you: chmod 600 it")
+    for number, line in enumerate(file.read_text().splitlines(), start=1):
+        name, _, value = line.partition("=")
+        if line.strip() and not line.startswith("#") and not (name.isidentifier() and value and value[0] not in "'\""):
+            raise UserError(f"{key}, line {number} is not of the form NAME=value, without export and quotes")
 
 
 def write_job(job: SlurmJob, text: str) -> Path:

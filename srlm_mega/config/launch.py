@@ -9,6 +9,7 @@ from pydantic import Field, field_validator
 from srlm_mega.config.secrets_in_values import check_option, check_variable
 from srlm_mega.config.section import Section
 
+ContainerRuntime = Literal["pyxis", "apptainer", "singularity"]
 INTERFACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,14}")  # Linux holds 15 letters
 
 
@@ -45,7 +46,17 @@ class SlurmConfig(Section, decides="layout"):
         description="Full name of the interface of NCCL's and gloo's sockets, for example ib0; of several names, each "
         "node takes the first that it has.",
     )
-    container: str | None = Field(None, description="Image (pyxis) for stages; srlm run itself stays outside.")
+    secrets_file: Path | None = Field(
+        None,
+        description="File of lines NAME=value, such as WANDB_API_KEY=..., mode 0600 and outside of the run: the job "
+        "exports them, and copies nothing.",
+    )
+    container: str | None = Field(None, description="Image for stages; srlm run itself stays outside.")
+    container_runtime: ContainerRuntime = Field(
+        "pyxis",
+        description="Program that runs containers, the sampler's too: pyxis (without Slurm docker), or apptainer or "
+        "singularity.",
+    )
     mounts: tuple[Path, ...] = Field((), description="Folders that the container sees besides the working directory.")
 
     @property

@@ -3,7 +3,10 @@
 import re
 from urllib.parse import urlsplit
 
-EXPORT = "export it in the shell from which the job is submitted, which sbatch passes on"
+EXPORT = (
+    "put it as NAME=value into a file of mode 0600 outside of the run, named by launch.slurm.secrets_file; without "
+    "Slurm export it in the shell that starts srlm"
+)
 NAMES = re.compile(r"KEY|TOKEN(?!IZ)|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)  # TOKENIZERS_PARALLELISM is none
 
 

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from places import ROOT
 
 from srlm_mega.config import Config
 from srlm_mega.config.file import load_config
-from srlm_mega.config.launch import LaunchConfig
+from srlm_mega.config.launch import ContainerRuntime, LaunchConfig
 from srlm_mega.controller.loop import run_loop
 from srlm_mega.controller.stage_process import StageProcess, stage_command
 from srlm_mega.errors import CannotContinue, UserError
@@ -75,6 +76,21 @@ def test_a_step_has_one_task_per_node() -> None:
     boxed = process_in_step(["srlm", "stage"], JobStep(("n1", "n2"), Path("/l"), "image", (Path("/models"),)))
     assert {"--nodes=1", "--nodelist=n1", "--container-image=image", "--no-container-mount-home"} <= set(boxed)
     assert f"--container-mounts={Path.cwd()}:{Path.cwd()},/models:/models" in boxed
+
+
+@pytest.mark.parametrize("program", ["apptainer", "singularity"])
+def test_a_step_in_a_container_of_another_program(program: ContainerRuntime) -> None:
+    """It is a command in the step, and not options of srun; GPUs are for steps that use them."""
+    step = replace(STEP, container="train.sif", mounts=(Path("/models"),), runtime=program)
+    argv = ranks_in_step(None, ["srlm", "stage"], TWO_NODES, RENDEZVOUS, step, Path("/run/config.yaml"))
+    inside = [program, "exec", "--nv", "--no-home", f"--bind={Path.cwd()},/models", f"--pwd={Path.cwd()}", "train.sif"]
+    at = argv.index(program)
+    assert argv[at : at + len(inside) + 2] == [*inside, "bash", "-c"]
+    assert all(word.startswith("--") for word in argv[1:at]) and "--kill-on-bad-exit=1" in argv[1:at]
+    assert not any(word.startswith("--container") for word in argv)
+    assert "--nv" not in process_in_step(["srlm"], replace(step, gpus=False))
+    with pytest.raises(UserError, match="/data/a,b: a container cannot"):
+        process_in_step(["srlm"], replace(step, mounts=(Path("/data/a,b"),)))
 
 
 @pytest.mark.parametrize("name", ["a,b", "a:b"])

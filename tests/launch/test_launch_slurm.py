@@ -72,6 +72,14 @@ JOBS = {
         slurm_option("modules", ["cuda/12.8", "gcc/13"]),
         slurm_option("environment", {"NCCL_IB_HCA": "mlx5_0,mlx5_1", "NOTE": "it's $5"}),
     ),
+    "run_apptainer": job(
+        "run",
+        slurm_option("container", "/images/srlm training.sif"),
+        slurm_option("container_runtime", "apptainer"),
+        slurm_option("mounts", ["/models/Llama 2"]),
+        slurm_option("secrets_file", "/home/ann/.srlm secrets"),
+        slurm_option("network_interface", ["ib0", "ens5"]),
+    ),
     "run_container": job(
         "run",
         slurm_option("container", "nvcr.io#nvidia/pytorch:25.09-py3"),
@@ -247,6 +255,27 @@ def test_done(stage: Stage) -> None:
     assert "--export=ALL" in options and "--nodes=2" in options
     settings = (stage.folder / "environment").read_text().splitlines()
     assert {"NOTE=it's $5", "NCCL_SOCKET_IFNAME=ib0", "GLOO_SOCKET_IFNAME=ib0", "PYTHONSAFEPATH=1"} <= set(settings)
+
+
+@pytest.mark.timing
+def test_secrets_come_from_a_file_as_they_are(stage: Stage) -> None:
+    """Although the job's environment is clean; none of them is in what the job writes."""
+    file = stage.folder / "my secrets"
+    file.write_text('# mine\nWANDB_API_KEY=ab$HOME`id`=\n\nJUDGE_KEY=it\'s "it" ==')  # no last line break
+    file.chmod(0o600)
+    own = stage.job.config.launch.slurm.model_copy(update={"secrets_file": file})
+    launch = stage.job.config.launch.model_copy(update={"slurm": own})
+    job = replace(stage.job, config=stage.job.config.model_copy(update={"launch": launch}))
+    code, printed = stage.ended(replace(stage, job=job).start())
+    assert code == 0, printed
+    settings = (stage.folder / "environment").read_text().splitlines()
+    assert {"WANDB_API_KEY=ab$HOME`id`=", 'JUDGE_KEY=it\'s "it" =='} <= set(settings)
+    written = [path for path in job.run.root.rglob("*") if path.is_file()]
+    assert not any("ab$HOME" in path.read_text() for path in written) and "ab$HOME" not in printed + render(job)
+    (stage.folder / "arguments").unlink()
+    file.chmod(0o640)
+    code, printed = stage.ended(replace(stage, job=job).start())
+    assert code == 2 and "chmod 600" in printed and not (stage.folder / "arguments").exists()
 
 
 MODULE = """\

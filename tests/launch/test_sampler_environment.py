@@ -209,6 +209,17 @@ def test_a_containers_name_and_limits() -> None:
     assert "--gpus" not in " ".join(sampler_process(load_config(TOY, ["sampler.container=image"]), []))
 
 
+def test_a_sampler_in_apptainer() -> None:
+    """Here, and as a step: no docker, no option of pyxis."""
+    apptainer = ("launch.slurm.container_runtime=apptainer", "sampler.container=s.sif", "sampler.mounts=[/models]")
+    inside = f"apptainer exec --nv --no-home --bind={Path.cwd()},/models --pwd={Path.cwd()} s.sif"
+    here = sampler_process(config_of(*apptainer), ["replica"], 0)
+    assert " ".join(here) == f"{inside} srlm replica"
+    step = " ".join(sampler_process(config_of(*apptainer, "sampler.slurm=true"), ["replica"], 0))
+    assert step.startswith("srun ") and step.endswith(f"{inside} bash -c {LAUNCHER} trtllm-llmapi-launch srlm replica")
+    assert "--container" not in step
+
+
 # Of TensorRT-LLM 1.1 and before: words are split, and a command that fails leaves the leader alive.
 OLD = """#!/bin/bash
 set -e

@@ -243,6 +243,42 @@ def test_a_missing_file_is_said_before_submission(tmp_path: Path, monkeypatch: p
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("content", "mode", "message"),
+    [
+        ("KEY=hidden\n", 0o644, "can be read by others than you: chmod 600"),
+        ("KEY=hidden\n", 0o620, "can be read by others than you"),
+        ("A=1\nexport KEY=hidden\n", 0o600, "line 2 is not of the form NAME=value"),
+        ("KEY='hidden'\n", 0o600, "line 1 is not of the form NAME=value, without export and quotes"),
+        ("KEY\n", 0o600, "line 1 is not"),
+    ],
+)
+def test_a_file_of_secrets_that_is_none(
+    content: str, mode: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "secrets"
+    file.write_text(content)
+    file.chmod(mode)
+    with pytest.raises(UserError, match=message) as refused:
+        written(tmp_path / "run", monkeypatch, f"launch.slurm.secrets_file={file}")
+    assert "hidden" not in str(refused.value) and not (tmp_path / "run").exists()
+
+
+def test_a_file_of_secrets_is_elsewhere_and_is_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "secrets"
+    with pytest.raises(UserError, match="secrets: there is no such file"):
+        written(tmp_path / "run", monkeypatch, f"launch.slurm.secrets_file={file}")
+    file.write_text("# for tracking\nWANDB_API_KEY=hidden==\n")
+    file.chmod(0o600)
+    _, script = written(tmp_path / "run", monkeypatch, f"launch.slurm.secrets_file={file}")
+    assert not any("hidden==" in path.read_text() for path in script.parent.iterdir())
+    inside = tmp_path / "run/secrets"
+    inside.write_text("A=1\n")
+    inside.chmod(0o600)
+    with pytest.raises(UserError, match="is in the run"):
+        written(tmp_path / "run", monkeypatch, f"launch.slurm.secrets_file={inside}")
+
+
 def test_progress_in_one_line(tmp_path: Path) -> None:
     """Finished stages, checkpoints and shards: what an attempt may have added."""
     run = RunDir(tmp_path / "run")
