@@ -24,6 +24,7 @@ from srlm_mega.launch.slurm import ENVIRONMENT, SlurmJob, Template, directive, r
 GOLDEN = ROOT / "tests/golden"
 LAUNCH = str(Path(slurm.__file__).parent)
 TOY = Path(LAUNCH) / "configs/toy_cpu.yaml"
+BIG = Path(LAUNCH) / "configs/llama2_70b_64gpu.yaml"
 TWO_NODES = ("launch.nodes=2", "launch.processes_per_node=8", "trainer.device=cuda")
 SAMPLED = ("sampler.device=cuda", "sampler.slurm=true")
 
@@ -87,6 +88,17 @@ JOBS = {
         slurm_option("account", "physics"),
     ),
 }  # fmt: skip
+H100_STAGES: dict[Template, tuple[str, ...]] = {
+    "run": (), "train": ("M1",), "sample": ("round_1/candidates", "round_1/judgements"), "bench": (),
+}  # fmt: skip
+for h100_template, h100_stages in H100_STAGES.items():  # the largest preset on 8 nodes of 8 H100, as an admin reads it
+    h100_settings = {
+        "python": "/opt/srlm/bin/python", "partition": "h100", "account": "llm", "qos": "long", "time": "2-00:00:00",
+        "constraint": "ib", "gpu_type": "h100", "modules": ["slurm", "cuda/12.8"], "network_interface": "ib0",
+        "secrets_file": "/home/ann/.srlm_secrets", "sbatch_options": ["--mail-type=END,FAIL"],
+    }  # fmt: skip
+    h100_config = load_config(BIG, [slurm_option(name, value) for name, value in h100_settings.items()])
+    JOBS[f"h100_8x8_{h100_template}"] = SlurmJob(h100_template, h100_config, h100_stages, Path("/data"))
 
 
 def rendered(job: SlurmJob) -> str:
