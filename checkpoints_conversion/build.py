@@ -90,7 +90,7 @@ class MatrixWriter:
         """Fill the matrices of these tasks, and note each finished one in the journal."""
         files: dict[str, FileIO] = {}
         scratch = Scratch()
-        with Reader(self.source) as reader, (self.folder / JOURNAL).open("ab", buffering=0) as journal:
+        with Reader(self.source) as reader, (self.folder / JOURNAL).open("ab") as journal:
             for number, task in tasks:
                 for stored, start, count in self._blocks(task):
                     if stored.file not in files:
@@ -100,6 +100,7 @@ class MatrixWriter:
                     _write_at(files[stored.file].fileno(), block, stored.offset + start * stored.row_bytes)
                     report(block.nbytes)
                 journal.write(f"{number}\n".encode())
+                journal.flush()
 
     def _blocks(self, task: Task) -> list[tuple[Stored, int, int]]:
         """Return a task's blocks as (matrix, first row, rows); those of the same source rows follow one another."""
@@ -174,7 +175,8 @@ def building(
                 path.unlink() if path.is_file() else shutil.rmtree(path)
             for output in plan.outputs:
                 allocate(folder / output.name, output)
-            (folder / JOURNAL).write_text(signature + "\n")
+        # Without a line that was cut off: the next one would be joined to it.
+        (folder / JOURNAL).write_text("\n".join([signature, *map(str, sorted(done or ())), ""]))
         yield MatrixWriter(source, plan, folder, block_bytes), done or set()
         for name, content in plan.texts.items():
             (folder / name).write_bytes(content)
@@ -212,7 +214,8 @@ def allocate(path: Path, output: OutputFile) -> None:
         except OSError as error:  # as a rule a full disk, and the system does not say which file it was
             raise OSError(error.errno, f"{error.strerror} ({output.size:,} bytes are needed)", str(path)) from None
         for offset, content in output.constants:
-            os.pwrite(file.fileno(), content, offset)
+            file.seek(offset)
+            file.write(content)  # all of it, where os.pwrite may write a part
 
 
 def give_name(folder: Path, destination: Path) -> None:

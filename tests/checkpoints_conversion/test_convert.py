@@ -418,6 +418,19 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert prove(source, there(source, tmp_path / "out", Kind.TRTLLM), no_bar)  # the same command goes on
 
 
+def test_writes_of_a_part_of_what_they_are_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rest follows: of headers too, whose end was left out."""
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda file, content, position: pwrite(file, content[:100], position))
+    source = model(tmp_path / "model")
+    assert prove(source, there(source, tmp_path / "out", Kind.HUGGINGFACE), no_bar)
+    monkeypatch.undo()
+    again = model(tmp_path / "whole")
+    assert {path.name: path.read_bytes() for path in source.iterdir()} == {
+        path.name: path.read_bytes() for path in again.iterdir()
+    }
+
+
 def test_memory_that_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No block that is read is larger than the budget allows, or one row."""
     largest = 0
