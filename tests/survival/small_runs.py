@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from interruptions import MARK, Interruption, interrupt, orphans, wait_for_momen
 from test_main_road import contents
 
 SRLM = str(Path(sys.executable).parent / "srlm")
-TRACEBACK = "Traceback (most recent call last)"
+TRACEBACK = re.compile(r'Traceback \(most recent|^ +File ".*", line \d', re.MULTILINE)  # its end may be shown alone
 PYTHONS_OWN = "init_import_site"  # Ctrl-C before Python has begun with us
 ENDS = {-9, 0, 1, 4, -15, -2, 130}  # killed; too late; crashed; stopped; before it was ready to answer a signal
 TURN = 20  # trials, before the same begins with other numbers
@@ -55,7 +56,7 @@ class Trial:
     @property
     def tracebacks(self) -> list[str]:
         """What commands printed that ended in one."""
-        return [text for text in self.outputs if TRACEBACK in text and PYTHONS_OWN not in text]
+        return [text for text in self.outputs if TRACEBACK.search(text) and PYTHONS_OWN not in text]
 
     def start(self, **environment: str) -> "subprocess.Popen[bytes]":
         """`srlm run`, marked with all that it starts."""
