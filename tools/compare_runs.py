@@ -1,9 +1,11 @@
 """`srlm compare`: the final tables of several runs in one, as Markdown; for seeds and controls."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
+from srlm_mega.errors import CannotContinue
 from srlm_mega.evaluation.intervals import Interval
 from srlm_mega.report.headlines import ACCURACY, QUALITY, Scale, findings
 from srlm_mega.report.summary import ModelSummary, build_summary
@@ -18,8 +20,14 @@ SHARE = Scale(1, 3, "")
 
 def comparison(runs: Sequence[Path]) -> str:
     """Return one row per run and model, each run's findings, and the mean change over the runs from the first model to
-    the last."""
-    tables = {run.name: build_summary(run) for run in runs}
+    the last. Runs of the same name are told apart by their paths. CannotContinue when none has an evaluated model."""
+    names = Counter(run.name for run in runs)
+    tables = {run.name if names[run.name] == 1 else str(run): build_summary(run) for run in runs}
+    if not any(table.models for table in tables.values()):
+        raise CannotContinue(
+            f"no model of {', '.join(map(str, runs))} is evaluated yet, so there is nothing to compare: `srlm run` "
+            "makes the evaluations, `srlm status RUN` says how far it is"
+        )
     rows = [(run, name, *cells(row)) for run, table in tables.items() for name, row in table.models.items()]
     newest = [list(table.models.values())[-1].intervals for table in tables.values() if table.models]
     quality = mean_gain([one.quality_change for one in newest], QUALITY)

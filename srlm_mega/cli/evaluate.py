@@ -92,9 +92,13 @@ def described(comparison: "Comparison") -> str:
 @evaluate_app.command("lengths")
 def lengths(run: SoundRunFolder) -> None:
     """Print lengths of responses, by model and by round. A round has those of chosen and rejected responses."""
+    from srlm_mega.errors import CannotContinue
     from srlm_mega.evaluation.run_tables import length_lines
 
-    print("\n".join(length_lines(run)))
+    lines = list(length_lines(run))
+    if not lines:
+        raise CannotContinue(f"no model of {run} is evaluated yet, so there are no lengths: `srlm run` evaluates them")
+    print("\n".join(lines))
 
 
 @export_app.command("alpaca_eval")

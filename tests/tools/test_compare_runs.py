@@ -1,10 +1,14 @@
 """`srlm compare`: several runs in one table."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 from fake_run import make_run
+from typer.testing import CliRunner
 
+from srlm_mega.cli.main import app
+from srlm_mega.errors import CannotContinue
 from srlm_mega.evaluation.intervals import Interval
 from srlm_mega.report.headlines import ACCURACY, QUALITY
 from srlm_mega.tools.compare_runs import bracketed, comparison, mean_gain, share
@@ -25,6 +29,22 @@ def test_every_figure_stands_with_its_interval_and_prompts(tmp_path: Path) -> No
     assert "95 % intervals over prompts" in text and "Chance is .500" in text
     assert "a: Sampled quality by ground truth rises from 3.27 to 4.28" in text
     assert "mean of 2 run(s): sampled quality +1.01 (runs +1.01 to +1.01), judge accuracy +1.5 points (runs" in text
+
+
+def test_runs_of_the_same_name_are_two_runs(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name / "toy", rounds=1) for name in ("a", "b")]
+    text = comparison(runs)
+    assert all(f"| {run} | M2 | 4.28" in text for run in runs) and "mean of 2 run(s)" in text
+
+
+def test_no_result_is_no_success(tmp_path: Path) -> None:
+    """Of runs that have evaluated nothing."""
+    run = make_run(tmp_path / "toy", rounds=1)
+    for evaluated in run.glob("M*/evaluation"):
+        shutil.rmtree(evaluated)
+    for argv in (["compare", str(run), str(run)], ["evaluate", "lengths", str(run)]):
+        error = CliRunner().invoke(app, argv).exception
+        assert isinstance(error, CannotContinue) and f"no model of {run}" in str(error), argv
 
 
 def test_shares_have_no_leading_zero() -> None:
