@@ -12,7 +12,7 @@ def listening_socket(host: str, port: int) -> socket.socket:
     """Return a socket that listens at the address that `host` has on this machine. A name that leads here to 127.0.x.x
     or to another machine's address says nothing about where other nodes call: then it listens everywhere. OSError when
     the port is taken."""
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM) if host != EVERYWHERE else []
     for family, _, _, _, place in found:
         address = ipaddress.ip_address(str(place[0]).partition("%")[0])
         if address.is_loopback and host not in ("localhost", str(place[0])):
@@ -20,6 +20,8 @@ def listening_socket(host: str, port: int) -> socket.socket:
         try:
             return socket.create_server((str(place[0]), port), family=family, backlog=BACKLOG)
         except OSError as error:
-            if error.errno != errno.EADDRNOTAVAIL:
+            if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
                 raise
-    return socket.create_server((EVERYWHERE, port), backlog=BACKLOG)
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    return socket.create_server(("", port), family=family, backlog=BACKLOG, dualstack_ipv6=both)

@@ -7,7 +7,7 @@ One process per node. Every wait has a limit, and a node that does not call is n
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from uuid import uuid4
@@ -63,7 +63,8 @@ def run_preflight(
     write_atomic(out / ATTEMPT, attempt.encode())
     others = len(node.names) - 1
     roll_call = open_roll_call(node, attempt, job_token(arguments)) if others else None
-    with ThreadPoolExecutor(1) as pool:  # calls are answered while this node checks itself
+    # Calls are answered while this node checks itself; Ctrl-C does not wait for them.
+    with ThreadPoolExecutor(1) as pool, closing(roll_call) if roll_call else nullcontext():
         called = pool.submit(roll_call.gather, others, settings.report_seconds) if roll_call else None
         own = look(config, node)
         write_report(out, own, attempt)

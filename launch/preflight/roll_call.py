@@ -98,7 +98,7 @@ class RollCall:
 
     def __init__(self, listener: socket.socket, attempt: str, token: str) -> None:
         self._listener, self._attempt, self._token = listener, attempt, token
-        self._callers: queue.Queue[Caller] = queue.Queue()
+        self._callers: queue.Queue[Caller | None] = queue.Queue()
         self._strangers = threading.BoundedSemaphore(STRANGERS)
         self._over = threading.Event()
         self._said: set[str] = set()
@@ -113,14 +113,21 @@ class RollCall:
                 caller = self._callers.get(timeout=left)
             except queue.Empty:
                 break
+            if caller is None:
+                break
             if caller.rank in callers:
                 callers[caller.rank].connection.close()
             callers[caller.rank] = caller
+        self.close()
+        return [callers[rank] for rank in sorted(callers)]
+
+    def close(self) -> None:
+        """Take no more calls; a `gather` of another thread ends."""
         self._over.set()
+        self._callers.put(None)
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)  # `close` alone does not wake who waits in `accept`
         self._listener.close()
-        return [callers[rank] for rank in sorted(callers)]
 
     def _accept(self, others: int, deadline: float) -> None:
         while not self._over.is_set():

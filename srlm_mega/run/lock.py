@@ -52,8 +52,10 @@ def held(path: Path, or_by_starter: bool) -> Iterator[None]:
         except BlockingIOError:
             free = False
         other = holder_in(path)
-        if or_by_starter and other is not None and other.token == os.environ.get(TOKEN):
-            yield  # also where a file system does not show the starter's lock on other nodes
+        started_by_it = or_by_starter and other is not None and other.token == os.environ.get(TOKEN)
+        # Some file systems do not show a lock on other nodes. On its own, a holder whose lock is free has ended.
+        if started_by_it and not (free and other is not None and other.host == socket.gethostname()):
+            yield
             return
         if not free:
             where = path.parent if other is None else f"{path.parent} ({other})"
@@ -64,6 +66,7 @@ def held(path: Path, or_by_starter: bool) -> Iterator[None]:
         file.truncate(0)
         file.write(orjson.dumps(asdict(own)))
         file.flush()
+        os.fsync(file.fileno())  # for processes on other nodes that read it over NFS
         os.environ[TOKEN] = own.token
         try:
             yield

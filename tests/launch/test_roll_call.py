@@ -165,6 +165,16 @@ def test_another_service_at_the_port_is_not_node_0(said: bytes) -> None:
         thread.join()
 
 
+def test_who_is_interrupted_does_not_wait_for_calls() -> None:
+    roll_call, _ = listening()
+    found: list[list[module.Caller]] = []
+    thread = threading.Thread(target=lambda: found.append(roll_call.gather(1, 600)))
+    thread.start()
+    roll_call.close()
+    thread.join()
+    assert found == [[]]
+
+
 def test_a_call_that_nobody_answers_ends() -> None:
     with pytest.raises(OSError):
         call("127.0.0.1", free_port(), 1, "token", 0.5)

@@ -1,11 +1,13 @@
 """One controller, or one stage that a person started, works in a run folder; the others are told who it is."""
 
+import json
 import os
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -62,8 +64,13 @@ def test_who_holds_the_lock_is_said_and_only_its_own_processes_pass(
     # The variable is left in a shell, and its owner was killed: whoever comes holds the lock alone.
     with run.lock(or_by_starter=True):
         monkeypatch.setenv(TOKEN, "another")
-        with pytest.raises(UserError, match="another srlm run or stage works in"), run.lock(or_by_starter=True):
+        with pytest.raises(UserError, match=rf"process {os.getpid()} on "), run.lock(or_by_starter=True):
             pass
+    path = run.root / LOCK  # of a holder on another node, whose lock does not show here
+    path.write_text(json.dumps({**asdict(known), "host": "another"}))
+    monkeypatch.setenv(TOKEN, known.token)
+    with run.lock(or_by_starter=True):
+        assert holder_in(path) is not None and os.environ[TOKEN] == known.token, "it is still the holder's"
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"token": 1}', "\x00\xff"])

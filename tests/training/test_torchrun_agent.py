@@ -23,7 +23,8 @@ if dist.get_rank() == 0:
     agent = psutil.Process().parent()
     found = [one.laddr.ip for process in (agent, *agent.children(recursive=True))
              for one in process.net_connections() if one.status == psutil.CONN_LISTEN]
-    open(sys.argv[1], "wb").write(orjson.dumps([total.item(), found, os.environ["SRLM_PARENT_PID"] == str(agent.pid)]))
+    open(sys.argv[1], "wb").write(orjson.dumps([total.item(), found, 
+                os.environ["SRLM_PARENT_PID"] == str(agent.pid) and "TORCHELASTIC_RUN_ID" in os.environ]))
 dist.barrier()
 """
 
