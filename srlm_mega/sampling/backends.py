@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import assert_never
 
 from srlm_mega.checkpoints_conversion.huggingface_files import INDEX, WEIGHTS, files_by_tensor
+from srlm_mega.checkpoints_conversion.safetensors_file import read_header
 from srlm_mega.config.runtime import SamplerConfig
+from srlm_mega.errors import UserError
 from srlm_mega.sampling.sampler import Sampler
 
 # vLLM and what it imports read these when they are imported.
@@ -19,15 +21,24 @@ VLLM_SETTINGS = {
 }
 
 
+def check_weights(folder: Path) -> None:
+    """Raise UserError, with the file, for weights that cannot be read, or in whose place the trainer reads others."""
+    try:
+        for file in sorted(set(files_by_tensor(folder).values())):
+            read_header(folder / file)
+    except ValueError as error:  # checkpoints_conversion does not import UserError
+        raise UserError(str(error)) from None
+
+
 def open_sampler(config: SamplerConfig, model_folder: Path, end_ids: tuple[int, ...]) -> Sampler:
     """Load a model with the configured backend.
 
     `model_folder` is a Hugging Face folder, or an engine's folder for the backend trtllm_engine; `end_ids` are the end
-    tokens. UserError or ValueError when the folder does not fit the backend, or holds two models; AssertionError names
-    an unknown backend.
+    tokens. UserError or ValueError when the folder does not fit the backend, is damaged, or holds two models;
+    AssertionError names an unknown backend.
     """
     if any((model_folder / name).is_file() for name in (WEIGHTS, INDEX)):
-        files_by_tensor(model_folder)  # refuses a folder of which the trainer would read other weights
+        check_weights(model_folder)
     # The backends' packages exclude one another, so each is imported only where it was chosen.
     match config.backend:
         case "huggingface":

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from srlm_mega.errors import UserError
 from srlm_mega.records import FinishReason
 from srlm_mega.sampling.growing_cache import GrowingLayer, growing_cache, rows_appended
 from srlm_mega.sampling.sampler import Answer, Completion, ModelLimits, Request, SamplingParams
@@ -57,13 +58,23 @@ class HuggingFaceSampler:
     def __init__(
         self, model_folder: Path, end_ids: tuple[int, ...], device: Literal["auto", "cpu", "cuda"], batch_size: int
     ) -> None:
-        """Load the model. ValueError when the folder lacks some of its weights."""
+        """Load the model. UserError when transformers does not load the folder, ValueError when it lacks weights."""
         self._device = torch.device(automatic_device() if device == "auto" else device)
         self._end_ids = end_ids
         self._batch_size = batch_size
-        model, report = AutoModelForCausalLM.from_pretrained(
-            str(model_folder), dtype="auto", local_files_only=True, output_loading_info=True
-        )
+        try:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                str(model_folder),
+                dtype="auto",
+                local_files_only=True,
+                trust_remote_code=False,  # nor ask for it
+                output_loading_info=True,
+            )
+        except RuntimeError:  # the device's
+            raise
+        except Exception as error:  # a damaged folder ends in any
+            said = " ".join(str(error).split())[:300]
+            raise UserError(f"{model_folder} is no model that transformers loads ({said}): download it again") from None
         # transformers only warns about these, and fills them with random weights.
         if report["missing_keys"] or report["mismatched_keys"]:
             raise ValueError(

@@ -22,6 +22,9 @@ from srlm_mega.checkpoints_conversion.huggingface import open_weights, write_fol
 from srlm_mega.checkpoints_conversion.json_files import bounded_lines
 from srlm_mega.checkpoints_conversion.model_folder import check_model_folder
 from srlm_mega.config.outside_models import shape_in
+from srlm_mega.config.runtime import SamplerConfig
+from srlm_mega.errors import UserError
+from srlm_mega.sampling.backends import open_sampler
 from srlm_mega.sampling.sampler import ModelLimits
 
 VOCABULARY = replace(SHAPE, vocab_size=128)
@@ -322,6 +325,37 @@ def test_configurations_of_engines(folder: Path, tmp_path: Path, change: dict[st
     (out / "config.json").write_bytes(orjson.dumps(content))
     with pytest.raises(ValueError, match=r"out/config\.json|rank1\.safetensors"):
         open_checkpoint(out)
+
+
+def load(folder: Path) -> None:
+    """Load a folder to sample it, as a model or judge from outside is in a comparison."""
+    open_sampler(SamplerConfig(device="cpu"), folder, end_ids=(2,)).close()
+
+
+OUTSIDE: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "a cut file": (SHARD, lambda file: file.write_bytes(file.read_bytes()[:-1])),
+    "no header": (SHARD, lambda file: file.write_bytes(b"\xff" * 99)),
+    "tensors that overlap": (SHARD, lambda file: with_header(file, lambda header: moved(first(header), 8))),
+    "a list of files": (INDEX, lambda file: file.write_bytes(b"[]")),
+    "a file elsewhere": (INDEX, lambda file: file.write_bytes(b'{"weight_map": {"model.norm.weight": "../x"}}')),
+    "a list": ("config.json", lambda file: file.write_bytes(b"[]")),
+    "no UTF-8": ("config.json", lambda file: file.write_bytes(b'{"a": "\xff"}')),
+    "another type": ("config.json", lambda file: file.write_bytes(file.read_bytes().replace(b": 32", b': "x"'))),
+    "another architecture": ("config.json", lambda file: file.write_bytes(b'{"model_type": ["llama"]}')),
+    "code of its own": (
+        "config.json",
+        lambda file: file.write_bytes(b'{"model_type": "own", "auto_map": {"AutoConfig": "x.X"}, "vocab_size": 1}'),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_a_model_from_outside_that_is_sampled(folder: Path, name: str) -> None:
+    file, change = OUTSIDE[name]
+    change(folder / file)
+    with pytest.raises(UserError) as error:
+        load(folder)
+    assert str(folder) in str(error.value) and len(str(error.value)) < 2000 and "\n" not in str(error.value)
 
 
 def test_a_line_without_end_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
