@@ -81,7 +81,8 @@ def run_loop(
         for name in made:
             run.remove_leftovers(name)
         for stage in doomed:  # the last one goes first: a kill in between leaves a run that can resume
-            display.print_line(run.remove(stage.name))
+            if said := run.remove(stage.name, redone):
+                display.print_line(said)
         if not missing:
             return 0
         run.stop_file.unlink(missing_ok=True)  # left by the request that ended the run before

@@ -26,7 +26,7 @@ def discard(path: Path) -> None:
     """Remove a folder with its content, a file, or a link without what it points to; do nothing where there is none."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
-    else:
+    elif os.path.lexists(path):
         path.unlink(missing_ok=True)
 
 

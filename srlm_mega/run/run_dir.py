@@ -7,7 +7,7 @@ last, and renamed: what has its final name is whole. What is finished is exactly
 import fnmatch
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -278,10 +278,14 @@ class RunDir:
         """Tell whether there is an output of a stage, finished or begun."""
         return any(os.path.lexists(path) for path in (self.output(stage), self.partial(stage)))
 
-    def remove(self, stage: str) -> str:
+    def remove(self, stage: str, redone: Collection[str] = ()) -> str:
         """Remove what there is of an output, begun or finished, and everything nested in it (for --redo), but of a link
-        not what it points to. Return what was removed, in words."""
+        not what it points to. Return what was removed, in words; nothing where there is none, or it lies behind the
+        link of one of `redone`."""
         output, partial = self.output(stage), self.partial(stage)
+        behind = any(self.output(str(one)).is_symlink() for one in Path(stage).parents if str(one) in redone)
+        if behind or not self.has(stage):
+            return ""
         if output.is_symlink():
             said = f"removed the link {output}; {os.readlink(output)}, where it pointed, is kept"
         else:

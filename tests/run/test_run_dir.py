@@ -286,6 +286,24 @@ def test_redo_of_a_folder_that_is_none(tmp_path: Path, kind: str, partial: bool)
     run.verify(IDENTITY_A.stage, quick=False)
 
 
+def test_redo_removes_nothing_behind_a_link_but_a_stage_there(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    for name in ("M1", "M1/evaluation"):
+        make_output(run, Identity(name, {}, {}))
+    run.output("M1").rename(tmp_path / "moved")
+    run.output("M1").symlink_to(tmp_path / "moved")
+    redone = {"M1", "M1/evaluation", "M1/sampler_weights"}
+    assert [run.remove(name, redone) for name in ("M1/sampler_weights", "M1/evaluation")] == ["", ""]
+    assert "removed the link" in run.remove("M1", redone) and (tmp_path / "moved/evaluation" / MANIFEST).exists()
+    run.output("M1").symlink_to(tmp_path / "moved")
+    assert run.remove("M1/evaluation", {"M1/evaluation"}) == f"removed {run.output('M1/evaluation')}"
+    assert not (tmp_path / "moved/evaluation").exists() and run.manifest("M1") is not None
+    run.output("M1").unlink()
+    run.output("M1").write_text("")
+    run.sweep(["M1", "M1/evaluation"])
+    assert run.remove("M1/evaluation", redone) == "" and run.remove("M1", redone)
+
+
 def test_an_unfinished_stage_moved_and_linked_back_resumes(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     partial = run.begin(IDENTITY_A, resumable=True)
