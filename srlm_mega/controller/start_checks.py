@@ -1,6 +1,6 @@
 """What a run is refused for before its first stage: everything from outside that the stages to be made will read."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -9,6 +9,7 @@ from srlm_mega.config import Config
 from srlm_mega.config.file import check_endpoints, check_outside_files, check_trackers, read_yaml
 from srlm_mega.config.knobs import flat, knobs
 from srlm_mega.controller.stage_process import check_sampler
+from srlm_mega.errors import UserError
 from srlm_mega.judging.template import load_template
 from srlm_mega.run.identity import RUBRIC, within
 from srlm_mega.run.plan import Stage
@@ -34,10 +35,30 @@ def check_start(missing: Sequence[Stage], finished: frozenset[str], config: Conf
 
         with redirect_stdout(StringIO()):  # which template it takes is for the log of the stage
             read_chat(config.model)
+    check_sampled_models(read, config)
     check_given_prompts(missing, finished, config, run)
     check_endpoints(config)
     check_trackers(config)
     check_sampler(missing, config)
+
+
+def check_sampled_models(read: Collection[str], config: Config) -> None:
+    """Raise UserError if an outside model that is only sampled, a writer of prompts or a local judge, has a tokenizer
+    or a chat template that cannot be used, or a writer was converted and not verified."""
+    writer, judges = config.prompts.writer, config.pairwise_judges.items()
+    folders = {f"{section}.model": Path(judge.model) for section, judge in judges if judge.endpoint is None}
+    if isinstance(writer, Path) and config.prompts.generator == "self_instruct":
+        folders["prompts.writer"] = writer
+    for key in folders.keys() & read:
+        from srlm_mega.chat import Chat  # it loads tokenizers, which nothing else here needs
+        from srlm_mega.checkpoints_conversion.verify import check_verified
+
+        try:
+            if key == "prompts.writer" and not config.model.allow_unverified:
+                check_verified(folders[key])
+            Chat.from_folder(folders[key])
+        except ValueError as error:
+            raise UserError(f"{key}: {error}") from None
 
 
 def keys_read_by(missing: Sequence[Stage]) -> set[str]:

@@ -84,7 +84,7 @@ def run_stage(run: RunDir, samplers: Samplers, stage: Stage) -> int:
     progress = Progress(run.progress_file(stage.name))
     try:
         if run.manifest(stage.name) is not None:
-            raise UserError(f"{run.output(stage.name)} is finished. Make it again: srlm run ... --redo {stage.name}")
+            raise UserError(f"{run.output(stage.name)} is finished. Make it again: srlm run ... {run.redo(stage.name)}")
         work = Work(run, samplers.config, stage, run.partial(stage.name), progress, samplers)
         with naming(work.out):  # where nothing says which of its files it was
             if stage.kind.parallel:

@@ -43,7 +43,7 @@ def loaded_folder(work: Work, model: str) -> Path:
     try:  # the process has just compared every byte with the manifest
         check_has_proof(work.read(stage, CHECKPOINT if is_engine else FOLDER))
     except ValueError as error:
-        raise UserError(f"{error}; or make it again: srlm run ... --redo {stage}") from None
+        raise UserError(f"{error}; or make it again: srlm run ... {work.run.redo(stage)}") from None
     return work.read(stage, ENGINE if is_engine else FOLDER)
 
 

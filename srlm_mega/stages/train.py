@@ -185,7 +185,7 @@ def check_reference(work: Work) -> None:
         if trained_with[what] != value:
             raise UserError(
                 f"{work.run.output(name)} was computed with another {what}: {value}, here it is {trained_with[what]}. "
-                f"Compute it again: the same `srlm run` command with --redo {name}"
+                f"Compute it again: the same `srlm run` command with {work.run.redo(name)}"
             )
 
 

@@ -113,6 +113,7 @@ def outside(tmp_path: Path, *overrides: str) -> Config:
     [
         (["prompts.writer={}/none"], r"prompts\.writer: there is no .*none"),
         (["prompts.writer={}/bare"], r"prompts\.writer: .*bare has no weights"),
+        (["prompts.writer={}/dumb"], r"prompts\.writer: .*dumb/tokenizer\.json cannot be read"),
         (["prompts.writer={}/mute"], r"prompts\.writer: .*mute has no tokenizer\.json"),
         (
             ["evaluation.pairwise=true", "evaluation.pairwise_judge.model={}/empty"],
@@ -132,6 +133,7 @@ def outside(tmp_path: Path, *overrides: str) -> Config:
 def test_what_is_outside_is_refused_before_the_first_stage(tmp_path: Path, given: list[str], said: str) -> None:
     folder_of(tmp_path / "empty")
     folder_of(tmp_path / "bare", "config.json", "tokenizer.json")
+    folder_of(tmp_path / "dumb", "config.json", "tokenizer.json", "model.safetensors")
     folder_of(tmp_path / "mute", "config.json", "model.safetensors")
     (tmp_path / "text.txt").write_text("no placeholder, no JSON")
     with pytest.raises(UserError, match=said):
