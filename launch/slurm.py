@@ -20,10 +20,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from srlm_mega.config import Config
 from srlm_mega.config.file import check_outside_files, load_config, to_yaml
 from srlm_mega.errors import UserError
+from srlm_mega.launch.outside_inputs import check_inputs
 from srlm_mega.launch.ranks import gpu_request, in_container, literal
 from srlm_mega.launch.sbatch_options import SbatchOption, read_options, replaced
 from srlm_mega.launch.time_limit import UNLIMITED, check_time_limit, seconds_of
 from srlm_mega.run.files import write_atomic
+from srlm_mega.run.identity import check_unchanged
+from srlm_mega.run.plan import plan
 from srlm_mega.run.run_dir import RunDir
 
 Template = Literal["run", "train", "sample", "bench"]
@@ -276,6 +279,9 @@ def check_times(job: SlurmJob, kinds: Sequence[Partition]) -> None:
 def checked_script(job: SlurmJob) -> str:
     """Return the script. UserError, before anything is written, for all faults that can be known here at once."""
     check_outside_files(job.config)
+    check_inputs(job.config, job.run.root, job.workdir)
+    if job.template != "bench":
+        check_begun(job)
     if job.config.launch.slurm.secrets_file is not None:
         check_secrets_file(job.workdir / job.config.launch.slurm.secrets_file, job.run.root)
     text = render(job)
@@ -285,6 +291,14 @@ def checked_script(job: SlurmJob) -> str:
         check_fits(job.option("partition"), job.nodes, job.gpus_per_node, kinds, gpu_type)
         check_times(job, kinds)
     return text
+
+
+def check_begun(job: SlurmJob) -> None:
+    """UserError when the run was begun with another configuration, on which `srlm run` would end. What is sampled is
+    left to it: on CPUs the number of threads counts, which is that of the nodes."""
+    for stage in plan(job.config):
+        if not stage.kind.samples and job.run.manifest(stage.name) is not None:
+            check_unchanged(stage, job.config, job.run)
 
 
 def check_secrets_file(file: Path, run: Path) -> None:

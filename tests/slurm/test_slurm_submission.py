@@ -39,6 +39,23 @@ def test_two_submissions_of_one_run(slurm: Cluster, tmp_path: Path) -> None:
     slurm.said("scancel", "--user=root")
 
 
+def test_a_job_without_its_modules_ends(slurm: Cluster, tmp_path: Path) -> None:
+    """Here no node has the command `module`."""
+    code, printed, said = launched(slurm, tmp_path / "run", "--submit", 'launch.slurm.modules=["cuda/12.8"]')
+    assert code == 0, said
+    job = slurm.finished(int(printed.split()[1].rstrip(":")))
+    log = (tmp_path / f"run/slurm/{job.id}.log").read_text()
+    assert job.state == "FAILED" and job.restarts == 0 and "module is no command on " in log, log
+    assert "preflight" not in log, log
+
+
+def test_an_empty_file_does_not_wait_in_the_queue(slurm: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").touch()
+    data = ["prompts.generator=file", f"prompts.path={tmp_path}/prompts.jsonl"]
+    code, _, said = launched(slurm, tmp_path / "run", "--submit", *data)
+    assert code == 2 and "prompts.jsonl is empty (0 bytes)" in said and not (tmp_path / "run").exists(), said
+
+
 def test_a_limit_of_two_minutes(slurm: Cluster, tmp_path: Path) -> None:
     code, _, said = launched(slurm, tmp_path / "run", "--submit", "--time=2:00")
     assert code == 2 and "launch.slurm.time=2:00 is 120 s, and an attempt that comes further needs 478 s" in said, said

@@ -1,0 +1,116 @@
+"""Files from outside that a job will read, looked at before it waits in a queue; what its containers see of them."""
+
+import gzip
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from srlm_mega.checkpoints_conversion.huggingface_files import read_json, stored_tensors
+from srlm_mega.checkpoints_conversion.llama import LlamaShape
+from srlm_mega.config import Config
+from srlm_mega.config.file import outside_path
+from srlm_mega.errors import UserError
+from srlm_mega.launch.ranks import seen_folders
+
+
+def check_inputs(config: Config, run: Path, workdir: Path) -> None:
+    """UserError with a list of what is empty or broken among the files that a configuration names, and of what a
+    container would not see. Headers and first lines are read, which takes milliseconds."""
+    models, files = model_folders(config), data_files(config)
+    found = [f"{key}: {problem}" for key, path in models.items() for problem in model_problems(workdir / path)]
+    found += [f"{key}: {problem}" for key, path in files.items() for problem in file_problems(workdir / path)]
+    slurm, sampler = config.launch.slurm, config.sampler
+    if slurm.container is not None:
+        seen = seen_folders((run, *slurm.mounts), workdir)
+        found += unseen(models | files, workdir, seen, "launch.slurm.container", "launch.slurm.mounts")
+    if sampler.container is not None:
+        seen = seen_folders(sampler.mounts, workdir)
+        found += unseen(models | {"run.dir": run}, workdir, seen, "sampler.container", "sampler.mounts")
+    if found:
+        raise UserError("the job would fail after its wait in the queue:" + "".join(f"\n  - {line}" for line in found))
+
+
+def model_folders(config: Config) -> dict[str, Path]:
+    """Return the folders of models from outside, by the keys that name them."""
+    named = {"model.path": config.model.path, "prompts.writer": outside_path(config.prompts.writer)}
+    judges = config.pairwise_judges.items()
+    named |= {f"{section}.model": Path(judge.model) for section, judge in judges if judge.endpoint is None}
+    return {key: path for key, path in named.items() if path is not None}
+
+
+def data_files(config: Config) -> dict[str, Path]:
+    """Return the files from outside, by the keys that name them."""
+    seed_data = config.seed_data
+    named = {
+        "model.tokenizer": config.model.tokenizer,
+        "model.chat_template": outside_path(config.model.chat_template),
+        "seed_data.path": seed_data.path,
+        "seed_data.ranked_path": seed_data.ranked_path,
+        "seed_data.eft_path": seed_data.eft_path,
+        "prompts.path": config.prompts.path,
+        "judge.template": outside_path(config.judge.template),
+    }
+    return {key: path for key, path in named.items() if path is not None}
+
+
+def model_problems(folder: Path) -> Iterator[str]:
+    """Yield why a folder is no whole model: without its config, tokenizer or weights, with files that are empty, or, of
+    a Llama, with tensors of another shape than its config says."""
+    for name in ("config.json", "tokenizer.json"):
+        if not (folder / name).is_file():
+            yield f"{folder} has no {name}"
+    weights = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
+    if not weights:
+        yield f"{folder} has no weights (*.safetensors)"
+    index = folder / "model.safetensors.index.json"
+    listed = set(json.loads(index.read_bytes())["weight_map"].values()) if index.is_file() else set()
+    for file in sorted({*weights, *(folder / name for name in listed)}):
+        if not file.is_file():
+            yield f"{file} is not there: download it again"
+        elif file.stat().st_size == 0:
+            yield f"{file} is empty (0 bytes): download it again"
+    if (folder / "config.json").is_file() and any(file.suffix == ".safetensors" for file in weights):
+        yield from shape_problems(folder, read_json(folder / "config.json"))
+
+
+def shape_problems(folder: Path, config: dict[str, Any]) -> Iterator[str]:
+    """Yield why the headers of a Llama's weights are not those of its config; nothing for other models, which engines
+    know and we do not, and for quantized ones."""
+    try:
+        shape = None if "quantization_config" in config else LlamaShape.from_huggingface(config)
+    except ValueError:
+        return
+    try:
+        if shape is not None:
+            stored_tensors(folder, shape)
+    except ValueError as error:
+        yield str(error)
+
+
+def file_problems(path: Path) -> Iterator[str]:
+    """Yield why a file has nothing to read; a folder may be one of a tokenizer."""
+    if path.is_dir():
+        if not any(path.iterdir()):
+            yield f"{path} is an empty folder"
+        return
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            if not any(line.strip() for line in file):
+                yield f"{path} is empty ({path.stat().st_size} bytes)"
+    except (OSError, EOFError) as error:  # BadGzipFile is an OSError
+        yield f"{path} cannot be read ({error})"
+
+
+def unseen(paths: dict[str, Path], workdir: Path, seen: Sequence[Path], container: str, mounts: str) -> Iterator[str]:
+    """Yield the first path of each key that a container would not find: itself as it is written, or the file to which
+    it, or a file in it, leads. A snapshot of the hub's cache, for example, is of links to ../../blobs."""
+    for key, written in paths.items():
+        path = Path(os.path.normpath(workdir / written))
+        inside = sorted(path.iterdir()) if path.is_dir() and key != "run.dir" else []
+        for place in (path, *(file.resolve() for file in (path, *inside))):
+            if not any(place.is_relative_to(folder) for folder in seen):
+                leads = "" if place == path else f", to which {path} leads"
+                yield f"{container} does not see {place}{leads} ({key}): add {place.parent} to {mounts}"
+                break
