@@ -81,8 +81,10 @@ class OnHosts:
     pair: Sequence[Host]
 
     def start(self) -> "list[subprocess.Popen[bytes]]":
-        """Each host's line."""
+        """Each host's line; none where M1 is finished."""
         code = self.trial.end(self.trial.start())
+        if code == 0:
+            return []
         lines = [line for line in self.trial.outputs[-1].splitlines() if "torchrun_multinode.sh" in line]
         assert code == 3 and len(lines) == 2, self.trial.outputs[-1]
         commands = [f"exec {line}".replace("FIRST_NODE", self.pair[0].name) for line in lines]
@@ -96,6 +98,8 @@ class OnHosts:
     def interrupted(self, rng: random.Random) -> None:
         """Start them, kill one process or all of a host's at a random moment, and end the others."""
         processes, seen = self.start(), set[int]()
+        if not processes:
+            return
         wanted = rng.randint(1, 4)
 
         def started() -> bool:
@@ -104,10 +108,9 @@ class OnHosts:
 
         wait_for(started, processes[0], f"process number {wanted}")
         time.sleep(rng.uniform(0, 4))
-        if any(process.poll() is None for process in processes):
-            victim = rng.choice(trial_processes(str(self.trial.folder)))
+        if alive := trial_processes(str(self.trial.folder)):
             with suppress(ProcessLookupError):
-                os.kill(victim.pid, signal.SIGKILL)
+                os.kill(rng.choice(alive).pid, signal.SIGKILL)
             self.trial.interruptions.append(Interruption(Way.KILL_STAGE, 1))
         for process in processes:
             process.kill()
@@ -117,8 +120,8 @@ class OnHosts:
     def finish(self) -> None:
         """The same to its end."""
         codes = [process.wait(600) for process in self.start()]
-        said = [(self.trial.folder / host.name).read_text(errors="replace") for host in self.pair]
-        assert codes == [0, 0], "\n".join(said)
+        logs = [self.trial.folder / host.name for host in self.pair]
+        assert not any(codes), "\n".join(log.read_text(errors="replace") for log in logs)
         self.trial.finish()
 
 
