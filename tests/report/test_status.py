@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from srlm_mega.cli.main import app
 from srlm_mega.config.file import load_config
 from srlm_mega.report import status_view
-from srlm_mega.report.status import StageStatus, read_status
+from srlm_mega.report.status import Losses, RoundShares, RunStatus, StageStatus, read_status
 from srlm_mega.run.files import write_atomic
 from srlm_mega.run.plan import find_stage
 from srlm_mega.run.presence import Controller, announced, controller_file, read_controller
@@ -133,6 +133,38 @@ def test_watching_ends_when_the_run_ends(half: FakeRun, monkeypatch: pytest.Monk
     monkeypatch.setattr(status_view.time, "sleep", sleep)
     status_view.watch(run.root, Console(file=file, width=100))
     assert len(slept) == 2 and "14 of 20 stages; not running: no scores" in file.getvalue()
+
+
+@pytest.mark.parametrize("size", [(80, 24), (80, 12), (40, 24), (200, 60)])
+@pytest.mark.parametrize("finished", [0, 40, 101, 102])
+def test_a_terminal_shows_what_matters_of_a_long_run(size: tuple[int, int], finished: int) -> None:
+    """Twelve rounds: their 102 stages are four times as many as a terminal of 24 lines has."""
+    note = "some words\nand many more " * 9
+    stages = [StageStatus(f"round_{number}/x", "missing", 0, 0, "", "", 100.0) for number in range(102)]
+    stages[:finished] = [StageStatus(one.name, "done", 9000, 9000, "", "", 12.5) for one in stages[:finished]]
+    if finished < 102:
+        stages[finished] = StageStatus("round_9/at_work", "partial", 33, 100, "requests", note, 200.0)
+    losses = tuple(Losses(model, 60, {"loss": 0.6931, "grad_norm": 1.0}) for model in ("M8", "M9"))
+    health = tuple(RoundShares(f"round_{number}", {"pairs": 0.9}, ("warn: tie_rate 0.25",)) for number in range(1, 13))
+    status = RunStatus("runs/" + "long/" * 40, True, "", tuple(stages), 1234.0, losses, health)
+    file = io.StringIO()
+    console = Console(file=file, width=size[0], height=size[1], force_terminal=True, color_system=None)
+    console.print(status_view.screen(status, console))
+    shown = file.getvalue()
+    assert shown.count("\n") < size[1] and max(map(len, shown.splitlines())) <= size[0]
+    assert f"running: {finished} of 102 stages" in shown
+    assert "M8 step 60: loss 0.6931" in shown and "M9 step 60" in shown
+    assert "round_12: warn: tie_rate 0.25" in shown
+    if finished < 102 and size[0] >= 80 and size[1] >= 24:
+        assert "partial" in shown and "33 of 100" in shown
+
+
+def test_a_run_that_ended_says_whole_why() -> None:
+    status = RunStatus("runs/toy", False, "no scores " * 30, (), None, (), ())
+    file = io.StringIO()
+    console = Console(file=file, width=80, height=24, force_terminal=True, color_system=None)
+    console.print(status_view.screen(status, console))
+    assert " ".join(file.getvalue().split()).endswith("no scores " * 29 + "no scores")
 
 
 def test_the_command(tmp_path: Path) -> None:
