@@ -146,9 +146,10 @@ def engine_build(
 def parse_bytes(text: str) -> int:
     """Return the bytes of `4GiB`, `512M` or a plain number. UserError for anything else."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
-    if not match or float(match[1]) <= 0:
+    size = float(match[1]) * UNITS[match[2].upper()] if match else 0
+    if not 0 < size < 2**63:
         raise UserError(f"--max-memory {text!r} is not a size: give one such as 512MiB or 4GiB")
-    return int(float(match[1]) * UNITS[match[2].upper()])
+    return int(size)
 
 
 @contextmanager

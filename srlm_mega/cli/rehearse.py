@@ -1,5 +1,6 @@
 """`srlm rehearse`, and the command that it starts for every rank."""
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -41,6 +42,6 @@ def rehearse_rank(config_file: ConfigFile, rank: int, out: Path, gpu: Path, over
 def rank_numbers(text: str | None) -> tuple[int, ...]:
     """Return the ranks in a list such as 0,16,63. UserError for anything else."""
     words = [] if text is None else text.split(",")
-    if not all(word.strip().isdigit() for word in words):
+    if not all(re.fullmatch(r"\s*[0-9]{1,9}\s*", word) for word in words):
         raise UserError(f"--ranks {text}: give numbers with commas between them, such as 0,16,63")
     return tuple(map(int, words))

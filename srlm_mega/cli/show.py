@@ -80,6 +80,7 @@ def show_paper(
     from srlm_mega.evaluation.paper import as_markdown
     from srlm_mega.evaluation.run_tables import run_as_markdown
 
+    compared = None if run is None else run_as_markdown(sound_run(run))
     print(as_markdown())
-    if run is not None:
-        print(run_as_markdown(sound_run(run)))
+    if compared is not None:
+        print(compared)

@@ -7,7 +7,7 @@ relative to the folder `srlm` is started in.
 from pathlib import Path
 from typing import Annotated, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from srlm_mega.config import rules
 from srlm_mega.config.comparison import EarlyStoppingConfig, PairwiseJudgeConfig
@@ -40,6 +40,14 @@ class RunConfig(Section, decides="output"):
     dir: Annotated[Path, Decides("nothing")] = Field(description="Folder of the run; created if missing.")
     seed: int = Field(0, ge=0, description="Seed of the run; every other seed is derived from it.")
     rounds: Annotated[int, Decides("nothing")] = Field(2, ge=0, description="Self-rewarding rounds; 2 make M2 and M3.")
+
+    @field_validator("dir")
+    @classmethod
+    def _is_no_option(cls, folder: Path) -> Path:
+        """A name that commands do not take for one of their options."""
+        if str(folder).startswith("-"):
+            raise ValueError(f"a command would take {folder} for an option: give an absolute path, or another name")
+        return folder
 
 
 class Config(Section, decides="output"):

@@ -18,6 +18,7 @@ from srlm_mega.config.outside_models import absence, shape_in
 from srlm_mega.config.strict_yaml import load_yaml
 from srlm_mega.errors import UserError
 
+MAX_DOTS = 20
 PRESETS = Path(__file__).parent.parent / "launch" / "configs"
 
 
@@ -40,6 +41,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raw = load_yaml(path.read_text(encoding="utf-8"))
     except ValueError as error:  # UnicodeDecodeError is one
         raise UserError(f"{path} is not YAML: {error}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path} must hold sections such as `run:` and `model:`, got {type(raw).__name__}")
     return raw
@@ -109,6 +112,8 @@ def short(value: object) -> str:
 def full_key(key: str, override: str) -> str:
     """Return the dotted key that a dotted or a bare one stands for."""
     if "." in key:
+        if key.count(".") > MAX_DOTS:
+            raise UserError(f"override {short(override)}: there is no key with so many dots")
         return key
     owners = [dotted for dotted in knobs() if dotted.rpartition(".")[2] == key]
     if len(owners) == 1:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, Unpack, get_args
 
-from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from srlm_mega.config.secrets_in_values import EXPORT, has_credentials
@@ -46,6 +46,23 @@ class Section(BaseModel):
         json_schema_extra=show_decisions,  # type: ignore[typeddict-item]
     )
     own: ClassVar[Decides]
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_no_truth(cls, value: Any, info: ValidationInfo) -> Any:
+        """A value that is not true or false, which Python takes for 1 and 0, unless the knob is."""
+        kind = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and bool not in (kind, *get_args(kind)):
+            raise ValueError(f"this is not true or false, got {value}")
+        return value
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _in_64_bits(cls, value: Any) -> Any:
+        """A number that JSON can hold."""
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise ValueError("the number has more than 64 bits")
+        return value
 
     @field_validator("*", mode="after")
     @classmethod

@@ -9,9 +9,11 @@ from collections.abc import Hashable
 from typing import Any
 
 import yaml
+from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
-from yaml.nodes import MappingNode, ScalarNode
+from yaml.nodes import MappingNode, Node, ScalarNode
 
+MAX_DEPTH, MAX_VALUES = 50, 100_000
 VALUES = (  # tag, form, first characters
     ("tag:yaml.org,2002:bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
     ("tag:yaml.org,2002:int", r"[-+]?(0|[1-9][0-9]*)", "-+0123456789"),
@@ -25,6 +27,7 @@ VALUES = (  # tag, form, first characters
 class StrictLoader(yaml.SafeLoader):
     """PyYAML's safe loader with the values of YAML 1.2; a key that is given twice is an error."""
 
+    depth = 0
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  PyYAML declares it so
 
     def construct_mapping(self, node: MappingNode, deep: bool = False) -> dict[Hashable, Any]:
@@ -36,6 +39,22 @@ class StrictLoader(yaml.SafeLoader):
             seen.add(key.value if isinstance(key, ScalarNode) else key)
         return super().construct_mapping(node, deep)
 
+    def compose_node(self, parent: Node | None, index: int) -> Node | None:
+        """Read one value with all that is in it. ComposerError where that is too deep."""
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise ComposerError(None, None, "it is nested too deeply", self.peek_event().start_mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_scalar(self, node: ScalarNode | MappingNode) -> Any:
+        """Return a scalar's text. ConstructorError for one that no file name and no JSON can hold."""
+        text = super().construct_scalar(node)
+        if any(letter == "\0" or "\ud800" <= letter <= "\udfff" for letter in text):
+            raise ConstructorError(None, None, "a value has a NUL or half of a character", node.start_mark)
+        return text
+
 
 for tag, form, first in VALUES:
     StrictLoader.add_implicit_resolver(tag, re.compile(f"^(?:{form})$"), list(first))
@@ -44,13 +63,24 @@ for tag, form, first in VALUES:
 def load_yaml(text: str) -> Any:
     """Return the values of a YAML document. ValueError says in one line what is wrong, and where."""
     try:
-        return yaml.load(text, StrictLoader)
+        value = yaml.load(text, StrictLoader)
     except yaml.MarkedYAMLError as error:
         where = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
         raise ValueError(f"{error.problem}{where}") from None
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from None
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    except ValueError as error:  # a number of more digits than Python reads, a date that does not exist
+    # A number of more digits than Python reads, a date that does not exist, `!!bool maybe`.
+    except (ValueError, LookupError, AttributeError) as error:
         raise ValueError(f"a value cannot be read: {error}") from None
+    check_size(value)
+    return value
+
+
+def check_size(value: Any) -> None:
+    """Raise ValueError for too many values, as those are that hold themselves by `*name`."""
+    inside, count = [value], 0
+    while inside:
+        one, count = inside.pop(), count + 1
+        inside += one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()
+        if count > MAX_VALUES:
+            raise ValueError("it has too many values, or repeats itself by `*name`")

@@ -21,6 +21,7 @@ from srlm_mega.stages.judges import local_judge, open_judge
 from srlm_mega.stages.responses import Writer, respond
 from srlm_mega.stages.sampling_task import report_progress
 from srlm_mega.stages.work import Work
+from srlm_mega.text import on_one_screen
 
 
 def compare_checkpoints(run: RunDir, name: str) -> int:
@@ -48,7 +49,7 @@ def compare_waiting(run: RunDir, name: str) -> int:
             write_verdict(work, files, step)
     except (UserError, CannotContinue, OSError) as error:
         progress.failed(exit_code(error), reason(error))
-        print(reason(error), flush=True)
+        print(on_one_screen(reason(error)), flush=True)
         return exit_code(error)
     return 0
 

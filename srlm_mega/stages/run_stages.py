@@ -26,6 +26,7 @@ from srlm_mega.run.progress import Progress
 from srlm_mega.run.run_dir import RunDir, stopwatch
 from srlm_mega.sampling.samplers import Samplers
 from srlm_mega.stages.work import Done, Work
+from srlm_mega.text import on_one_screen
 
 
 def run_stages(run: RunDir, names: Sequence[str]) -> int:
@@ -101,7 +102,7 @@ def record_failure(error: Exception, progress: Progress) -> int:
     code = exit_code(error)
     if code == CRASHED:
         raise error
-    print(reason(error), flush=True)
+    print(on_one_screen(reason(error)), flush=True)
     with suppress(OSError):  # on a full disk the log and the exit code have to do
         progress.failed(code, reason(error))
     return code
