@@ -70,11 +70,11 @@ def check_verified(folder: Path, quick: bool = False) -> None:
     """ValueError when a folder was converted and not verified, or a file of it is another one since. `quick` compares
     only the size of files above 256 MiB."""
     check_has_proof(folder)
-    if not (folder / RECORD).is_file():
-        return
     proven = proven_files(folder)
-    if proven is None:
+    if proven is None and (folder / RECORD).is_file():
         raise ValueError(f"{folder / PROOF} has no hashes (an older version wrote none): {verifying(folder)}")
+    if proven is None:
+        return
     for name in sorted(proven.keys() | deciding_files(folder)):
         if (found := difference(folder / name, proven.get(name), quick)) is not None:
             raise ValueError(
@@ -85,7 +85,8 @@ def check_verified(folder: Path, quick: bool = False) -> None:
 
 def verifying(folder: Path) -> str:
     """Return the command that verifies a converted folder."""
-    source = str(read_json(folder / RECORD).get("source", "SOURCE"))
+    record = read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
+    source = str(record.get("source", "SOURCE"))
     return shlex.join(("srlm", "convert", "verify", source, os.path.abspath(folder)))
 
 
@@ -110,9 +111,9 @@ def difference(path: Path, proven: ProvenFile | None, quick: bool) -> str | None
     if not path.is_file():
         return "it is missing"
     if path.stat().st_size != proven.bytes:
-        return f"it has {path.stat().st_size} bytes, then {proven.bytes}"
+        return f"it has {path.stat().st_size} bytes, had {proven.bytes}"
     if not (quick and proven.bytes > QUICK_HASH_BYTES) and (now := file_hash(path)) != proven.xxh3_128:
-        return f"its xxh3-128 is {now}, then {proven.xxh3_128}"
+        return f"its xxh3-128 is {now}, was {proven.xxh3_128}"
     return None
 
 

@@ -31,6 +31,8 @@ def verify_in_run(folder: Path) -> bool:
 
 
 def content_hash(folder: Path) -> str:
-    """Return a hash of a folder's files, by which the model in it is known. A proof is not part of the model."""
-    names = {str(path.relative_to(folder)): path for path in files_below(folder) if path != folder / PROOF}
-    return digest_of({name: FileEntry(path.stat().st_size, file_hash(path)) for name, path in names.items()})
+    """Return a hash of a folder's files, by which the model in it is known: without its proof and without what is
+    hidden, such as a download's times."""
+    names = {path.relative_to(folder): path for path in files_below(folder) if path != folder / PROOF}
+    shown = {name: path for name, path in names.items() if not any(part.startswith(".") for part in name.parts)}
+    return digest_of({str(name): FileEntry(path.stat().st_size, file_hash(path)) for name, path in shown.items()})

@@ -31,7 +31,10 @@ class Writer:
         """Return the model in a folder, named by its content. UserError where there is none and, unless
         `allow_unverified`, for one that was converted and not verified, or altered since."""
         if not (folder / "config.json").is_file():
-            raise UserError(f"{folder} is not a Hugging Face model folder (no config.json): correct the path")
+            raise UserError(
+                f"{folder} is not a Hugging Face model folder with config.json, weights and tokenizer.json: correct "
+                "the path"
+            )
         if not allow_unverified:
             check_undamaged(folder)
         return cls(content_hash(folder), folder)

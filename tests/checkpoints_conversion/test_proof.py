@@ -63,9 +63,12 @@ def test_a_file_that_was_added_or_removed_and_a_proof_without_hashes(tmp_path: P
         with pytest.raises(ValueError, match=r"proof\.json has no hashes .*: srlm convert verify .*model .*out"):
             check_verified(out)
     (out / "proof.json").write_text(json.dumps(proof))
-    (out / "config.json").unlink()
-    with pytest.raises(ValueError, match=r"config\.json is not what was verified \(it is missing\)"):
-        check_verified(out)
+    for lost in ("conversion.json", "config.json"):
+        content = (out / lost).read_bytes()
+        (out / lost).unlink()
+        with pytest.raises(ValueError, match=rf"{lost} is not what was verified \(it is missing\).*convert verify"):
+            check_verified(out)
+        (out / lost).write_bytes(content)
 
 
 def test_a_quick_check_reads_no_large_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
