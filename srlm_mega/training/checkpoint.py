@@ -71,6 +71,7 @@ LAYER_STATE_NAMES = {
     ("torch", "Size"),
     ("collections", "OrderedDict"),
 }
+NO_DATA = "a file is damaged, or asks for more than tensors and plain values"
 MAKE_ROOM = "look at the disk, then run the same command again: training resumes from the newest whole checkpoint"
 
 
@@ -261,7 +262,7 @@ def as_data() -> Iterator[None]:
         try:
             yield
         except UnpicklingError as error:
-            raise CheckpointingException("a file is damaged, or asks for more than tensors and plain values") from error
+            raise CheckpointingException(NO_DATA) from error
         except (ValueError, TypeError, LookupError, AttributeError, EOFError) as error:
             raise CheckpointingException(f"{type(error).__name__}: {error}") from error
 
@@ -287,7 +288,8 @@ def explained(kind: type[UserError | CannotContinue], what: str, remedy: str) ->
     try:
         yield
     except CheckpointException as error:  # only the first rank knows the failures
-        reasons = [str(failure) for failure, _ in error.failures.values()]
+        failures = (failure for failure, _ in error.failures.values())
+        reasons = [NO_DATA if isinstance(failure, UnpicklingError) else str(failure) for failure in failures]
         raise kind(f"{what} ({reasons[0] if reasons else 'rank 0 says why'}): {remedy}") from error
     except CheckpointingException as error:
         raise kind(f"{what} ({error}): {remedy}") from error

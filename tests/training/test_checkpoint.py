@@ -1,5 +1,7 @@
 """How errors of checkpoints read. Saving and resuming itself is in test_resume.py and test_layer_te.py."""
 
+from pickle import UnpicklingError
+
 import pytest
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint import CheckpointException
@@ -22,3 +24,12 @@ def test_what_torch_and_megatron_say_of_checkpoints_is_explained(rank: int) -> N
         explained(UserError, "iter_1 does not fit", "resume elsewhere"),
     ):
         raise CheckpointingException("Global shape mismatch")
+
+
+def test_an_object_that_would_run_something_is_explained_in_a_line() -> None:
+    failures = {0: (UnpicklingError("Weights only load failed. Re-running `torch.load` with ...\n\n"), None)}
+    with (
+        pytest.raises(UserError, match=r"iter_1 does not fit \(a file is damaged, or asks for more .*\): remove it$"),
+        explained(UserError, "iter_1 does not fit", "remove it"),
+    ):
+        raise CheckpointException("read", failures)  # type: ignore[arg-type]
