@@ -5,12 +5,10 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-from srlm_mega.checkpoints_conversion.huggingface_files import read_json, stored_tensors
-from srlm_mega.checkpoints_conversion.llama import LlamaShape
 from srlm_mega.config import Config
 from srlm_mega.config.file import outside_path
+from srlm_mega.config.outside_models import other_shape
 from srlm_mega.errors import UserError
 from srlm_mega.launch.ranks import seen_folders
 
@@ -65,28 +63,18 @@ def model_problems(folder: Path) -> Iterator[str]:
     if not weights:
         yield f"{folder} has no weights (*.safetensors)"
     index = folder / "model.safetensors.index.json"
-    listed = set(json.loads(index.read_bytes())["weight_map"].values()) if index.is_file() else set()
+    try:
+        listed = set(json.loads(index.read_bytes())["weight_map"].values()) if index.is_file() else set()
+    except (ValueError, KeyError, TypeError, AttributeError):
+        yield f"{index} has no map of tensors to files: download it again"
+        return
     for file in sorted({*weights, *(folder / name for name in listed)}):
         if not file.is_file():
             yield f"{file} is not there: download it again"
         elif file.stat().st_size == 0:
             yield f"{file} is empty (0 bytes): download it again"
-    if (folder / "config.json").is_file() and any(file.suffix == ".safetensors" for file in weights):
-        yield from shape_problems(folder, read_json(folder / "config.json"))
-
-
-def shape_problems(folder: Path, config: dict[str, Any]) -> Iterator[str]:
-    """Yield why the headers of a Llama's weights are not those of its config; nothing for other models, which engines
-    know and we do not, and for quantized ones."""
-    try:
-        shape = None if "quantization_config" in config else LlamaShape.from_huggingface(config)
-    except ValueError:
-        return
-    try:
-        if shape is not None:
-            stored_tensors(folder, shape)
-    except ValueError as error:
-        yield str(error)
+    if any(file.suffix == ".safetensors" for file in weights) and (problem := other_shape(folder)) is not None:
+        yield problem
 
 
 def file_problems(path: Path) -> Iterator[str]:

@@ -57,3 +57,27 @@ def shape_in(folder: Path) -> dict[str, Any]:
     from srlm_mega.checkpoints_conversion.huggingface_files import read_config
 
     return asdict(read_config(folder)[1])
+
+
+def other_shape(folder: Path) -> str | None:
+    """Return why the headers of a Llama's weights are not those of its config.json; None for sound ones, for models
+    that only engines know, and for quantized ones."""
+    if not (folder / "config.json").is_file():
+        return None
+    from srlm_mega.checkpoints_conversion.huggingface_files import read_json, stored_tensors
+    from srlm_mega.checkpoints_conversion.llama import LlamaShape
+
+    try:
+        config = read_json(folder / "config.json")
+    except ValueError as error:
+        return str(error)
+    try:
+        shape = None if "quantization_config" in config else LlamaShape.from_huggingface(config)
+    except ValueError:
+        return None
+    try:
+        if shape is not None:
+            stored_tensors(folder, shape)
+    except ValueError as error:
+        return str(error)
+    return None

@@ -63,6 +63,8 @@ def test_sound_files_are_taken(model: Path, tmp_path: Path) -> None:
         ("dangling", "model.safetensors is not there"),
         ("incomplete", "model-00002-of-00002.safetensors is not there"),
         ("another shape", "model.embed_tokens.weight"),
+        ("broken index", "index.json has no map of tensors"),
+        ("broken config", "config.json"),
     ],
 )
 def test_models_that_cannot_be_loaded(key: str, fault: str, said: str, model: Path) -> None:
@@ -83,6 +85,10 @@ def test_models_that_cannot_be_loaded(key: str, fault: str, said: str, model: Pa
         case "incomplete":
             index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
             (model / "model.safetensors.index.json").write_text(json.dumps(index))
+        case "broken index":
+            (model / "model.safetensors.index.json").write_text('{"weight_map": 3}')
+        case "broken config":
+            (model / "config.json").write_text("{")
         case _:
             change_config(model, vocab_size=256)
     refused = check(*judge(model)) if key.startswith("evaluation") else check(f"{key}={model}")
