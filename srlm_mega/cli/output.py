@@ -16,34 +16,34 @@ from srlm_mega.text import on_one_screen, visible
 
 
 class VisibleOutput(TextIOBase):
-    """Standard output for what is printed. Rich, whose colours and bars are control characters, passes it by: it writes
-    to `rich_proxied_file`."""
+    """Standard output for what is printed. A VisibleConsole, whose colours and bars are control characters, passes it
+    by."""
 
     def __init__(self, stream: TextIO) -> None:
-        self.rich_proxied_file = stream
+        self.stream = stream
 
     @property
     def encoding(self) -> str:  # type: ignore[override]  # typeshed takes it for a field
         """Encoding of the stream below."""
-        return self.rich_proxied_file.encoding
+        return self.stream.encoding
 
     def write(self, text: str) -> int:
         """Write a text, visible."""
         with self._named():
-            return self.rich_proxied_file.write(visible(text))
+            return self.stream.write(visible(text))
 
     def flush(self) -> None:
         """Hand on what is buffered."""
         with self._named():
-            self.rich_proxied_file.flush()
+            self.stream.flush()
 
     def isatty(self) -> bool:
         """Tell whether it is a terminal."""
-        return self.rich_proxied_file.isatty()
+        return self.stream.isatty()
 
     def fileno(self) -> int:
         """Return the descriptor below."""
-        return self.rich_proxied_file.fileno()
+        return self.stream.fileno()
 
     @contextmanager
     def _named(self) -> Iterator[None]:
@@ -61,7 +61,8 @@ class VisibleConsole(Console):
     """A console of Rich in whose texts control characters are spelled out, and nothing is markup."""
 
     def __init__(self, width: int | None = None) -> None:
-        super().__init__(width=width, markup=False, emoji=False, highlight=False)
+        out = sys.stdout.stream if isinstance(sys.stdout, VisibleOutput) else sys.stdout
+        super().__init__(file=out, width=width, markup=False, emoji=False, highlight=False)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         """Yield the segments of a renderable."""

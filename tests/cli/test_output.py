@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from fake_run import FakeRun
+from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 from typer.testing import CliRunner
@@ -52,7 +53,11 @@ def test_colours_of_ours_stay(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     monkeypatch.setenv("TERM", "xterm")
     with visible_output():
         VisibleConsole(width=200).print(Text("\x1b[31mx", "green"))
-    assert capsys.readouterr().out == "\x1b[32m⟨U+001B⟩[31mx\x1b[0m\n"
+        assert capsys.readouterr().out == "\x1b[32m⟨U+001B⟩[31mx\x1b[0m\n"
+        with Live(Text("\x1b[31mx", "green"), console=VisibleConsole(width=200), auto_refresh=False):
+            pass
+    assert "\x1b[32m⟨U+001B⟩[31mx\x1b[0m" in (shown := capsys.readouterr().out)
+    assert shown.count("⟨") == shown.count("x\x1b[0m")
 
 
 @pytest.mark.parametrize(
