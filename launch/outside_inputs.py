@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from srlm_mega.config import Config
-from srlm_mega.config.file import outside_path
+from srlm_mega.config.outside_files import outside_files, outside_models
 from srlm_mega.config.outside_models import other_shape
 from srlm_mega.errors import UserError
 from srlm_mega.launch.ranks import seen_folders
@@ -16,7 +16,9 @@ from srlm_mega.launch.ranks import seen_folders
 def check_inputs(config: Config, run: Path, workdir: Path) -> None:
     """UserError with a list of what is empty or broken among the files that a configuration names, and of what a
     container would not see. Headers and first lines are read, which takes milliseconds."""
-    models, files = model_folders(config), data_files(config)
+    models, files = outside_models(config), outside_files(config)
+    if config.model.tokenizer is not None:
+        files["model.tokenizer"] = config.model.tokenizer
     found = [f"{key}: {problem}" for key, path in models.items() for problem in model_problems(workdir / path)]
     found += [f"{key}: {problem}" for key, path in files.items() for problem in file_problems(workdir / path)]
     slurm, sampler = config.launch.slurm, config.sampler
@@ -28,29 +30,6 @@ def check_inputs(config: Config, run: Path, workdir: Path) -> None:
         found += unseen(models | {"run.dir": run}, workdir, seen, "sampler.container", "sampler.mounts")
     if found:
         raise UserError("the job would fail after its wait in the queue:" + "".join(f"\n  - {line}" for line in found))
-
-
-def model_folders(config: Config) -> dict[str, Path]:
-    """Return the folders of models from outside, by the keys that name them."""
-    named = {"model.path": config.model.path, "prompts.writer": outside_path(config.prompts.writer)}
-    judges = config.pairwise_judges.items()
-    named |= {f"{section}.model": Path(judge.model) for section, judge in judges if judge.endpoint is None}
-    return {key: path for key, path in named.items() if path is not None}
-
-
-def data_files(config: Config) -> dict[str, Path]:
-    """Return the files from outside, by the keys that name them."""
-    seed_data = config.seed_data
-    named = {
-        "model.tokenizer": config.model.tokenizer,
-        "model.chat_template": outside_path(config.model.chat_template),
-        "seed_data.path": seed_data.path,
-        "seed_data.ranked_path": seed_data.ranked_path,
-        "seed_data.eft_path": seed_data.eft_path,
-        "prompts.path": config.prompts.path,
-        "judge.template": outside_path(config.judge.template),
-    }
-    return {key: path for key, path in named.items() if path is not None}
 
 
 def model_problems(folder: Path) -> Iterator[str]:

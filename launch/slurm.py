@@ -18,7 +18,8 @@ from typing import Literal, assert_never
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from srlm_mega.config import Config
-from srlm_mega.config.file import check_outside_files, load_config, to_yaml
+from srlm_mega.config.file import load_config, to_yaml
+from srlm_mega.config.outside_files import check_outside_files
 from srlm_mega.errors import UserError
 from srlm_mega.launch.outside_inputs import check_inputs
 from srlm_mega.launch.ranks import gpu_request, in_container, literal

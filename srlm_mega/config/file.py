@@ -2,7 +2,7 @@
 
 import difflib
 import os
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from srlm_mega.config import Config
 from srlm_mega.config.compatibility import former, prefer_override, put, rename_old_keys, unknown
 from srlm_mega.config.knobs import flat, knobs
-from srlm_mega.config.outside_models import absence, shape_in
+from srlm_mega.config.outside_models import shape_in
 from srlm_mega.config.strict_yaml import load_yaml
 from srlm_mega.errors import UserError
 
@@ -186,69 +186,6 @@ def origins(path: Path, overrides: Sequence[str]) -> dict[str, str]:
         return path.name if dotted in in_file else "default"
 
     return {key: origin(key) for key in leaves(config)}
-
-
-def check_outside_files(config: Config, read: Container[str] | None = None) -> None:
-    """Raise UserError with a list of all files that the configuration names, or of those whose keys are in `read`, that
-    are missing or nothing of their kind, or because model.path cannot be trained."""
-    files = {
-        "model.chat_template": outside_path(config.model.chat_template),
-        "seed_data.path": config.seed_data.path,
-        "seed_data.ranked_path": config.seed_data.ranked_path,
-        "seed_data.eft_path": config.seed_data.eft_path,
-        "prompts.path": config.prompts.path,
-        "judge.template": outside_path(config.judge.template),
-        "sampler.python": config.sampler.python,
-    }
-    folders = {"model.path": config.model.path, "prompts.writer": outside_path(config.prompts.writer)}
-    folders |= {
-        f"{section}.model": Path(judge.model)
-        for section, judge in config.pairwise_judges.items()
-        if judge.endpoint is None
-    }
-    found = {key: file_problem(path) for key, path in files.items() if path is not None}
-    found |= {key: folder_problem(path, key != "model.path") for key, path in folders.items() if path is not None}
-    tokenizer = config.model.tokenizer  # a file or a folder
-    found["model.tokenizer"] = f"there is no {tokenizer}" if tokenizer is not None and not tokenizer.exists() else None
-    problems = [
-        f"\n  - {key}: {problem}" for key, problem in found.items() if problem and (read is None or key in read)
-    ]
-    if problems:
-        raise UserError("files that the configuration names cannot be read; correct these paths:" + "".join(problems))
-    if config.model.path is not None and (read is None or "model.path" in read):
-        # It loads numpy and tokenizers, which nothing else here needs.
-        from srlm_mega.checkpoints_conversion.model_folder import check_model_folder
-
-        try:
-            check_model_folder(config.model.path, config.model.allow_unverified)
-        except ValueError as error:
-            raise UserError(f"model.path: {error}") from None
-
-
-def file_problem(path: Path) -> str | None:
-    """Return why a path is no file that can be read, None when it is one."""
-    if not path.exists():
-        return f"there is no {path}"
-    if not path.is_file():
-        return f"{path} is no file"
-    return (
-        None if os.access(path, os.R_OK) else f"{path} may not be read by you: its rights are {path.stat().st_mode:o}"
-    )
-
-
-def folder_problem(path: Path, sampled: bool) -> str | None:
-    """Return why a path is no model's folder, None when it is one. Of one that is only `sampled`, of any shape, weights
-    and tokenizer are looked for too."""
-    if not (path / "config.json").is_file():
-        return absence(path)
-    if sampled and not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
-        return f"{path} has no weights (*.safetensors): download them again"
-    return f"{path} has no tokenizer.json" if sampled and not (path / "tokenizer.json").is_file() else None
-
-
-def outside_path(choice: Path | str) -> Path | None:
-    """Return a value that is a path and not the name of a choice."""
-    return choice if isinstance(choice, Path) else None
 
 
 def check_endpoints(config: Config) -> None:

@@ -6,8 +6,9 @@ from io import StringIO
 from pathlib import Path
 
 from srlm_mega.config import Config
-from srlm_mega.config.file import check_endpoints, check_outside_files, check_trackers, read_yaml
+from srlm_mega.config.file import check_endpoints, check_trackers, read_yaml
 from srlm_mega.config.knobs import flat, knobs
+from srlm_mega.config.outside_files import check_outside_files
 from srlm_mega.controller.stage_process import check_sampler
 from srlm_mega.errors import UserError
 from srlm_mega.judging.template import load_template

@@ -11,7 +11,8 @@ from places import CONFIGS, TOY
 
 from srlm_mega.checkpoints_conversion.llama import LlamaShape, RopeScaling
 from srlm_mega.config import Config
-from srlm_mega.config.file import check_outside_files, leaves, load_config, origins, parse_config, read_yaml, to_yaml
+from srlm_mega.config.file import leaves, load_config, origins, parse_config, read_yaml, to_yaml
+from srlm_mega.config.outside_files import check_outside_files
 from srlm_mega.config.outside_models import shape_in
 from srlm_mega.errors import UserError
 

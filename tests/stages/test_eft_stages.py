@@ -12,7 +12,8 @@ from sampling_run import TEMPLATE, with_files, write_model
 from test_main_road import Finished, small_run, srlm
 
 from srlm_mega.chat import Chat
-from srlm_mega.config.file import check_outside_files, load_config
+from srlm_mega.config.file import load_config
+from srlm_mega.config.outside_files import check_outside_files
 from srlm_mega.data.eft_selection import agrees
 from srlm_mega.data.toy_world.word_tokenizer import toy_tokenizer
 from srlm_mega.data.toy_world.world import all_instructions

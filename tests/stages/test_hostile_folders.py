@@ -31,7 +31,8 @@ from transformers import AutoTokenizer
 
 from srlm_mega.chat import Chat
 from srlm_mega.chat.chat_template import shipped_template
-from srlm_mega.config.file import check_outside_files, load_config
+from srlm_mega.config.file import load_config
+from srlm_mega.config.outside_files import check_outside_files
 from srlm_mega.errors import UserError
 from srlm_mega.run.plan import find_stage
 from srlm_mega.run.progress import Progress

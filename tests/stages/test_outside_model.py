@@ -12,7 +12,8 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from srlm_mega.checkpoints_conversion.huggingface import open_weights, read_shape
 from srlm_mega.config import Config
-from srlm_mega.config.file import check_outside_files, load_config, read_yaml
+from srlm_mega.config.file import load_config, read_yaml
+from srlm_mega.config.outside_files import check_outside_files
 from srlm_mega.errors import UserError
 from srlm_mega.launch import slurm
 from srlm_mega.launch.slurm import SlurmJob
