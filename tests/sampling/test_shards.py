@@ -181,6 +181,28 @@ def test_a_stage_killed_after_the_merge_only_tidies_up(tmp_path: Path) -> None:
     assert not left.exists()
 
 
+@pytest.mark.parametrize("name", ["out.jsonl", "failed.jsonl"])
+@pytest.mark.parametrize("damage", [lambda content: b"", lambda content: content[:-20], lambda content: None])
+def test_an_output_that_was_damaged_after_the_merge_is_made_again(
+    tmp_path: Path, name: str, damage: Callable[[bytes], bytes | None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its shards are gone, or not yet: their files are merged again."""
+    whole, path = run(tmp_path / "out.jsonl", first_fails), tmp_path / name
+    content = path.read_bytes()
+    for shards_are_there in (False, True):
+        wrong = damage(content)
+        path.unlink() if wrong is None else path.write_bytes(wrong)
+        if shards_are_there:
+            files = files_of(tmp_path / "out.jsonl")
+            files.prepare()
+            for shard in files.shards:
+                finish(files, shard, first_fails)
+        assert run(tmp_path / "out.jsonl", never if shards_are_there else first_fails) == whole
+        assert path.read_bytes() == content and not (tmp_path / "out.jsonl.shards").exists()
+    said = f"{tmp_path / 'out.jsonl'} is not as it was written" in capsys.readouterr().out
+    assert said or (name == "out.jsonl" and damage(content) is None)
+
+
 def test_failures_lie_beside_the_records(tmp_path: Path) -> None:
     def fails(shard: Shard[str]) -> Answered:
         whole = answers(shard)
