@@ -311,7 +311,7 @@ def check_secrets_file(file: Path, run: Path) -> None:
         raise UserError(f"{key} is in the run, which is copied and shown: keep it elsewhere")
     if file.stat().st_uid != os.getuid() or file.stat().st_mode & 0o077:
         raise UserError(f"{key} can be read by others than you: chmod 600 it")
-    for number, line in enumerate(file.read_text().splitlines(), start=1):
+    for number, line in enumerate(file.read_text(errors="replace").splitlines(), start=1):
         name, _, value = line.partition("=")
         if line.strip() and not line.startswith("#") and not (name.isidentifier() and value and value[0] not in "'\""):
             raise UserError(f"{key}, line {number} is not of the form NAME=value, without export and quotes")
