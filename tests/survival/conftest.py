@@ -80,6 +80,7 @@ def judged(record_property: Callable[[str, object], None]) -> Callable[..., None
 
     def judge(what: str, trial: Trial, undisturbed: Path, **more: int) -> None:
         different = trial.differences(undisturbed)
+        more |= {"used in silence": int(bool(different))} if "damages" in more else {}
         record_property(f"survival: {what}", figures(trial, not different, **more))
         story = "\n".join([*map(str, trial.interruptions), *trial.outputs])
         assert different == [], f"not the bytes of the undisturbed run:\n{story}"
