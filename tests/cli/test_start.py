@@ -107,7 +107,10 @@ print(json.dumps(ended))
 def test_every_command_ends_with_one_line(tmp_path: Path) -> None:
     (tmp_path / "RUN").mkdir()
     (tmp_path / "RUN" / "config.yaml").touch()
-    done = subprocess.run([sys.executable, "-c", EVERY], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", EVERY], capture_output=True, text=True, cwd=tmp_path,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     ended = json.loads(done.stdout)
     assert len(ended) > 30 and "stage RUN x" in ended and "show pair x RUN" in ended
