@@ -16,7 +16,7 @@ from srlm_mega.config import Config
 from srlm_mega.config.launch import ContainerRuntime, LaunchConfig, SlurmConfig
 from srlm_mega.errors import CannotContinue, UserError
 from srlm_mega.launch.child_process import srlm_command
-from srlm_mega.launch.listening import LOOPBACK
+from srlm_mega.launch.listening import LOOPBACK, free_port, ports_of
 from srlm_mega.run.run_dir import RunDir
 
 # A node's task of a step. What it is given: a file that all nodes must see, srlm and torchrun's arguments. USR1 (save)
@@ -86,7 +86,8 @@ def start_ranks(config: Config, run: RunDir, name: str, arguments: Sequence[str]
             allocation = allocation_for(launch.nodes)
             step = job_step(config, run, allocation, name)
             host = step.hosts[0] if launch.nodes > 1 else LOOPBACK
-            rendezvous = Rendezvous(host, port_of(allocation.job), f"{allocation.job}-{allocation.attempt}")
+            port = free_port(host, ports_of(allocation.job, launch.port_range))
+            rendezvous = Rendezvous(host, port, f"{allocation.job}-{allocation.attempt}")
             programs = None if step.container is not None else Path(sys.executable).parent
             argv = [tool(programs, "srlm"), *arguments]
             return Start(ranks_in_step(programs, argv, launch, rendezvous, step, shared_file.absolute()), step.logs)
@@ -304,8 +305,3 @@ def gpu_request(slurm: SlurmConfig, number: int) -> str:
             return f"--gres=gpu:{gpus}"
         case other:
             assert_never(other)
-
-
-def port_of(job: int) -> int:
-    """Choose a port for a job's ranks, below those that systems give to outgoing connections (32768 and above)."""
-    return 10_000 + job % 20_000

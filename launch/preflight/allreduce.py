@@ -55,14 +55,14 @@ class RanksOutcome:
     error: str = ""
 
 
-def own_ranks(config: Config, arguments: Sequence[str], out: Path, node: ThisNode) -> RanksOutcome:
-    """Run this node's ranks of the all-reduce."""
+def own_ranks(config: Config, arguments: Sequence[str], out: Path, node: ThisNode, port: int) -> RanksOutcome:
+    """Run this node's ranks of the all-reduce, which meet at a port of node 0."""
     folder, per_node = ranks_folder(out, node.name), config.launch.processes_per_node
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     launch = config.launch.model_copy(update={"rendezvous": "static"})
     program = [sys.executable, "-m", "srlm_mega.training.allreduce_check", str(folder), *arguments]
-    rendezvous = Rendezvous(node.head, node.port + 1, id="")
+    rendezvous = Rendezvous(node.head, port, id="")
     argv = ranks_on_node(srlm_command(), program, launch, rendezvous, node.rank)
     cpu, one_node = config.trainer.device == "cpu", len(node.names) == 1
     settings = environment(os.environ, config.training_threads, cpu, one_node)

@@ -20,7 +20,7 @@ from rich.table import Table
 from srlm_mega.config import Config
 from srlm_mega.config.model_sizes import GIB
 from srlm_mega.errors import UserError
-from srlm_mega.launch.listening import listening_socket
+from srlm_mega.launch.listening import first_free, free_port, in_words
 from srlm_mega.launch.preflight.allreduce import (
     GroupSpeed,
     RanksOutcome,
@@ -99,11 +99,12 @@ def run_preflight(
 
 
 def open_roll_call(node: ThisNode, attempt: str, token: str) -> RollCall:
-    """Listen for the other nodes, where they call. UserError when the port is taken."""
+    """Listen for the other nodes, where they call: at the first port that is free, but one, which is for the ranks.
+    UserError when none is."""
     try:
-        return RollCall(listening_socket(node.head, node.port), attempt, token)
+        return RollCall(first_free(node.head, node.ports[:-1]), attempt, token)
     except OSError as error:
-        where = f"{node.head}, port {node.port} ({error.strerror})"
+        where = f"{node.head}, port {node.ports[0]} ({error.strerror})"
         raise UserError(f"node 0 cannot take calls at {where}: give another --master-port") from None
 
 
@@ -111,11 +112,12 @@ def follow(config: Config, arguments: Sequence[str], out: Path, node: ThisNode) 
     """Report to node 0 from any other node, and start ranks when it says so. UserError when it cannot be reached."""
     settings = config.launch.preflight
     try:
-        node_0, greeting = call(node.head, node.port, node.rank, job_token(arguments), settings.report_seconds)
+        node_0, greeting = call(node.head, node.ports[:-1], node.rank, job_token(arguments), settings.report_seconds)
     except OSError as error:
         raise UserError(
-            f"{node.name}: no answer of node 0 at {node.head}:{node.port} in {settings.report_seconds:g} s "
-            f"({error}). Give its address as this node can reach it (--master-addr), and open the port between nodes"
+            f"{node.name}: no answer of node 0 at {node.head}, {in_words(node.ports[:-1])}, in "
+            f"{settings.report_seconds:g} s ({error}). Give its address as this node can reach it (--master-addr), and "
+            "open its ports between nodes (launch.port_range)"
         ) from None
     report = replace(
         look(config, node),
@@ -128,8 +130,9 @@ def follow(config: Config, arguments: Sequence[str], out: Path, node: ThisNode) 
     try:
         node_0.send({"report": asdict(report)})
         patience = settings.report_seconds + PATIENCE_SECONDS + SHARED_SECONDS
-        if node_0.receive(time.monotonic() + patience).get("go") is True:
-            node_0.send({"outcome": asdict(own_ranks(config, arguments, out, node))})
+        match node_0.receive(time.monotonic() + patience):
+            case {"go": True, "port": int(port)}:
+                node_0.send({"outcome": asdict(own_ranks(config, arguments, out, node, port))})
     except OSError as error:
         raise UserError(f"{node.name}: node 0 went away during the preflight ({error}): see its messages") from None
     finally:
@@ -180,12 +183,13 @@ def all_reduce(
 ) -> list[RanksOutcome]:
     """Tell all nodes whether to start ranks (those behind launch.nodes have none); return how these ended, by node."""
     with_ranks = [caller for caller in callers if go and caller.rank < config.launch.nodes]
+    port = free_port(node.head, node.ports)  # nobody listens for calls any more
     for caller in callers:
         with suppress(OSError):  # it will be missed below
-            caller.connection.send({"go": caller in with_ranks})
+            caller.connection.send({"go": caller in with_ranks, "port": port})
     if not go:
         return []
-    outcomes = [own_ranks(config, arguments, out, node)]
+    outcomes = [own_ranks(config, arguments, out, node, port)]
     deadline = time.monotonic() + PATIENCE_SECONDS
     for caller in with_ranks:
         try:

@@ -28,6 +28,7 @@ from srlm_mega.launch.preflight.node_report import NodeReport
 
 TOKEN = "SRLM_JOB_TOKEN"  # random; the job script makes it
 RETRY_SECONDS = 0.2
+ANSWER_SECONDS = 3.0  # of a port before the next one is tried: node 0 answers at once
 LONGEST_LINE, LONGEST_CALL = 1 << 20, 1 << 10
 STRANGERS, STRANGER_SECONDS = 256, 5.0  # connections without a token at once, and how long each may stay
 MOST_LINES, LONGEST_REASON = 50, 200
@@ -196,19 +197,34 @@ class Greeting:
     clock_error: float
 
 
-def call(address: str, port: int, rank: int, token: str, seconds: float) -> tuple[Connection, Greeting]:
-    """Call node 0 until it answers, from another node. OSError when it does not within `seconds`; UserError when it
-    refuses this node."""
+def call(address: str, ports: Sequence[int], rank: int, token: str, seconds: float) -> tuple[Connection, Greeting]:
+    """Call node 0 until it answers at one of its ports, from another node. At the others may be whoever had them first,
+    such as node 0 of another job. OSError when it does not within `seconds`, UserError when it refuses this node."""
     deadline = time.monotonic() + seconds
     while True:
-        try:
-            connection = socket.create_connection((address, port), timeout=max(0.1, deadline - time.monotonic()))
-            break
-        except OSError:
-            if time.monotonic() + RETRY_SECONDS > deadline:
-                raise
-            time.sleep(RETRY_SECONDS)
-    node_0 = Connection(connection)
+        failed: OSError | UserError | None = None
+        for port in ports:
+            limit = min(deadline, time.monotonic() + ANSWER_SECONDS) if len(ports) > 1 else deadline
+            try:
+                connection = socket.create_connection((address, port), timeout=max(0.1, limit - time.monotonic()))
+            except OSError as error:
+                failed = failed or error
+                continue
+            try:
+                return greeted(Connection(connection), f"{address}:{port}", rank, token, limit)
+            except (OSError, UserError) as error:
+                connection.close()
+                if len(ports) == 1:
+                    raise
+                failed = error
+        if time.monotonic() + RETRY_SECONDS > deadline and failed is not None:
+            raise failed
+        time.sleep(RETRY_SECONDS)
+
+
+def greeted(node_0: Connection, place: str, rank: int, token: str, deadline: float) -> tuple[Connection, Greeting]:
+    """Say who calls, and return the connection with node 0's answer. OSError when there is none until `deadline`
+    (`time.monotonic()`), or one of somebody else; UserError when it is a refusal."""
     sent = time.time()
     node_0.send({"rank": rank, "token": token})
     match node_0.receive(deadline):
@@ -216,6 +232,6 @@ def call(address: str, port: int, rank: int, token: str, seconds: float) -> tupl
             received = time.time()
             return node_0, Greeting(attempt, (sent + received) / 2 - clock, (received - sent) / 2)
         case {"refused": str(why)}:
-            raise UserError(f"node 0 at {address}:{port} refused the call of node {rank}: {why[:LONGEST_REASON]}")
+            raise UserError(f"node 0 at {place} refused the call of node {rank}: {why[:LONGEST_REASON]}")
         case _:
             raise ConnectionError("what answers there is not node 0")

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from srlm_mega.errors import UserError
-from srlm_mega.launch.listening import EVERYWHERE, LOOPBACK
-from srlm_mega.launch.ranks import number_in, port_of
+from srlm_mega.launch.listening import EVERYWHERE, LOOPBACK, ports_of
+from srlm_mega.launch.ranks import number_in
 
 TOP_LEVEL_COMMA = re.compile(r",(?![^\[]*\])")
 
@@ -15,14 +15,14 @@ TOP_LEVEL_COMMA = re.compile(r",(?![^\[]*\])")
 @dataclass(frozen=True)
 class ThisNode:
     """This node among the job's nodes. `names` are by node rank; if `named` they are Slurm's, else only this one's is a
-    host's. Nodes call node 0 at `head`:`port`; the ranks' rendezvous is at the next port. Node 0 listens there, and
-    everywhere when it was not told where the others call."""
+    host's. Nodes call node 0 at `head` and the first of `ports` at which it answers; another of them, which node 0
+    tells, is for the ranks' rendezvous. Node 0 listens there, and everywhere when it was not told where others call."""
 
     rank: int
     names: tuple[str, ...]
     named: bool
     head: str
-    port: int
+    ports: tuple[int, ...]
 
     @property
     def name(self) -> str:
@@ -31,7 +31,12 @@ class ThisNode:
 
 
 def this_node(
-    environment: Mapping[str, str], rank: int | None, nodes: int | None, head: str | None, port: int | None
+    environment: Mapping[str, str],
+    rank: int | None,
+    nodes: int | None,
+    head: str | None,
+    port: int | None,
+    port_range: tuple[int, int],
 ) -> ThisNode:
     """Fill in from Slurm's variables (one task per node) what options leave open. UserError when that is not enough."""
     own_name = environment.get("SLURMD_NODENAME", socket.gethostname())
@@ -49,7 +54,7 @@ def this_node(
         raise UserError(f"{own_name} does not know where node 0 is: give --master-addr (or MASTER_ADDR)")
     job = number_in(environment, "SLURM_JOB_ID", default=0)
     head = (address or EVERYWHERE) if count > 1 else LOOPBACK
-    return ThisNode(own, tuple(names), named, head, port or port_of(job))
+    return ThisNode(own, tuple(names), named, head, ports_of(job, port_range) if port is None else (port, port + 1))
 
 
 def expand(compact: str) -> list[str]:

@@ -84,7 +84,7 @@ def preflight(
     config = load_config(config_file, overrides or [])
     if master_addr is not None:
         check_resolves(master_addr)
-    node = this_node(os.environ, node_rank, nnodes, master_addr, master_port)
+    node = this_node(os.environ, node_rank, nnodes, master_addr, master_port, config.launch.port_range)
     arguments = [str(config_file), *(overrides or [])]
     run_preflight(config, arguments, out, node, model_folders(config), VisibleConsole(width=TABLE_WIDTH))
 

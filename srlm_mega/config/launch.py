@@ -139,8 +139,21 @@ class LaunchConfig(Section, decides="layout"):
         "torchrun", description="Start on this node (torchrun), or as steps of srlm run's Slurm allocation (slurm)."
     )
     rendezvous: Literal["static", "c10d"] = Field("static", description="Rendezvous of ranks on several nodes.")
+    port_range: tuple[int, int] = Field(
+        (10_000, 29_999),
+        description="First and last port of node 0 that a job's nodes may call; which of them follows from the job's "
+        "number, and one that is taken is passed by. For sites with a firewall between nodes.",
+    )
     slurm: SlurmConfig = SlurmConfig()
     preflight: PreflightConfig = PreflightConfig()
+
+    @field_validator("port_range")
+    @classmethod
+    def _two_ports(cls, ports: tuple[int, int]) -> tuple[int, int]:
+        """The preflight needs one for its calls and one for its ranks."""
+        if not 1024 <= ports[0] < ports[1] <= 65535:
+            raise ValueError("give the first and the last of at least two ports between 1024 and 65535")
+        return ports
 
     def threads(self, processes: int) -> int:
         """Return the number of CPU threads of each process, where so many run at once on a node."""

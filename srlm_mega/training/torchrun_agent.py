@@ -30,7 +30,7 @@ class BoundStore(TCPStore):
         try:
             server = listening_socket(host_name, port)
         except OSError as error:  # of two nodes on one machine, the second calls the first one's store
-            raise RuntimeError(f"no store at {host_name}:{port}: {error}") from error
+            raise RuntimeError(f"no store at {host_name}, port {port}: {error.strerror}") from error
         port = server.getsockname()[1]
         super().__init__(
             host_name, port, world_size, True, timeout, multi_tenant=multi_tenant, master_listen_fd=server.detach()

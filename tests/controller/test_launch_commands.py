@@ -19,6 +19,7 @@ from srlm_mega.controller.stage_process import StageProcess, stage_command
 from srlm_mega.errors import CannotContinue, UserError
 from srlm_mega.launch import ranks
 from srlm_mega.launch.child_process import adapt_to_node, environment, srlm_command
+from srlm_mega.launch.listening import free_port, ports_of
 from srlm_mega.launch.ranks import (
     TASK,
     Allocation,
@@ -26,7 +27,6 @@ from srlm_mega.launch.ranks import (
     Rendezvous,
     check_resolves,
     current_allocation,
-    port_of,
     process_in_step,
     pyxis,
     ranks_in_step,
@@ -120,8 +120,31 @@ def test_a_nodes_task_knows_its_own_number(tmp_path: Path) -> None:
 
 def test_ports_stay_out_of_the_way() -> None:
     """Linux gives 32768 and above to outgoing connections."""
-    ports = [port_of(job) for job in (0, 1, 19_999, 20_000, 123_456_789)]
+    whole = LaunchConfig().port_range
+    ports = [ports_of(job, whole)[0] for job in (0, 1, 19_999, 20_000, 123_456_789)]
     assert ports == [10_000, 10_001, 29_999, 10_000, 26_789]
+    assert all(
+        len(set(ports_of(job, whole))) == 16 and max(ports_of(job, whole)) < 32_768 for job in range(0, 20_000, 7)
+    )
+    assert sorted(ports_of(12, (4000, 4003))) == [4000, 4001, 4002, 4003] and len(ports_of(5, (4000, 4001))) == 2
+
+
+def test_a_port_that_is_taken_is_passed_by() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as first, socket.create_server(("127.0.0.1", 0)) as second:
+        taken = [int(one.getsockname()[1]) for one in (first, second)]
+        with socket.create_server(("127.0.0.1", 0)) as third:
+            free = int(third.getsockname()[1])
+        assert free_port("127.0.0.1", [*taken, free]) == free
+        with pytest.raises(
+            UserError, match=rf"ports {taken[0]}, {taken[1]} on 127\.0\.0\.1 are taken .*launch\.port_range"
+        ):
+            free_port("127.0.0.1", taken)
+
+
+@pytest.mark.parametrize("ports", [[29999, 10000], [80, 90], [4000, 4000], [65000, 70000], [4000]])
+def test_a_range_without_two_ports_is_refused(ports: list[int]) -> None:
+    with pytest.raises(UserError, match=r"launch\.port_range"):
+        load_config(TOY, [f"launch.port_range={ports}"])
 
 
 def test_the_shell_and_python_agree_on_the_environment() -> None:

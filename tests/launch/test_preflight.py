@@ -348,24 +348,27 @@ def test_every_model_that_is_written_needs_disk(overrides: list[str], models: in
     assert model_folders(load_config(ROOT / "launch/configs/toy_cpu.yaml", overrides)) == models
 
 
+RANGE = (10_000, 29_999)
+
+
 def slurm(**more: str) -> dict[str, str]:
     return {"SLURM_NNODES": "2", "SLURM_PROCID": "1", "SLURMD_NODENAME": "n7", "MASTER_ADDR": "10.0.0.1", **more}
 
 
 def test_slurm_says_which_node_this_is() -> None:
-    place = this_node(slurm(SLURM_JOB_ID="12345"), None, None, None, None)
+    place = this_node(slurm(SLURM_JOB_ID="12345"), None, None, None, None, RANGE)
     assert (place.rank, place.name, place.names) == (1, "n7", ("node 0", "n7"))
-    assert (place.head, place.port) == ("10.0.0.1", 10_000 + 12345)
+    assert (place.head, place.ports[0]) == ("10.0.0.1", 10_000 + 12345)
 
 
 def test_options_come_before_slurm() -> None:
-    place = this_node(slurm(), 2, 3, "10.0.0.9", 4000)
-    assert (place.rank, len(place.names), place.head, place.port) == (2, 3, "10.0.0.9", 4000)
+    place = this_node(slurm(), 2, 3, "10.0.0.9", 4000, RANGE)
+    assert (place.rank, len(place.names), place.head, place.ports) == (2, 3, "10.0.0.9", (4000, 4001))
 
 
 def test_slurms_names_of_the_other_nodes() -> None:
     environment = {"SLURM_NNODES": "2", "SLURM_PROCID": "0", "SLURMD_NODENAME": "n7", "SLURM_JOB_NODELIST": "n[7-8]"}
-    place = this_node(environment, None, None, None, None)
+    place = this_node(environment, None, None, None, None, RANGE)
     assert (place.names, place.named, place.head) == (("n7", "n8"), True, "n7")
 
 
@@ -388,7 +391,7 @@ def test_slurms_short_form_of_names(compact: str, names: str) -> None:
 )
 def test_an_unclear_place_is_refused(rank: int, nodes: int, said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        this_node({}, rank, nodes, None, None)
+        this_node({}, rank, nodes, None, None, RANGE)
 
 
 @pytest.mark.parametrize(
@@ -402,7 +405,7 @@ def test_an_unclear_place_is_refused(rank: int, nodes: int, said: str) -> None:
 )
 def test_variables_that_cannot_be_read_are_named(variables: dict[str, str], said: str) -> None:
     with pytest.raises(UserError, match=said):
-        this_node(variables, None, None, None, None)
+        this_node(variables, None, None, None, None, RANGE)
 
 
 def free_port() -> int:
@@ -434,14 +437,16 @@ def test_fewer_nodes_than_the_layout_takes_are_looked_at_without_it(tmp_path: Pa
     """As in a job that samples."""
     config = load_config(TOY, ["launch.nodes=2", "launch.processes_per_node=1", f"run.dir={tmp_path / 'run'}"])
     console = Console(record=True, width=200)
-    coordinator.run_preflight(config, [], tmp_path, this_node({}, None, None, None, None), 4, console)
+    coordinator.run_preflight(config, [], tmp_path, this_node({}, None, None, None, None, RANGE), 4, console)
     said = console.export_text()
     assert "No all-reduce: the layout takes launch.nodes=2, and 1 take part" in said and "1 nodes are well" in said
 
 
 def test_a_port_that_is_taken_is_said() -> None:
-    with socket.create_server(("", 0)) as taken, pytest.raises(UserError, match="give another --master-port"):
-        coordinator.open_roll_call(this_node({}, 0, 2, None, taken.getsockname()[1]), "attempt", "token")
+    with socket.create_server(("", 0)) as taken:
+        port = int(taken.getsockname()[1])
+        with pytest.raises(UserError, match=rf"port {port} on 0\.0\.0\.0 is taken.*give others .*--master-port"):
+            coordinator.open_roll_call(this_node({}, 0, 2, None, port, RANGE), "attempt", "token")
 
 
 def test_gpus_are_trainings_or_else_samplings() -> None:
@@ -471,7 +476,7 @@ def test_a_node_that_cannot_reach_node_0_says_so(tmp_path: Path, srlm: Path) -> 
     argv += ["--master-addr=127.0.0.1", "--node-rank=1", "--nnodes=2"]
     done = subprocess.run(argv, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "no answer of node 0 at 127.0.0.1:" in done.stderr and "--master-addr" in done.stderr
+    assert "no answer of node 0 at 127.0.0.1, port " in done.stderr and "--master-addr" in done.stderr
 
 
 def two_nodes(srlm: Path, out: Path, *overrides: str, second: dict[str, str] | None = None) -> tuple[int, str, str]:

@@ -32,7 +32,7 @@ def free_port() -> int:
 
 
 def report_as_a_node(port: int) -> None:
-    line, greeting = call("127.0.0.1", port, 1, "token", 60)
+    line, greeting = call("127.0.0.1", [port], 1, "token", 60)
     assert greeting.attempt == "attempt 1"
     seen = replace(REPORT, clock_ahead=greeting.clock_ahead, clock_error=greeting.clock_error)
     line.send({"report": asdict(seen)})
@@ -144,7 +144,7 @@ def test_a_node_is_told_why_it_is_refused() -> None:
     thread = threading.Thread(target=roll_call.gather, args=(1, 1.0))
     thread.start()
     with pytest.raises(UserError, match=r"refused the call of node 1: it has not this job's token: give all nodes"):
-        call("127.0.0.1", port, 1, "another", 60)
+        call("127.0.0.1", [port], 1, "another", 60)
     thread.join()
 
 
@@ -161,7 +161,29 @@ def test_another_service_at_the_port_is_not_node_0(said: bytes) -> None:
         thread = threading.Thread(target=answer)
         thread.start()
         with pytest.raises(OSError):
-            call("127.0.0.1", server.getsockname()[1], 1, "token", 60)
+            call("127.0.0.1", [server.getsockname()[1]], 1, "token", 60)
+        thread.join()
+
+
+@pytest.mark.timing
+def test_node_0_is_found_behind_ports_that_others_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that says nothing, another job's node 0, a port without anybody, then ours."""
+    monkeypatch.setattr(module, "ANSWER_SECONDS", 0.5)
+    roll_call, port = listening()
+    another, its_port = listening()
+    another._token = "another job's"
+    threads = [threading.Thread(target=one.gather, args=(1, 60)) for one in (roll_call, another)]
+    for thread in threads:
+        thread.start()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        ports = [int(silent.getsockname()[1]), its_port, free_port(), port]
+        line, greeting = call("127.0.0.1", ports, 1, "token", 60)
+        with pytest.raises(UserError, match=f":{its_port} refused the call of node 1"):
+            call("127.0.0.1", [its_port, free_port()], 1, "token", 0.5)
+    assert greeting.attempt == "attempt 1"
+    line.send({"report": asdict(REPORT)})
+    another.close()
+    for thread in threads:
         thread.join()
 
 
@@ -177,7 +199,7 @@ def test_who_is_interrupted_does_not_wait_for_calls() -> None:
 
 def test_a_call_that_nobody_answers_ends() -> None:
     with pytest.raises(OSError):
-        call("127.0.0.1", free_port(), 1, "token", 0.5)
+        call("127.0.0.1", [free_port()], 1, "token", 0.5)
 
 
 def test_one_byte_after_the_other_ends_too() -> None:
