@@ -4,38 +4,41 @@ import math
 import re
 from collections.abc import Sequence
 
-from srlm_mega.judging.statements import CLOSING, END, OPENING, SPACE, Statement, statements, unclosed
+from srlm_mega.judging.statements import CLOSING, END, OPENING, QUOTES, SPACE, Statement, statements, unclosed
 from srlm_mega.records import FinishReason
 
 MAX_SCORE = 5.0
 
 DIGITS = r"\d++(?:\.\d++)?+"
-IN_WORDS = "zero|one|two|three|four|five|six|seven|eight|nine|ten|hundred|half|quarter|third"
+IN_WORDS = "zero|two|three|four|five|six|seven|eight|nine|ten|hundred|half|quarter|third"
 FRACTIONS = "¼-¾⅐-⅟²³¹⁰-₉"  # and small digits
-NUMBER = rf"(?:{DIGITS}|[{FRACTIONS}]|(?:{IN_WORDS}){END})"
+NUMBER = rf"(?:{DIGITS}|[{FRACTIONS}]|(?:one|{IN_WORDS}){END})"
 UNIT = rf"(?:(?:points?|pts?|marks?|stars?){END}|[分点점])"
-# A statement is VALUE, perhaps SCALE, then nothing that CONTINUES the number. VALUE is a number, decorated, perhaps
-# with a unit, and not the beginning of 4th, 4e0, 4.5.1 or 3,5.
+# A statement is VALUE, perhaps SCALE, then a remark that says no other number and does not blur this one. VALUE is a
+# number, decorated, perhaps with a unit, and not the beginning of 4th, 4e0, 4.5.1 or 3,5.
 VALUE = re.compile(
     rf"(?P<opening>{OPENING})(?P<value>{DIGITS})(?![.,]\d)(?=$|[\W_]|{UNIT}){CLOSING}(?:{UNIT}{CLOSING})?",
     re.IGNORECASE,
 )
-# "/ 5", "out of 5", "of a possible 5", "(max 5)", "on a scale from 0 to 5".
+# "/ 5", "out of 5", ", of a possible 5", "(max 5)", "on a scale from 0 to 5".
 SCALE = re.compile(
-    rf"(?:[/／⁄]|\(?{SPACE}*+(?:(?:out{SPACE}++)?of\b|over\b|from\b|on\b|max(?:imum)?\b[.:]?)(?:{SPACE}++[a-z]++){{0,4}}?)"
-    rf"{OPENING}(?:(?P<least>[01]){SPACE}*+(?:to|[-–—]){SPACE}*+)?(?P<most>{NUMBER}){END}{CLOSING}(?:{UNIT}{CLOSING})?",
+    rf"(?:\\?[/／⁄]|[,(\[（—–-]?{SPACE}*+(?:(?:out{SPACE}++)?of\b|over\b|from\b|on\b|max(?:imum)?\b[.:]?)(?:{SPACE}++[a-z]++){{0,4}}?)"
+    rf"{OPENING}(?:(?P<least>[01]){SPACE}*+(?:to|[-–—]){SPACE}*+)?(?P<most>{NUMBER})(?={UNIT}|[\W_]|$){CLOSING}"
+    rf"(?:{UNIT}{CLOSING})?",
     re.IGNORECASE,
 )
-JOINS = (
-    r"(?:[-=]>|[-–—−*×x=:&→⇒…~/／⁄]|\.\.++|\b(?:to|or|and|plus|minus|times|less|through|until|till|vs\.?|versus|point|"
-    r"divided|by|over|of|from)\b)"
-)
-CONTINUES = re.compile(
-    rf"[+±%‰°^<≈/／⁄]|{NUMBER}|,{SPACE}*+\d|(?:{JOINS}{OPENING})++(?:an?{SPACE}++|one-)?{NUMBER}"
-    rf"|\({SPACE}*+(?:[a-z]++{SPACE}++)?{NUMBER}{SPACE}*+\)"
-    r"|percent\b|(?:or|and)\s+(?:more|less|higher|lower|above|below|better|worse|so)\b|at\s+(?:most|least|best|worst)\b",
+CLAUSE = re.compile(r"(?:[^.;!?。；！？]|\.(?=[.\d])){0,300}+")
+# What makes another number of the one before it; "one" alone is a word of prose.
+FURTHER = re.compile(
+    rf"\d|[{FRACTIONS}]|\b(?:{IN_WORDS}){END}|(?:[-+–—−*×x=:&~]|\b(?:to|or|and|plus|minus|times|less|by){END}){SPACE}*+one{END}",
     re.IGNORECASE,
 )
+BLURS = re.compile(
+    rf"[+±%‰°^<≈/\\÷|]|[-–—−]{SPACE}*+(?:$|[.,])|per{SPACE}?cent{END}|[,(-]?{SPACE}*+(?:or|ish|approx\w*+|roughly|maybe|perhaps|possibly|"
+    rf"at{SPACE}++(?:most|least|best|worst)|and{SPACE}++(?:more|less|higher|lower|above|below)){END}",
+    re.IGNORECASE,
+)
+REMARK = re.compile(rf"\([^()\d]*\)[{QUOTES}\s.!]*$")
 PLACEHOLDER = re.compile(r"[^\w<\n]*+<[^<>\d\n]*[a-z][^<>\d\n]*>", re.IGNORECASE)  # of a template: <total points>
 
 
@@ -68,7 +71,11 @@ def stated(last: Statement, number: re.Match[str]) -> float | None:
             return None
         end = scale.end()
     rest = last.text[end:]
-    if CONTINUES.match(rest) or (last.on_next_line and rest.strip(" \t\r.!。")):
+    clause = CLAUSE.match(rest)
+    assert clause is not None, "it matches any text"
+    if BLURS.match(rest) or FURTHER.search(clause[0]):
+        return None
+    if last.on_next_line and rest.strip(QUOTES + " \t\r.!。") and not REMARK.match(rest):
         return None
     if unclosed(number["opening"], last.text[number.end("value") : end]):
         return None

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 SPACE = r"[^\S\n]"
-QUOTES = "*_`\"'“”‘’«»„$"
+QUOTES = "*_`\"'“”‘’«»„$|"
 TAG = r"(?-i:</?(?!tie>)[a-z]++>)"  # <A> and <tie> are choices in brackets
 END = r"(?![^\W_])"  # of a word: a letter or a digit is none; Markdown's _ is
 # What may stand around a value: Markdown, quotes, brackets, tags, LaTeX's \boxed{4}. Loops are possessive: nothing is
@@ -34,7 +34,7 @@ def statements(label: str, text: str) -> Iterator[Statement]:
         line, _, below = text[one.end() : end].partition("\n")
         on_next_line = not line.strip(QUOTES + " \t\r")
         if on_next_line:
-            line = below.lstrip(QUOTES + " \t\r\n").partition("\n")[0]
+            line = re.sub(r"^[-•]\s+", "", below.lstrip(QUOTES + " \t\r\n").partition("\n")[0])
         yield Statement(line, on_next_line, one["note"] or "")
         end = one.start()
 

@@ -16,9 +16,9 @@ from srlm_mega.judging.meta import (
     most_pairs,
     position_weights,
 )
-from srlm_mega.judging.pairwise import verdict_of
 from srlm_mega.judging.rewards import reward_of
 from srlm_mega.judging.scored_candidates import judgements_by_candidate, score_candidate
+from srlm_mega.judging.verdicts import verdict_of
 from srlm_mega.records import (
     Candidate,
     Judgement,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from srlm_mega.judging.pairwise import verdict_of
+from srlm_mega.judging.verdicts import verdict_of
 from srlm_mega.records import PairwiseJudgement
 from srlm_mega.sampling.sampling_rate import ProgressCallback
 from srlm_mega.stages.sampling_task import CompletionFields

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from srlm_mega.judging.pairwise import parse_verdict, verdict_of
 from srlm_mega.judging.scores import parse_score, score_of
+from srlm_mega.judging.verdicts import parse_verdict, verdict_of
 
 CORPUS = [json.loads(line) for line in (Path(__file__).parent / "judges_words.jsonl").read_text("utf-8").splitlines()]
 MARKS = [("", ""), ("**", "**"), ("*", "*"), ("`", "`"), ('"', '"'), ("“", "”"), ("<", ">"), ("[[", "]]"), ("(", ")"),

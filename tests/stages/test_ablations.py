@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM
 from srlm_mega.config import Config
 from srlm_mega.config.file import load_config, to_yaml
 from srlm_mega.judging.agreement import consistency
-from srlm_mega.judging.pairwise import Verdict
 from srlm_mega.judging.scores import mean_score
 from srlm_mega.judging.template import Template
+from srlm_mega.judging.verdicts import Verdict
 from srlm_mega.records import (
     Candidate,
     FinishReason,
