@@ -140,12 +140,14 @@ def program(config: Config) -> str:
 
 def docker(config: Config, image: str, replica: int | None) -> list[str]:
     """Return `docker run` for a container on this node that sees the working directory, `mounts` and all GPUs, and ends
-    with the process. It gets the processes' settings from the environment, by name. The
-    limits are those that NVIDIA's images ask for. `stop_container` knows the form of its first words."""
+    with the process. It gets the processes' settings, and the key of the endpoint that an evaluation asks, from the
+    environment, by name. The limits are those that NVIDIA's images ask for. `stop_container` knows the form of its first words."""
     here = Path.cwd()
     mounts = (path.resolve() for path in config.sampler.mounts)
     volumes = [f"--volume={folder}:{folder}" for folder in (here, *mounts)]
-    names = [f"--env={name}" for name in PASSED_ON]
+    judge = config.pairwise_judges.get("evaluation.pairwise_judge")  # early stopping asks its own from `srlm run`
+    keys = [] if judge is None or judge.api_key_variable is None else [judge.api_key_variable]
+    names = [f"--env={name}" for name in (*PASSED_ON, *keys)]
     gpus = [] if config.sampler.device == "cpu" else ["--gpus=all"]
     limits = ["--ulimit", "memlock=-1", "--ulimit", "stack=67108864", "--ipc=host"]
     return [

@@ -209,6 +209,15 @@ def test_a_containers_name_and_limits() -> None:
     assert "--gpus" not in " ".join(sampler_process(load_config(TOY, ["sampler.container=image"]), []))
 
 
+def test_a_docker_container_is_given_the_key_of_its_judge_by_name() -> None:
+    """An evaluation asks the endpoint from there; early stopping asks from the machine of `srlm run`."""
+    judge = "{model: m, endpoint: https://host/v1, api_key_variable: %s}"
+    asked = ("evaluation.pairwise=true", f"evaluation.pairwise_judge={judge % 'MY_KEY'}")
+    words = sampler_process(config_of("sampler.container=image", *asked), [])
+    assert "--env=MY_KEY" in words and words.index("--env=MY_KEY") < words.index("image")
+    assert not any("KEY" in word for word in sampler_process(config_of("sampler.container=image"), []))
+
+
 def test_a_sampler_in_apptainer() -> None:
     """Here, and as a step: no docker, no option of pyxis."""
     apptainer = ("launch.slurm.container_runtime=apptainer", "sampler.container=s.sif", "sampler.mounts=[/models]")
