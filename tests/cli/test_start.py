@@ -146,6 +146,8 @@ def test_the_command_takes_the_python_beside_it(tmp_path: Path) -> None:
     """Through a link too, with an env that cannot let signals wait, and words as they are."""
     command = command_beside('printf "%s|" "$@"', tmp_path)
     (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "python3").write_text("#!/bin/sh\necho another\n")  # as in ~/.local/bin
+    (tmp_path / "elsewhere" / "python3").chmod(0o755)
     link = tmp_path / "elsewhere" / "srlm"
     link.symlink_to(command)
     (tmp_path / "elsewhere" / "env").write_text("#!/bin/sh\nexit 125\n")
