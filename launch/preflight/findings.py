@@ -10,6 +10,10 @@ from srlm_mega.launch.preflight.disk_need import DiskNeed
 from srlm_mega.launch.preflight.node_report import NodeReport
 
 ECC = "ECC"
+# Locked by each rank for RDMA, over InfiniBand or RoCE: NCCL's buffers in host memory are 4 MiB (NCCL_BUFFSIZE) for
+# each channel of each connection, tens to hundreds of MiB in all. Linux allows 64 KiB or, since 5.16, 8 MiB by itself;
+# a limit from here on was chosen by an administrator.
+LOCKED_BYTES = GIB
 
 
 @dataclass(frozen=True)
@@ -32,12 +36,13 @@ def findings(
 ) -> list[Finding]:
     """Return all faults of the nodes that reported. `gpus` per node, None on CPUs; `max_clock_skew` in seconds; `ranks`
     of all nodes."""
+    rdma = gpus is not None and len(reports) > 1  # gloo, for CPUs, takes TCP, and NCCL within a node shared memory
     return [
         *(finding for report in reports for finding in check_answers(report)),
         *check_versions(reports),
         *(finding for report in reports for finding in check_gpus(report, gpus)),
         *(finding for report in reports for finding in check_name(report, len({one.network for one in reports}) == 1)),
-        *(finding for report in reports for finding in check_limits(report, ranks)),
+        *(finding for report in reports for finding in check_limits(report, ranks, rdma)),
         *check_shared_folder(reports),
         *(finding for report in reports for finding in check_disk(report, need)),
         *check_clocks(reports, max_clock_skew),
@@ -112,16 +117,17 @@ def check_gpus(report: NodeReport, wanted: int | None) -> Iterator[Finding]:
             yield Finding(report.node, ECC, got, "0", remedy, (report.node,))
 
 
-def check_limits(report: NodeReport, ranks: int) -> Iterator[Finding]:
-    """Find a node whose processes may open too few files, connections counted, or lock too little memory for RDMA."""
+def check_limits(report: NodeReport, ranks: int, rdma: bool) -> Iterator[Finding]:
+    """Find a node whose processes may open too few files, connections counted, or lock too little memory for
+    `rdma` between nodes."""
     raised = "Raise it in the shell that submits, as Slurm hands its limits on, or have the administrator raise"
     wanted = 512 + 8 * ranks
     if report.open_files is not None and report.open_files < wanted:
         due = f"{wanted}: 512, and 8 for connections with each of {ranks} ranks"
         remedy = f"{raised} LimitNOFILE of slurmd's unit"
         yield Finding(report.node, "ulimit -n", str(report.open_files), due, remedy, (report.node,))
-    if report.infiniband and report.locked_bytes is not None:
-        due = "unlimited: this node has InfiniBand, which locks the memory that it reads"
+    if rdma and report.infiniband and report.locked_bytes is not None and report.locked_bytes < LOCKED_BYTES:
+        due = "at least 1 GiB, better unlimited: RDMA (InfiniBand, RoCE) locks the memory that it reads"
         remedy = f"{raised} LimitMEMLOCK of slurmd's unit"
         got = f"{report.locked_bytes >> 10} KiB"
         yield Finding(report.node, "ulimit -l", got, due, remedy, (report.node,))

@@ -89,7 +89,7 @@ def test_well_nodes_are_well() -> None:
         ({"clock_ahead": 30.0, "clock_error": 0.1}, "clock", "30.0 s ahead of the others", "within 5 s", "chrony"),
         ({"clock_ahead": -30.0}, "clock", "30.0 s behind the others", "within 5 s", "chrony"),
         ({"open_files": 519}, "ulimit -n", "519", "520: 512, and 8 for", "LimitNOFILE"),
-        ({"infiniband": True, "locked_bytes": 65_536}, "ulimit -l", "64 KiB", "unlimited: this", "LimitMEMLOCK"),
+        ({"infiniband": True, "locked_bytes": 65_536}, "ulimit -l", "64 KiB", "at least 1 GiB", "LimitMEMLOCK"),
         ({"unanswered": {"GPUs": "no answer in 10 s"}, "gpus": None}, "GPUs", "no answer in", "an answer", "Log in"),
     ],
 )  # fmt: skip
@@ -105,6 +105,10 @@ def test_a_finding_names_node_check_got_wanted_and_remedy(
 def test_limits_that_are_enough() -> None:
     """Locked memory matters to RDMA alone; the number of ranks to connections."""
     assert changed(2, open_files=520, locked_bytes=65_536) == [] and changed(2, infiniband=True) == []
+    assert changed(2, infiniband=True, locked_bytes=1 << 30) == []
+    tight = [replace(node, infiniband=True, locked_bytes=65_536) for node in NODES]
+    assert all_findings(tight, None, NEED, 5.0) == [], "ranks on CPUs talk over TCP"
+    assert all_findings(tight[:1], 8, NEED, 5.0) == [], "on one node, over NVLink and shared memory"
     soft = [replace(node, open_files=1024) for node in NODES]
     assert all_findings(soft, 8, NEED, 5.0, ranks=64) == []
     assert [one.node for one in all_findings(soft, 8, NEED, 5.0, ranks=65)] == ["n0", "n1", "n2", "n3"]
