@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from typer.testing import CliRunner
 
 from srlm_mega.checkpoints_conversion.convert import Kind, open_checkpoint
-from srlm_mega.checkpoints_conversion.plain_pickle import read_metadata
+from srlm_mega.checkpoints_conversion.plain_pickle import METADATA_NAMES, read_metadata, unpickled
 from srlm_mega.checkpoints_conversion.verify import prove
 from srlm_mega.cli.main import app
 from srlm_mega.config.training import ParallelConfig, TrainerConfig
@@ -93,6 +93,12 @@ def test_the_attacks_are_real(tmp_path: Path) -> None:
     for number, name in enumerate(("a call", "deep within", "eval", "an old protocol", "INST", "a dotted name")):
         pickle.loads(attacks(tmp_path / str(number))[name])
         assert (tmp_path / str(number)).exists(), name
+
+
+def test_a_path_that_a_newer_python_wrote() -> None:
+    """Python 3.13's paths are of pathlib._local, which older ones do not have."""
+    newer = b"cpathlib._local\nPosixPath\n(Va\nVb\ntR."
+    assert unpickled(newer, METADATA_NAMES, "it") == Path("a/b")
 
 
 def test_the_command_says_it_in_one_line(checkpoint: Path, tmp_path: Path) -> None:
