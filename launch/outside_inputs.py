@@ -1,25 +1,28 @@
 """Files from outside that a job will read, looked at before it waits in a queue; what its containers see of them."""
 
 import gzip
-import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 
 from srlm_mega.config import Config
 from srlm_mega.config.outside_files import outside_files, outside_models
-from srlm_mega.config.outside_models import other_shape
+from srlm_mega.config.outside_models import indexed_files, other_shape
 from srlm_mega.errors import UserError
 from srlm_mega.launch.ranks import seen_folders
 
 
-def check_inputs(config: Config, run: Path, workdir: Path) -> None:
-    """UserError with a list of what is empty or broken among the files that a configuration names, and of what a
-    container would not see. Headers and first lines are read, which takes milliseconds."""
+def check_inputs(config: Config, run: Path, workdir: Path, read: Container[str] | None = None) -> None:
+    """UserError with a list of what is empty or broken among the files that a configuration names, or those of them
+    whose keys are in `read`, and of what a container would not see. Headers and first lines are read, which takes
+    milliseconds. What is missing `check_outside_files` has said before, and all that is wrong with model.path."""
     models, files = outside_models(config), outside_files(config)
     if config.model.tokenizer is not None:
         files["model.tokenizer"] = config.model.tokenizer
-    found = [f"{key}: {problem}" for key, path in models.items() for problem in model_problems(workdir / path)]
+    models = {key: path for key, path in models.items() if read is None or key in read}
+    files = {key: path for key, path in files.items() if read is None or key in read}
+    sampled = {key: path for key, path in models.items() if key != "model.path"}
+    found = [f"{key}: {problem}" for key, path in sampled.items() for problem in model_problems(workdir / path)]
     found += [f"{key}: {problem}" for key, path in files.items() for problem in file_problems(workdir / path)]
     slurm, sampler = config.launch.slurm, config.sampler
     if slurm.container is not None:
@@ -33,27 +36,24 @@ def check_inputs(config: Config, run: Path, workdir: Path) -> None:
 
 
 def model_problems(folder: Path) -> Iterator[str]:
-    """Yield why a folder is no whole model: without its config, tokenizer or weights, with files that are empty, or, of
-    a Llama, with tensors of another shape than its config says."""
-    for name in ("config.json", "tokenizer.json"):
-        if not (folder / name).is_file():
-            yield f"{folder} has no {name}"
-    weights = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
-    if not weights:
-        yield f"{folder} has no weights (*.safetensors)"
-    index = folder / "model.safetensors.index.json"
+    """Yield which weights of a model are missing or empty; where none are, what other than its config says a Llama's
+    are."""
+    broken = False
     try:
-        listed = set(json.loads(index.read_bytes())["weight_map"].values()) if index.is_file() else set()
-    except (ValueError, KeyError, TypeError, AttributeError):
-        yield f"{index} has no map of tensors to files: download it again"
+        listed = indexed_files(folder)
+    except ValueError as error:
+        yield str(error)
         return
+    weights = {*folder.glob("*.safetensors"), *folder.glob("*.bin")}
     for file in sorted({*weights, *(folder / name for name in listed)}):
-        if not file.is_file():
-            yield f"{file} is not there: download it again"
-        elif file.stat().st_size == 0:
-            yield f"{file} is empty (0 bytes): download it again"
-    if any(file.suffix == ".safetensors" for file in weights) and (problem := other_shape(folder)) is not None:
-        yield problem
+        if not file.is_file() or file.stat().st_size == 0:
+            state = "is empty (0 bytes)" if file.is_file() else "is not there"
+            yield f"{file} {state}: download it again"
+            broken = True
+    if not broken and any(file.suffix == ".safetensors" for file in weights):
+        problem = other_shape(folder)
+        if problem is not None:
+            yield problem
 
 
 def file_problems(path: Path) -> Iterator[str]:

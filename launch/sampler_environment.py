@@ -141,7 +141,8 @@ def program(config: Config) -> str:
 def docker(config: Config, image: str, replica: int | None) -> list[str]:
     """Return `docker run` for a container on this node that sees the working directory, `mounts` and all GPUs, and ends
     with the process. It gets the processes' settings, and the key of the endpoint that an evaluation asks, from the
-    environment, by name. The limits are those that NVIDIA's images ask for. `stop_container` knows the form of its first words."""
+    environment, by name. The limits are those that NVIDIA's images ask for. `stop_container` knows the form of its
+    first words."""
     here = Path.cwd()
     mounts = (path.resolve() for path in config.sampler.mounts)
     volumes = [f"--volume={folder}:{folder}" for folder in (here, *mounts)]

@@ -27,6 +27,7 @@ from srlm_mega.launch.sbatch_options import SbatchOption, read_options, replaced
 from srlm_mega.launch.time_limit import UNLIMITED, check_time_limit, seconds_of
 from srlm_mega.run.files import write_atomic
 from srlm_mega.run.identity import check_unchanged
+from srlm_mega.run.outside_keys import keys_read_by
 from srlm_mega.run.plan import plan
 from srlm_mega.run.run_dir import RunDir
 
@@ -279,8 +280,9 @@ def check_times(job: SlurmJob, kinds: Sequence[Partition]) -> None:
 
 def checked_script(job: SlurmJob) -> str:
     """Return the script. UserError, before anything is written, for all faults that can be known here at once."""
-    check_outside_files(job.config)
-    check_inputs(job.config, job.run.root, job.workdir)
+    read = None if job.template == "bench" else keys_to_read(job)
+    check_outside_files(job.config, read)
+    check_inputs(job.config, job.run.root, job.workdir, read)
     if job.template != "bench":
         check_begun(job)
     if job.config.launch.slurm.secrets_file is not None:
@@ -292,6 +294,14 @@ def checked_script(job: SlurmJob) -> str:
         check_fits(job.option("partition"), job.nodes, job.gpus_per_node, kinds, gpu_type)
         check_times(job, kinds)
     return text
+
+
+def keys_to_read(job: SlurmJob) -> set[str]:
+    """Return the keys of the outside files that the stages which the job will make read."""
+    stages = plan(job.config)
+    made = [stage.name for stage in stages if job.run.manifest(stage.name) is not None]
+    missing = [stage for stage in stages if stage.name not in made and stage.name in (job.stages or [stage.name])]
+    return keys_read_by(missing, made, job.config, job.run)
 
 
 def check_begun(job: SlurmJob) -> None:

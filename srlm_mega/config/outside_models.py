@@ -59,6 +59,14 @@ def shape_in(folder: Path) -> dict[str, Any]:
     return asdict(read_config(folder)[1])
 
 
+def indexed_files(folder: Path) -> set[str]:
+    """Return the names of the files of weights that a folder's index lists; none where it has no index. ValueError for
+    an index that is damaged, or names a file outside of the folder."""
+    from srlm_mega.checkpoints_conversion.huggingface_files import INDEX, read_index
+
+    return set(read_index(folder / INDEX).values()) if (folder / INDEX).is_file() else set()
+
+
 def other_shape(folder: Path) -> str | None:
     """Return why the headers of a Llama's weights are not those of its config.json; None for sound ones, for models
     that only engines know, and for quantized ones."""

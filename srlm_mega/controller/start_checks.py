@@ -6,28 +6,22 @@ from io import StringIO
 from pathlib import Path
 
 from srlm_mega.config import Config
-from srlm_mega.config.file import check_endpoints, check_trackers, read_yaml
-from srlm_mega.config.knobs import flat, knobs
+from srlm_mega.config.file import check_endpoints, check_trackers
 from srlm_mega.config.outside_files import check_outside_files
 from srlm_mega.controller.stage_process import check_sampler
 from srlm_mega.errors import UserError
 from srlm_mega.judging.template import load_template
-from srlm_mega.run.identity import RUBRIC, within
+from srlm_mega.run.identity import RUBRIC
+from srlm_mega.run.outside_keys import READ_MODEL, kept_rubric, keys_read_by
 from srlm_mega.run.plan import Stage
 from srlm_mega.run.run_dir import RunDir
-from srlm_mega.run.stage_kinds import BASE, PROMPTS, SEED
-
-READ_MODEL = (SEED, BASE)  # the kinds of stages that read the files which section `model` names
+from srlm_mega.run.stage_kinds import PROMPTS
 
 
 def check_start(missing: Sequence[Stage], finished: frozenset[str], config: Config, run: RunDir) -> None:
     """Raise UserError if one of the missing stages could not be made: for files, models and templates that cannot be
     used, prompts that are too few, an endpoint, a tracker or a sampler that cannot be reached."""
-    read = keys_read_by(missing)
-    if kept_rubric(config, run) is not None:
-        read.discard(RUBRIC)
-    if "seed" in finished and (run.output("seed") / "prompts.jsonl").is_file():  # an older version kept them there
-        read.discard("prompts.path")
+    read = keys_read_by(missing, finished, config, run)
     check_outside_files(config, read)
     if RUBRIC in read or "seed" not in finished:
         rubric_for(config, run)
@@ -62,31 +56,11 @@ def check_sampled_models(read: Collection[str], config: Config) -> None:
             raise UserError(f"{key}: {error}") from None
 
 
-def keys_read_by(missing: Sequence[Stage]) -> set[str]:
-    """Return the dotted keys of the outside files that these stages read."""
-    return {
-        key
-        for key in knobs()
-        for stage in missing
-        if within(key, stage.config) and (stage.kind in READ_MODEL or not key.startswith("model."))
-    }
-
-
 def rubric_for(config: Config, run: RunDir) -> bytes:
     """Return the text of the judge's template that the stages to be made take: the configured one or, where that file
     is gone, the run's copy of it. UserError when there is none, or it is no template."""
     kept = kept_rubric(config, run)
     return load_template(config.judge.template).text.encode() if kept is None else kept
-
-
-def kept_rubric(config: Config, run: RunDir) -> bytes | None:
-    """Return the run's copy of a judge's template whose file is gone; None where the file is there, or the copy is of
-    another one."""
-    template = config.judge.template
-    if not isinstance(template, Path) or template.exists() or not run.config_file.is_file():
-        return None
-    begun = flat(read_yaml(run.config_file)).get(RUBRIC)
-    return run.rubric_in_force if begun == str(template) else None
 
 
 def check_given_prompts(missing: Sequence[Stage], finished: frozenset[str], config: Config, run: RunDir) -> None:

@@ -63,7 +63,9 @@ def test_sound_files_are_taken(model: Path, tmp_path: Path) -> None:
         ("dangling", "model.safetensors is not there"),
         ("incomplete", "model-00002-of-00002.safetensors is not there"),
         ("another shape", "model.embed_tokens.weight"),
-        ("broken index", "index.json has no map of tensors"),
+        ("broken index", "index.json has no `weight_map`"),
+        ("number in the index", "a is in 5, which is no file of this folder"),
+        ("index that leads out", "which is no file of this folder"),
         ("broken config", "config.json"),
     ],
 )
@@ -87,12 +89,17 @@ def test_models_that_cannot_be_loaded(key: str, fault: str, said: str, model: Pa
             (model / "model.safetensors.index.json").write_text(json.dumps(index))
         case "broken index":
             (model / "model.safetensors.index.json").write_text('{"weight_map": 3}')
+        case "number in the index":
+            (model / "model.safetensors.index.json").write_text('{"weight_map": {"a": 5}}')
+        case "index that leads out":
+            (model / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../../etc/passwd"}}')
         case "broken config":
             (model / "config.json").write_text("{")
         case _:
             change_config(model, vocab_size=256)
     refused = check(*judge(model)) if key.startswith("evaluation") else check(f"{key}={model}")
     assert key in refused and said in refused, refused
+    assert len(refused.splitlines()) == 2, "each fault is said once"
 
 
 @pytest.mark.parametrize(
@@ -159,3 +166,17 @@ def test_a_run_that_was_begun_with_another_model(monkeypatch: pytest.MonkeyPatch
     assert check() == "", "it is not begun"
     monkeypatch.setattr(slurm.RunDir, "manifest", lambda run, name: object() if name == "M1" else None)
     assert "was made with another configuration" in check()
+
+
+def test_a_file_that_was_read_may_be_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `srlm run` resumes without it."""
+    gone = (
+        "seed_data.source=jsonl",
+        "seed_data.path=gone.jsonl",
+        "seed_data.ranked_path=gone.jsonl",
+        "eft.enabled=false",
+    )
+    assert "seed_data.path: there is no gone.jsonl" in check(*gone)
+    monkeypatch.setattr(slurm.RunDir, "manifest", lambda run, name: object() if name == "seed" else None)
+    monkeypatch.setattr(slurm, "check_unchanged", lambda stage, config, run: None)
+    assert check(*gone) == ""
