@@ -2,10 +2,10 @@
 lose to them."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from srlm_mega.config.launch import SlurmConfig
+from srlm_mega.config.launch import LaunchConfig, SlurmConfig
 from srlm_mega.errors import UserError
 
 OPTION = re.compile(r"--([a-z][a-z-]*)(?:[= ](.*))?|-([A-Za-z]) ?(.*)", re.DOTALL)
@@ -25,7 +25,9 @@ SUBMITS = "it is about the command sbatch; srlm launch slurm has --dry-run and -
 REFUSED = {
     "nodes": "give srlm launch slurm --nodes=N, since the layout follows from it",
     **dict.fromkeys(("ntasks", "ntasks-per-node", "ntasks-per-core", "ntasks-per-gpu", "ntasks-per-socket"), ALLOCATED),
-    **dict.fromkeys(("tasks-per-node", "gpus", "gpus-per-node", "gpus-per-socket", "gpus-per-task"), ALLOCATED),
+    **dict.fromkeys(
+        ("tres-per-task", "tasks-per-node", "gpus", "gpus-per-node", "gpus-per-socket", "gpus-per-task"), ALLOCATED
+    ),
     "chdir": "start srlm launch slurm in that folder",
     "workdir": "start srlm launch slurm in that folder",
     "signal": "give launch.slurm.signal_seconds",
@@ -37,7 +39,10 @@ REFUSED = {
     "share": "nodes are shared with launch.slurm.exclusive=false",
     **dict.fromkeys(("wrap", "test-only", "wait", "parsable", "help", "usage", "version"), SUBMITS),
 }
-REPLACES = {"exclusive": "exclusive", "job-name": "job-name", "mem": "mem", "mem-per-cpu": "mem", "mem-per-gpu": "mem"}
+REPLACES = {
+    "exclusive": "exclusive", "job-name": "job-name", "mem": "mem", "mem-per-cpu": "mem", "mem-per-gpu": "mem",
+    "cpus-per-task": "cpus-per-task", "cpus-per-gpu": "cpus-per-task",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -82,16 +87,20 @@ def read_option(text: str) -> SbatchOption:
 
 def check_option(option: SbatchOption, slurm: SlurmConfig) -> None:
     """UserError, with the remedy, for an option that a job cannot have, and for a shortened name of one."""
-    guarded = {*REFUSED, *KEYS, *REPLACES, "gres"}
+    guarded = {*REFUSED, *KEYS, *REPLACES, "gres", "requeue", "time-min"}
     remedy = REFUSED.get(option.name)
     if option.name == "gres" and ("gpu" in (option.value or "") or slurm.gpu_option == "gres"):
         remedy = ALLOCATED + ", and launch.slurm.gpu_option=gpus-per-node where --gres has other things"
+    if option.name == "requeue" and option.value is not None:
+        remedy = "it has no value, and is in the job's script already"
     if option.name not in guarded and any(name.startswith(option.name) for name in guarded):
         remedy = "write its name in full"
     if remedy is not None:
         raise UserError(f"launch.slurm.sbatch_options: {option} cannot be given: {remedy}")
 
 
-def replaced(options: Sequence[SbatchOption]) -> Iterator[str]:
-    """Yield the names of the script's own options that others take the place of."""
-    yield from (REPLACES[option.name] for option in options if option.name in REPLACES)
+def replaced(options: Sequence[SbatchOption], launch: LaunchConfig) -> tuple[str, ...]:
+    """Return the names of the script's own options that others take the place of."""
+    own = ("job-name", "exclusive", "mem") if launch.slurm.exclusive else ("job-name", "cpus-per-task")
+    others = {REPLACES.get(option.name) for option in options}
+    return tuple(name for name in own if name in others and (name != "cpus-per-task" or launch.cores_per_node))

@@ -37,6 +37,7 @@ JOB_NUMBER = re.compile(r"^(\d+)(?:;\S*)?\Z", re.MULTILINE)  # in the last line;
 PATIENCE_SECONDS = 60.0
 SCRIPT = Path(__file__).with_name("job.sbatch.j2")
 ENVIRONMENT = Path(__file__).with_name("env.sh")
+SECRET = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=[^'\"].*", re.DOTALL)
 GPUS = re.compile(r"gpu:(?:([^:,(]+):)?(\d+)")
 
 
@@ -149,8 +150,10 @@ def render(job: SlurmJob) -> str:
     for name in slurm.environment:
         if not name.isidentifier():
             raise UserError(f"launch.slurm.environment: {name!r} is no name of a variable: use letters, digits and _")
-    if (time := job.option("time")) is not None:
-        check_time_limit(time, "launch.slurm.time", job.config, bool(job.preflight_nodes))
+    for name in ("time", "time-min"):  # Slurm may give no more than the second
+        if (time := job.option(name)) is not None:
+            key = "launch.slurm.time" if name == "time" else "launch.slurm.sbatch_options: --time-min"
+            check_time_limit(time, key, job.config, bool(job.preflight_nodes))
     templates = Environment(
         loader=FileSystemLoader(SCRIPT.parent),
         undefined=StrictUndefined,
@@ -165,7 +168,7 @@ def render(job: SlurmJob) -> str:
         job=job,
         slurm=slurm,
         secrets_file=None if slurm.secrets_file is None else job.workdir / slurm.secrets_file,
-        replaced=tuple(replaced(job.options)),
+        replaced=replaced(job.options, job.config.launch),
         gpus=gpu_request(slurm, job.gpus_per_node) if job.gpus_per_node else None,
         log=f"{literal(job.run.jobs)}/%j.log",
         container_options=[shlex.quote(option) for option in container],
@@ -287,6 +290,7 @@ def checked_script(job: SlurmJob) -> str:
         check_begun(job)
     if job.config.launch.slurm.secrets_file is not None:
         check_secrets_file(job.workdir / job.config.launch.slurm.secrets_file, job.run.root)
+    check_cores(job)
     text = render(job)
     if shutil.which("sinfo") is not None:
         gpu_type = job.config.launch.slurm.gpu_type
@@ -304,6 +308,18 @@ def keys_to_read(job: SlurmJob) -> set[str]:
     return keys_read_by(missing, made, job.config, job.run)
 
 
+def check_cores(job: SlurmJob) -> None:
+    """UserError when a job that shares its nodes says of no cores that it needs: a cluster's own number is often one,
+    for all processes of a node."""
+    said = [job.config.launch.cores_per_node, *map(job.option, ("cpus-per-task", "cpus-per-gpu"))]
+    whole = job.config.launch.slurm.exclusive or any(option.name == "exclusive" for option in job.options)
+    if not whole and not any(said):
+        raise UserError(
+            "launch.slurm.exclusive=false, and no number of cores: set launch.cores_per_node, which all processes of a "
+            "node share, or give --cpus-per-gpu=N in launch.slurm.sbatch_options"
+        )
+
+
 def check_begun(job: SlurmJob) -> None:
     """UserError when the run was begun with another configuration, on which `srlm run` would end. What is sampled is
     left to it: on CPUs the number of threads counts, which is that of the nodes."""
@@ -319,11 +335,11 @@ def check_secrets_file(file: Path, run: Path) -> None:
         raise UserError(f"{key}: there is no such file; write lines NAME=value into one, and chmod 600 it")
     if file.resolve().is_relative_to(run.resolve()):
         raise UserError(f"{key} is in the run, which is copied and shown: keep it elsewhere")
-    if file.stat().st_uid != os.getuid() or file.stat().st_mode & 0o077:
-        raise UserError(f"{key} can be read by others than you: chmod 600 it")
-    for number, line in enumerate(file.read_text(errors="replace").splitlines(), start=1):
-        name, _, value = line.partition("=")
-        if line.strip() and not line.startswith("#") and not (name.isidentifier() and value and value[0] not in "'\""):
+    if file.stat().st_uid != os.getuid() or file.stat().st_mode & 0o477 != 0o400:
+        raise UserError(f"{key} cannot be read by you, or can be read by others than you: chmod 600 it")
+    # Lines and names as the job's script takes them, which exports nothing else.
+    for number, line in enumerate(re.split("\r?\n", file.read_bytes().decode(errors="replace")), start=1):
+        if line.strip() and not line.startswith("#") and SECRET.fullmatch(line) is None:
             raise UserError(f"{key}, line {number} is not of the form NAME=value, without export and quotes")
 
 

@@ -273,15 +273,17 @@ def test_done(stage: Stage) -> None:
 def test_secrets_come_from_a_file_as_they_are(stage: Stage) -> None:
     """Although the job's environment is clean; none of them is in what the job writes."""
     file = stage.folder / "my secrets"
-    file.write_text('# mine\nWANDB_API_KEY=ab$HOME`id`=\n\nJUDGE_KEY=it\'s "it" ==')  # no last line break
-    file.chmod(0o600)
+    file.write_text(
+        '# mine\nWANDB_API_KEY=ab$HOME`id`=\n\nWINDOWS=abc\r\nJUDGE_KEY=it\'s "it" =='
+    )  # no last line break
+    file.chmod(0o700)  # yours alone, as the submission takes it
     own = stage.job.config.launch.slurm.model_copy(update={"secrets_file": file})
     launch = stage.job.config.launch.model_copy(update={"slurm": own})
     job = replace(stage.job, config=stage.job.config.model_copy(update={"launch": launch}))
     code, printed = stage.ended(replace(stage, job=job).start())
     assert code == 0, printed
     settings = (stage.folder / "environment").read_text().splitlines()
-    assert {"WANDB_API_KEY=ab$HOME`id`=", 'JUDGE_KEY=it\'s "it" =='} <= set(settings)
+    assert {"WANDB_API_KEY=ab$HOME`id`=", 'JUDGE_KEY=it\'s "it" ==', "WINDOWS=abc"} <= set(settings)
     written = [path for path in job.run.root.rglob("*") if path.is_file()]
     assert not any("ab$HOME" in path.read_text() for path in written) and "ab$HOME" not in printed + render(job)
     (stage.folder / "arguments").unlink()

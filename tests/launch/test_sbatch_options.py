@@ -8,7 +8,7 @@ from places import ROOT
 
 from srlm_mega.config.file import load_config
 from srlm_mega.errors import UserError
-from srlm_mega.launch.slurm import Partition, SlurmJob, check_fits, check_times, parse_partition, render
+from srlm_mega.launch.slurm import Partition, SlurmJob, check_fits, check_times, checked_script, parse_partition, render
 
 TOY = ROOT / "launch/configs/toy_cpu.yaml"
 GPUS = ("trainer.device=cuda", "launch.processes_per_node=8")
@@ -87,6 +87,9 @@ def test_what_takes_the_place_of_a_line_is_said(option: str, line: str, gone: st
         ("--test-only", "--dry-run"),
         ("--oversubscribe", "launch.slurm.exclusive=false"),
         ("--part=long", "write its name in full"),
+        ("--tres-per-task=gres/gpu:1", "one task per node"),
+        ("--requeue=x", "it has no value"),
+        ("--time-mi=10", "write its name in full"),
         ("h100", "'h100' is no option of sbatch"),
         ("-Z 1", "'-Z 1' is no option of sbatch"),
         ("", "'' is no option of sbatch"),
@@ -112,6 +115,31 @@ def test_a_key_and_an_option_are_one(name: str) -> None:
     assert lines(f"--{name}=30", overrides=key) == lines(overrides=key), "twice the same"
     with pytest.raises(UserError, match=f"launch.slurm.{name}=30, and .*--{name}=40: remove one"):
         lines(f"--{name}=40", overrides=key)
+
+
+def test_cores_of_an_option_take_the_place_of_ours() -> None:
+    shared = ("launch.slurm.exclusive=false", "launch.cores_per_node=6")
+    for option, line in (("-c 16", "--cpus-per-task=16"), ("--cpus-per-gpu=4", "--cpus-per-gpu=4")):
+        found = [one for one in lines(option, overrides=shared) if one.startswith("--cpus-per")]
+        assert found == [line]
+        assert "by itself: cpus-per-task.\n" in render(job(option, overrides=shared))
+    assert "In place of" not in render(job("-c 16", "--mem=1G", overrides=shared[:1])), "it asks for neither by itself"
+
+
+def test_a_job_on_shared_nodes_says_how_many_cores_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("srlm_mega.launch.slurm.shutil.which", lambda name: None)
+    monkeypatch.chdir(tmp_path)
+    shared = ("launch.slurm.exclusive=false",)
+    with pytest.raises(UserError, match=r"exclusive=false, and no number of cores: set launch\.cores_per_node"):
+        checked_script(job(overrides=shared))
+    for options, own in (((), ("launch.cores_per_node=2",)), (("-c 16",), ()), (("--exclusive",), ())):
+        assert checked_script(job(*options, overrides=(*shared, *own)))
+
+
+def test_a_shortest_time_is_checked_like_the_time() -> None:
+    """Slurm may give no more."""
+    with pytest.raises(UserError, match=r"--time-min=2:00 is 120 s"):
+        lines("--time=10:00:00", "--time-min=2:00")
 
 
 def test_a_time_in_the_options_is_checked_like_the_keys() -> None:

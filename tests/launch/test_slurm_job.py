@@ -251,6 +251,9 @@ def test_a_missing_file_is_said_before_submission(tmp_path: Path, monkeypatch: p
         ("A=1\nexport KEY=hidden\n", 0o600, "line 2 is not of the form NAME=value"),
         ("KEY='hidden'\n", 0o600, "line 1 is not of the form NAME=value, without export and quotes"),
         ("KEY\n", 0o600, "line 1 is not"),
+        ("KEY=hidden\n", 0o200, "cannot be read by you, or"),
+        ("CLÉ=hidden\n", 0o600, "line 1 is not"),
+        ("A=1\r\nKEY='hidden'\r\n", 0o600, "line 2 is not"),
     ],
 )
 def test_a_file_of_secrets_that_is_none(
