@@ -90,8 +90,9 @@ def interface_here(variables: Mapping[str, str]) -> str | None:
 
 def adapt_to_node(variables: MutableMapping[str, str]) -> None:
     """Change, before torch is imported, what only this node or its container knows: the folder of our caches has to be
-    made and to be this user's, else a new one takes its place; torch warns of the allocator's old name since 2.9; the
-    network's interface may have another name. UserError where it has none."""
+    made and to be this user's, else a new one takes its place; TMPDIR, which a container may not have, has to be there;
+    torch warns of the allocator's old name since 2.9; the network's interface may have another name. UserError where it
+    has none."""
     try:
         interface = interface_here(variables)
     except OSError as error:
@@ -108,6 +109,8 @@ def adapt_to_node(variables: MutableMapping[str, str]) -> None:
         own = root.stat().st_uid == os.getuid() and os.access(root, os.W_OK)
     if not own:
         root = Path(tempfile.mkdtemp(prefix="srlm-"))
+    if not os.access(ours["TMPDIR"], os.W_OK | os.X_OK) or not os.path.isdir(ours["TMPDIR"]):
+        variables["TMPDIR"] = tempfile.gettempdir()
     for name, part in CACHES.items():
         if variables.get(name, ours[name]) == ours[name]:
             variables[name] = str(root / part)

@@ -192,6 +192,7 @@ def test_a_node_without_the_folder_takes_another(tmp_path: Path, monkeypatch: py
     adapt_to_node(bad)
     assert Path(bad["TRITON_CACHE_DIR"]).parent.is_dir() and bad["TORCHINDUCTOR_CACHE_DIR"] == "/mine"
     assert str(tmp_path / "file") not in bad["TRITON_CACHE_DIR"]
+    assert good["TMPDIR"] == str(tmp_path) and Path(bad["TMPDIR"]).is_dir(), "compilers write there"
     monkeypatch.setattr("os.getuid", lambda: 12345)
     others = environment({"TMPDIR": str(tmp_path)}, 1, cpu=False)
     (tmp_path / "srlm-12345").mkdir()
