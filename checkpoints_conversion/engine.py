@@ -5,7 +5,6 @@ An engine serves only the versions, GPU, split and limits it was built for, and 
 those of trtllm-build and trtllm-refit 1.2.)
 """
 
-import ctypes
 import functools
 import os
 import shlex
@@ -23,6 +22,7 @@ import xxhash
 
 from srlm_mega.checkpoints_conversion.build import give_name, partial_folder
 from srlm_mega.checkpoints_conversion.huggingface_files import CONFIG, pretty_json, read_json
+from srlm_mega.checkpoints_conversion.parent_end import die_with
 from srlm_mega.checkpoints_conversion.safetensors_file import read_header
 from srlm_mega.checkpoints_conversion.trtllm import rank_file, read_split
 
@@ -207,7 +207,7 @@ def check_engine(engine: Path, runtime: Runtime, weights_hash: str | None, check
 
 def probe_runtime(python: str) -> Runtime:
     """Ask the Python that has TensorRT-LLM for its versions and GPU. ValueError when it has no working TensorRT-LLM."""
-    end = functools.partial(_end_with, os.getpid())
+    end = functools.partial(die_with, os.getpid())
     done = subprocess.run([python, "-c", PROBE], capture_output=True, text=True, check=False, preexec_fn=end)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -238,21 +238,18 @@ def build_engine(
     return engine, step
 
 
-def _end_with(parent_pid: int) -> None:
-    """Let Linux kill this process when its parent ends (PR_SET_PDEATHSIG, SIGKILL)."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    if os.getppid() != parent_pid:
-        os._exit(1)
-
-
 def _make(folder: Path, record: EngineRecord, argv: Sequence[str]) -> None:
     partial = partial_folder(folder)
     shutil.rmtree(partial, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run(
-        argv, check=False, start_new_session=True, preexec_fn=functools.partial(_end_with, os.getpid())
-    )
-    if done.returncode != 0:
-        raise RuntimeError(f"`{' '.join(argv)}` ended with code {done.returncode}: see its messages above")
+    end = functools.partial(die_with, os.getpid())
+    with subprocess.Popen(argv, start_new_session=True, preexec_fn=end) as process:
+        try:
+            code = process.wait()
+        except BaseException:  # Ctrl-C: its workers, which would hold the GPU, end too
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    if code != 0:
+        raise RuntimeError(f"`{' '.join(argv)}` ended with code {code}: see its messages above")
     write_record(partial, record)
     give_name(partial, folder)

@@ -1,14 +1,13 @@
 """The work of a conversion, divided over processes that end with the one that started them."""
 
 import multiprocessing
-import os
 import queue
 import signal
 from collections.abc import Sequence
 from multiprocessing.queues import Queue
-from threading import Thread
 
 from srlm_mega.checkpoints_conversion.build import MatrixWriter, Report, Task
+from srlm_mega.checkpoints_conversion.parent_end import end_with_parent
 
 POLL_SECONDS = 0.5
 REPORT_BYTES = 64 * 1024**2  # a message for every block would cost more than writing it
@@ -51,15 +50,8 @@ def run(work: MatrixWriter, tasks: Sequence[tuple[int, Task]], jobs: int, report
             worker.kill()
 
 
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
 def _work(work: MatrixWriter, tasks: Sequence[tuple[int, Task]], messages: "Queue[Message]") -> None:
-    Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     unreported = 0
 
     def report(written: int) -> None:

@@ -1,13 +1,13 @@
 """Prefetching: an iterator that runs in a process of its own, ahead of its reader."""
 
 import multiprocessing
-import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from multiprocessing.connection import Connection
-from threading import Thread
 from typing import ParamSpec, TypeVar
+
+from srlm_mega.checkpoints_conversion.parent_end import end_with_parent
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -35,13 +35,6 @@ def prefetch(make: Callable[P, Iterable[T]], *args: P.args, **kwargs: P.kwargs) 
         ours.close()
 
 
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
 def _receive(connection: Connection) -> list[T]:
     try:
         message: list[T] | Exception = connection.recv()
@@ -55,7 +48,7 @@ def _receive(connection: Connection) -> list[T]:
 def _send(
     connection: Connection, make: Callable[..., Iterable[T]], args: tuple[object, ...], kwargs: dict[str, object]
 ) -> None:
-    Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     try:
         items = iter(make(*args, **kwargs))
         while batch := list(islice(items, BATCH)):

@@ -2,7 +2,10 @@
 
 import json
 import os
+import select
+import signal
 import sys
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -125,6 +128,20 @@ def test_a_failed_build_leaves_nothing(tmp_path: Path, log: Path) -> None:
     assert [path.suffix for path in (tmp_path / "engines").iterdir()] == [".partial"]
     commands(tmp_path, code=0)
     assert build_engine(checkpoint(tmp_path, "again"), tmp_path / "engines", LIMITS, RUNTIME, 1)[1] is BuildStep.BUILD
+
+
+def test_ctrl_c_ends_the_workers_of_a_build(tmp_path: Path, log: Path) -> None:
+    """They would hold the GPU."""
+    command = tmp_path / "bin/trtllm-build"
+    command.write_text(f"#!/bin/bash\nsleep 60 &\necho $! >{tmp_path}/worker\nkill -INT $PPID\nwait\n")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a script started the tests
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            build_engine(checkpoint(tmp_path), tmp_path / "engines", LIMITS, RUNTIME, 1)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with suppress(ProcessLookupError):
+        assert select.select([os.pidfd_open(int((tmp_path / "worker").read_text()))], [], [], 30)[0]
 
 
 def test_an_engine_of_another_machine_is_refused(tmp_path: Path, log: Path) -> None:
