@@ -173,7 +173,7 @@ class Checkpoints:
             raise UserError(f"{error}, or remove {path.parent} to start this stage anew") from None
         remedy = f"resume with the configuration that wrote it, or remove {path.parent} to start this stage anew"
         mismatch = (f"{path} does not fit this model", remedy)
-        with explained(UserError, *mismatch), as_data():
+        with explained(UserError, *mismatch), as_data(), misread():
             common = load_common(path)
             position, same_layout = Position(**common["position"]), common["layout"] == self._layout()
             is_distributed = common["distributed_optimizer"]
@@ -184,10 +184,12 @@ class Checkpoints:
             )
         state = self.sharded_state(model, optimizer, is_loading=True, random_states=same_layout)
         with explained(UserError, *mismatch), as_data():
-            fresh = keep_absent([state[f"model{number}"] for number in range(len(model))], path)
-            loaded = dist_checkpointing.load(state, str(path))
+            with misread():
+                fresh = keep_absent([state[f"model{number}"] for number in range(len(model))], path)
+                loaded = dist_checkpointing.load(state, str(path))
+                for number in range(len(model)):
+                    check_layer_states(loaded[f"model{number}"], path)
             for number, chunk in enumerate(model):
-                check_layer_states(loaded[f"model{number}"], path)
                 unwrap(chunk).load_state_dict(loaded[f"model{number}"])
             optimizer.load_state_dict(loaded["optimizer"])
             if same_layout:
@@ -256,15 +258,23 @@ def keep_absent(chunks: Sequence[dict[str, Any]], path: Path) -> bool:
 
 @contextmanager
 def as_data() -> Iterator[None]:
-    """Let torch.load run nothing that a file asks for, also where its caller would let it. What torch and Python raise
-    for files that are not what they should be becomes Megatron's error."""
+    """Let torch.load run nothing that a file asks for, also where its caller would let it, as layers do with their
+    states. Its refusal becomes Megatron's error."""
     with patch.dict(os.environ, {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1"}):
         try:
             yield
         except UnpicklingError as error:
             raise CheckpointingException(NO_DATA) from error
-        except (ValueError, TypeError, LookupError, AttributeError, EOFError) as error:
-            raise CheckpointingException(f"{type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def misread() -> Iterator[None]:
+    """Make Megatron's error of what torch and Python raise while they read files that are not what they should be. What
+    takes the contents is not in it: a bug there is none of the files."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, AttributeError, EOFError) as error:
+        raise CheckpointingException(f"{type(error).__name__}: {error}") from error
 
 
 def load_common(path: Path) -> dict[str, Any]:

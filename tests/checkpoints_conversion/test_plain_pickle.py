@@ -124,6 +124,23 @@ def test_common_state_that_runs_something_is_refused(checkpoint: Path, tmp_path:
             resume(checkpoint)
 
 
+def test_a_bug_is_no_fault_of_the_files(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is a crash, with its traceback."""
+
+    class Buggy:
+        def load_state_dict(self, state: object) -> None:
+            raise TypeError("a bug")
+
+    alone = Topology(0, 1, torch.device("cpu"), 0, 1, 0, 1, 0, 1, ParallelConfig())
+    common = {"position": {}, "layout": {}, "distributed_optimizer": alone.parallel.use_distributed_optimizer}
+    monkeypatch.setattr("srlm_mega.training.checkpoint.load_common", lambda path: common)
+    monkeypatch.setattr("srlm_mega.training.checkpoint.Position", lambda: None)
+    monkeypatch.setattr(Checkpoints, "sharded_state", lambda *arguments, **options: {})
+    monkeypatch.setattr("srlm_mega.training.checkpoint.dist_checkpointing.load", lambda *arguments: {"optimizer": 0})
+    with pytest.raises(TypeError, match="a bug"):
+        Checkpoints(checkpoint.parent, alone, TrainerConfig()).load(checkpoint, [], Buggy(), 0)  # type: ignore[arg-type]
+
+
 def test_objects_beside_the_tensors_are_data_too(tmp_path: Path) -> None:
     """torch reads them with weights_only=False."""
 
