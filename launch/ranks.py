@@ -285,8 +285,10 @@ def pyxis(container: str | None, mounts: Sequence[Path], workdir: Path) -> list[
 
 
 def seen_folders(mounts: Sequence[Path], workdir: Path) -> tuple[Path, ...]:
-    """Return the folders that a container sees. UserError for a name that would be taken apart at commas and colons."""
-    seen = (workdir, *(path.resolve() for path in mounts))
+    """Return the folders that a container sees, those that are links under both names, since a configuration has the
+    one and links elsewhere lead to the other. UserError for a name that would be taken apart at commas and colons."""
+    names = (name for path in mounts for name in (path.resolve(), Path(os.path.abspath(path))))
+    seen = (workdir, *dict.fromkeys(names))
     for folder in seen:
         if "," in str(folder) or ":" in str(folder):
             raise UserError(

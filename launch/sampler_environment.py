@@ -144,8 +144,7 @@ def docker(config: Config, image: str, replica: int | None) -> list[str]:
     environment, by name. The limits are those that NVIDIA's images ask for. `stop_container` knows the form of its
     first words."""
     here = Path.cwd()
-    mounts = (path.resolve() for path in config.sampler.mounts)
-    volumes = [f"--volume={folder}:{folder}" for folder in (here, *mounts)]
+    volumes = [f"--volume={folder}:{folder}" for folder in seen_folders(config.sampler.mounts, here)]
     judge = config.pairwise_judges.get("evaluation.pairwise_judge")  # early stopping asks its own from `srlm run`
     keys = [] if judge is None or judge.api_key_variable is None else [judge.api_key_variable]
     names = [f"--env={name}" for name in (*PASSED_ON, *keys)]

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -24,10 +25,15 @@ def no_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+def check_text(*overrides: str) -> str:
+    """The script of a job of the toy, checked as `srlm launch slurm` does."""
+    return checked_script(SlurmJob("run", load_config(TOY, ["run.dir=run", "launch.launcher=slurm", *overrides])))
+
+
 def check(*overrides: str) -> str:
-    """Check a job of the toy as `srlm launch slurm` does; the refusal, or nothing."""
+    """The refusal of such a job, or nothing."""
     try:
-        checked_script(SlurmJob("run", load_config(TOY, ["run.dir=run", "launch.launcher=slurm", *overrides])))
+        check_text(*overrides)
     except UserError as error:
         return str(error)
     return ""
@@ -137,6 +143,21 @@ def test_a_container_that_does_not_see_a_file(
     sampler = ("sampler.container=image", f"run.dir={run}/a")
     assert f"sampler.container does not see {run}/a (run.dir): add {run} to sampler.mounts" in check(*sampler)
     assert check(*sampler, f"sampler.mounts=[{run}]") == ""
+
+
+@pytest.mark.parametrize("runtime", ["pyxis", "apptainer"])
+def test_a_run_behind_a_link_is_there_under_both_names(
+    runtime: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Processes are told the one that the configuration has."""
+    disk, home = tmp_path_factory.mktemp("disk"), tmp_path_factory.mktemp("home")
+    (home / "runs").symlink_to(disk)
+    keys = ("launch.slurm.container=image", f"launch.slurm.container_runtime={runtime}", f"run.dir={home}/runs/a")
+    script = check_text(*keys)
+    for name in (disk / "a", home / "runs/a"):
+        assert re.search(rf"[=,]{name}[:, \n]", script), script
+    sampler = ("sampler.container=image", f"run.dir={home}/runs/a")
+    assert check(*sampler, f"sampler.mounts=[{home}/runs]") == ""
 
 
 def test_a_snapshot_of_the_hub_leads_to_its_blobs(tmp_path: Path) -> None:
