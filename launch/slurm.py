@@ -358,13 +358,15 @@ def write_job(job: SlurmJob, text: str) -> Path:
 
 
 def jobs_in_queue(run: RunDir) -> list[str]:
-    """Return the jobs of a run that wait or work, such as `12 (PENDING)`; none where there is no squeue."""
+    """Return this user's jobs of a run that wait or work, such as `12 (PENDING)`; none where there is no squeue."""
     if shutil.which("squeue") is None:
         return []
-    rows = [line.split("|", 2) for line in ask(["squeue", "--noheader", "--format=%i|%T|%o"]).stdout.splitlines()]
+    asked = ask(["squeue", f"--user={os.getuid()}", "--noheader", "--format=%i|%T|%o"])
+    rows = [row for line in asked.stdout.splitlines() if len(row := line.split("|", 2)) == 3]
     here = run.jobs.resolve()
-    found = [row for row in rows if len(row) == 3 and Path(row[2]).resolve().is_relative_to(here)]
-    return [f"{number} ({state})" for number, state, _ in found]
+    # Only a path that looks like one of ours is asked for on a disk.
+    ours = [row for row in rows if Path(row[2]).parents[1:2] and Path(row[2]).parents[1].name == run.jobs.name]
+    return [f"{number} ({state})" for number, state, path in ours if Path(path).resolve().is_relative_to(here)]
 
 
 def check_by(argv: list[str]) -> None:

@@ -297,6 +297,7 @@ module() {
   echo "$LD_PRELOAD" >/dev/null
   echo "module $*" >>"$FAKES/modules"
   [[ $1 != purge || ! -e $FAKES/takes_slurm ]] || PATH=$FAKES/few
+  [[ $1 != load || $2 == nothing/* ]] || export LOADEDMODULES=$LOADEDMODULES:$2/1.0 MODULESHOME=/usr/share
   [[ $2 != absent* && ($1 != purge || ! -e $FAKES/sticky) ]]
 }
 export -f module
@@ -318,9 +319,9 @@ def with_modules(stage: Stage, *modules: str, defined: bool = True, **flags: str
 
 @pytest.mark.timing
 def test_modules_are_loaded_before_anything_runs(stage: Stage) -> None:
-    code, printed = with_modules(stage, "cuda/12.8", "it's", sticky="")
+    code, printed = with_modules(stage, "cuda/12.8", "it's", "it's", sticky="")
     assert code == 0 and printed.endswith("done\n") and "sticky modules stay" in printed, printed
-    assert (stage.folder / "modules").read_text() == "module purge\nmodule load cuda/12.8\nmodule load it's\n"
+    assert (stage.folder / "modules").read_text() == "module purge\nmodule load cuda/12.8\n" + 2 * "module load it's\n"
 
 
 @pytest.mark.timing
@@ -329,6 +330,7 @@ def test_modules_are_loaded_before_anything_runs(stage: Stage) -> None:
     [
         (("gcc", "absent/1"), True, {}, "ended: module load absent/1 ended with 1"),
         (("absent/1", "gcc"), True, {}, "ended: module load absent/1 ended with 1"),
+        (("gcc", "nothing/1"), True, {}, "ended: module load nothing/1 loaded nothing"),
         (("gcc",), False, {}, "module is no command on .*bash_profile"),
         (("gcc",), True, {"takes_slurm": ""}, "srun and scontrol are not on PATH after module purge"),
     ],

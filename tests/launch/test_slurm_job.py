@@ -231,8 +231,9 @@ def test_jobs_of_this_run_that_wait_or_run(tmp_path: Path, monkeypatch: pytest.M
     rows = [f"12|PENDING|{run.jobs}/run-1/run.sbatch", f"13|RUNNING|{run.jobs}/x|y/t.sbatch", "14|RUNNING|(null)",
             f"15|PENDING|{tmp_path}/a run 2/slurm/run-1/run.sbatch", "Welcome"]  # fmt: skip
     (tmp_path / "rows").write_text("\n".join(rows) + "\n")
-    play(tmp_path, monkeypatch, "squeue", f"cat '{tmp_path}/rows'")
+    play(tmp_path, monkeypatch, "squeue", f"echo \"$*\" >'{tmp_path}/asked'; cat '{tmp_path}/rows'")
     assert slurm.jobs_in_queue(run) == ["12 (PENDING)", "13 (RUNNING)"]
+    assert f"--user={os.getuid()} " in (tmp_path / "asked").read_text(), "a cluster's whole queue is long"
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
     assert slurm.jobs_in_queue(run) == []
 
