@@ -24,7 +24,7 @@ def check_start(missing: Sequence[Stage], finished: frozenset[str], config: Conf
     read = keys_read_by(missing, finished, config, run)
     check_outside_files(config, read)
     if RUBRIC in read or "seed" not in finished:
-        rubric_for(config, run)
+        load_template(config.judge.template)
     if any(stage.kind in READ_MODEL for stage in missing):
         from srlm_mega.stages.seed import read_chat  # it loads tokenizers, which nothing else here needs
 

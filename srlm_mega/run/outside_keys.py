@@ -23,7 +23,7 @@ def keys_read_by(missing: Sequence[Stage], finished: Collection[str], config: Co
         for stage in missing
         if within(key, stage.config) and (stage.kind in READ_MODEL or not key.startswith("model."))
     }
-    if kept_rubric(config, run) is not None:
+    if "seed" in finished and kept_rubric(config, run) is not None:  # --redo seed removes the copy
         read.discard(RUBRIC)
     if "seed" in finished and (run.output("seed") / "prompts.jsonl").is_file():  # an older version kept them there
         read.discard("prompts.path")

@@ -203,3 +203,12 @@ def test_a_wrong_model_is_refused_before_anything_is_removed(finished: RunDir) -
     after.pop(finished.root / ".lock", None)
     assert after == before
     assert find_stage(config, "seed").inputs == ()
+
+
+def test_a_seed_is_not_removed_with_the_only_copy_of_the_rubric(finished: RunDir) -> None:
+    before, here = contents(finished.root), finished.root.parent
+    (here / "rubric.txt").unlink()
+    with pytest.raises(UserError, match=r"judge\.template: there is no .*rubric\.txt"):
+        run_loop(configured(here), finished, ("seed",), Display(Console()), dry=True)
+    assert contents(finished.root) == before
+    assert run_loop(configured(here), finished, ("M2",), Display(Console()), dry=True) == 0, "there it is kept"
