@@ -15,7 +15,17 @@ import orjson
 
 from srlm_mega.config.compatibility import changed, edited, listed
 from srlm_mega.errors import UserError
-from srlm_mega.run.files import all_files, dangling, discard, fsync, is_old, remove_folder, sweep, write_atomic
+from srlm_mega.run.files import (
+    LEFT_OVER,
+    all_files,
+    dangling,
+    discard,
+    fsync,
+    is_old,
+    remove_folder,
+    sweep,
+    write_atomic,
+)
 from srlm_mega.run.lock import held
 from srlm_mega.run.manifest import (
     IDENTITY,
@@ -31,11 +41,13 @@ from srlm_mega.run.manifest import (
 )
 from srlm_mega.run.removal import made_from, manifests_in, told
 from srlm_mega.run.sealed_file import SEAL
+from srlm_mega.run.stage_kinds import EVALUATION, SAMPLER_WEIGHTS
 
 LOCK = ".lock"
 RUBRIC = "judge_template.txt"
 JOBS = "slurm"
 TRAINING_STATE = "megatron"  # a training's checkpoints: several times the model's size, and no part of the output
+NESTED = frozenset(Path(kind.place).name for kind in (EVALUATION, SAMPLER_WEIGHTS))  # stages in a model's output
 
 
 class RunDir:
@@ -319,7 +331,9 @@ class RunDir:
 
     def check_folder(self) -> None:
         """Raise UserError when the folder holds something else than a run, or is a link to nowhere."""
-        others = [path for path in self.root.iterdir() if path.name not in (LOCK, JOBS)] if self.root.is_dir() else []
+        ours = {LOCK, JOBS, RUBRIC, self.attempt.name, self.provenance_file.name}  # of a start that was killed
+        names = [path.name for path in self.root.iterdir()] if self.root.is_dir() else []
+        others = [name for name in names if name not in ours and not LEFT_OVER.fullmatch(name)]
         if others and not self.config_file.is_file():
             raise UserError(f"{self.root} is not empty and not a run folder: give another one (run.dir=...)")
         for path in (self.root, self.log_file("any").parent, self.jobs):
@@ -355,12 +369,12 @@ def files_below(folder: Path, pattern: str = "[!.]*", through_links: bool = True
     outputs of other stages. `pattern`: what their names match, default: not hidden; `through_links`: follow links to
     folders."""
     for root, folders, names in os.walk(folder, followlinks=through_links):
-        if Path(root) == folder:
-            folders[:] = [name for name in folders if not is_apart(folder / name)]
-        yield from (Path(root) / name for name in fnmatch.filter(names, pattern) if name not in (MANIFEST, IDENTITY))
+        own = {MANIFEST, IDENTITY} if Path(root) == folder else set[str]()
+        if own:
+            folders[:] = [name for name in folders if not is_apart(name)]
+        yield from (Path(root) / name for name in fnmatch.filter(names, pattern) if name not in own)
 
 
-def is_apart(folder: Path) -> bool:
-    """Tell whether a folder in an output is no part of it: checkpoints, or another stage's."""
-    known = folder.name == TRAINING_STATE or folder.suffix in (".partial", ".removed")
-    return known or any((folder / name).exists() for name in (MANIFEST, IDENTITY))
+def is_apart(name: str) -> bool:
+    """Tell by its name whether a folder in an output is no part of it: checkpoints, or another stage's."""
+    return name in NESTED or name == TRAINING_STATE or name.endswith((".partial", ".removed"))

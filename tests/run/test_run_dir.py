@@ -206,6 +206,33 @@ def test_a_folder_of_somebody_else_is_not_touched(tmp_path: Path) -> None:
         RunDir(tmp_path).begin(Identity("seed", {}, {}), resumable=False)
 
 
+def test_a_first_start_that_was_killed_or_had_no_room_left_starts_again(tmp_path: Path) -> None:
+    """Before the folder had its config.yaml."""
+    run = RunDir(tmp_path)
+    (tmp_path / "attempt").mkdir()
+    (tmp_path / "attempt/.config.yaml.node.7").write_text("seed: 1")
+    for name in (".lock", "provenance.json", "judge_template.txt", ".config.yaml.node.7"):
+        (tmp_path / name).write_text("")
+    run.check_folder()
+    run.begin_attempt(b"seed: 1", b"", at_once=True)
+    assert run.config_file.read_bytes() == b"seed: 1"
+
+
+def test_a_model_that_holds_files_named_as_ours_is_hashed(tmp_path: Path) -> None:
+    """A folder is another stage's by its name, and not by what is in it."""
+    run = RunDir(tmp_path)
+    model = run.begin(Identity("M0", {}, {}), resumable=False) / "huggingface"
+    model.mkdir()
+    for name in ("model.safetensors", MANIFEST, IDENTITY):
+        (model / name).write_text("{}")
+    run.commit(Identity("M0", {}, {}), 0, 0.0, "test", {})
+    manifest = run.manifest("M0")
+    assert manifest is not None and len(manifest.files) == 3
+    (run.weights("M0") / "model.safetensors").write_text("[]")
+    with pytest.raises(UserError, match="was altered"):
+        run.verify("M0", quick=True)
+
+
 def test_a_manifest_altered_with_its_file_is_found(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     folder = make_output(run)
