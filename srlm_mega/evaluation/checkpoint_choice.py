@@ -16,6 +16,7 @@ import orjson
 from pydantic import with_config
 
 from srlm_mega.config.comparison import EarlyStoppingConfig
+from srlm_mega.errors import UserError
 from srlm_mega.evaluation.results import Comparison
 from srlm_mega.records import STRICT, parse_line
 from srlm_mega.run.manifest import FileEntry, damage, entry_of
@@ -106,7 +107,7 @@ class EarlyStoppingFiles:
     def verdicts(self) -> list[Verdict]:
         """Read the verdicts of all comparisons so far, in order, up to the first that is not as it was written: that
         comparison is repeated from its responses and judgements."""
-        files = (self.step_folder(step) / "verdict.json" for step in self._exported_steps())
+        files = (self.step_folder(step) / "verdict.json" for step in self._steps())
         whole = takewhile(partial(is_whole, unsealed=True), files)
         return [parse_line(Verdict, path.read_bytes()) for path in whole]
 
@@ -136,9 +137,15 @@ class EarlyStoppingFiles:
         write_sealed(self.step_folder(verdict.step) / "verdict.json", lambda path: path.write_bytes(content))
 
     def waiting(self) -> int | None:
-        """Return the step of the checkpoint to compare next, None when there is none."""
+        """Return the step of the checkpoint to compare next, None when there is none. UserError when the record of its
+        export was lost or damaged."""
         compared = {verdict.step for verdict in self.verdicts()}
-        return next((step for step in self._exported_steps() if step not in compared), None)
+        step = next((step for step in self._steps() if step not in compared), None)
+        if step is not None and self.exported(step) is None:
+            raise UserError(f"{self.step_folder(step)}/exported.json is missing or damaged: restore it")
+        return step
 
-    def _exported_steps(self) -> list[int]:
-        return sorted(int(path.parent.name.removeprefix("step_")) for path in self.folder.glob("step_*/exported.json"))
+    def _steps(self) -> list[int]:
+        """Return the steps whose checkpoints were exported, in order, also where one of their two records was lost."""
+        found = (path for name in ("exported", "verdict") for path in self.folder.glob(f"step_*/{name}.json"))
+        return sorted({int(path.parent.name.removeprefix("step_")) for path in found})

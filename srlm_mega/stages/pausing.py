@@ -33,16 +33,18 @@ def train_with_pauses(
     checkpoint the stage's model and return the counts. `steps`: optimiser steps of the whole training."""
     settings, files = work.config.early_stopping, EarlyStoppingFiles(work.out)
     assert settings is not None, "training with pauses without early stopping"
+    compared = comparison_steps(settings.eval_interval, steps)
     # One rank looks, so that all ranks decide the same while files change.
     verdicts = topology.all_gather(files.verdicts() if topology.is_main else None)[0]
     assert verdicts is not None
+    check_none_lost(work, files, verdicts, compared)
     if verdicts and verdicts[-1].stop:
         topology.beat("export", "the best checkpoint")
         if topology.is_main:
             keep_best(work, files, verdicts, start)
         topology.barrier()
-        return summary(files, verdicts, steps)
-    step = comparison_steps(settings.eval_interval, steps)[len(verdicts)]
+        return summary(work, files, verdicts, steps)
+    step = compared[len(verdicts)]
     waits = topology.all_gather(is_waiting(files, step) if topology.is_main else None)[0]
     if not waits:
         if topology.is_main:
@@ -53,6 +55,14 @@ def train_with_pauses(
             files.write_exported(step, Exported(steps, done.items, done.excluded, done.verified))
         topology.barrier()
     raise TrainingPaused(f"after step {step} of {steps}: its checkpoint is to be compared with the best one before it")
+
+
+def check_none_lost(work: Work, files: EarlyStoppingFiles, verdicts: list[Verdict], compared: list[int]) -> None:
+    """Raise UserError if an earlier one of the steps that are `compared` has no verdict."""
+    for step, verdict in zip(compared, verdicts, strict=False):
+        if verdict.step != step:
+            lost = f"{files.step_folder(step)} is not there, and that of step {verdict.step} is"
+            raise UserError(f"{lost}. {work.run.remedy(work.stage.name)}")
 
 
 def is_waiting(files: EarlyStoppingFiles, step: int) -> bool:
@@ -89,12 +99,13 @@ def keep_best(work: Work, files: EarlyStoppingFiles, verdicts: list[Verdict], st
     remove_worse(files, verdicts)
 
 
-def summary(files: EarlyStoppingFiles, verdicts: list[Verdict], steps: int) -> Done:
+def summary(work: Work, files: EarlyStoppingFiles, verdicts: list[Verdict], steps: int) -> Done:
     """Return the manifest's counts: what was trained, which step was kept, and the score of each comparison."""
     trained = verdicts[-1].step
     exported = files.exported(trained)
     if exported is None:
-        raise UserError(f"{files.step_folder(trained)}/exported.json is missing or damaged: restore it, or train anew")
+        lost = f"{files.step_folder(trained)}/exported.json"
+        raise UserError(f"{lost} is missing or damaged. {work.run.remedy(work.stage.name)}")
     counts: dict[str, float] = {
         "steps": trained,
         "max_steps": steps,

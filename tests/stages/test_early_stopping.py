@@ -31,7 +31,7 @@ from srlm_mega.run.run_dir import RunDir
 from srlm_mega.run.sealed_file import seal_of
 from srlm_mega.sampling.samplers import Samplers
 from srlm_mega.stages.early_stopping import compare_checkpoints
-from srlm_mega.stages.pausing import is_waiting, keep_best
+from srlm_mega.stages.pausing import check_none_lost, is_waiting, keep_best
 from srlm_mega.stages.work import Work
 
 TOY = ROOT / "launch/configs/toy_cpu.yaml"
@@ -238,6 +238,31 @@ def test_the_best_checkpoint_is_kept_as_it_was_exported(paused: Callable[..., Ru
     else:
         keep_best(work, files, [verdict], run.weights("M1"))
         assert (final / "model.safetensors").read_bytes() == whole
+
+
+def test_a_lost_record_of_an_export_that_was_compared_ends_nothing(paused: Callable[..., RunDir]) -> None:
+    """And what is missing in the middle is never passed over."""
+    run = paused("judge.model=j", "judge.endpoint=http://127.0.0.1:9/v1")
+    config, files = load_config(run.config_file), EarlyStoppingFiles(run.partial("M2"))
+    shutil.copytree(files.export(2), files.export(4))
+    files.write_exported(4, Exported(6, 7, 0, 15))
+    for verdict in verdicts_of([0.6, 0.6], [2, 4], last=6):
+        files.write_verdict(verdict)
+    record = files.step_folder(2) / "exported.json"
+    content = record.read_bytes()
+    record.unlink()
+    assert ([one.step for one in files.verdicts()], files.waiting()) == ([2, 4], None)
+    (files.step_folder(2) / "verdict.json").rename(run.root / "kept.json")
+    record.write_bytes(content)
+    assert (files.verdicts(), files.waiting()) == ([], 2)
+    record.write_bytes(content[:-1])
+    with pytest.raises(UserError, match=r"step_0000002/exported\.json is missing or damaged"):
+        files.waiting()
+    shutil.rmtree(files.step_folder(2))
+    stage = find_stage(config, "M2")
+    work = Work(run, config, stage, run.partial("M2"), Progress(tmp := run.root / "p.json"), Samplers(config, tmp))
+    with pytest.raises(UserError, match=r"step_0000002 is not there.*--redo M2"):
+        check_none_lost(work, files, files.verdicts(), [2, 4, 6])
 
 
 def test_another_judge_behind_the_same_path_ends_the_comparisons(paused: Callable[..., RunDir], tmp_path: Path) -> None:
