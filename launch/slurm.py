@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, assert_never
@@ -26,7 +26,8 @@ from srlm_mega.launch.ranks import gpu_request, in_container, literal
 from srlm_mega.launch.sbatch_options import SbatchOption, read_options, replaced
 from srlm_mega.launch.time_limit import UNLIMITED, check_time_limit, seconds_of
 from srlm_mega.run.files import write_atomic
-from srlm_mega.run.identity import check_unchanged
+from srlm_mega.run.identity import check_all_unchanged, config_of, contents_of
+from srlm_mega.run.manifest import Manifest
 from srlm_mega.run.outside_keys import keys_read_by
 from srlm_mega.run.plan import plan
 from srlm_mega.run.run_dir import RunDir
@@ -323,9 +324,13 @@ def check_cores(job: SlurmJob) -> None:
 def check_begun(job: SlurmJob) -> None:
     """UserError when the run was begun with another configuration, on which `srlm run` would end. What is sampled is
     left to it: on CPUs the number of threads counts, which is that of the nodes."""
-    for stage in plan(job.config):
-        if not stage.kind.samples and job.run.manifest(stage.name) is not None:
-            check_unchanged(stage, job.config, job.run)
+    stages, made, contents = plan(job.config), dict[str, Manifest](), dict[str, dict[str, str]]()
+    for stage in stages:
+        if (manifest := job.run.manifest(stage.name)) is not None:
+            as_now = config_of(stage, job.config)
+            made[stage.name] = replace(manifest, config=as_now) if stage.kind.samples else manifest
+            contents[stage.name] = contents_of(stage, job.config, job.run.rubric_in_force)
+    check_all_unchanged(stages, made, job.config, job.run, contents)
 
 
 def check_secrets_file(file: Path, run: Path) -> None:

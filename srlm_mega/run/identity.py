@@ -108,13 +108,6 @@ def changes_of(
     return {name: changes for name, changes in found.items() if changes}
 
 
-def check_unchanged(stage: Stage, config: Config, run: RunDir) -> None:
-    """Raise UserError unless a finished output is what this configuration and these inputs would make."""
-    manifest = run.manifest(stage.name)
-    assert manifest is not None, f"check of an unfinished stage {stage.name}"
-    check_all_unchanged([stage], {stage.name: manifest}, config, run, {})
-
-
 def check_all_unchanged(
     stages: Sequence[Stage],
     made: Mapping[str, Manifest],

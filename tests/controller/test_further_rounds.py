@@ -17,6 +17,7 @@ from srlm_mega.controller.loop import attempted, check_finished, edited_files, r
 from srlm_mega.controller.start_checks import rubric_for
 from srlm_mega.errors import StopRequested, UserError
 from srlm_mega.judging.template import load_template
+from srlm_mega.launch import slurm
 from srlm_mega.run.identity import identity_of
 from srlm_mega.run.manifest import MANIFEST
 from srlm_mega.run.plan import find_stage, plan
@@ -212,3 +213,15 @@ def test_a_seed_is_not_removed_with_the_only_copy_of_the_rubric(finished: RunDir
         run_loop(configured(here), finished, ("seed",), Display(Console()), dry=True)
     assert contents(finished.root) == before
     assert run_loop(configured(here), finished, ("M2",), Display(Console()), dry=True) == 0, "there it is kept"
+
+
+def test_a_job_for_further_rounds_with_other_prompts_is_taken(
+    finished: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `srlm run` takes it; and refused where that refuses it."""
+    monkeypatch.setattr(slurm.shutil, "which", lambda name: None)
+    here = finished.root.parent
+    other = ("launch.launcher=slurm", f"prompts.path={here / 'b.jsonl'}")
+    slurm.checked_script(slurm.SlurmJob("run", configured(here, *other, "run.rounds=2")))
+    with pytest.raises(UserError, match=r"prompts\.path: was .*a\.jsonl', now .*b\.jsonl'"):
+        slurm.checked_script(slurm.SlurmJob("run", configured(here, *other)))

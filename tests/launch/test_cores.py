@@ -4,6 +4,7 @@ import os
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from places import TOY
@@ -14,7 +15,8 @@ from srlm_mega.controller import loop
 from srlm_mega.errors import UserError
 from srlm_mega.launch import cores
 from srlm_mega.launch.cores import usable_cores, with_cores
-from srlm_mega.run.identity import check_unchanged, config_of, layout_of
+from srlm_mega.run.identity import check_all_unchanged, config_of, layout_of
+from srlm_mega.run.manifest import Manifest
 from srlm_mega.run.plan import find_stage
 from srlm_mega.run.run_dir import RunDir
 from srlm_mega.sampling.job_files import SampledModel
@@ -107,9 +109,10 @@ def test_a_run_of_an_older_version_keeps_its_threads(tmp_path: Path, monkeypatch
     finished = SimpleNamespace(config=config_of(stage, old), inputs=dict.fromkeys(stage.inputs, ""))
     monkeypatch.setattr(RunDir, "manifest", lambda self, name: finished if name == stage.name else None)
     machine(monkeypatch, 16)
-    check_unchanged(stage, with_cores(configured(), run), run)
+    made = {stage.name: cast(Manifest, finished)}
+    check_all_unchanged([stage], made, with_cores(configured(), run), run, {})
     with pytest.raises(UserError, match=r"launch\.threads_per_process: was 1, now 16\n.*--redo round_1/candidates"):
-        check_unchanged(stage, with_cores(configured(), RunDir(tmp_path / "new")), run)
+        check_all_unchanged([stage], made, with_cores(configured(), RunDir(tmp_path / "new")), run, {})
 
 
 def test_processes_are_started_with_their_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -180,10 +180,11 @@ def test_a_snapshot_of_the_hub_leads_to_its_blobs(tmp_path: Path) -> None:
 def test_a_run_that_was_begun_with_another_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """`srlm run` would refuse it, after the wait in the queue."""
 
-    def refuse(stage: object, config: object, run: object) -> None:
-        raise UserError("was made with another configuration")
+    def refuse(stages: object, made: dict[str, object], *rest: object) -> None:
+        if "M1" in made:
+            raise UserError("was made with another configuration")
 
-    monkeypatch.setattr(slurm, "check_unchanged", refuse)
+    monkeypatch.setattr(slurm, "check_all_unchanged", refuse)
     assert check() == "", "it is not begun"
     monkeypatch.setattr(slurm.RunDir, "manifest", lambda run, name: object() if name == "M1" else None)
     assert "was made with another configuration" in check()
@@ -199,5 +200,5 @@ def test_a_file_that_was_read_may_be_gone(monkeypatch: pytest.MonkeyPatch) -> No
     )
     assert "seed_data.path: there is no gone.jsonl" in check(*gone)
     monkeypatch.setattr(slurm.RunDir, "manifest", lambda run, name: object() if name == "seed" else None)
-    monkeypatch.setattr(slurm, "check_unchanged", lambda stage, config, run: None)
+    monkeypatch.setattr(slurm, "check_begun", lambda job: None)
     assert check(*gone) == ""

@@ -17,7 +17,7 @@ from srlm_mega.controller.stage_process import stage_command
 from srlm_mega.errors import UserError
 from srlm_mega.launch.child_process import environment
 from srlm_mega.launch.sampler_environment import check_sampler_environment, devices_of, sampler_process
-from srlm_mega.run.identity import LAYOUT, check_unchanged, config_of, layout_of
+from srlm_mega.run.identity import LAYOUT, check_all_unchanged, config_of, layout_of
 from srlm_mega.run.manifest import Identity
 from srlm_mega.run.plan import downstream, find_stage, plan
 from srlm_mega.run.run_dir import RunDir
@@ -142,9 +142,12 @@ def test_an_option_that_adds_or_takes_away_an_input_is_refused(tmp_path: Path) -
         identity = Identity("M2", config_of(stage, config), dict.fromkeys(stage.inputs, "0"))
         run.begin(identity, resumable=False)
         run.commit(identity, 0, 0.0, "test", {})
-        check_unchanged(stage, config, run)
+        finished = run.manifest("M2")
+        assert finished is not None
+        made = {"M2": finished}
+        check_all_unchanged([stage], made, config, run, {})
         with pytest.raises(UserError, match=r"was made from .* would now be from .*--redo M2"):
-            check_unchanged(find_stage(other, "M2"), other, run)
+            check_all_unchanged([find_stage(other, "M2")], made, other, run, {})
         run.remove("M2")
 
 
