@@ -22,11 +22,11 @@ def check_undamaged(folder: Path, needs_proof: bool = True) -> None:
 def verify_in_run(folder: Path) -> bool:
     """Return False for a folder that is not in the output of a run. UserError for one that differs from its manifest.
     Every byte is read."""
-    output = folder.resolve().parent
-    for root in (output.parent, output.parent.parent):  # of M2/huggingface, and of M2/sampler_weights/huggingface
-        if (output / MANIFEST).is_file() and RunDir(root).config_file.is_file():
-            RunDir(root).verify(str(output.relative_to(root)), quick=False)
-            return True
+    for output in (folder.absolute().parent, folder.resolve().parent):  # a stage may be a link out of its run
+        for root in (output.parent, output.parent.parent):  # of M2/huggingface, and of M2/sampler_weights/huggingface
+            if (output / MANIFEST).is_file() and RunDir(root).config_file.is_file():
+                RunDir(root).verify(str(output.relative_to(root)), quick=False)
+                return True
     return False
 
 

@@ -35,9 +35,15 @@ def made_from(found: Mapping[str, Mapping[str, Any]], names: Collection[str]) ->
         more = {
             name
             for name, fields in found.items()
-            if not doomed.isdisjoint(fields.get("inputs") or ()) or name.rpartition("/")[0] in doomed
+            if not doomed.isdisjoint(inputs_in(fields)) or name.rpartition("/")[0] in doomed
         }
     return [name for name in found if name in doomed]
+
+
+def inputs_in(fields: Mapping[str, Any]) -> Iterable[str]:
+    """Return the names of a manifest's inputs, none where it is damaged."""
+    inputs = fields.get("inputs")
+    return inputs if isinstance(inputs, dict) else ()
 
 
 def told(root: Path, names: Iterable[str]) -> str:

@@ -3,7 +3,12 @@
 import shutil
 from pathlib import Path
 
-from srlm_mega.run.outside_folder import content_hash
+import pytest
+
+from srlm_mega.errors import UserError
+from srlm_mega.run.manifest import Identity
+from srlm_mega.run.outside_folder import check_undamaged, content_hash
+from srlm_mega.run.run_dir import RunDir
 
 
 def test_the_hash_of_a_folder_is_that_of_its_content(tmp_path: Path) -> None:
@@ -23,3 +28,18 @@ def test_the_hash_of_a_folder_is_that_of_its_content(tmp_path: Path) -> None:
     assert content_hash(moved) != before
     (folder / "config.json").rename(folder / "shards/config.json")
     assert content_hash(folder) != before
+
+
+def test_a_model_of_a_run_is_verified_behind_a_link(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    model = run.begin(Identity("M2", {}, {}), resumable=False) / "huggingface"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"weights")
+    run.commit(Identity("M2", {}, {}), 0, 0.0, "test", {})
+    run.config_file.touch()
+    run.output("M2").rename(tmp_path / "disk")
+    run.output("M2").symlink_to(tmp_path / "disk")
+    check_undamaged(run.weights("M2"))
+    (tmp_path / "disk/huggingface/model.safetensors").write_bytes(b"Weights")
+    with pytest.raises(UserError, match="was altered"):
+        check_undamaged(run.weights("M2"))

@@ -254,9 +254,10 @@ def file_hash_of(text: str, folder: Path) -> str:
     return file_hash(folder / "text")
 
 
-def test_a_broken_manifest_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", ["{", "[]", '{"inputs": 5}', '{"inputs": [{}], "rows": "x", "seconds": null}'])
+def test_a_broken_manifest_is_named(text: str, tmp_path: Path) -> None:
     run = RunDir(tmp_path)
-    (make_output(run) / MANIFEST).write_text("{")
+    (make_output(run) / MANIFEST).write_text(text)
     with pytest.raises(UserError, match="is not a manifest"):
         run.manifest("round_1/pairs")
 
