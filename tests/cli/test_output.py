@@ -117,9 +117,21 @@ def test_a_pairs_history_is_visible(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("end", "code", "said"), [("> /dev/full", 3, "stopped: standard output: No space left"), ("| true", 1, "")]
+    ("end", "code", "said"),
+    [
+        ("> /dev/full", 3, "stopped: standard output: No space left"),
+        ("| true", 1, ""),
+        ("<&- >&-", 0, ""),
+    ],
 )
 def test_an_output_that_takes_nothing(srlm: Path, end: str, code: int, said: str) -> None:
     shell = f"set -o pipefail; {shlex.quote(str(srlm))} show paper {end}"
     done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, env=os.environ)
     assert done.returncode == code and done.stderr.startswith(said) and done.stderr.count("\n") == bool(said)
+
+
+def test_a_run_without_standard_input_asks_nobody(srlm: Path, tmp_path: Path) -> None:
+    """As a cron job may start it."""
+    shell = f"{shlex.quote(str(srlm))} run toy_cpu --dry-run <&-"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.startswith("would make seed"), done.stderr
