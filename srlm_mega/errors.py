@@ -49,17 +49,19 @@ def reason(error: Exception) -> str:
     """Return an error's message; for an operating system's error the file, what is wrong, and what to do."""
     if not isinstance(error, OSError):
         return str(error)
-    name = error.filename if isinstance(error.filename, str | Path) else "a file without a name"
-    return f"{name}: {error.strerror}: {os_remedy(error.errno, Path(name))}"
+    known = isinstance(error.filename, str | Path)
+    path = Path(error.filename if known else "a file without a name")
+    return f"{path}: {error.strerror}: {os_remedy(error.errno, path, f'{space_left(path)}. ' if known else '')}"
 
 
-def os_remedy(number: int | None, path: Path) -> str:
-    """Return what to do about an operating system's error at a path, given its number."""
+def os_remedy(number: int | None, path: Path, room: str) -> str:
+    """Return what to do about an operating system's error at a path, given its number. `room`: a sentence on how much
+    there is, or nothing."""
     match number:
         case n if n == ENOSPC:
-            return f"{space_left(path)}. Make room there; the same command resumes the run"
+            return f"{room}Make room there; the same command resumes the run"
         case n if n == EDQUOT:
-            return f"your quota there is used up (`quota -s`), {space_left(path)}. Make room; the same command resumes"
+            return f"your quota there is used up (`quota -s`). {room}Make room; the same command resumes"
         case n if n in (EIO, ESTALE):
             return "the disk or the network's file system failed (`dmesg`). Once it works, the same command resumes"
         case n if n == EROFS:

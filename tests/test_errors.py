@@ -53,6 +53,12 @@ def test_what_to_do_about_an_operating_systems_error(tmp_path: Path, number: int
         raise AssertionError(reason(error))
 
 
+def test_nothing_is_said_of_the_room_where_the_place_is_not_known() -> None:
+    for number in (errno.ENOSPC, errno.EDQUOT):
+        said = reason(OSError(number, os.strerror(number)))
+        assert "MiB" not in said and said.startswith("a file without a name: ") and "ake room" in said
+
+
 def test_a_failed_write_names_its_file(tmp_path: Path) -> None:
     """The system names none: a disk that is full shows when the bytes go out."""
     full = tmp_path / "prompts.jsonl"

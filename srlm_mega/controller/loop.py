@@ -34,6 +34,7 @@ from srlm_mega.run.progress import read_progress
 from srlm_mega.run.provenance import provenance
 from srlm_mega.run.removal import told
 from srlm_mega.run.run_dir import RunDir
+from srlm_mega.run.sealed_file import seal_of
 from srlm_mega.run.stop_signals import PREEMPTION, on_signals
 
 POLL_SECONDS = 0.1
@@ -60,12 +61,14 @@ def run_loop(
     if config.launch.launcher == "slurm" and not dry:
         allocation_for(config.launch.nodes)
     run.check_folder()
-    if not run.config_file.is_file():
-        what_to_make(config, run, redone, only)  # refused before there is a folder
+    # What cannot be made is refused before there is a folder.
+    planned = None if run.config_file.is_file() else what_to_make(config, run, redone, only)
     with nullcontext() if dry else run.lock():
         if not dry:
             run.sweep(stage.name for stage in stages)
-        made, missing = what_to_make(config, run, redone, only)
+        if planned is None or run.config_file.is_file():  # another command may have begun the run
+            planned = what_to_make(config, run, redone, only)
+        made, missing = planned
         for line in edited_files(stages, made, config, run):
             display.print_line(line)
         doomed = [stage for stage in reversed(stages) if stage.name in redone and run.has(stage.name)]
@@ -120,10 +123,11 @@ def attempted(config: Config, run: RunDir, at_once: bool, has_seed: bool) -> Ite
     taken with it, where it is another than the one that the run has; stage `seed` keeps the first one."""
     run.drop_attempt()  # a killed one's
     text, rubric = to_yaml(config).encode(), rubric_for(config, run) if has_seed else None
-    if rubric == run.rubric_in_force:
-        rubric = None
     if not has_seed:
         run.rubric_file.unlink(missing_ok=True)
+        seal_of(run.rubric_file).unlink(missing_ok=True)
+    elif rubric == run.rubric_in_force:
+        rubric = None
     same = rubric is None and run.config_file.is_file() and run.config_file.read_bytes() == text
     run.begin_attempt(text, provenance(), at_once or same, rubric)
     try:

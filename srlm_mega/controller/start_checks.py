@@ -10,7 +10,7 @@ from srlm_mega.config.file import check_endpoints, check_trackers
 from srlm_mega.config.outside_files import check_outside_files
 from srlm_mega.controller.stage_process import check_sampler
 from srlm_mega.errors import UserError
-from srlm_mega.judging.template import load_template
+from srlm_mega.judging.template import JudgeTemplate, load_template
 from srlm_mega.run.identity import RUBRIC
 from srlm_mega.run.outside_keys import READ_MODEL, kept_rubric, keys_read_by
 from srlm_mega.run.plan import Stage
@@ -39,7 +39,7 @@ def check_start(missing: Sequence[Stage], finished: frozenset[str], config: Conf
 
 def check_sampled_models(read: Collection[str], config: Config) -> None:
     """Raise UserError if an outside model that is only sampled, a writer of prompts or a local judge, has a tokenizer
-    or a chat template that cannot be used, or a writer was converted and not verified."""
+    or a chat template that cannot be used, or was converted and not verified."""
     writer, judges = config.prompts.writer, config.pairwise_judges.items()
     folders = {f"{section}.model": Path(judge.model) for section, judge in judges if judge.endpoint is None}
     if isinstance(writer, Path) and config.prompts.generator == "self_instruct":
@@ -49,7 +49,7 @@ def check_sampled_models(read: Collection[str], config: Config) -> None:
         from srlm_mega.checkpoints_conversion.verify import check_verified
 
         try:
-            if key == "prompts.writer" and not config.model.allow_unverified:
+            if not config.model.allow_unverified:
                 check_verified(folders[key])
             Chat.from_folder(folders[key])
         except ValueError as error:
@@ -60,7 +60,9 @@ def rubric_for(config: Config, run: RunDir) -> bytes:
     """Return the text of the judge's template that the stages to be made take: the configured one or, where that file
     is gone, the run's copy of it. UserError when there is none, or it is no template."""
     kept = kept_rubric(config, run)
-    return load_template(config.judge.template).text.encode() if kept is None else kept
+    if kept is None:
+        return load_template(config.judge.template).text.encode()
+    return JudgeTemplate.from_bytes(kept, "that the run has kept").text.encode()
 
 
 def check_given_prompts(missing: Sequence[Stage], finished: frozenset[str], config: Config, run: RunDir) -> None:

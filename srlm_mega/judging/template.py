@@ -64,6 +64,16 @@ class JudgeTemplate:
         """Parse a template's text; see `Template.from_text`."""
         return cls(Template.from_text(text, origin, ("instruction", "response")))
 
+    @classmethod
+    def from_bytes(cls, content: bytes, origin: str) -> "JudgeTemplate":
+        """Parse a template's text in UTF-8, without a final line break; see `Template.from_text`. UserError for another
+        encoding."""
+        try:
+            text = content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n").rstrip("\n")
+        except UnicodeDecodeError as error:
+            raise UserError(f"judge.template: {origin} is not UTF-8 (byte {error.start}). Save it as UTF-8") from None
+        return cls.from_text(text, origin)
+
     def fill(self, instruction: str, response: str) -> str:
         """Return the judge's user turn; see `Template.fill`."""
         return self._template.fill({"instruction": instruction, "response": response})
@@ -88,11 +98,9 @@ def load_template(template: Path | str) -> JudgeTemplate:
     UserError when there is no such file, or it is no template."""
     path = Path(__file__).with_name(f"{template}.txt") if template in SHIPPED else Path(template)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        content = path.read_bytes()
     except FileNotFoundError:
         raise UserError(
             f"judge.template: there is no file {path}. Give a text file, or one of {', '.join(SHIPPED)}"
         ) from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"judge.template: {path} is not UTF-8 (byte {error.start}). Save it as UTF-8") from None
-    return JudgeTemplate.from_text(text.rstrip("\n"), str(path))
+    return JudgeTemplate.from_bytes(content, str(path))

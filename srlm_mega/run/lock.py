@@ -15,7 +15,7 @@ from uuid import uuid4
 import orjson
 from pydantic import TypeAdapter
 
-from srlm_mega.errors import UserError
+from srlm_mega.errors import UserError, naming
 
 TOKEN = "SRLM_RUN_LOCK"  # the holder's token in the environment of the processes that it starts
 LONGEST_COMMAND = 200
@@ -63,10 +63,11 @@ def held(path: Path, or_by_starter: bool) -> Iterator[None]:
                 f"another srlm run or stage works in {where}: wait for it to end, or end it, then start again"
             )
         own = LockHolder.here()
-        file.truncate(0)
-        file.write(orjson.dumps(asdict(own)))
-        file.flush()
-        os.fsync(file.fileno())  # for processes on other nodes that read it over NFS
+        with naming(path):
+            file.truncate(0)
+            file.write(orjson.dumps(asdict(own)))
+            file.flush()
+            os.fsync(file.fileno())  # for processes on other nodes that read it over NFS
         os.environ[TOKEN] = own.token
         try:
             yield

@@ -33,8 +33,8 @@ def keys_read_by(missing: Sequence[Stage], finished: Collection[str], config: Co
 def kept_rubric(config: Config, run: RunDir) -> bytes | None:
     """Return the run's copy of a judge's template whose file is gone; None where the file is there, or the copy is of
     another one."""
-    template = config.judge.template
+    template, kept = config.judge.template, run.rubric_in_force  # which is refused, if damaged, in any case
     if not isinstance(template, Path) or template.exists() or not run.config_file.is_file():
         return None
     begun = flat(read_yaml(run.config_file)).get(RUBRIC)
-    return run.rubric_in_force if begun == str(template) else None
+    return kept if begun == str(template) else None

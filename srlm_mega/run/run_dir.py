@@ -40,7 +40,7 @@ from srlm_mega.run.manifest import (
     log_name,
 )
 from srlm_mega.run.removal import made_from, manifests_in, told
-from srlm_mega.run.sealed_file import SEAL
+from srlm_mega.run.sealed_file import SEAL, has_its_seal, seal_of, write_sealed
 from srlm_mega.run.stage_kinds import EVALUATION, SAMPLER_WEIGHTS
 
 LOCK = ".lock"
@@ -111,9 +111,12 @@ class RunDir:
     @property
     def rubric_in_force(self) -> bytes | None:
         """The judge's template by which stages work now: the attempt's, the run's, or the one that `seed` kept; None
-        before there is one."""
+        before there is one. UserError for one that is not as it was written."""
         places = (self.attempt / RUBRIC, self.rubric_file, self.output("seed") / RUBRIC)
-        return next((path.read_bytes() for path in places if path.is_file()), None)
+        path = next((path for path in places if path.is_file()), None)
+        if path is not None and not has_its_seal(path, unsealed=True):  # that of seed has its manifest
+            raise UserError(f"{path} is not as it was written: restore it, or remove it where judge.template is there")
+        return None if path is None else path.read_bytes()
 
     def log_file(self, stage: str) -> Path:
         """Return the log of the processes whose first stage is this one, of all attempts."""
@@ -260,7 +263,7 @@ class RunDir:
         self.attempt.mkdir(parents=True)
         write_atomic(self.attempt / self.provenance_file.name, provenance)
         if rubric is not None:
-            write_atomic(self.attempt / RUBRIC, rubric)
+            write_sealed(self.attempt / RUBRIC, lambda path: path.write_bytes(rubric))
         write_atomic(self.attempt / self.config_file.name, config)
         if at_once:
             self.adopt_attempt()
@@ -268,7 +271,7 @@ class RunDir:
     def adopt_attempt(self) -> None:
         """Make the attempt's configuration and provenance the run's. The report, which is out of date, is removed."""
         if self.attempt.is_dir():
-            files = (self.provenance_file, self.rubric_file, self.config_file)
+            files = (self.provenance_file, self.rubric_file, seal_of(self.rubric_file), self.config_file)
             for file in files:  # the last one decides what is in force
                 with suppress(FileNotFoundError):  # a kill came in between, or the rubric is the same
                     os.replace(self.attempt / file.name, file)

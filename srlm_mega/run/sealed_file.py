@@ -41,15 +41,18 @@ def is_whole(path: Path, made_from: str | None = None, unsealed: bool = False) -
     is to be made again. With `unsealed`, one that has no seal, as an older version wrote it, is taken."""
     if not path.is_file():
         return False
-    if not seal_of(path).is_file():
-        whole = unsealed
-    else:
-        content, _, source = seal_of(path).read_bytes().partition(b" ")
-        whole = content == file_hash(path).encode() and made_from in (None, source.decode(errors="replace"))
-    if whole:
+    if has_its_seal(path, made_from, unsealed):
         return True
     print(f"{path} is not as it was written, or not for these requests: it is made again", flush=True)
     return False
+
+
+def has_its_seal(path: Path, made_from: str | None = None, unsealed: bool = False) -> bool:
+    """Tell of a file that is there what `is_whole` does, and print nothing."""
+    if not seal_of(path).is_file():
+        return unsealed
+    content, _, source = seal_of(path).read_bytes().partition(b" ")
+    return content == file_hash(path).encode() and made_from in (None, source.decode(errors="replace"))
 
 
 def seal_of(path: Path) -> Path:

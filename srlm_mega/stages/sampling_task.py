@@ -101,7 +101,7 @@ def judge_template(work: Work) -> JudgeTemplate:
     """Read the template of the additive judge that the run has kept."""
     kept = work.run.rubric_in_force
     assert kept is not None, f"{work.stage.name} begins after seed, which keeps a template"
-    return JudgeTemplate.from_text(kept.decode("utf-8"), "that the run has kept")
+    return JudgeTemplate.from_bytes(kept, "that the run has kept")
 
 
 def candidates_of(

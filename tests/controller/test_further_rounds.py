@@ -22,6 +22,7 @@ from srlm_mega.run.identity import identity_of
 from srlm_mega.run.manifest import MANIFEST
 from srlm_mega.run.plan import find_stage, plan
 from srlm_mega.run.run_dir import RunDir
+from srlm_mega.run.sealed_file import seal_of
 from srlm_mega.run.soundness import damages
 
 ROUNDS = ("run.rounds=1", "prompts.generator=file", "prompts.per_round=4")
@@ -111,6 +112,13 @@ def test_the_rubric_of_further_rounds_is_the_runs_own_copy(finished: RunDir) -> 
     assert rubric_for(longer, finished) == finished.rubric_in_force
     with pytest.raises(UserError, match="there is no file"):
         rubric_for(configured(here, f"judge.template={here / 'none.txt'}"), finished)
+    for wrong in (b"Other {{instruction}} {{response}}", b"\xff"):
+        finished.rubric_file.write_bytes(wrong)
+        with pytest.raises(UserError, match=r"run/judge_template\.txt is not as it was written"):
+            rubric_for(longer, finished)
+    seal_of(finished.rubric_file).unlink()  # as an older version wrote it
+    with pytest.raises(UserError, match="is not UTF-8"):
+        rubric_for(longer, finished)
 
 
 def test_one_message_names_all_stages_to_make_again(finished: RunDir) -> None:

@@ -1,5 +1,6 @@
 """One controller, or one stage that a person started, works in a run folder; the others are told who it is."""
 
+import errno
 import json
 import os
 import socket
@@ -14,7 +15,7 @@ import pytest
 from places import TOY
 
 from srlm_mega.errors import USER_ERROR, UserError
-from srlm_mega.run.lock import TOKEN, holder_in
+from srlm_mega.run.lock import TOKEN, held, holder_in
 from srlm_mega.run.run_dir import LOCK, RunDir
 
 HOLDER = """
@@ -83,3 +84,13 @@ def test_a_lock_file_that_says_nothing(content: str, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=rf"works in {tmp_path}: wait for it"), run.lock(or_by_starter=True):
             pass
     assert TOKEN not in os.environ and (tmp_path / LOCK).read_bytes() == b""
+
+
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", no_room)
+    with pytest.raises(OSError) as failed, held(tmp_path / LOCK, or_by_starter=False):
+        pass
+    assert failed.value.filename == str(tmp_path / LOCK)

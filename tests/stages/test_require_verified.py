@@ -17,6 +17,7 @@ from srlm_mega.checkpoints_conversion.verify import prove
 from srlm_mega.cli.main import app
 from srlm_mega.config.comparison import PairwiseJudgeConfig
 from srlm_mega.config.file import load_config
+from srlm_mega.controller.start_checks import check_sampled_models
 from srlm_mega.data.toy_world.word_tokenizer import toy_tokenizer
 from srlm_mega.errors import UserError
 from srlm_mega.run.plan import find_stage
@@ -85,6 +86,17 @@ def test_a_local_judge(converted: Path) -> None:
     open_judge(judge, sampler, True, 1).close()
     verify(converted)
     open_judge(judge, sampler, False, 1).close()
+
+
+def test_a_local_judge_is_refused_at_the_start(converted: Path) -> None:
+    """And not once a model was trained."""
+    key = "evaluation.pairwise_judge.model"
+    given = ("evaluation.pairwise=true", f"evaluation.pairwise_judge={{model: {converted}}}")
+    with pytest.raises(UserError, match=rf"{key}: .*{REFUSED}"):
+        check_sampled_models({key}, load_config(TOY, given))
+    check_sampled_models({key}, load_config(TOY, [*given, "model.allow_unverified=true"]))
+    verify(converted)
+    check_sampled_models({key}, load_config(TOY, given))
 
 
 def test_the_folder_of_a_command(converted: Path) -> None:
