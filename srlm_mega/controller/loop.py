@@ -206,7 +206,7 @@ def edited_files(stages: Sequence[Stage], made: Mapping[str, Manifest], config: 
     for path, names in readers.items():
         yield (
             f"{path} was edited since {', '.join(names)} {'was' if len(names) == 1 else 'were'} made from it. What is "
-            f"finished stays as it is, stages to come read the new content; --redo {names[0]} begins there again"
+            f"finished stays as it is, stages to come read the new content; {run.redo(names[0])}, begins there again"
         )
 
 

@@ -194,7 +194,7 @@ class RunDir:
     def check_unfinished(self, stage: str) -> None:
         """Raise UserError where the output of an unfinished stage is there nevertheless, and as `check_place`."""
         self.check_place(stage)
-        if self.output(stage).exists():
+        if self.output(stage).exists() and self.manifest(stage) is None:  # not committed in between
             raise UserError(
                 f"{self.output(stage)} is there without a {MANIFEST}, so it is not known to be whole: restore the "
                 f"manifest, or move the folder away, or make it again: the same `srlm run` command with "

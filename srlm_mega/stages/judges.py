@@ -88,7 +88,8 @@ def local_judge(
         return None
     judge = Writer.outside(Path(settings.model), allow_unverified)
     for stage, comparison in earlier:
-        if comparison.judge not in (judge.name, settings.model):  # older versions recorded the path
+        before = Path(comparison.judge)  # older versions recorded the path
+        if comparison.judge != judge.name and not (before.exists() and before.samefile(settings.model)):
             raise UserError(
                 f"{settings.model} has another model ({judge.name}) than when it judged {stage} ({comparison.judge}), "
                 f"and their comparisons cannot be compared: restore it, or make that again with this one: the same "

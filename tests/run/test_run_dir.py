@@ -218,6 +218,13 @@ def test_a_first_start_that_was_killed_or_had_no_room_left_starts_again(tmp_path
     assert run.config_file.read_bytes() == b"seed: 1"
 
 
+def test_an_output_that_was_committed_in_between_is_finished(tmp_path: Path) -> None:
+    """After its manifest was looked for, while a run works and its status is shown."""
+    run = RunDir(tmp_path)
+    make_output(run)
+    run.check_unfinished(IDENTITY_A.stage)
+
+
 def test_a_model_that_holds_files_named_as_ours_is_hashed(tmp_path: Path) -> None:
     """A folder is another stage's by its name, and not by what is in it."""
     run = RunDir(tmp_path)

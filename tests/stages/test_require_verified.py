@@ -2,6 +2,7 @@
 is sampled or converted."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,13 +21,14 @@ from srlm_mega.config.file import load_config
 from srlm_mega.controller.start_checks import check_sampled_models
 from srlm_mega.data.toy_world.word_tokenizer import toy_tokenizer
 from srlm_mega.errors import UserError
+from srlm_mega.evaluation.results import Comparison
 from srlm_mega.run.plan import find_stage
 from srlm_mega.run.progress import Progress
 from srlm_mega.run.run_dir import RunDir
 from srlm_mega.sampling.samplers import Samplers
 from srlm_mega.stages.base import make_base, take_writer
 from srlm_mega.stages.head_to_head import writer_at
-from srlm_mega.stages.judges import open_judge
+from srlm_mega.stages.judges import local_judge, open_judge
 from srlm_mega.stages.work import Work
 
 TOY = ROOT / "launch/configs/toy_cpu.yaml"
@@ -86,6 +88,19 @@ def test_a_local_judge(converted: Path) -> None:
     open_judge(judge, sampler, True, 1).close()
     verify(converted)
     open_judge(judge, sampler, False, 1).close()
+
+
+def test_a_judge_whose_path_was_recorded_is_the_same_by_another_path(
+    converted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As older versions recorded it."""
+    monkeypatch.chdir(converted.parent)
+    settings = PairwiseJudgeConfig(model=str(converted))
+    for recorded in ("converted", str(converted)):
+        made = Comparison("new", "old", recorded, 1, 0, 0, 0, 0, None, None)
+        assert local_judge(settings, True, [("M1", made)]) is not None
+    with pytest.raises(UserError, match=r"has another model .*--redo M1"):
+        local_judge(settings, True, [("M1", replace(made, judge="source"))])
 
 
 def test_a_local_judge_is_refused_at_the_start(converted: Path) -> None:
