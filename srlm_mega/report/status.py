@@ -15,7 +15,7 @@ from srlm_mega.run.presence import read_controller
 from srlm_mega.run.progress import read_progress
 from srlm_mega.run.run_dir import TRAINING_STATE, RunDir
 from srlm_mega.run.stage_kinds import PAIRS, StageKind, round_folder
-from srlm_mega.sampling.sampling_rate import duration
+from srlm_mega.text import duration
 from srlm_mega.training.checkpoint_files import complete_steps
 
 TAIL_BYTES = 1 << 16

@@ -13,8 +13,7 @@ from rich.text import Text
 from srlm_mega.report.status import RunStatus, StageStatus, read_status, share_done
 from srlm_mega.run.run_dir import RunDir
 from srlm_mega.run.soundness import damages
-from srlm_mega.sampling.sampling_rate import duration
-from srlm_mega.text import on_one_screen
+from srlm_mega.text import duration, on_one_screen
 
 WATCH_SECONDS = 1.0
 TABLE_LINES = 6  # its title, head and rules

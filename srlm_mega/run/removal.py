@@ -7,6 +7,7 @@ from typing import Any
 import orjson
 
 from srlm_mega.run.manifest import MANIFEST
+from srlm_mega.text import duration
 
 NAMED = 4  # outputs that are named, of many
 
@@ -62,10 +63,3 @@ def told(root: Path, names: Iterable[str]) -> str:
 def number(value: object) -> float:
     """Return a manifest's number, 0 for what is none."""
     return float(value) if isinstance(value, int | float) else 0.0
-
-
-def duration(seconds: float) -> str:
-    """Return a time in its largest unit."""
-    if seconds >= 3600:
-        return f"{seconds / 3600:,.1f} hours"
-    return f"{seconds / 60:.1f} minutes" if seconds >= 60 else f"{seconds:.0f} seconds"

@@ -13,6 +13,7 @@ from typing import Protocol
 import orjson
 
 from srlm_mega.sampling.finished_shard import ShardReport
+from srlm_mega.text import duration
 
 ProgressCallback = Callable[[int, int, str], None]
 """Function that is given the requests answered so far, their total, and a note of a few words."""
@@ -131,11 +132,3 @@ def stage_metrics(reports: list[ShardReport], seconds: float, devices: int) -> d
         "shard_seconds_p99": percentiles[98],
         "shard_seconds_max": max(times),
     }
-
-
-def duration(seconds: float) -> str:
-    """Format a duration in its two largest units: `2 h 5 min`, `3 min 20 s`, `12 s`."""
-    whole = round(seconds)
-    if whole >= 3600:
-        return f"{whole // 3600} h {whole % 3600 // 60} min"
-    return f"{whole // 60} min {whole % 60} s" if whole >= 60 else f"{whole} s"

@@ -126,7 +126,7 @@ def test_one_message_names_all_stages_to_make_again(finished: RunDir) -> None:
     said = refusal(finished, config)
     assert "judge.n: was 3, now 5" in said and said.count("was 3") == 1
     assert "--redo M1/evaluation --redo round_1/judgements, which removes 7 outputs" in said
-    assert "700 rows, 3.5 hours of work" in said
+    assert "700 rows, 3 h 30 min of work" in said
     redone = {"M1/evaluation", "round_1/judgements", "round_1/pairs", "round_1/health", "round_1/reference", "M2"}
     check_finished(plan(config), config, finished, redone | {"M2/evaluation"})
 
@@ -179,7 +179,7 @@ def test_redo_says_what_goes_and_no_changes_nothing(finished: RunDir, capsys: py
         finished.root / ".lock": b""
     }
     said = capsys.readouterr().out
-    assert "--redo round_1/pairs removes 5 outputs (round_1/pairs, round_1/health" in said and "2.5 hours" in said
+    assert "--redo round_1/pairs removes 5 outputs (round_1/pairs, round_1/health" in said and "2 h 30 min" in said
 
 
 def test_a_dry_run_changes_nothing(finished: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
@@ -191,7 +191,7 @@ def test_a_dry_run_changes_nothing(finished: RunDir, capsys: pytest.CaptureFixtu
         run_loop(configured(finished.root.parent, "run.rounds=4"), finished, (), make_none, dry=True)
     assert run_loop(config, finished, ("M2",), make_none, dry=True) == 0
     said = capsys.readouterr().out
-    assert "--redo M2 removes 2 outputs (M2, M2/evaluation), 200 rows, 60.0 minutes" in said or "1.0 hours" in said
+    assert "--redo M2 removes 2 outputs (M2, M2/evaluation), 200 rows, 1 h 00 min" in said
     assert "would make M0, round_2/prompts, M2, M2/evaluation, round_2/candidates" in said
     assert contents(finished.root) == before
 

@@ -7,7 +7,7 @@ import orjson
 import pytest
 
 from srlm_mega.sampling.finished_shard import ShardReport
-from srlm_mega.sampling.sampling_rate import ShardWatch, duration, shard_metrics, stage_metrics
+from srlm_mega.sampling.sampling_rate import ShardWatch, shard_metrics, stage_metrics
 
 
 def report(number: int, seconds: float, requests: int = 10) -> ShardReport:
@@ -42,7 +42,3 @@ def test_time_left_counts_this_attempt_only(tmp_path: Path, monkeypatch: pytest.
     lines = [orjson.loads(line) for line in (tmp_path / "metrics.jsonl").read_bytes().splitlines()]
     assert [line.get("shard") for line in lines] == [1, None]
     assert lines[1]["requests"] == 10 and lines[1]["output_tokens/s/GPU"] == 25
-
-
-def test_durations() -> None:
-    assert [duration(seconds) for seconds in (3.4, 200, 7500)] == ["3 s", "3 min 20 s", "2 h 5 min"]
