@@ -149,7 +149,7 @@ def files(folder: Path) -> Iterator[Path]:
 
 
 @pytest.mark.timing
-@pytest.mark.slow
+@pytest.mark.extra
 def test_killed_anywhere_it_goes_on_to_the_same_bytes(whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     stopped = interrupt_in("M0", folder, signal.SIGTERM)
