@@ -174,6 +174,7 @@ def test_an_impossible_redo_loses_nothing(whole: Path) -> None:
 
 def test_a_finished_run_does_nothing_and_says_so(whole: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in files(whole) if path.name != ".lock"}
+    (whole / "stop").touch()  # asked for as the run ended
     done = srlm(*small_run(whole))
     assert done.code == 0 and "Nothing to do" in done.output
     assert {path: path.stat().st_mtime_ns for path in files(whole) if path.name != ".lock"} == before

@@ -86,9 +86,9 @@ def run_loop(
         for stage in doomed:  # the last one goes first: a kill in between leaves a run that can resume
             if said := run.remove(stage.name, redone):
                 display.print_line(said)
+        run.stop_file.unlink(missing_ok=True)  # left by the request that ended the run before, or came as it ended
         if not missing:
             return 0
-        run.stop_file.unlink(missing_ok=True)  # left by the request that ended the run before
         with (
             attempted(config, run, at_once=bool(doomed) or not made, has_seed="seed" in made),
             on_signals((*PREEMPTION, signal.SIGINT), run.stop_file.touch),
