@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass
 
 from srlm_mega.config import Config
 from srlm_mega.config.compatibility import CONTENT, edited
@@ -68,8 +69,9 @@ def run_loop(
             run.sweep(stage.name for stage in stages)
         if planned is None or run.config_file.is_file():  # another command may have begun the run
             planned = what_to_make(config, run, redone, only)
-        made, missing = planned
-        for line in edited_files(stages, made, config, run):
+        finished, missing = planned
+        made = finished.manifests
+        for line in edited_files(stages, finished, config, run):
             display.print_line(line)
         doomed = [stage for stage in reversed(stages) if stage.name in redone and run.has(stage.name)]
         if doomed:
@@ -101,19 +103,29 @@ def run_loop(
         return len(missing)
 
 
+@dataclass(frozen=True)
+class Finished:
+    """Finished outputs that stay: their manifests, and the hashes of the outside files that they read, as these are
+    now; both by stage."""
+
+    manifests: Mapping[str, Manifest]
+    contents: Mapping[str, Mapping[str, str]]
+
+
 def what_to_make(
     config: Config, run: RunDir, redone: Collection[str], only: Sequence[str]
-) -> tuple[dict[str, Manifest], list[Stage]]:
+) -> tuple[Finished, list[Stage]]:
     """Return the finished outputs that stay, and the stages to be made, in order; change nothing. UserError for all
     that can be known to go wrong now."""
     stages = plan(config)
-    made = check_finished(stages, config, run, redone)
+    finished = check_finished(stages, config, run, redone)
+    made = finished.manifests
     wanted = [find_stage(config, name) for name in only] or stages
     missing = [stage for stage in stages if stage in wanted and stage.name not in made]
     check_inputs(missing, made.keys(), run)
     if missing:
         check_start(missing, frozenset(made), config, run)
-    return made, missing
+    return finished, missing
 
 
 @contextmanager
@@ -165,41 +177,25 @@ def check_inputs(missing: list[Stage], finished: Collection[str], run: RunDir) -
         made.add(stage.name)
 
 
-def check_finished(
-    stages: list[Stage], config: Config, run: RunDir, redone: Collection[str] = ()
-) -> dict[str, Manifest]:
-    """Return the manifests of what is finished and not to be `redone`. UserError unless it is whole and is what this
-    configuration makes."""
-    made: dict[str, Manifest] = {}
-    for stage in stages:
-        if stage.name in redone:
-            continue
-        manifest = run.manifest(stage.name)
-        if manifest is None:
-            run.check_unfinished(stage.name)
-        else:
-            run.verify(stage.name, quick=True)
-            made[stage.name] = manifest
-    check_all_unchanged(stages, made, config, run, contents_now(stages, made, config, run))
-    return made
-
-
-def contents_now(
-    stages: Sequence[Stage], made: Mapping[str, Manifest], config: Config, run: RunDir
-) -> dict[str, dict[str, str]]:
-    """Return the hashes of the outside files of finished stages, as they are now, by stage."""
+def check_finished(stages: list[Stage], config: Config, run: RunDir, redone: Collection[str] = ()) -> Finished:
+    """Return what is finished and not to be `redone`. UserError unless it is whole and is what this configuration
+    makes."""
+    read = {stage.name: run.verified(stage.name) for stage in stages if stage.name not in redone}
+    made = {name: manifest for name, manifest in read.items() if manifest is not None}
     rubric = rubric_for(config, run) if made else None
-    return {stage.name: contents_of(stage, config, rubric) for stage in stages if stage.name in made}
+    contents = {stage.name: contents_of(stage, config, rubric) for stage in stages if stage.name in made}
+    check_all_unchanged(stages, made, config, run, contents)
+    return Finished(made, contents)
 
 
-def edited_files(stages: Sequence[Stage], made: Mapping[str, Manifest], config: Config, run: RunDir) -> Iterator[str]:
+def edited_files(stages: Sequence[Stage], finished: Finished, config: Config, run: RunDir) -> Iterator[str]:
     """Yield a line for each outside file whose content is another than the one that finished stages were made from,
     unless a later round was made from it as it is now."""
     readers: dict[str, list[str]] = {}
-    contents = contents_now(stages, made, config, run)
+    made, contents = finished.manifests, finished.contents
     taken = {(key, value) for manifest in made.values() for key, value in manifest.config.items() if CONTENT in key}
     for stage in stages:
-        now = config_of(stage, config) | contents.get(stage.name, {})
+        now = {**config_of(stage, config), **contents.get(stage.name, {})}
         for key, path in edited(made[stage.name].config, now).items() if stage.name in made else ():
             if (key + CONTENT, now[key + CONTENT]) not in taken:
                 readers.setdefault(path, []).append(stage.name)

@@ -191,6 +191,16 @@ class RunDir:
             if name not in manifest.files and log_name(name) is None:
                 raise UserError(f"{path} is not in {stage}/{MANIFEST}: the run did not write it. Move it away")
 
+    def verified(self, stage: str) -> Manifest | None:
+        """Return the manifest of an output that is finished and, by a quick look, whole; None where it is not finished.
+        UserError as for `verify` and `check_unfinished`."""
+        manifest = self.manifest(stage)
+        if manifest is None:
+            self.check_unfinished(stage)
+        else:
+            self.verify(stage, quick=True)
+        return manifest
+
     def check_unfinished(self, stage: str) -> None:
         """Raise UserError where the output of an unfinished stage is there nevertheless, and as `check_place`."""
         self.check_place(stage)

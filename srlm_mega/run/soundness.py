@@ -24,11 +24,7 @@ def damages(run: RunDir) -> Iterator[tuple[str, str]]:
     stages, made = plan(config), dict[str, Manifest]()
     for stage in stages:
         try:
-            manifest = run.manifest(stage.name)
-            if manifest is None:
-                run.check_unfinished(stage.name)
-            else:
-                run.verify(stage.name, quick=True)
+            if (manifest := run.verified(stage.name)) is not None:
                 made[stage.name] = manifest
         except UserError as error:
             yield stage.name, str(error)

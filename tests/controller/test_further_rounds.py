@@ -81,7 +81,9 @@ def test_a_further_round_takes_another_file(finished: RunDir, key: str, other: s
     assert f"--redo {redo}, which removes" in said and "further round (run.rounds)" in said
     assert "--redo seed" not in said and "M1/evaluation" not in said
     longer = configured(here, change, "run.rounds=2")
-    assert {"seed", "M1", "M2", "M2/evaluation", redo} <= check_finished(plan(longer), longer, finished).keys()
+    assert {"seed", "M1", "M2", "M2/evaluation", redo} <= check_finished(
+        plan(longer), longer, finished
+    ).manifests.keys()
     with attempted(longer, finished, at_once=False, has_seed=True):
         make(finished, longer, "M3/evaluation")
     assert f"--redo {redo.replace('1', '2')}" in refusal(finished, configured(here, "run.rounds=2"))

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from hosts import Host, hosts, why_no_hosts
+from hosts import Host, hosts, skip_without_hosts
 from places import ROOT
 
 from srlm_mega.run.run_dir import RunDir
@@ -43,9 +43,7 @@ SETTINGS = [
 @pytest.fixture
 def pair() -> Iterator[list[Host]]:
     """Two hosts."""
-    reason = why_no_hosts()
-    if reason is not None:
-        pytest.skip(reason)
+    skip_without_hosts()
     with hosts(["left", "right"]) as made:
         yield made
 

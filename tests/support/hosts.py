@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 ETC = Path("/etc/netns")  # `ip netns exec NAME` shows a process ETC/NAME/hosts as /etc/hosts
 
 
@@ -40,6 +42,13 @@ def why_no_hosts() -> str | None:
     made = subprocess.run(["ip", "netns", "add", probe], capture_output=True, text=True, check=False)
     subprocess.run(["ip", "netns", "delete", probe], capture_output=True, check=False)
     return f"no network namespaces here: {made.stderr.strip()}" if made.returncode else None
+
+
+def skip_without_hosts() -> None:
+    """Skip the test, with the reason, where there can be none."""
+    reason = why_no_hosts()
+    if reason is not None:
+        pytest.skip(reason)
 
 
 def ip(*arguments: str) -> None:

@@ -14,7 +14,7 @@ from threading import Event
 import pytest
 from early_stopping_run import early_stopping, prefers
 from fake_endpoint import Asked, FakeEndpoint, Reply, fake_endpoint
-from hosts import Host, hosts, why_no_hosts
+from hosts import Host, hosts, skip_without_hosts
 from interruptions import MARK, Interruption, Way, orphans, trial_processes, wait_for
 from small_runs import SAMPLING, STAGES, Trial, arguments, without
 
@@ -128,9 +128,7 @@ class OnHosts:
 @pytest.fixture(scope="module")
 def pair() -> Iterator[list[Host]]:
     """Two hosts."""
-    reason = why_no_hosts()
-    if reason is not None:
-        pytest.skip(reason)
+    skip_without_hosts()
     with hosts(["left", "right"]) as made:
         yield made
 
