@@ -183,11 +183,11 @@ def all_reduce(
 ) -> list[RanksOutcome]:
     """Tell all nodes whether to start ranks (those behind launch.nodes have none); return how these ended, by node."""
     with_ranks = [caller for caller in callers if go and caller.rank < config.launch.nodes]
-    port = free_port(node.head, node.ports)  # nobody listens for calls any more
+    port = free_port(node.head, node.ports) if go else None  # nobody listens for calls any more
     for caller in callers:
         with suppress(OSError):  # it will be missed below
             caller.connection.send({"go": caller in with_ranks, "port": port})
-    if not go:
+    if port is None:
         return []
     outcomes = [own_ranks(config, arguments, out, node, port)]
     deadline = time.monotonic() + PATIENCE_SECONDS
