@@ -7,6 +7,7 @@ import os
 import subprocess
 from pathlib import Path
 
+import orjson
 import pytest
 from engine_packages import engine_packages
 from places import ROOT
@@ -91,7 +92,8 @@ def test_transformer_engines_layers_are_planned_as_they_are(
     """By its own Python, in a process that finds it."""
     file, given = settings(preset, layers, "model.layer_backend=transformer_engine")
     environment = os.environ | {"PYTHONPATH": str(engine_packages("2.11.0")), "OMP_NUM_THREADS": "1"}
-    argv = [srlm, "rehearse-rank", file, "0", tmp_path / "0.json", *given]
+    (tmp_path / "gpu.json").write_bytes(orjson.dumps(H100))
+    argv = [srlm, "rehearse-rank", file, "0", tmp_path / "0.json", tmp_path / "gpu.json", *given]
     done = subprocess.run(argv, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     record = parse_line(RankRecord, (tmp_path / "0.json").read_bytes())
