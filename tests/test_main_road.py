@@ -1,8 +1,6 @@
 """The whole loop as its users start it: `srlm run` in a process of its own, at small size."""
 
-import contextlib
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -11,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import orjson
-import psutil
 import pytest
 from browser import browser
 from places import ROOT
@@ -92,77 +89,12 @@ def without_seconds(manifest: Path) -> bytes:
     return orjson.dumps(fields)
 
 
-def kill_in(stage: str, folder: Path, only_controller: bool = False) -> None:
-    """Start the run and kill it once the stage has begun to work: with all its children, or the controller alone,
-    whose children must then end by themselves."""
-    process = subprocess.Popen(
-        command(*small_run(folder)), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    partial = RunDir(folder).partial(stage)
-    deadline = time.monotonic() + 240
-    while not has_work(partial):
-        assert process.poll() is None, f"the run ended before {stage} could be killed"
-        assert time.monotonic() < deadline, f"{stage} did not begin"
-        time.sleep(0.02)
-    children = psutil.Process(process.pid).children(recursive=True)
-    assert len(children) > 0
-    process.send_signal(signal.SIGKILL)
-    if not only_controller:
-        for child in children:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                child.send_signal(signal.SIGKILL)
-    process.wait()
-    _, alive = psutil.wait_procs(children, timeout=60)
-    assert alive == [], "a stage went on writing without its controller"
-    assert partial.exists() and RunDir(folder).manifest(stage) is None, f"{stage} was finished before the kill"
-
-
-def interrupt_in(stage: str, folder: Path, number: signal.Signals) -> Finished:
-    """Start the run and send it a signal once the stage has begun to train; how it ended."""
-    start = time.monotonic()
-    process = subprocess.Popen(
-        command(*small_run(folder)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    metrics = RunDir(folder).partial(stage) / "metrics.jsonl"
-    while not metrics.exists() or metrics.stat().st_size == 0:
-        assert process.poll() is None and time.monotonic() < start + 240, f"{stage} did not begin to train"
-        time.sleep(0.02)
-    children = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=240)
-    _, alive = psutil.wait_procs(children, timeout=60)
-    assert alive == [], "a stage goes on without its controller"
-    return Finished(process.returncode, output, time.monotonic() - start)
-
-
-def has_work(partial: Path) -> bool:
-    """Whether a stage has written something of its own."""
-    return partial.exists() and any(path.stat().st_size > 0 for path in files(partial) if path.name != "identity.json")
-
-
 def files(folder: Path) -> Iterator[Path]:
     for root, _, names in os.walk(folder):
         for name in names:
             path = Path(root) / name
             if path.is_file():
                 yield path
-
-
-@pytest.mark.timing
-@pytest.mark.extra
-def test_killed_anywhere_it_goes_on_to_the_same_bytes(whole: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    stopped = interrupt_in("M0", folder, signal.SIGTERM)
-    assert stopped.code == 4 and "interrupted: M0: stopped after step" in stopped.output, stopped.output
-    assert len(list((folder / "M0.partial/megatron").glob("iter_*/files.json"))) > 0
-    kill_in("M1", folder, only_controller=True)
-    kill_in("round_1/candidates", folder)
-    kill_in("M2", folder)
-    done = srlm(*small_run(folder))
-    assert done.code == 0, done.output
-    interrupted, uninterrupted = contents(folder), contents(whole)
-    assert interrupted.keys() == uninterrupted.keys()
-    assert [name for name in interrupted if interrupted[name] != uninterrupted[name]] == []
 
 
 def test_an_impossible_redo_loses_nothing(whole: Path) -> None:

@@ -30,6 +30,7 @@ from srlm_mega.stages.seed import make_seed
 from srlm_mega.stages.work import Work
 
 BUILD = ("eft.build=true", "seed_data.num_eft_sources=60")
+UNTRAINED = ("pretrain=null", "seed_data.num_documents=0")  # M0 is of random weights
 
 
 def test_where_the_stages_stand_in_the_plan() -> None:
@@ -264,7 +265,10 @@ def test_eft_without_a_baseline_is_learnt(tmp_path: Path, mode: str) -> None:
     folder, judged = tmp_path / "run", judged_file(tmp_path / "judged.jsonl", readable=30)
     ranks = ("eft.mode=ranks", "seed_data.num_eft_sources=20", "seed_data.num_eft=40")
     options = ranks if mode == "ranks" else (f"seed_data.eft_path={judged}",)
-    done = srlm(*small_run(folder, *options, "run.rounds=0"))
+    only = [
+        word for name in ("seed", "eft", "M0", "M1") if mode == "ranks" or name != "eft" for word in ("--only", name)
+    ]
+    done = srlm(*small_run(folder, *UNTRAINED, *options, "run.rounds=0", "sft.train_iters=4", *only))
     assert done.code == 0, done.output
     assert not (folder / "sft_baseline").exists() and (folder / "eft").exists() == (mode == "ranks")
     source = folder / ("eft" if mode == "ranks" else "seed") / "eft_train.jsonl"
@@ -282,9 +286,9 @@ def test_a_model_that_never_saw_a_judgement_gives_no_scores_and_no_pairs(tmp_pat
     prompts.write_bytes(b"\n".join(orjson.dumps({"text": text}) for text in instructions[:500]))
 
     def run(folder: Path, *overrides: str) -> Finished:
-        untrained = ("pretrain=null", "seed_data.num_documents=0", "seed_data.num_ift=600", "seed_data.num_eft=600")
+        data = ("seed_data.num_ift=600", "seed_data.num_eft=600")
         given = ("prompts.generator=file", f"prompts.path={prompts}", "sft.train_iters=150", "sft.lr=4e-3")
-        return srlm(*small_run(folder, *untrained, *given, "dpo.train_iters=2", *overrides))
+        return srlm(*small_run(folder, *UNTRAINED, *data, *given, "dpo.train_iters=2", *overrides))
 
     with_eft, without = tmp_path / "with", tmp_path / "without"
     done = run(with_eft)
