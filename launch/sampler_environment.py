@@ -33,15 +33,15 @@ PASSED_ON = (*SETTINGS, *PREFERENCES, *OURS, "OMP_NUM_THREADS", "CUDA_VISIBLE_DE
 # task and an MPI leader beside it, and the command. Older launchers (1.1.0rc6) split the command's words at spaces, so
 # it is in a file, and let the leader live when the command fails. So the first task ends with the command's code, after
 # a success with 30 s for the launcher to end the leader, and srun then ends the step (--kill-on-bad-exit). Other tasks
-# that are ended so say 0: srun returns the highest code, and the command's is to be read. USR1 and USR2 (show stacks)
-# are left to the command: they would end the launcher.
+# that are ended so say 0, also where their launcher is ended first: srun returns the highest code, and the command's is
+# to be read. USR1 and USR2 (show stacks) are left to the command: they would end the launcher.
 LAUNCHER = """\
 trap "" USR1 USR2
 if [ "${SLURM_PROCID:-0}" != 0 ]; then
   trap 'kill $!; exit 0' TERM
   "$0" "$@" &
   wait $!
-  exit
+  exit $(($? == 143 ? 0 : $?))
 fi
 folder=$(mktemp -d /tmp/srlm.XXXXXXXX) || exit 1
 { printf '%q ' "$@"; printf '\ncode=$?; echo $code >%s/code; exit $code\n' "$folder"; } >"$folder/command"

@@ -268,6 +268,9 @@ def test_a_leader_that_ends_before_its_command_ends_the_task(tmp_path: Path) -> 
 def test_the_other_tasks_are_the_launchers_alone(tmp_path: Path) -> None:
     worker = '#!/bin/bash\n[ "$SLURM_PROCID" = 1 ] && echo "$1"\n'
     assert run_task(tmp_path, worker, ["a b"], SLURM_PROCID="1") == (0, "a b\n")
+    ended = "#!/bin/bash\nkill -TERM $$\n"  # at the end of the step, before its task is told to end
+    assert run_task(tmp_path, ended, ["a b"], SLURM_PROCID="1") == (0, "")
+    assert run_task(tmp_path, "#!/bin/bash\nexit 7\n", ["a b"], SLURM_PROCID="1") == (7, "")
 
 
 def run_task(folder: Path, launcher: str | None, command: list[str], **settings: str) -> tuple[int, str]:
