@@ -21,7 +21,8 @@ from srlm_mega.launch.preflight.this_node import ThisNode
 from srlm_mega.launch.ranks import Rendezvous, ranks_on_node
 
 CONSEQUENCES = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
-END = "the end"  # the place of a rank that has done all its all-reduces
+START = "its start"  # the place of a rank that has not loaded torch yet
+END = "the end"  # and of one that has done all its all-reduces
 LIMIT = "launch.preflight.allreduce_seconds"
 NETWORK = "Name the network (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME, NCCL_IB_HCA) and look at NCCL_DEBUG=INFO"
 
@@ -138,18 +139,22 @@ def check_ranks(outcomes: Sequence[RanksOutcome], per_node: int, seconds: float,
     places = {outcome.node: every_place(outcome, per_node) for outcome in outcomes}
     furthest = max((place for own in places.values() for place in own), key=lambda place: place.count)
     behind = {node: [place for place in own if place.count < furthest.count] for node, own in places.items()}
-    if not any(behind.values()) and furthest.name == END:
-        got = f"ranks that ended slowly: the all-reduces had worked, and not all had ended after {seconds:g} s"
-        remedy = f"Raise {LIMIT}: starting and ending take long here (a busy file system?); stacks are in {logs}"
+    slow = f"Raise {LIMIT}: starting and ending take long here (a busy file system?); the log is in {logs}"
+    if not any(behind.values()):
+        got, remedy = f"no end in {seconds:g} s: all ranks are in {furthest.name}", slow
+        if furthest.name == START:
+            got = f"ranks that started slowly: none had loaded torch after {seconds:g} s"
+        elif furthest.name == END:
+            got = f"ranks that ended slowly: the all-reduces had worked, and not all had ended after {seconds:g} s"
+        else:
+            remedy = f"{NETWORK}, or raise {LIMIT}; stacks of all ranks are in {logs}"
         yield Finding(", ".join(places), "all-reduce", got, f"an end within {LIMIT}={seconds:g}", remedy)
-    elif not any(behind.values()):
-        got = f"no end in {seconds:g} s: all ranks are in {furthest.name}"
-        remedy = f"{NETWORK}, or raise {LIMIT}; stacks of all ranks are in {logs}"
-        yield Finding(", ".join(places), "all-reduce", got, f"an end within {LIMIT}={seconds:g}", remedy)
-    remedy = f"{NETWORK} on this node, or raise {LIMIT} where it is only slow; stacks of its ranks are in {logs}"
     for node, late in behind.items():
         if late:
             got = f"{', '.join(f'rank {place.rank} in {place.name}' for place in late)} after {seconds:g} s"
+            remedy = f"{NETWORK} on this node, or raise {LIMIT} where it is only slow; its ranks' stacks are in {logs}"
+            if all(place.name == START for place in late):
+                remedy = slow
             yield Finding(node, "all-reduce", got, f"all ranks in {furthest.name}", remedy, (node,))
 
 
@@ -157,7 +162,7 @@ def every_place(outcome: RanksOutcome, per_node: int) -> list[RankPlace]:
     """Return the places of all ranks that the node should have."""
     known = {place.rank: place for place in outcome.places}
     ranks = range(outcome.first_rank, outcome.first_rank + per_node)
-    return [known.get(rank, RankPlace(rank, 0, "its start")) for rank in ranks]
+    return [known.get(rank, RankPlace(rank, 0, START)) for rank in ranks]
 
 
 def check_speeds(

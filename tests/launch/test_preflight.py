@@ -229,7 +229,15 @@ def test_ranks_that_the_others_wait_for_are_named() -> None:
 
 def test_ranks_that_never_began_are_named() -> None:
     (finding,) = check_ranks([outcome(0, 1, 1), outcome(1, 1)], 2, 35, "LOGS")
-    assert finding.got == "rank 3 in its start after 35 s"
+    assert finding.got == "rank 3 in its start after 35 s" and finding.blamed == ("n1",)
+    assert "IFNAME" not in finding.remedy, "it has not tried the network"
+
+
+def test_a_slow_start_is_no_fault_of_the_network() -> None:
+    """As where many ranks load torch from one file system."""
+    (finding,) = check_ranks([outcome(0), outcome(1)], 2, 35, "LOGS")
+    assert "started slowly: none had loaded torch after 35 s" in finding.got and finding.blamed == ()
+    assert "IFNAME" not in finding.remedy and "Raise launch.preflight.allreduce_seconds" in finding.remedy
 
 
 def test_when_all_ranks_hang_in_one_place_no_node_is_blamed() -> None:
