@@ -20,10 +20,12 @@ JOB, REQUESTS, MODEL, CURRENT = "job.json", "requests.jsonl", "model.json", "cur
 @dataclass(frozen=True)
 class SampledModel:
     """A model to sample: the Hugging Face folder whose tokenizer and chat template it has, and the folder that the
-    sampler loads, which is another one for FP8 weights and engines."""
+    sampler loads, which is another one for FP8 weights and engines. `name`: the hash of its content, where that may
+    change while requests are answered."""
 
     weights: Path
     loaded: Path
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class ShardSlice:
     first: int
     seed: int
     position: int
+    model: str
     size: int
 
 
@@ -100,7 +103,8 @@ def write_job(files: ShardFiles[PromptTokens], params: SamplingParams) -> None:
         logprobs=params.logprobs,
         stop=() if params.stop is None else params.stop.strings,
         shards=tuple(
-            ShardSlice(one.number, one.first, one.seed, one.position, len(one.requests)) for one in files.shards
+            ShardSlice(one.number, one.first, one.seed, one.position, one.model, len(one.requests))
+            for one in files.shards
         ),
     )
     write_jsonl(files.folder / REQUESTS, (request for shard in files.shards for request in shard.requests))
@@ -114,7 +118,7 @@ def read_job(
     job = parse_line(JobFile, (folder / JOB).read_bytes())
     requests = list(read_jsonl(folder / REQUESTS, PromptTokens))
     shards = [
-        Shard(one.number, one.first, one.seed, requests[one.first : one.first + one.size], one.position)
+        Shard(one.number, one.first, one.seed, requests[one.first : one.first + one.size], one.position, one.model)
         for one in job.shards
     ]
     params = SamplingParams(

@@ -66,7 +66,8 @@ class Samplers:
         draws follow from params.seed and their positions. `file` names them: their shards lie beside it while they are
         answered, and a killed stage resumes there. CannotContinue when more fail."""
         sampler = self.config.sampler
-        files = ShardFiles(cut_one_call(requests, sampler.requests_per_call_shard, params.seed), file, allowed)
+        shards = cut_one_call(requests, sampler.requests_per_call_shard, params.seed, model.name)
+        files = ShardFiles(shards, file, allowed)
         watch = ShardWatch(None, on_progress, len(requests), sampler.devices_per_replica, self.config.sampler_replicas)
         self.answer(model, files, params, watch)
         files.check_failures()

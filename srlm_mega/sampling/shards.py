@@ -33,18 +33,20 @@ A = TypeVar("A")
 @dataclass(frozen=True)
 class Shard(Generic[R]):
     """A slice of the requests. `first` is the position of its first request in the whole list, `position` the one that
-    decides that request's draws together with `seed`: 0 where the shard has a seed of its own."""
+    decides that request's draws together with `seed`: 0 where the shard has a seed of its own. `model` is the hash of
+    the model that answers, where that is no output of the run and may become another one."""
 
     number: int
     first: int
     seed: int
     requests: Sequence[R]
     position: int = 0
+    model: str = ""
 
     @cached_property
     def asked(self) -> str:
-        """Hash of the requests, and of what decides their draws."""
-        return fingerprint(self.number, self.seed, self.position, of=self.requests)
+        """Hash of the requests, and of what decides their answers."""
+        return fingerprint(self.number, self.seed, self.position, *filter(None, [self.model]), of=self.requests)
 
 
 @dataclass(frozen=True)
@@ -79,10 +81,11 @@ def cut_into_shards(requests: Sequence[R], shard_size: int, run_seed: int, *name
     ]
 
 
-def cut_one_call(requests: Sequence[R], shard_size: int, seed: int) -> list[Shard[R]]:
-    """Cut requests into slices that share a seed, so that the draws do not depend on `shard_size`."""
+def cut_one_call(requests: Sequence[R], shard_size: int, seed: int, model: str = "") -> list[Shard[R]]:
+    """Cut requests into slices that share a seed, so that the draws do not depend on `shard_size`. `model`: as for
+    `Shard`."""
     return [
-        Shard(number, first, seed, requests[first : first + shard_size], first)
+        Shard(number, first, seed, requests[first : first + shard_size], first, model)
         for number, first in enumerate(range(0, len(requests), shard_size))
     ]
 
@@ -93,13 +96,14 @@ class ShardFiles(Generic[R]):
     They lie in `<output>.shards/`: shard_00003.jsonl (finished), and .lease while a process works on the shard. The
     folder must belong to these shards: a caller that changes the requests starts with an empty one. `allowed` requests
     may fail for good, counted over all processes and attempts; None sets no limit here, for callers that count by
-    themselves.
+    themselves. Any other request has `each` records.
     """
 
-    def __init__(self, shards: Sequence[Shard[R]], output: Path, allowed: int | None = None) -> None:
+    def __init__(self, shards: Sequence[Shard[R]], output: Path, allowed: int | None = None, each: int = 1) -> None:
         self.shards = shards
         self.output = output
         self.allowed = allowed
+        self.each = each
         self.folder = output.with_name(f"{output.name}.shards")
 
     @property
@@ -202,12 +206,10 @@ class ShardFiles(Generic[R]):
         return self._load(shard).report
 
     def read(self, kind: type[A]) -> Iterator[A]:
-        """Yield the records of all shards, one per request that did not fail, in order. CannotContinue as
+        """Yield the records of all shards, `each` per request that did not fail, in order. CannotContinue as
         `check_failures`."""
-        for shard, loaded in zip(self.shards, self._all(), strict=True):
-            lines = loaded.lines.splitlines()
-            assert len(lines) + len(loaded.failed) == len(shard.requests), f"{name_of(shard, '')} lacks records"
-            yield from (parse_line(kind, line) for line in lines)
+        for loaded in self._all():
+            yield from (parse_line(kind, line) for line in loaded.lines.splitlines())
 
     def check_failures(self) -> list[FailedRequest]:
         """Return the failed requests of all shards. CannotContinue when more than `allowed` failed, or a shard was
@@ -255,10 +257,13 @@ class ShardFiles(Generic[R]):
             return None
 
     def _load(self, shard: Shard[R]) -> FinishedShard:
-        """Read a finished shard. ValueError when it is not as it was written, or another's."""
+        """Read a finished shard. ValueError when it is not as it was written, or another's, or lacks records."""
         loaded, path = FinishedShard.load(self._file(shard, ".jsonl")), self._file(shard, ".jsonl")
         if loaded.asked != shard.asked:
             raise ValueError(f"{path} is another shard's, or answers other requests")
+        records, failed, requests = loaded.lines.count(b"\n"), len(loaded.failed), len(shard.requests)
+        if records != self.each * (requests - failed):
+            raise ValueError(f"{path} has {records} records and {failed} failures of {requests} requests")
         return loaded
 
     def _made_from(self) -> str:

@@ -42,7 +42,7 @@ class Writer:
     @property
     def sampled(self) -> SampledModel:
         """The model as the sampler loads it."""
-        return SampledModel(self.folder, self.folder)
+        return SampledModel(self.folder, self.folder, self.name)
 
 
 def held_out(run: RunDir) -> Path:

@@ -53,7 +53,7 @@ def judge_candidates(work: Work) -> Done:
             requested = len(task.requests)
         case "random":
             candidates, too_long = read_candidates(work), 0
-            files = shard_files(work, candidates, "judgements.jsonl")
+            files = shard_files(work, candidates, "judgements.jsonl", each=work.config.judge.n)
             run_shards(files, partial(judge_at_random, work))
             requested = len(candidates)
         case other:

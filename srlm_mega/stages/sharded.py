@@ -42,11 +42,11 @@ def records_of(task: SamplingTask[T], files: ShardFiles[PromptTokens]) -> Iterat
         yield from task.records(requests[answered.id], answered.completions)
 
 
-def shard_files(work: Work, requests: Sequence[R], file: str) -> ShardFiles[R]:
-    """Return the stage's shards, the same in every attempt."""
+def shard_files(work: Work, requests: Sequence[R], file: str, each: int = 1) -> ShardFiles[R]:
+    """Return the stage's shards, the same in every attempt. `each`: records of a request."""
     seed = derive_seed(work.config.run.seed, work.stage.name)
     shards = cut_into_shards(requests, work.config.sampler.requests_per_shard, seed)
-    return ShardFiles(shards, work.out / file, failures_allowed(work, requests))
+    return ShardFiles(shards, work.out / file, failures_allowed(work, requests), each)
 
 
 def failures_allowed(work: Work, requests: Sequence[object]) -> int:

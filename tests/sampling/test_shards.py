@@ -24,6 +24,7 @@ from srlm_mega.sampling.shards import (
     Shard,
     ShardFiles,
     cut_into_shards,
+    cut_one_call,
     run_shards,
 )
 from srlm_mega.stages.sharded import shard_files
@@ -155,6 +156,27 @@ def test_a_shard_of_other_requests_is_done_again(tmp_path: Path) -> None:
         (files.folder / f"shard_{number:05d}.jsonl").write_bytes(content)
     files.prepare()
     assert [shard.number for shard in files.finished()] == [0]
+
+
+@pytest.mark.parametrize("count", [4, 6])
+def test_a_shard_of_another_number_of_records_is_done_again(tmp_path: Path, count: int) -> None:
+    """Although its hash is right: a judge that forgot an answer, or gave one twice."""
+    files = files_of(tmp_path / "out.jsonl")
+    files.prepare()
+    for shard in files.shards:
+        finish(files, shard, lambda one: Answered((answers(one).records * 2)[:count]))
+    with pytest.raises(CannotContinue, match=rf"shard_00000\.jsonl has {count} records and 0 failures of 5 requests"):
+        files.merge()
+    assert run(tmp_path / "out.jsonl") == run(tmp_path / "whole" / "out.jsonl")
+
+
+def test_a_shard_knows_the_model_that_answers_it(tmp_path: Path) -> None:
+    """One that another model answered, in the same folder, is asked again."""
+    first, second = (ShardFiles(cut_one_call(REQUESTS, 5, 7, name), tmp_path / "out.jsonl") for name in ("a", "b"))
+    first.prepare()
+    finish(first, first.shards[0], answers)
+    assert len(first.prepare()) == 1 and second.prepare() == []
+    assert first.shards[0].asked != cut_one_call(REQUESTS, 5, 7)[0].asked
 
 
 def test_damage_while_the_stage_works_ends_it_before_the_merge(tmp_path: Path) -> None:
