@@ -21,7 +21,7 @@ from srlm_mega.evaluation.results import Comparison
 from srlm_mega.records import STRICT, parse_line
 from srlm_mega.run.manifest import FileEntry, damage, entry_of
 from srlm_mega.run.run_dir import files_below
-from srlm_mega.run.sealed_file import is_whole, write_sealed
+from srlm_mega.run.sealed_file import has_its_seal, write_sealed
 
 START = 0  # the model that training started from is the checkpoint of step 0
 
@@ -104,24 +104,31 @@ class EarlyStoppingFiles:
         """Return the file of the judgements that compare a checkpoint with the best one before it."""
         return self.step_folder(step) / "judgements.jsonl"
 
+    def record(self, step: int) -> Path:
+        """Return the file that says what was exported of a checkpoint."""
+        return self.step_folder(step) / "exported.json"
+
+    def verdict(self, step: int) -> Path:
+        """Return the file that ends a checkpoint's comparison."""
+        return self.step_folder(step) / "verdict.json"
+
     def verdicts(self) -> list[Verdict]:
         """Read the verdicts of all comparisons so far, in order, up to the first that is not as it was written: that
         comparison is repeated from its responses and judgements."""
-        files = (self.step_folder(step) / "verdict.json" for step in self._steps())
-        whole = takewhile(partial(is_whole, unsealed=True), files)
+        whole = takewhile(partial(has_its_seal, unsealed=True), map(self.verdict, self._steps()))
         return [parse_line(Verdict, path.read_bytes()) for path in whole]
 
     def exported(self, step: int) -> Exported | None:
         """Read the counts of a checkpoint, None unless its Hugging Face folder is complete."""
-        path = self.step_folder(step) / "exported.json"
-        return parse_line(Exported, path.read_bytes()) if is_whole(path, unsealed=True) else None
+        path = self.record(step)
+        return parse_line(Exported, path.read_bytes()) if has_its_seal(path, unsealed=True) else None
 
     def write_exported(self, step: int, exported: Exported) -> None:
         """Mark a checkpoint's Hugging Face folder as complete."""
         folder = self.export(step)
         files = {str(path.relative_to(folder)): entry_of(path) for path in files_below(folder)}
         content = orjson.dumps(replace(exported, files=files))
-        write_sealed(self.step_folder(step) / "exported.json", lambda path: path.write_bytes(content))
+        write_sealed(self.record(step), lambda path: path.write_bytes(content))
 
     def damage(self, step: int, folder: Path) -> str | None:
         """Return how a checkpoint's Hugging Face folder, wherever it is now, differs from what was exported; None when
@@ -134,7 +141,7 @@ class EarlyStoppingFiles:
     def write_verdict(self, verdict: Verdict) -> None:
         """Write a comparison's verdict, which ends it."""
         content = orjson.dumps(verdict, option=orjson.OPT_INDENT_2)
-        write_sealed(self.step_folder(verdict.step) / "verdict.json", lambda path: path.write_bytes(content))
+        write_sealed(self.verdict(verdict.step), lambda path: path.write_bytes(content))
 
     def waiting(self) -> int | None:
         """Return the step of the checkpoint to compare next, None when there is none. UserError when the record of its
@@ -142,7 +149,7 @@ class EarlyStoppingFiles:
         compared = {verdict.step for verdict in self.verdicts()}
         step = next((step for step in self._steps() if step not in compared), None)
         if step is not None and self.exported(step) is None:
-            raise UserError(f"{self.step_folder(step)}/exported.json is missing or damaged: restore it")
+            raise UserError(f"{self.record(step)} is missing or damaged: restore it")
         return step
 
     def _steps(self) -> list[int]:

@@ -1,11 +1,12 @@
 """A model's folder from outside the run: whether it is what was written or verified, and the hash of its content."""
 
+import os
 from pathlib import Path
 
 from srlm_mega.checkpoints_conversion.verify import PROOF, check_verified, proven_files
 from srlm_mega.errors import UserError
-from srlm_mega.run.manifest import MANIFEST, FileEntry, digest_of, file_hash
-from srlm_mega.run.run_dir import RunDir, files_below
+from srlm_mega.run.manifest import MANIFEST, digest_of, entry_of
+from srlm_mega.run.run_dir import RunDir
 
 
 def check_undamaged(folder: Path, needs_proof: bool = True) -> None:
@@ -33,6 +34,7 @@ def verify_in_run(folder: Path) -> bool:
 def content_hash(folder: Path) -> str:
     """Return a hash of a folder's files, by which the model in it is known: without its proof and without what is
     hidden, such as a download's times."""
-    names = {path.relative_to(folder): path for path in files_below(folder) if path != folder / PROOF}
+    paths = (Path(root) / name for root, _, names in os.walk(folder, followlinks=True) for name in names)
+    names = {path.relative_to(folder): path for path in paths if path != folder / PROOF}
     shown = {name: path for name, path in names.items() if not any(part.startswith(".") for part in name.parts)}
-    return digest_of({str(name): FileEntry(path.stat().st_size, file_hash(path)) for name, path in shown.items()})
+    return digest_of({str(name): entry_of(path) for name, path in shown.items()})

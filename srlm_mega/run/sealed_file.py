@@ -39,18 +39,16 @@ def write_sealed(path: Path, write: Callable[[Path], object], made_from: str = "
 def is_whole(path: Path, made_from: str | None = None, unsealed: bool = False) -> bool:
     """Tell whether a file is there as it was written, and, where that is given, from the same. Any other is named: it
     is to be made again. With `unsealed`, one that has no seal, as an older version wrote it, is taken."""
-    if not path.is_file():
-        return False
-    if has_its_seal(path, made_from, unsealed):
-        return True
-    print(f"{path} is not as it was written, or not for these requests: it is made again", flush=True)
-    return False
+    whole = has_its_seal(path, made_from, unsealed)
+    if path.is_file() and not whole:
+        print(f"{path} is not as it was written, or not for these requests: it is made again", flush=True)
+    return whole
 
 
 def has_its_seal(path: Path, made_from: str | None = None, unsealed: bool = False) -> bool:
-    """Tell of a file that is there what `is_whole` does, and print nothing."""
-    if not seal_of(path).is_file():
-        return unsealed
+    """Tell what `is_whole` does, and print nothing."""
+    if not path.is_file() or not seal_of(path).is_file():
+        return path.is_file() and unsealed
     content, _, source = seal_of(path).read_bytes().partition(b" ")
     return content == file_hash(path).encode() and made_from in (None, source.decode(errors="replace"))
 

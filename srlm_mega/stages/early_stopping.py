@@ -13,7 +13,7 @@ from srlm_mega.records import Prompt, read_jsonl
 from srlm_mega.run.plan import find_stage
 from srlm_mega.run.progress import Progress
 from srlm_mega.run.run_dir import RunDir
-from srlm_mega.run.sealed_file import is_whole
+from srlm_mega.run.sealed_file import has_its_seal, is_whole
 from srlm_mega.run.stage_kinds import model_name
 from srlm_mega.sampling.samplers import Samplers
 from srlm_mega.stages.compare_responses import compare, matches_of
@@ -41,6 +41,7 @@ def compare_waiting(run: RunDir, name: str) -> int:
     step = files.waiting()
     if step is None:
         raise UserError(f"{name} has no checkpoint that waits for a comparison: `srlm run` resumes it by itself")
+    is_whole(files.verdict(step), unsealed=True)  # which says of one that is there that it is made again
     try:
         for name in work.stage.inputs:
             run.verify(name, quick=True)
@@ -60,7 +61,7 @@ def sample_responses(work: Work, files: EarlyStoppingFiles, step: int) -> None:
     work.run.verify("seed", quick=True)
     prompts, start = list(read_jsonl(work.read("seed", "validation.jsonl"), Prompt)), model_name(work.round)
     for one in (kept_step(files.verdicts()), step):
-        if not is_whole(files.responses(one)):
+        if not has_its_seal(files.responses(one)):  # `respond` says of one that is there that it is made again
             files.step_folder(one).mkdir(parents=True, exist_ok=True)
             on_progress = partial(report_progress, work, f"responses of step {one}")
             if one == START:

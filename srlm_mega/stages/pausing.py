@@ -20,7 +20,7 @@ from srlm_mega.evaluation.checkpoint_choice import (
 )
 from srlm_mega.run.files import discard, fsync
 from srlm_mega.run.run_dir import files_below
-from srlm_mega.run.sealed_file import is_whole
+from srlm_mega.run.sealed_file import has_its_seal, is_whole
 from srlm_mega.stages.work import Done, Work
 from srlm_mega.training.topology import Topology
 from srlm_mega.training.trainer import TrainingPart, TrainingSummary
@@ -68,9 +68,9 @@ def check_none_lost(work: Work, files: EarlyStoppingFiles, verdicts: list[Verdic
 def is_waiting(files: EarlyStoppingFiles, step: int) -> bool:
     """Tell whether a checkpoint is exported and only its comparison is missing. One that is not as it was exported is
     removed, unless it has answered already: the training's own checkpoint of this step is there to export it again."""
-    if files.exported(step) is None:
+    if not is_whole(files.record(step), unsealed=True):
         return False
-    if is_whole(files.responses(step)) or (found := files.damage(step, files.export(step))) is None:
+    if has_its_seal(files.responses(step)) or (found := files.damage(step, files.export(step))) is None:
         return True
     print(f"{found}: the checkpoint is exported again", flush=True)
     shutil.rmtree(files.step_folder(step))
@@ -104,8 +104,7 @@ def summary(work: Work, files: EarlyStoppingFiles, verdicts: list[Verdict], step
     trained = verdicts[-1].step
     exported = files.exported(trained)
     if exported is None:
-        lost = f"{files.step_folder(trained)}/exported.json"
-        raise UserError(f"{lost} is missing or damaged. {work.run.remedy(work.stage.name)}")
+        raise UserError(f"{files.record(trained)} is missing or damaged. {work.run.remedy(work.stage.name)}")
     counts: dict[str, float] = {
         "steps": trained,
         "max_steps": steps,

@@ -26,6 +26,11 @@ def test_the_hash_of_a_folder_is_that_of_its_content(tmp_path: Path) -> None:
     assert content_hash(moved) == content_hash(linked) == before
     (moved / "shards/one.safetensors").write_bytes(b"Weights")
     assert content_hash(moved) != before
+    for name in ("manifest.json", "identity.json", "evaluation/config.json"):  # what has a meaning in a run only
+        with_it = shutil.copytree(folder, tmp_path / name.partition("/")[0])
+        (with_it / name).parent.mkdir(exist_ok=True)
+        (with_it / name).write_text("{}")
+        assert content_hash(with_it) != before
     (folder / "config.json").rename(folder / "shards/config.json")
     assert content_hash(folder) != before
 

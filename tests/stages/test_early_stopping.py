@@ -197,8 +197,10 @@ def test_what_was_damaged_since_is_made_again(
             if path != verdict:
                 verdict.unlink()
             path.write_bytes(wrong)
-            assert (files.verdicts(), files.waiting()) == ([], 2)
+            assert (files.verdicts(), files.waiting()) == ([], 2) and is_waiting(files, 2)
             assert compare(run)[0] == 0 and [path.read_bytes() for path in paths] == whole
+            said = capsys.readouterr().out
+            assert said.count(f"{path} is not as it was written") == 1 == said.count("it is made again"), said
     verdict.unlink()
     capsys.readouterr()
     assert compare(run)[0] == 0 and "made again" not in capsys.readouterr().out
