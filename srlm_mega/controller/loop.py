@@ -124,7 +124,7 @@ def what_to_make(
     missing = [stage for stage in stages if stage in wanted and stage.name not in made]
     check_inputs(missing, made.keys(), run)
     if missing:
-        check_start(missing, frozenset(made), config, run)
+        check_start(missing, frozenset(made), config, run, redone)
     return finished, missing
 
 

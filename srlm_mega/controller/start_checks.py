@@ -1,6 +1,6 @@
 """What a run is refused for before its first stage: everything from outside that the stages to be made will read."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Container, Sequence
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -18,9 +18,12 @@ from srlm_mega.run.run_dir import RunDir
 from srlm_mega.run.stage_kinds import PROMPTS
 
 
-def check_start(missing: Sequence[Stage], finished: frozenset[str], config: Config, run: RunDir) -> None:
+def check_start(
+    missing: Sequence[Stage], finished: frozenset[str], config: Config, run: RunDir, redone: Container[str] = ()
+) -> None:
     """Raise UserError if one of the missing stages could not be made: for files, models and templates that cannot be
-    used, prompts that are too few, an endpoint, a tracker or a sampler that cannot be reached."""
+    used, a judge that is another one than before (but in what is `redone`), prompts that are too few, an endpoint, a
+    tracker or a sampler that cannot be reached."""
     read = keys_read_by(missing, finished, config, run)
     check_outside_files(config, read)
     if RUBRIC in read or "seed" not in finished:
@@ -31,6 +34,7 @@ def check_start(missing: Sequence[Stage], finished: frozenset[str], config: Conf
         with redirect_stdout(StringIO()):  # which template it takes is for the log of the stage
             read_chat(config.model)
     check_sampled_models(read, config)
+    check_same_judges(read, config, run, redone)
     check_given_prompts(missing, finished, config, run)
     check_endpoints(config)
     check_trackers(config)
@@ -54,6 +58,20 @@ def check_sampled_models(read: Collection[str], config: Config) -> None:
             Chat.from_folder(folders[key])
         except ValueError as error:
             raise UserError(f"{key}: {error}") from None
+
+
+def check_same_judges(read: Collection[str], config: Config, run: RunDir, redone: Container[str]) -> None:
+    """Raise UserError if a local judge is another model than the one that has judged in this run. Its bytes are read
+    where one has."""
+    judges = {f"{section}.model" for section, judge in config.pairwise_judges.items() if judge.endpoint is None}
+    if not judges.isdisjoint(read):
+        from srlm_mega.stages.compare_responses import evaluations_judge, judged_evaluations
+        from srlm_mega.stages.early_stopping import checkpoints_judge, judged_checkpoints
+
+        if config.evaluation.pairwise_judge is not None and any(judged_evaluations(config, run, redone)):
+            evaluations_judge(config, run, redone)
+        if config.early_stopping is not None and any(judged_checkpoints(config, run, redone)):
+            checkpoints_judge(config, run, redone)
 
 
 def rubric_for(config: Config, run: RunDir) -> bytes:

@@ -1,20 +1,23 @@
 """Head-to-head by a judge, which needs no ground truth: two models' responses to the same prompts, in both orders."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from srlm_mega.config import Config
 from srlm_mega.evaluation.lengths import length_controlled
 from srlm_mega.evaluation.results import Comparison, EvaluationSample, ModelEvaluation
 from srlm_mega.evaluation.win_rates import head_to_head_of
 from srlm_mega.judging.pairwise import Outcome, outcome, pairwise_template
 from srlm_mega.records import Candidate, PairwiseJudgement, parse_line, read_jsonl
+from srlm_mega.run.run_dir import RunDir
 from srlm_mega.run.stage_kinds import EVALUATION, model_name
 from srlm_mega.sampling.sampling_rate import ProgressCallback
 from srlm_mega.stages.judges import local_judge, open_judge, open_m1
 from srlm_mega.stages.pairwise_judge import OpenJudge, PairwiseQuestion
+from srlm_mega.stages.responses import Writer
 from srlm_mega.stages.sampler_weights import loaded_folder
 from srlm_mega.stages.sampling_task import report_progress
 from srlm_mega.stages.work import Work
@@ -32,7 +35,7 @@ class Match:
 
 def compare_with_m1(work: Work, samples: Sequence[EvaluationSample]) -> Comparison:
     """Compare a model's sampled responses with M1's by the configured judge or M1; writes `pairwise.jsonl`."""
-    config, settings = work.config, work.config.evaluation.pairwise_judge
+    settings = work.config.evaluation.pairwise_judge
     theirs = {
         sample.prompt_id: sample.sampled
         for sample in read_jsonl(work.read(EVALUATION.of("M1"), "samples.jsonl"), EvaluationSample)
@@ -43,20 +46,28 @@ def compare_with_m1(work: Work, samples: Sequence[EvaluationSample]) -> Comparis
     if settings is None:
         opener = partial(open_m1, work.run, work.samplers, loaded_folder(work, "M1"))
     else:
-        allowed = config.model.allow_unverified
-        taken = local_judge(settings, allowed, judged_evaluations(work))
-        opener = partial(open_judge, settings, work.samplers, allowed, taken=taken)
+        taken = evaluations_judge(work.config, work.run)
+        opener = partial(open_judge, settings, work.samplers, work.config.model.allow_unverified, taken=taken)
     on_progress = partial(report_progress, work, "questions to the judge")
     return compare((work.stage.model, "M1"), matches, opener, work.out / "pairwise.jsonl", on_progress)
 
 
-def judged_evaluations(work: Work) -> Iterator[tuple[str, Comparison]]:
+def evaluations_judge(config: Config, run: RunDir, redone: Container[str] = ()) -> Writer | None:
+    """Return the model from outside that judges evaluations, None without one. Every byte is read. UserError as for
+    `local_judge`, by comparisons that are not `redone`."""
+    settings = config.evaluation.pairwise_judge
+    if settings is None:
+        return None
+    return local_judge(settings, config.model.allow_unverified, run, judged_evaluations(config, run, redone))
+
+
+def judged_evaluations(config: Config, run: RunDir, redone: Container[str]) -> Iterator[tuple[str, Comparison]]:
     """Yield the comparisons by a judge in the run's finished evaluations, by stage."""
-    for number in range(2, work.config.run.rounds + 2):
+    for number in range(2, config.run.rounds + 2):
         stage = EVALUATION.of(model_name(number))
-        if work.run.manifest(stage) is not None:
-            work.run.verify(stage, quick=True)
-            evaluation = parse_line(ModelEvaluation, (work.run.output(stage) / "evaluation.json").read_bytes())
+        if stage not in redone and run.manifest(stage) is not None:
+            run.verify(stage, quick=True)
+            evaluation = parse_line(ModelEvaluation, (run.output(stage) / "evaluation.json").read_bytes())
             if evaluation.pairwise is not None:
                 yield stage, evaluation.pairwise
 

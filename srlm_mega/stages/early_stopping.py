@@ -1,10 +1,11 @@
 """Comparisons while training is paused: the newest checkpoint answers the validation prompts, and a judge compares its
 responses with those of the best checkpoint before it. The verdict is a file that the training reads."""
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import closing
 from functools import partial
 
+from srlm_mega.config import Config
 from srlm_mega.config.file import load_config
 from srlm_mega.errors import CannotContinue, UserError, exit_code, reason
 from srlm_mega.evaluation.checkpoint_choice import START, EarlyStoppingFiles, decide, kept_step
@@ -45,6 +46,7 @@ def compare_waiting(run: RunDir, name: str) -> int:
     try:
         for name in work.stage.inputs:
             run.verify(name, quick=True)
+        checkpoints_judge(config, run)  # another one is refused before anything is sampled for it
         with closing(samplers):
             sample_responses(work, files, step)
             write_verdict(work, files, step)
@@ -79,11 +81,18 @@ def check_export(work: Work, files: EarlyStoppingFiles, step: int) -> None:
         raise UserError(f"{found}. {work.run.remedy(work.stage.name)}")
 
 
-def judged_checkpoints(work: Work) -> Iterator[tuple[str, Comparison]]:
+def checkpoints_judge(config: Config, run: RunDir, redone: Container[str] = ()) -> Writer | None:
+    """Return the model that judges checkpoints, None where an endpoint has it. Every byte is read. UserError as for
+    `local_judge`, by comparisons in stages that are not `redone`."""
+    assert config.early_stopping is not None, "no early stopping"
+    settings, earlier = config.early_stopping.judge, judged_checkpoints(config, run, redone)
+    return local_judge(settings, config.model.allow_unverified, run, earlier)
+
+
+def judged_checkpoints(config: Config, run: RunDir, redone: Container[str]) -> Iterator[tuple[str, Comparison]]:
     """Yield the comparisons of the run's checkpoints so far, by the stage that trains or trained them."""
-    for number in range(1, work.round + 2):
-        name = model_name(number)
-        for folder in (work.run.output(name), work.run.partial(name)):
+    for name in map(model_name, range(1, config.run.rounds + 2)):
+        for folder in (run.output(name), run.partial(name)) if name not in redone else ():
             for verdict in EarlyStoppingFiles(folder).verdicts():
                 yield name, verdict.comparison
 
@@ -93,9 +102,8 @@ def write_verdict(work: Work, files: EarlyStoppingFiles, step: int) -> None:
     settings, verdicts, exported = work.config.early_stopping, files.verdicts(), files.exported(step)
     assert settings is not None and exported is not None, f"no early stopping, or no export of step {step}"
     against, file = kept_step(verdicts), files.judgements(step)
-    allowed = work.config.model.allow_unverified
-    taken = local_judge(settings.judge, allowed, judged_checkpoints(work))
-    opener = partial(open_judge, settings.judge, work.samplers, allowed, taken=taken)
+    taken = checkpoints_judge(work.config, work.run)
+    opener = partial(open_judge, settings.judge, work.samplers, work.config.model.allow_unverified, taken=taken)
     names, on_progress = (f"step {step}", f"step {against}"), partial(report_progress, work, "questions to the judge")
     matches = matches_of(files.responses(step), files.responses(against))
     comparison = compare(names, matches, opener, file, on_progress)

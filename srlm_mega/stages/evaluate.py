@@ -32,7 +32,7 @@ from srlm_mega.run.stage_kinds import BEFORE_ROUNDS, EVALUATION
 from srlm_mega.sampling.job_files import SampledModel
 from srlm_mega.sampling.sampler import SamplingParams
 from srlm_mega.seeds import derive_seed
-from srlm_mega.stages.compare_responses import compare_with_m1
+from srlm_mega.stages.compare_responses import compare_with_m1, evaluations_judge
 from srlm_mega.stages.responses import held_out
 from srlm_mega.stages.sampler_weights import sampled_model
 from srlm_mega.stages.sampling_task import judge_template
@@ -44,6 +44,8 @@ def evaluate(work: Work) -> Done:
     model = work.stage.model
     is_first = model in BEFORE_ROUNDS
     is_compared = work.config.evaluation.pairwise and not is_first
+    if is_compared:
+        evaluations_judge(work.config, work.run)  # another one is refused before anything is sampled for it
     samples, measured = measure(work, model, keep=is_compared)
     judge, judge_single, *judge_means = measured.judged
     against = None if is_first else against_m1(work, samples)

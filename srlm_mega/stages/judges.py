@@ -80,21 +80,25 @@ def open_m1(run: RunDir, samplers: Samplers, loaded: Path, questions: int) -> Lo
 
 
 def local_judge(
-    settings: PairwiseJudgeConfig, allow_unverified: bool, earlier: Iterable[tuple[str, Comparison]]
+    settings: PairwiseJudgeConfig, allow_unverified: bool, run: RunDir, earlier: Iterable[tuple[str, Comparison]]
 ) -> Writer | None:
     """Return the model of a run's judge, None where an endpoint has it. `earlier`: the run's other comparisons by this
-    judge, with their stages. UserError as for `Writer.outside`, and when another model made one of them."""
+    judge, with their stages. UserError as for `Writer.outside`, and when another model made some of them."""
     if settings.endpoint is not None:
         return None
     judge = Writer.outside(Path(settings.model), allow_unverified)
+    others: dict[str, str] = {}
     for stage, comparison in earlier:
         before = Path(comparison.judge)  # older versions recorded the path
         if comparison.judge != judge.name and not (before.exists() and before.samefile(settings.model)):
-            raise UserError(
-                f"{settings.model} has another model ({judge.name}) than when it judged {stage} ({comparison.judge}), "
-                f"and their comparisons cannot be compared: restore it, or make that again with this one: the same "
-                f"srlm run command with --redo {stage}"
-            )
+            others[stage] = comparison.judge
+    if others:
+        judged = ", ".join(f"{stage} ({name})" for stage, name in others.items())
+        raise UserError(
+            f"{settings.model} has another model ({judge.name}) than when it judged {judged}, and comparisons by two "
+            "judges cannot be compared: restore it, or make them again with this one: the same srlm run command with "
+            f"{run.redo(*others)}"
+        )
     return judge
 
 

@@ -281,7 +281,8 @@ def test_another_judge_behind_the_same_path_ends_the_comparisons(paused: Callabl
     weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     code, said = compare(run)
     assert code == USER_ERROR and f"has another model ({content_hash(tmp_path / 'judge')})" in said.message
-    assert f"than when it judged M2 ({before})" in said.message and "--redo M2" in said.message
+    assert f"than when it judged M2 ({before})" in said.message and "--redo M2, which removes" in said.message
+    assert not files.responses(4).exists(), "it is refused before anything is sampled"
     weights.write_bytes(whole)
     assert compare(run)[0] == 0
 

@@ -9,8 +9,9 @@ from judge_model import write_always_a
 from sampling_run import begin_run, with_files, write_model
 
 from srlm_mega.config.file import load_config
+from srlm_mega.controller.start_checks import check_same_judges, check_start
 from srlm_mega.data.toy_world.word_tokenizer import toy_tokenizer
-from srlm_mega.errors import CANNOT_CONTINUE, USER_ERROR
+from srlm_mega.errors import CANNOT_CONTINUE, USER_ERROR, UserError
 from srlm_mega.evaluation.judge_metrics import judge_metrics
 from srlm_mega.evaluation.results import EvaluationSample, JudgedBy, JudgementCounts, ModelEvaluation
 from srlm_mega.records import PairwiseJudgement, parse_line, read_jsonl, write_jsonl
@@ -20,6 +21,7 @@ from srlm_mega.run.progress import read_progress
 from srlm_mega.sampling.samplers import Samplers
 from srlm_mega.stages import evaluate
 from srlm_mega.stages.run_stages import run_stage
+from srlm_mega.stages.work import Work
 
 STAGE = "M2/evaluation"
 JUDGED = [JudgedBy(size, judge_metrics([[(0, 5), (1, 3)]])) for size in (3, 1)]
@@ -75,8 +77,14 @@ def test_only_what_is_missing_is_asked_about_the_same_responses(
 
 
 def test_one_run_has_one_judge_whatever_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """M3's comparison is refused with another model behind the path that judged M2."""
-    monkeypatch.setattr(evaluate, "make_samples", lambda *arguments: (samples("ours"), [3] * 10, 0))
+    """M3's comparison is refused with another model behind the path that judged M2, at the start and before samples."""
+    sampled: list[str] = []
+
+    def make_samples(work: Work, *arguments: object) -> tuple[list[EvaluationSample], list[int], int]:
+        sampled.append(work.stage.model)
+        return samples("ours"), [3] * 10, 0
+
+    monkeypatch.setattr(evaluate, "make_samples", make_samples)
     monkeypatch.setattr(evaluate, "measure_judge", lambda *arguments: (JUDGED, COUNTS))
     write_always_a(tmp_path / "judge")
     judge = f"evaluation.pairwise_judge={{model: {tmp_path / 'judge'}, max_new_tokens: 8}}"
@@ -94,6 +102,11 @@ def test_one_run_has_one_judge_whatever_its_path(tmp_path: Path, monkeypatch: py
     weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     assert run_stage(run, Samplers(config, run.replicas), find_stage(config, "M3/evaluation")) == USER_ERROR
     said = read_progress(run.progress_file("M3/evaluation")).message
-    assert f"than when it judged {STAGE} ({before})" in said and f"--redo {STAGE}" in said
+    assert f"than when it judged {STAGE} ({before})" in said and f"--redo {STAGE}, which removes 1 output" in said
+    assert sampled == ["M2"], "it is refused before M3 is sampled"
+    read, later = {"evaluation.pairwise_judge.model"}, [find_stage(config, "M3/evaluation")]
+    with pytest.raises(UserError, match=rf"than when it judged {STAGE}"):
+        check_start(later, frozenset({"seed", "M0"}), config, run)
+    check_same_judges(read, config, run, redone={STAGE})
     weights.write_bytes(whole)
     assert run_stage(run, Samplers(config, run.replicas), find_stage(config, "M3/evaluation")) == 0

@@ -98,9 +98,9 @@ def test_a_judge_whose_path_was_recorded_is_the_same_by_another_path(
     settings = PairwiseJudgeConfig(model=str(converted))
     for recorded in ("converted", str(converted)):
         made = Comparison("new", "old", recorded, 1, 0, 0, 0, 0, None, None)
-        assert local_judge(settings, True, [("M1", made)]) is not None
+        assert local_judge(settings, True, RunDir(converted.parent), [("M1", made)]) is not None
     with pytest.raises(UserError, match=r"has another model .*--redo M1"):
-        local_judge(settings, True, [("M1", replace(made, judge="source"))])
+        local_judge(settings, True, RunDir(converted.parent), [("M1", replace(made, judge="source"))])
 
 
 def test_a_local_judge_is_refused_at_the_start(converted: Path) -> None:
