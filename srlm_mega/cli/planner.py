@@ -20,6 +20,9 @@ def plan(
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Assumed mean length of prompts, in tokens.")] = 120,
     response_tokens: Annotated[int, typer.Option(min=1, help="Assumed mean length of responses, in tokens.")] = 350,
     judgement_tokens: Annotated[int, typer.Option(min=1, help="Assumed mean length of judgements, in tokens.")] = 140,
+    margin: Annotated[
+        float, typer.Option(min=0, max=1, help="Part of a GPU's tensors that its allocator needs on top of them.")
+    ] = 0.17,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     figure: Annotated[Path | None, typer.Option(help="Draw the plan to this file, for example plan.svg.")] = None,
     points: Annotated[
@@ -40,12 +43,12 @@ def plan(
     }
     if points is not None:
         refuse("--points", of_other_modes | of_one_plan)
-        print(predictions(points, json))
+        print(predictions(points, json, margin))
         return
     if config_file is None:
         raise UserError("srlm plan needs a CONFIG or --points FILE")
     lengths = Lengths(prompt_tokens, response_tokens, judgement_tokens)
-    request = PlanRequest(config_file, tuple(overrides or ()), chosen_gpu(gpu, gpu_file), gpus, lengths, price)
+    request = PlanRequest(config_file, tuple(overrides or ()), chosen_gpu(gpu, gpu_file), gpus, lengths, price, margin)
     if search:
         refuse("--search", of_one_plan | {"--gpus": False})
         print(searched(request, json))

@@ -41,7 +41,7 @@ def test_every_stage_of_the_run_is_planned() -> None:
     assert list(dict.fromkeys(time.name for time in plan.times)) == [stage.name for stage in stages_of(config)]
     assert all(time.seconds > 0 for time in plan.times)
     assert plan.gpu_hours == pytest.approx(64 * sum(time.seconds for time in plan.times) / 3600)
-    assert plan.fits and len(plan.memory) == 4
+    assert plan.fits == "fits" and len(plan.memory) == 4
 
 
 def test_vllm_is_planned_as_trtllm_torch_is() -> None:
@@ -140,7 +140,8 @@ def test_search_finds_only_what_fits_and_nothing_faster_is_left_out() -> None:
     gpu = find_gpu("h100")
     found = search(config, gpu, LENGTHS, (64, 128))
     assert {each.gpus for each in found} == {64, 128}
-    assert all(each.memory_gib <= gpu.memory_gib and each.layout.gpus == each.gpus for each in found)
+    assert all((each.memory_gib <= gpu.memory_gib) == (each.fits == "fits") for each in found)
+    assert all(each.layout.gpus == each.gpus for each in found)
     at_64 = [each.step.total for each in found if each.gpus == 64]
     assert at_64 == sorted(at_64) and len(at_64) > 5
     assert at_64[0] <= make_plan(request()).step.total
@@ -219,7 +220,7 @@ def test_the_command(srlm: Path, tmp_path: Path) -> None:
     assert "8 x h100, TP 4 DP 2, bf16" in text.stdout and "at 2.5 per GPU-hour" in text.stdout
     assert "<svg" in (tmp_path / "plan.svg").read_text()
     plan = orjson.loads(run(config, "dpo.epochs=2", "--gpu", "h200", "--json").stdout)
-    assert plan["gpu"] == "h200" and plan["fits"] and plan["step"]["total"] > 0
+    assert plan["gpu"] == "h200" and plan["fits"] == "fits" and plan["step"]["total"] > 0
     assert plan["memory"][0]["total"] == pytest.approx(sum(plan["memory"][0][part] for part in MEMORY_PARTS))
     assert all([*stage] == ["name", "what", "gpus", "seconds", "tokens_per_second"] for stage in plan["stages"])
     nothing = run()
@@ -254,10 +255,45 @@ def test_points_in_and_predictions_out(tmp_path: Path) -> None:
     by_id = {row["id"]: row for row in rows}
     row = by_id["L31-405B-fp8-1024-dgxc2504"]
     assert row["tokens_per_sec_per_gpu"] * row["step_time_s"] * 1024 == pytest.approx(512 * 8192)
+    assert {row["fits"] for row in rows} == {"fits", "tight"}, "all of them ran"
     (tmp_path / "points.json").write_bytes(orjson.dumps([{"id": "x", "model": "grok", "gpu": "h100", "seq_length": 1}]))
     (bad,) = orjson.loads(predictions(tmp_path / "points.json", json=True))
-    assert bad["id"] == "x" and "unknown model" in bad["error"] and bad["tokens_per_sec_per_gpu"] is None
+    assert bad["id"] == "x" and "unknown model" in bad["error"] and bad["tokens_per_sec_per_gpu"] is bad["fits"] is None
     assert "not predicted" in predictions(tmp_path / "points.json", json=False)
+
+
+def test_every_output_has_the_three_answers(tmp_path: Path) -> None:
+    """70B on 64 H100s needs 55.9 GiB without its margin. A point that does not say what it recomputes is taken to have
+    fitted; with `recompute` given it is planned as it is."""
+    words = {0.17: ("fits", ": fits ("), 0.6: ("tight", ": TIGHT, it fits only without the margin (")}
+    for margin, (answer, text) in words.items():
+        asked = replace(request(), margin=margin)
+        assert orjson.loads(planned(asked, json=True, figure=None))["fits"] == answer
+        assert text in planned(asked, json=False, figure=None)
+    small = replace(request(), gpu=find_gpu("a100-40gb"))
+    assert ": DOES NOT FIT (" in planned(small, json=False, figure=None)
+    assert orjson.loads(planned(small, json=True, figure=None))["fits"] == "does not fit"
+    point = {"model": "llama3-70b", "n_gpus": 64, "tensor_model_parallel_size": 8, "pipeline_model_parallel_size": 2,
+             "virtual_pipeline": 1, "global_batch_size": 96, "seq_length": 4096, "recompute": "none"}  # fmt: skip
+    (tmp_path / "points.json").write_bytes(orjson.dumps([point | {"micro_batch_size": rows} for rows in (8, 3, 1)]))
+    answers = ["does not fit", "tight", "fits"]
+    assert [row["fits"] for row in orjson.loads(predictions(tmp_path / "points.json", json=True))] == answers
+    printed = predictions(tmp_path / "points.json", json=False).splitlines()[1:]
+    assert [answer in line for answer, line in zip(answers, printed, strict=True)] == [True] * 3
+    relaxed = orjson.loads(predictions(tmp_path / "points.json", json=True, margin=0.02))
+    assert [row["fits"] for row in relaxed] == ["does not fit", "fits", "fits"]
+
+
+def test_the_search_shows_tight_layouts_marked() -> None:
+    """Those that the margin alone forbids; a smaller margin makes them fit."""
+    asked = request(gpus=64)
+    found = orjson.loads(searched(asked, json=True))
+    tight = [each for each in found if each["fits"] == "tight"]
+    assert tight and all(each["memory_gib"] > find_gpu("h100").memory_gib for each in tight)
+    text = searched(asked, json=False)
+    assert re.search(r"PP 16 +none +[\d.]+ +tight", text) and f"{len(tight)} are tight" in text
+    relaxed = orjson.loads(searched(replace(asked, margin=0.0), json=True))
+    assert sum(each["fits"] == "fits" for each in relaxed) > len(found) - len(tight)
 
 
 def test_messages_by_hand() -> None:

@@ -11,13 +11,14 @@ import pytest
 from srlm_mega.checkpoints_conversion.llama import LlamaShape
 from srlm_mega.checkpoints_conversion.megatron import placements
 from srlm_mega.config.file import load_config
-from srlm_mega.config.model_sizes import ModelSizes
+from srlm_mega.config.model_sizes import GIB, ModelSizes
 from srlm_mega.gpus import find_gpu
 from srlm_mega.tools.planner.job import Job, ParallelLayout
 from srlm_mega.tools.planner.memory import (
     LIBRARY_BYTES,
     MARGIN,
-    fits,
+    Fit,
+    fit,
     head_bytes,
     layer_bytes,
     layer_temporaries,
@@ -143,10 +144,30 @@ def test_the_trainer_refuses_by_the_same_bytes(tp: int, pp: int, dp: int, bf16: 
 
 def test_llama_2_70b_fits_where_it_should() -> None:
     job = Job(PUBLISHED["llama2-70b"], H100, ParallelLayout(tp=8, pp=4, dp=2), "bf16", 1, 16, 4096, fused_head=True)
-    assert fits(job)
-    assert not fits(replace(job, layout=ParallelLayout(tp=8, pp=1, dp=1)))
-    assert not fits(replace(job, layout=ParallelLayout(tp=8, pp=2, dp=1)))
-    assert fits(replace(job, layout=ParallelLayout(tp=8, pp=2, dp=1), gpu=find_gpu("b200")))
+
+    def answer(layout: ParallelLayout, gpu: str = "h100") -> Fit:
+        return fit(stage_memory(replace(job, layout=layout)), find_gpu(gpu))
+
+    assert answer(job.layout) == "fits"
+    assert answer(ParallelLayout(tp=8, pp=1, dp=1)) == "does not fit"
+    assert answer(ParallelLayout(tp=8, pp=2, dp=1)) == "does not fit"
+    assert answer(ParallelLayout(tp=8, pp=2, dp=1), "b200") == "fits"
+
+
+def test_a_tight_job_fits_only_without_the_margin() -> None:
+    """The fullest of four stages decides: on a GPU with exactly its bytes and the margin, with a little less, with
+    exactly its bytes, with a little less."""
+    job = Job(PUBLISHED["llama2-70b"], H100, ParallelLayout(tp=8, pp=4, dp=2), "bf16", 1, 16, 4096)
+    fullest = stage_memory(job)[0]
+    assert fullest.needed == max(stage.needed for stage in stage_memory(job))
+    answers = ((fullest.total, "fits", "tight"), (fullest.needed, "tight", "does not fit"))
+    for size, enough, less in answers:
+        for gib, answer in ((size / GIB, enough), (0.9999 * size / GIB, less)):
+            assert fit(stage_memory(job), replace(H100, memory_gib=gib)) == answer
+    (bare,) = {stage.allocator_share for stage in stage_memory(job, margin=0)}
+    assert bare == 0 and stage_memory(job, margin=0)[0].total == fullest.needed + LIBRARY_BYTES
+    wide = replace(H100, memory_gib=1.3 * fullest.needed / GIB)
+    assert fit(stage_memory(job), wide) == "fits" and fit(stage_memory(job, margin=0.5), wide) == "tight"
 
 
 @pytest.mark.extra

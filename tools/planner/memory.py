@@ -6,10 +6,15 @@ them, and compared with a rehearsal of the trainer (a test). A margin stands for
 memory that an allocator cannot give out again.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from srlm_mega.config.model_sizes import GIB, GRADIENT_BYTES, optimizer_bytes, weight_bytes
+from srlm_mega.gpus import GpuModel
 from srlm_mega.tools.planner.job import Job
+
+Fit = Literal["fits", "tight", "does not fit"]  # tight: only without the margin
 
 MARGIN = 0.17  # assumed, of everything else: memory that the allocator reserves and does not give out
 LIBRARY_BYTES = 1.0 * GIB  # assumed: work spaces of cuBLAS and NCCL
@@ -34,6 +39,7 @@ class StageMemory:
     cp_buffers: float
     pp_buffers: float
     libraries: float  # assumed, part of the margin
+    allocator_share: float  # assumed, the other part
 
     @property
     def needed(self) -> float:
@@ -45,7 +51,7 @@ class StageMemory:
     @property
     def margin(self) -> float:
         """Bytes of libraries, and bytes that the allocator cannot give out again: an assumption."""
-        return MARGIN * self.needed + self.libraries
+        return self.allocator_share * self.needed + self.libraries
 
     @property
     def total(self) -> float:
@@ -53,9 +59,9 @@ class StageMemory:
         return self.needed + self.margin
 
 
-def stage_memory(job: Job) -> list[StageMemory]:
-    """Return the memory of every pipeline stage."""
-    return [_stage(job, stage) for stage in range(job.layout.pp)]
+def stage_memory(job: Job, margin: float = MARGIN) -> list[StageMemory]:
+    """Return the memory of every pipeline stage; `margin` is the allocator's share."""
+    return [_stage(job, stage, margin) for stage in range(job.layout.pp)]
 
 
 def fullest_stage(job: Job) -> StageMemory:
@@ -63,9 +69,11 @@ def fullest_stage(job: Job) -> StageMemory:
     return max(stage_memory(job), key=lambda stage: stage.total)
 
 
-def fits(job: Job) -> bool:
-    """Tell whether every stage, margin included, fits the device."""
-    return fullest_stage(job).total <= job.gpu.memory_bytes
+def fit(stages: Sequence[StageMemory], gpu: GpuModel) -> Fit:
+    """Tell whether every stage fits the device: with the margin, only without it, or not at all."""
+    if max(stage.total for stage in stages) <= gpu.memory_bytes:
+        return "fits"
+    return "tight" if max(stage.needed for stage in stages) <= gpu.memory_bytes else "does not fit"
 
 
 def layers_of(job: Job, stage: int) -> float:
@@ -82,7 +90,7 @@ def parameters_of(job: Job, stage: int) -> float:
     return job.shape.parameters_on_rank(layers_of(job, stage), job.layout.tp, first, last)
 
 
-def _stage(job: Job, stage: int) -> StageMemory:
+def _stage(job: Job, stage: int, margin: float) -> StageMemory:
     layout, parameters = job.layout, parameters_of(job, stage)
     weights, gradients, optimizer = _fsdp_state(job, stage) if layout.fsdp > 1 else _state(job, parameters)
     temporaries, head = temporary_bytes(job, stage), 0.0
@@ -101,6 +109,7 @@ def _stage(job: Job, stage: int) -> StageMemory:
         cp_buffers=8 * job.local_tokens * job.shape.kv_size / layout.tp * element_bytes(job) if layout.cp > 1 else 0.0,
         pp_buffers=pipeline_bytes(job, stage),
         libraries=LIBRARY_BYTES if job.precision != "fp32" else 0.0,
+        allocator_share=margin,
     )
 
 

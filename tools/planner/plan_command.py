@@ -10,6 +10,7 @@ from srlm_mega.config import Config
 from srlm_mega.config.file import load_config
 from srlm_mega.errors import UserError
 from srlm_mega.gpus import GpuModel
+from srlm_mega.tools.planner.memory import MARGIN
 from srlm_mega.tools.planner.points import Unreadable, predict, read_points
 from srlm_mega.tools.planner.search import COUNTS, jobs, search
 from srlm_mega.tools.planner.show import RunPlan, plan_json, plan_text, search_json, search_text, table
@@ -26,7 +27,7 @@ from srlm_mega.tools.planner.whole_run import Cluster, run_times
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """The options of the command; `price` is of a GPU-hour."""
+    """The options of the command; `price` is of a GPU-hour, `margin` the allocator's share of memory."""
 
     config_file: Path
     overrides: tuple[str, ...]
@@ -34,6 +35,7 @@ class PlanRequest:
     gpus: int | None
     lengths: Lengths
     price: float
+    margin: float = MARGIN
 
     @property
     def config(self) -> Config:
@@ -64,7 +66,7 @@ def make_plan(request: PlanRequest) -> RunPlan:
     cluster = Cluster(gpu, layout, sampler_gpus)
     job = training_job(config, config.dpo, layout, gpu, request.lengths)
     step = measure(job, step_tokens(config, config.dpo, request.lengths))
-    memory = planned_memory(config, job)
+    memory = planned_memory(config, job, request.margin)
     times = run_times(config, cluster, request.lengths)
     return RunPlan(cluster, job, request.lengths, memory, step, times, request.price, config.trainer.device == "cpu")
 
@@ -72,7 +74,8 @@ def make_plan(request: PlanRequest) -> RunPlan:
 def searched(request: PlanRequest, json: bool) -> str:
     """Search the layouts of --gpus, or of 64 to 1024 GPUs."""
     config, gpu = request.config, request.gpu
-    found = search(config, gpu, request.lengths, COUNTS if request.gpus is None else (request.gpus,))
+    counts = COUNTS if request.gpus is None else (request.gpus,)
+    found = search(config, gpu, request.lengths, counts, request.margin)
     if json:
         return dumps(search_json(found))
     if found or request.gpus is None:
@@ -82,18 +85,18 @@ def searched(request: PlanRequest, json: bool) -> str:
     return f"{search_text(found)} Of {request.gpus} GPUs TP * PP * CP can be {tried}."
 
 
-def predictions(path: Path, json: bool) -> str:
-    """Predict tokens/s/GPU, seconds per step and GiB of every point of a file."""
-    rows = [predict(point) for point in read_points(path)]
+def predictions(path: Path, json: bool, margin: float = MARGIN) -> str:
+    """Predict tokens/s/GPU, seconds per step and GiB of every point of a file, and whether it fits."""
+    rows = [predict(point, margin) for point in read_points(path)]
     if json:
         return dumps([asdict(row) for row in rows])
-    lines = [["point", "tokens/s/GPU", "s / step", "GiB", "assumed"]]
+    lines = [["point", "tokens/s/GPU", "s / step", "GiB", "fits", "assumed"]]
     for row in rows:
         if isinstance(row, Unreadable):
-            lines.append([row.id, "", "", "", f"not predicted: {row.error}"])
+            lines.append([row.id, "", "", "", "", f"not predicted: {row.error}"])
         else:
             figures = [f"{row.tokens_per_sec_per_gpu:,.0f}", f"{row.step_time_s:.3f}", f"{row.memory_gib:.1f}"]
-            lines.append([row.id, *figures, "; ".join(row.assumed)])
+            lines.append([row.id, *figures, row.fits, "; ".join(row.assumed)])
     return table(lines)
 
 

@@ -17,7 +17,7 @@ from srlm_mega.config.training import Precision
 from srlm_mega.errors import UserError
 from srlm_mega.gpus import find_gpu
 from srlm_mega.tools.planner.job import MEGATRON, Job, ParallelLayout, Recompute, Stack
-from srlm_mega.tools.planner.memory import fullest_stage, stage_memory
+from srlm_mega.tools.planner.memory import MARGIN, Fit, fit, stage_memory
 from srlm_mega.tools.planner.shapes import find_shape
 from srlm_mega.tools.planner.step_time import FITTED, step_quantities
 
@@ -63,6 +63,7 @@ class Unreadable:
     tokens_per_sec_per_gpu: None = None
     step_time_s: None = None
     memory_gib: None = None
+    fits: None = None
 
 
 @dataclass(frozen=True)
@@ -74,21 +75,23 @@ class Prediction:
     step_time_s: float
     memory_gib: float
     memory_gib_by_stage: tuple[float, ...]
+    fits: Fit
     tflops_per_gpu_causal: float
     assumed: tuple[str, ...]
     ignored: tuple[str, ...]
 
 
-def predict(point: Point | Unreadable) -> Prediction | Unreadable:
-    """Plan a point: tokens per second and GPU, seconds of a step, memory."""
+def predict(point: Point | Unreadable, margin: float = MARGIN) -> Prediction | Unreadable:
+    """Plan a point: tokens per second and GPU, seconds of a step, memory and whether it fits."""
     if isinstance(point, Unreadable):
         return point
     job = point.job
     seconds = sum(step_quantities(job).times(FITTED).values)
     speed = job.tokens_per_step / seconds / job.layout.gpus
     tflops = speed * flops_per_token(job.shape, job.seq_length) / 1e12
-    memory = tuple(stage.total / GIB for stage in stage_memory(point.memory_job))
-    return Prediction(point.id, speed, seconds, max(memory), memory, tflops, point.assumed, point.ignored)
+    stages = stage_memory(point.memory_job, margin)
+    memory, fits = tuple(stage.total / GIB for stage in stages), fit(stages, job.gpu)
+    return Prediction(point.id, speed, seconds, max(memory), memory, fits, tflops, point.assumed, point.ignored)
 
 
 def read_points(path: Path) -> list[Point | Unreadable]:
@@ -261,9 +264,8 @@ def _with_recompute(job: Job, assumed: list[str]) -> Job:
 
 
 def fits_without_margin(job: Job) -> bool:
-    """Tell whether the fullest stage fits its GPU without the margin, as a run that was published did."""
-    stage = fullest_stage(job)
-    return stage.needed + stage.libraries < job.gpu.memory_bytes
+    """Tell whether a job fits its GPU without the margin, as a run that was published did."""
+    return fit(stage_memory(job), job.gpu) != "does not fit"
 
 
 def published_flops_per_token(shape: ModelSizes, seq_length: int, convention: str) -> float:

@@ -1,4 +1,4 @@
-"""All layouts of a number of GPUs that fit, fastest first."""
+"""All layouts of a number of GPUs that fit, or tightly, fastest first."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -7,6 +7,7 @@ from srlm_mega.config import Config
 from srlm_mega.config.model_sizes import GIB, ModelSizes
 from srlm_mega.gpus import GpuModel
 from srlm_mega.tools.planner.job import Job, ParallelLayout, Recompute
+from srlm_mega.tools.planner.memory import MARGIN, Fit, fit
 from srlm_mega.tools.planner.training_steps import Lengths, StepTime, measure, planned_memory, step_tokens, training_job
 
 COUNTS = (64, 128, 256, 512, 1024)
@@ -16,12 +17,13 @@ RECOMPUTE: tuple[Recompute, ...] = ("none", "full")  # selective repeats nothing
 
 @dataclass(frozen=True)
 class Found:
-    """A layout that fits, with a DPO step on it."""
+    """A layout that fits, or tightly, with a DPO step on it."""
 
     gpus: int
     layout: ParallelLayout
     recompute: Recompute
     memory_gib: float  # of the fullest stage, margin included
+    fits: Fit
     step: StepTime
 
     @property
@@ -30,16 +32,20 @@ class Found:
         return self.step.total * self.gpus
 
 
-def search(config: Config, gpu: GpuModel, lengths: Lengths, counts: Sequence[int]) -> list[Found]:
-    """Return the layouts that fit for every number of GPUs, fastest first."""
+def search(
+    config: Config, gpu: GpuModel, lengths: Lengths, counts: Sequence[int], margin: float = MARGIN
+) -> list[Found]:
+    """Return the layouts that fit, or tightly, for every number of GPUs, fastest first."""
     found = []
     tokens = step_tokens(config, config.dpo, lengths)
     for count in counts:
         at_count = []
         for job in jobs(config, gpu, lengths, count):
-            needed = max(stage.total for stage in planned_memory(config, job))
-            if needed <= gpu.memory_bytes:
-                at_count.append(Found(count, job.layout, job.recompute, needed / GIB, measure(job, tokens)))
+            memory = planned_memory(config, job, margin)
+            fits = fit(memory, gpu)
+            if fits != "does not fit":
+                largest = max(stage.total for stage in memory) / GIB
+                at_count.append(Found(count, job.layout, job.recompute, largest, fits, measure(job, tokens)))
         found += sorted(at_count, key=lambda each: each.step.total)
     return found
 

@@ -1,6 +1,7 @@
 """The planner's results as text and as JSON."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from srlm_mega.tools.planner.communication import (
     tensor_parallel_seconds,
 )
 from srlm_mega.tools.planner.job import Job, Layers
-from srlm_mega.tools.planner.memory import LIBRARY_BYTES, MARGIN, StageMemory
+from srlm_mega.tools.planner.memory import LIBRARY_BYTES, Fit, StageMemory, fit
 from srlm_mega.tools.planner.search import Found
 from srlm_mega.tools.planner.step_time import layers_per_stage, stage_parameters
 from srlm_mega.tools.planner.training_steps import Lengths, StepTime
@@ -24,6 +25,11 @@ MEMORY_PARTS = (
     "weights", "gradients", "optimizer", "activations", "temporaries", "head", "communication", "cp_buffers",
     "pp_buffers", "margin",
 )  # fmt: skip
+VERDICTS: dict[Fit, str] = {
+    "fits": "fits",
+    "tight": "TIGHT, it fits only without the margin",
+    "does not fit": "DOES NOT FIT",
+}
 LAYERS: dict[Layers, str] = {
     "torch": "torch (Transformer Engine's, which model.layer_backend=auto takes where it is installed, keep less)",
     "transformer_engine": "Transformer Engine's",
@@ -64,9 +70,9 @@ class RunPlan:
         return max(stage.total for stage in self.memory)
 
     @property
-    def fits(self) -> bool:
-        """True where every pipeline stage fits the device, margin included."""
-        return self.fullest <= self.cluster.gpu.memory_bytes
+    def fits(self) -> Fit:
+        """Whether every pipeline stage fits the device."""
+        return fit(self.memory, self.cluster.gpu)
 
 
 def plan_text(plan: RunPlan) -> str:
@@ -90,10 +96,10 @@ def plan_text(plan: RunPlan) -> str:
 
 def header(plan: RunPlan) -> str:
     """Return a line about what is planned, and whether it fits."""
-    verdict = "fits" if plan.fits else "DOES NOT FIT"
+    gpu = plan.cluster.gpu
     return (
-        f"{plan.cluster.gpus} x {plan.cluster.gpu.name}, {plan.job.layout}, {plan.job.precision}, recompute "
-        f"{plan.job.recompute}: {verdict} ({plan.fullest / GIB:.1f} of {plan.cluster.gpu.memory_gib:.1f} GiB)"
+        f"{plan.cluster.gpus} x {gpu.name}, {plan.job.layout}, {plan.job.precision}, recompute {plan.job.recompute}: "
+        f"{VERDICTS[plan.fits]} ({plan.fullest / GIB:.1f} of {gpu.memory_gib:.1f} GiB)"
     )
 
 
@@ -106,9 +112,10 @@ def memory_table(memory: Sequence[StageMemory], gpu: GpuModel) -> str:
             [str(stage.stage), *(f"{size:.2f}" for size in sizes), f"{stage.total / GIB:.2f}",
              f"{stage.total / gpu.memory_bytes:.0%}"]
         )  # fmt: skip
+    share = memory[0].allocator_share
     return (
         "Memory of a GPU by pipeline stage, GiB: the longest sequences, a full pipeline, gradients in fp32. The margin "
-        f"is assumed: {MARGIN:.0%} for the allocator and {LIBRARY_BYTES / GIB:g} GiB for libraries.\n{table(rows)}"
+        f"is assumed: {share:.0%} for the allocator and {LIBRARY_BYTES / GIB:g} GiB for libraries.\n{table(rows)}"
     )
 
 
@@ -177,20 +184,32 @@ def run_table(plan: RunPlan) -> str:
 
 def search_text(found: Sequence[Found], best: int = 3) -> str:
     """Return the best layouts of each number of GPUs."""
-    rows = [["GPUs", "layout", "recompute", "GiB", "s / step", "GPU-s / step", "MFU", "most time in"]]
-    for count in dict.fromkeys(each.gpus for each in found):
-        for each in [each for each in found if each.gpus == count][:best]:
-            rows.append(
-                [str(count), str(each.layout), each.recompute, f"{each.memory_gib:.1f}", f"{each.step.total:.3f}",
-                 f"{each.gpu_seconds:.0f}", f"{each.step.mfu:.0%}", each.step.dominant]
-            )  # fmt: skip
+    rows = [["GPUs", "layout", "recompute", "GiB", "fits", "s / step", "GPU-s / step", "MFU", "most time in"]]
+    for each in shown(found, best):
+        rows.append(
+            [str(each.gpus), str(each.layout), each.recompute, f"{each.memory_gib:.1f}", each.fits,
+             f"{each.step.total:.3f}", f"{each.gpu_seconds:.0f}", f"{each.step.mfu:.0%}", each.step.dominant]
+        )  # fmt: skip
     if not found:
         return "No layout fits: more GPUs, or GPUs with more memory."
-    fastest, cheapest = min(found, key=lambda each: each.step.total), min(found, key=lambda each: each.gpu_seconds)
+    safe = [each for each in found if each.fits == "fits"]
+    tight = f"{len(found) - len(safe)} are tight: they fit only without the margin."
+    if not safe:
+        return f"{table(rows)}\nNo layout fits with the margin; {tight}"
+    fastest, cheapest = min(safe, key=lambda each: each.step.total), min(safe, key=lambda each: each.gpu_seconds)
     return (
-        f"{table(rows)}\nOf {len(found)} layouts that fit the fastest is {fastest.layout} on {fastest.gpus} GPUs, the "
-        f"cheapest per step {cheapest.layout} on {cheapest.gpus}."
+        f"{table(rows)}\nOf {len(safe)} layouts that fit the fastest is {fastest.layout} on {fastest.gpus} GPUs, the "
+        f"cheapest per step {cheapest.layout} on {cheapest.gpus}. {tight}"
     )
+
+
+def shown(found: Sequence[Found], best: int) -> Iterator[Found]:
+    """Yield the best layouts that fit, for each number of GPUs, among the best tight ones."""
+    taken: Counter[tuple[int, Fit]] = Counter()
+    for each in found:
+        taken[each.gpus, each.fits] += 1
+        if taken[each.gpus, each.fits] <= best:
+            yield each
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

@@ -8,7 +8,7 @@ from srlm_mega.config.model_sizes import flops_per_token
 from srlm_mega.config.training import DpoConfig, Fp8Recipe, OptimizationConfig
 from srlm_mega.gpus import GpuModel
 from srlm_mega.tools.planner.job import Job, Layers, ParallelLayout, Stack
-from srlm_mega.tools.planner.memory import StageMemory, stage_memory
+from srlm_mega.tools.planner.memory import MARGIN, StageMemory, stage_memory
 from srlm_mega.tools.planner.step_time import FITTED, NAMES, Quantities, step_parts
 
 OURS = Stack(
@@ -123,10 +123,10 @@ def whole_micro_batches(rows: float, micro_batch: int, layout: ParallelLayout) -
     return each * micro_batch * layout.dp
 
 
-def planned_memory(config: Config, job: Job) -> list[StageMemory]:
+def planned_memory(config: Config, job: Job, margin: float = MARGIN) -> list[StageMemory]:
     """Return the memory of every pipeline stage in DPO or SFT, whichever needs more on the layout of `job`."""
-    jobs = [longest_job(config, section, job) for section in (config.dpo, config.sft)]
-    return [max(each, key=lambda stage: stage.total) for each in zip(*map(stage_memory, jobs), strict=True)]
+    stages = [stage_memory(longest_job(config, section, job), margin) for section in (config.dpo, config.sft)]
+    return [max(each, key=lambda stage: stage.total) for each in zip(*stages, strict=True)]
 
 
 def longest_job(config: Config, section: OptimizationConfig, job: Job) -> Job:
