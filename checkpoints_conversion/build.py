@@ -149,6 +149,12 @@ def partial_folder(destination: Path) -> Path:
     return destination.with_name(destination.name + ".partial")
 
 
+def check_new(destination: Path) -> None:
+    """ValueError when there is something already."""
+    if os.path.lexists(destination):
+        raise ValueError(f"{destination} exists already: remove it or choose another name")
+
+
 @contextmanager
 def building(
     source: Checkpoint, plan: Plan, destination: Path, block_bytes: int
@@ -158,8 +164,7 @@ def building(
 
     ValueError when the destination exists or another process writes it, OSError when the disk is full.
     """
-    if os.path.lexists(destination):
-        raise ValueError(f"{destination} exists already: remove it or choose another name")
+    check_new(destination)
     folder = partial_folder(destination)
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)

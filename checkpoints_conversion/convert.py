@@ -92,19 +92,32 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             return gguf_model.open_checkpoint(folder)
 
 
-def make_plan(source: Checkpoint, wish: Wish, bar: Bar) -> Plan:
-    """Plan the destination's files. ValueError when the wish does not fit the model."""
+def check_wish(source: Checkpoint, wish: Wish, is_fp8: bool) -> DType:
+    """Return the number format of the destination's weights, or of those that become FP8. ValueError when the wish does
+    not fit the model."""
     if source.is_fp8:
         raise ValueError(f"{source.folder} is FP8, which is not undone: convert the model it was made from")
     if wish.tp < 1 or wish.pp < 1:
         raise ValueError(f"--tp {wish.tp} --pp {wish.pp}: give positive numbers")
+    if wish.to is Kind.HUGGINGFACE and (wish.tp, wish.pp) != (1, 1):
+        raise ValueError("a Hugging Face folder is not split: leave --tp and --pp out")
     dtype = wish.dtype or source.kept or source.dtype
+    if is_fp8 and dtype is DType.FLOAT32:
+        raise ValueError("FP8 is made of 16-bit weights: add --dtype bfloat16 (or float16)")
+    if is_fp8 and wish.to is Kind.MEGATRON:
+        raise ValueError("Megatron keeps 16-bit weights and casts by itself: --fp8 is for huggingface and trtllm")
+    if is_fp8 and wish.to is Kind.TRTLLM:
+        trtllm.check_split(source.shape, trtllm.RankSplit(wish.tp, wish.pp))
+    return dtype
+
+
+def make_plan(source: Checkpoint, wish: Wish, bar: Bar) -> Plan:
+    """Plan the destination's files. ValueError when the wish does not fit the model."""
+    dtype = check_wish(source, wish, wish.amax is not None)
     if wish.amax is not None:
         return _fp8_plan(source, wish, dtype, wish.amax, bar)
     match wish.to:
         case Kind.HUGGINGFACE:
-            if (wish.tp, wish.pp) != (1, 1):
-                raise ValueError("a Hugging Face folder is not split: leave --tp and --pp out")
             return huggingface_files.plan(source.shape, source.config, dtype)
         case Kind.MEGATRON:
             from srlm_mega.checkpoints_conversion import torch_dist
@@ -117,12 +130,7 @@ def make_plan(source: Checkpoint, wish: Wish, bar: Bar) -> Plan:
 
 
 def _fp8_plan(source: Checkpoint, wish: Wish, dtype: DType, amax: Amax, bar: Bar) -> Plan:
-    if dtype is DType.FLOAT32:
-        raise ValueError("FP8 is made of 16-bit weights: add --dtype bfloat16 (or float16)")
-    if wish.to is Kind.MEGATRON:
-        raise ValueError("Megatron keeps 16-bit weights and casts by itself: --fp8 is for huggingface and trtllm")
     split = trtllm.RankSplit(wish.tp, wish.pp)
-    trtllm.check_split(source.shape, split)
     with bar("ranges of the weights", source.num_bytes) as report:
         weights = fp8.shared_scales(fp8.weight_amax(source, dtype, report))
     scales = fp8.Scales(weights, fp8.shared_scales(amax.inputs))

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from srlm_mega.errors import UserError
-from srlm_mega.run.files import dangling
+from srlm_mega.run.files import check_place, dangling
 
 OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -27,6 +27,19 @@ def sound_run(run: Path) -> Path:
 
     check_sound(RunDir(existing_run(run)))
     return run
+
+
+def file_place(path: Path | None) -> Path | None:
+    """Return the path of a file that a command writes at its end. UserError or OSError where it could not be."""
+    if path is not None:
+        check_place(path)
+    return path
+
+
+def folder_place(path: Path) -> Path:
+    """Return the path of a folder that a command writes. UserError or OSError where it could not be."""
+    check_place(path, is_folder=True)
+    return path
 
 
 GpuName = Annotated[str | None, typer.Option("--gpu", help="Kind of GPU: a100, h100, h200, b200, ... [default: h100]")]

@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from srlm_mega.cli.arguments import OVERRIDES, ConfigFile, Overrides, SoundRunFolder
+from srlm_mega.cli.arguments import OVERRIDES, ConfigFile, Overrides, SoundRunFolder, file_place, folder_place
 from srlm_mega.config.runtime import SamplerBackend
 from srlm_mega.errors import CRASHED, USER_ERROR, UserError
 
 if TYPE_CHECKING:
     from srlm_mega.config import Config
 
-JsonFile = Annotated[Path | None, typer.Option(help="Write everything, with raw samples, to this file.")]
+JsonFile = Annotated[
+    Path | None, typer.Option(help="Write everything, with raw samples, to this file.", callback=file_place)
+]
 bench_app = typer.Typer(help="Measure speed on this machine.", no_args_is_help=True, rich_markup_mode=None)
 
 
@@ -115,7 +117,7 @@ def bench_sampling(
 
 @bench_app.command("device")
 def bench_device(
-    out: Annotated[Path, typer.Option(help="New folder for the results.")],
+    out: Annotated[Path, typer.Option(help="New folder for the results.", callback=folder_place)],
     minutes: Annotated[float, typer.Option(min=0.1, help="Time for everything; later parts are left out.")] = 9.0,
     smoke: Annotated[bool, typer.Option("--smoke", help="Run everything tiny on the CPU; no figure counts.")] = False,
     part: Annotated[list[str] | None, typer.Option(help="Part to run, by name; may be repeated.")] = None,

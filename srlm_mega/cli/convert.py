@@ -3,13 +3,14 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from srlm_mega.errors import CannotContinue, UserError
+from srlm_mega.run.files import check_place
 
 if TYPE_CHECKING:
     from srlm_mega.checkpoints_conversion.fp8 import Amax
@@ -51,20 +52,26 @@ def convert(
         else:
             from srlm_mega.checkpoints_conversion.bar import progress_bar
             from srlm_mega.checkpoints_conversion.bits import DType, dtype_named
-            from srlm_mega.checkpoints_conversion.build import Resources
-            from srlm_mega.checkpoints_conversion.convert import Kind, Wish
+            from srlm_mega.checkpoints_conversion.build import Resources, check_new, partial_folder
+            from srlm_mega.checkpoints_conversion.convert import Kind, Wish, check_wish, open_checkpoint
             from srlm_mega.checkpoints_conversion.convert import convert as run
             from srlm_mega.run.outside_folder import check_undamaged
 
             source, destination = Path(words[0]), Path(words[1])
-            check_undamaged(source, needs_proof=False)
             if fp8 != (calibration is not None):
                 raise UserError(
                     "--fp8 and --calibration FILE belong together: amax.json, or 128 to 512 prompts (JSONL)"
                 )
-            amax = activation_ranges(source, calibration) if calibration else None
-            wish = Wish(Kind(to), tp, pp, dtype_named(dtype) if dtype else None, amax)
-            record = run(source, destination, wish, Resources(jobs, parse_bytes(max_memory)), progress_bar)
+            resources = Resources(jobs, parse_bytes(max_memory))
+            wish = Wish(Kind(to), tp, pp, dtype_named(dtype) if dtype else None)
+            # All that can be refused is, before every byte of the source is read, and hours of calibration.
+            check_new(destination)
+            check_place(partial_folder(destination), is_folder=True)
+            check_wish(open_checkpoint(source), wish, fp8)
+            check_undamaged(source, needs_proof=False)
+            if calibration is not None:
+                wish = replace(wish, amax=activation_ranges(source, calibration))
+            record = run(source, destination, wish, resources, progress_bar)
             print(f"{destination}: {record.kind}, {record.dtype}, {record.num_bytes:,} bytes")
             plain = {item.value for item in DType}
             quantised = [f"{count} {name}" for name, count in record.source_formats.items() if name not in plain]
@@ -84,8 +91,10 @@ def activation_ranges(source: Path, calibration: Path) -> "Amax":
     from srlm_mega.checkpoints_conversion.bar import progress_bar
     from srlm_mega.checkpoints_conversion.calibrate import calibrate, read_prompts
 
+    ranges = calibration.with_name("amax.json")
+    check_place(ranges)
     amax = calibrate(source, read_prompts(calibration, source), progress_bar)
-    amax.save(calibration.with_name("amax.json"))
+    amax.save(ranges)
     return amax
 
 
@@ -93,9 +102,11 @@ def verify(first: Path, second: Path, logits: bool) -> None:
     """Print the proof that two checkpoints hold the same model; write a converted second one's to its `proof.json`."""
     from srlm_mega.checkpoints_conversion.bar import progress_bar
     from srlm_mega.checkpoints_conversion.convert import RECORD
-    from srlm_mega.checkpoints_conversion.verify import prove
+    from srlm_mega.checkpoints_conversion.verify import PROOF, prove
     from srlm_mega.run.outside_folder import verify_in_run
 
+    if (second / RECORD).is_file():
+        check_place(second / PROOF)
     verify_in_run(first)
     proof = prove(first, second, progress_bar)
     if (second / RECORD).is_file():
@@ -129,6 +140,7 @@ def engine_build(
         from srlm_mega.checkpoints_conversion.engine import Limits, build_engine, probe_runtime
         from srlm_mega.run.outside_folder import check_undamaged
 
+        check_place(cache, is_folder=True)
         check_undamaged(checkpoint, needs_proof=False)
         limits = Limits(
             max_batch_size=max_batch_size,

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from srlm_mega.cli.arguments import SoundRunFolder
+from srlm_mega.cli.arguments import SoundRunFolder, file_place, folder_place
 
 if TYPE_CHECKING:
     from srlm_mega.config.comparison import PairwiseJudgeConfig
@@ -18,14 +18,14 @@ export_app = typer.Typer(
 )
 Model = Annotated[Path, typer.Argument(help="Finished model of a run, for example runs/toy/M2.", metavar="RUN/M")]
 Name = Annotated[str | None, typer.Option(help="Model's name in the file; default: RUN-M.")]
-Out = Annotated[Path, typer.Option(help="File to write.")]
+Out = Annotated[Path, typer.Option(help="File to write.", callback=file_place)]
 
 
 @evaluate_app.command("head-to-head")
 def head_to_head(
     ours: Model,
     theirs: Annotated[Path, typer.Argument(help="Another model, or any Hugging Face folder.", metavar="RUN/M|FOLDER")],
-    out: Annotated[Path, typer.Option(help="Folder for responses, judgements, result.json.")],
+    out: Annotated[Path, typer.Option(help="Folder for responses, judgements, result.json.", callback=folder_place)],
     prompts: Annotated[Path | None, typer.Option(help="JSONL of prompts; default: our run's held-out ones.")] = None,
     judge: Annotated[str | None, typer.Option(help="Judge's folder or name; default: our run's M1.")] = None,
     endpoint: Annotated[str | None, typer.Option(help="Base URL of the judge: http://host:8000/v1.")] = None,

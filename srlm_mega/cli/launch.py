@@ -11,6 +11,7 @@ import typer
 from srlm_mega.cli.arguments import OVERRIDES, ConfigFile, GpuFilePath, GpuName, Overrides
 from srlm_mega.cli.output import print_message
 from srlm_mega.errors import UserError
+from srlm_mega.run.files import check_place
 from srlm_mega.text import quoted
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ def launch_slurm(
         print(render(job), end="")
         return
     text = checked_script(job)
+    check_place(job.run.root, is_folder=True)
     if rehearsal:
         check_by_rehearsal(job, chosen_gpu(gpu, gpu_file))
     if others := jobs_in_queue(job.run):

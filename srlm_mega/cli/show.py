@@ -42,7 +42,10 @@ def report(run: SoundRunFolder) -> None:
     """Write report.html and summary.json of a run, finished or not."""
     from srlm_mega.report.page import write_report as write_page
     from srlm_mega.report.summary import write_summary
+    from srlm_mega.run.files import check_place
+    from srlm_mega.run.run_dir import RunDir
 
+    check_place(RunDir(run).report_file)
     write_summary(run)
     print(write_page(run))
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from srlm_mega.errors import naming
+from srlm_mega.errors import UserError, naming
 
 LEFT_OVER = re.compile(r"\..+\.[^.].*\.(?P<pid>\d+)")  # as `replacing` names a file while it is written
 LONG_SECONDS = 3600.0  # no write takes so long
@@ -37,12 +37,37 @@ def dangling(path: Path) -> str | None:
     return None
 
 
+def check_place(path: Path, is_folder: bool = False) -> None:
+    """Make the folders above what a command writes at its end, a file or a folder, and write there for a moment.
+    UserError or OSError, with the path, where it could not be written: before the work, and not after it."""
+    target = Path(os.path.realpath(path))
+    if target.is_dir() and not is_folder:
+        raise UserError(f"{path} is a folder: give the name of a file")
+    if path.is_symlink() and not target.parent.is_dir():
+        raise UserError(f"{dangling(path)}: bring that back, or give another name")
+    draft = draft_of(target / "draft" if target.is_dir() else target)
+    try:
+        if target.exists() and not target.is_dir():  # written in place
+            with target.open("ab"):
+                return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draft.touch()
+        draft.unlink()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def draft_of(path: Path) -> Path:
+    """Return the name of a file while this process writes it."""
+    return path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
+
+
 @contextmanager
 def replacing(path: Path, writer: str | None = None) -> Iterator[Path]:
     """Yield the path of a temporary file for the block to write. It is then synced to the disk and gets its name, or,
     after an error, is removed. `writer`: what keeps the temporary files of several writers apart; default: host and
     process."""
-    temporary = path.with_name(f".{path.name}.{writer or f'{os.uname().nodename}.{os.getpid()}'}")
+    temporary = draft_of(path) if writer is None else path.with_name(f".{path.name}.{writer}")
     try:
         with naming(path):
             yield temporary

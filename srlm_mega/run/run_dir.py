@@ -142,7 +142,7 @@ class RunDir:
         """Raise UserError for a file, or a link to nothing, where a stage has its folders or above them."""
         above = [self.root / parent for parent in Path(stage).parents]
         for path in (*above, self.output(stage), self.partial(stage)):
-            redo = "" if path in above else f". The same `srlm run` command with --redo {stage} removes it too"
+            redo = "" if path in above else f". The same `srlm run` command removes it too with {self.redo(stage)}"
             if (found := dangling(path)) is not None:
                 raise UserError(f"{found}: bring that back, or remove the link{redo}")
             if path.exists() and not path.is_dir():

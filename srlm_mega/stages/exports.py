@@ -19,7 +19,7 @@ from srlm_mega.evaluation.export_formats import (
     mt_bench_line,
 )
 from srlm_mega.records import Candidate, Prompt, PromptTokens, SampledText, SampledTexts, read_jsonl, write_jsonl
-from srlm_mega.run.files import dangling, discard, sweep, write_atomic
+from srlm_mega.run.files import check_place, discard, sweep, write_atomic
 from srlm_mega.run.identity import responding
 from srlm_mega.run.sealed_file import fingerprint, is_whole, write_sealed
 from srlm_mega.sampling.sampler import SamplingParams
@@ -75,11 +75,8 @@ def unfinished(model: RunModel, out: Path, identity: Mapping[str, object]) -> It
     """Yield samplers, the folder `<out>.partial` in which an export of this identity begins or resumes, and the file
     to write, which is what `out` links to where it is a link. The folder goes when the block has written the file.
     UserError where there can be no such file, or the folder is another export's."""
+    check_place(out)
     target = Path(os.path.realpath(out))
-    if target.is_dir():
-        raise UserError(f"{out} is a folder: give the name of a file")
-    if out.is_symlink() and not target.parent.is_dir():
-        raise UserError(f"{dangling(out)}: bring that back, or give another name")
     folder = target.with_name(f"{target.name}.partial")
     begin(folder, identity)
     sweep(target.parent.glob(f".{glob.escape(target.name)}.*"))

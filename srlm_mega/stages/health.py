@@ -87,8 +87,8 @@ def why_stopped(health: RoundHealth, file: Path) -> str:
         f"round {health.round} is not fit to be trained on ({file}){first}:\n"
         + "\n".join(f"  - {in_words(key, figure)}; {MEANINGS[key][1]}" for key, figure in beyond.items())
         + f"\nTo continue all the same: the same command with {keys}. To make the round again with other settings: in "
-        "another run folder, or here by the same command with them and --redo of the earliest stage that they change "
-        "(the command names it). Everything so far is kept."
+        "another run folder, or here by the same command with them: it names the stage to make again by --redo, and "
+        "what that removes. Everything so far is kept."
     )
 
 

@@ -19,9 +19,10 @@ from srlm_mega.evaluation.checkpoint_choice import (
     kept_step,
 )
 from srlm_mega.run.files import discard, fsync
-from srlm_mega.run.run_dir import files_below
+from srlm_mega.run.run_dir import TRAINING_STATE, files_below
 from srlm_mega.run.sealed_file import has_its_seal, is_whole
 from srlm_mega.stages.work import Done, Work
+from srlm_mega.training.checkpoint_files import complete_steps
 from srlm_mega.training.topology import Topology
 from srlm_mega.training.trainer import TrainingPart, TrainingSummary
 
@@ -47,6 +48,8 @@ def train_with_pauses(
     step = compared[len(verdicts)]
     waits = topology.all_gather(is_waiting(files, step) if topology.is_main else None)[0]
     if not waits:
+        trained = topology.all_gather(complete_steps(work.out / TRAINING_STATE) if topology.is_main else None)[0] or [0]
+        check_not_beyond(work, files, step, trained[-1])
         if topology.is_main:
             remove_worse(files, verdicts)
         done = train(TrainingPart(step, files.export(step)))
@@ -63,6 +66,16 @@ def check_none_lost(work: Work, files: EarlyStoppingFiles, verdicts: list[Verdic
         if verdict.step != step:
             lost = f"{files.step_folder(step)} is not there, and that of step {verdict.step} is"
             raise UserError(f"{lost}. {work.run.remedy(work.stage.name)}")
+
+
+def check_not_beyond(work: Work, files: EarlyStoppingFiles, step: int, trained: int) -> None:
+    """Raise UserError if the training's newest checkpoint, of step `trained`, is beyond the one to export."""
+    if trained > step:
+        raise UserError(
+            f"{files.export(step)} is to hold the model after step {step}, and the newest checkpoint in "
+            f"{work.out / TRAINING_STATE} is of step {trained}: restore what early stopping wrote for step {step}, or "
+            f"make the stage again: the same `srlm run` command with {work.run.redo(work.stage.name)}"
+        )
 
 
 def is_waiting(files: EarlyStoppingFiles, step: int) -> bool:

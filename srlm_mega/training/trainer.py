@@ -159,11 +159,7 @@ def _train(job: TrainingJob, section: OptimizationConfig, turns: Turns[Objective
         print(f"dropout: hidden {section.hidden_dropout}, attention {section.attention_dropout}", flush=True)
     topology.seed_dropout(job.seed)
     position = Position() if newest is None else trainer.resume(checkpoints, newest, job.seed)
-    if position.step > part.until:
-        raise UserError(
-            f"{part.export} is to hold the model after step {part.until}, and {newest} is beyond it: restore what "
-            "early stopping wrote for that step, or train anew (--redo)"
-        )
+    assert position.step <= part.until, f"{newest} is beyond step {part.until}"
     with (
         metrics_log(config, job.out, steps, job.report, position.step) if topology.is_main else nullcontext() as log,
         StopRequest.watch(job.stop_file) as stop,

@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 from test_convert import GQA, model
 from test_fp8 import AMAX
+from typer.testing import CliRunner
 
 from srlm_mega.checkpoints_conversion.verify import check_verified
+from srlm_mega.cli import convert
 from srlm_mega.cli.convert import parse_bytes
+from srlm_mega.cli.main import app
 from srlm_mega.errors import USER_ERROR, UserError
 from srlm_mega.tools import bench_conversion
 from srlm_mega.tools.bench_record import read_record
@@ -45,6 +48,24 @@ def test_fp8_from_a_calibration(srlm: Path, tmp_path: Path) -> None:
     assert alone.returncode == USER_ERROR and "--fp8 and --calibration FILE belong together" in alone.stderr
     engine = run(srlm, "engine", "build", source, str(tmp_path / "engines"))
     assert engine.returncode == USER_ERROR and "has no working TensorRT-LLM" in engine.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--to", "megatron"), "Megatron keeps 16-bit weights"),
+        (("--to", "trtllm", "--tp", "3"), "3"),
+        (("--to", "huggingface", "--tp", "2"), "a Hugging Face folder is not split"),
+        (("--to", "trtllm", "--dtype", "float32"), "FP8 is made of 16-bit weights"),
+    ],
+)
+def test_a_wish_that_cannot_be_is_refused_before_the_calibration(
+    options: tuple[str, ...], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(convert, "activation_ranges", lambda *arguments: pytest.fail("it was calibrated"))
+    words = ["convert", str(model(tmp_path / "model")), str(tmp_path / "out"), "--fp8", "--calibration", "x.jsonl"]
+    error = CliRunner().invoke(app, [*words, *options]).exception
+    assert isinstance(error, UserError) and said in str(error), error
 
 
 @pytest.mark.parametrize(("text", "size"), [("4GiB", 4 << 30), ("512m", 512 << 20), ("1.5K", 1536), ("70000", 70000)])

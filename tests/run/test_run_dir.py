@@ -312,7 +312,7 @@ def test_redo_of_a_folder_that_is_none(tmp_path: Path, kind: str, partial: bool)
     if kind.endswith("link") and not kind.startswith("dangling"):
         assert partial or run.manifest(IDENTITY_A.stage) is not None
     else:
-        with pytest.raises(UserError, match=rf"{made}.* --redo {IDENTITY_A.stage}"):
+        with pytest.raises(UserError, match=rf"{made}.* --redo {IDENTITY_A.stage}, which removes "):
             run.manifest(IDENTITY_A.stage)
     said = run.remove(IDENTITY_A.stage)
     assert ("removed the link" in said and "is kept" in said) == ("l" in kind[:8] and kind != "file" and not partial)

@@ -31,7 +31,7 @@ from srlm_mega.run.run_dir import RunDir
 from srlm_mega.run.sealed_file import seal_of
 from srlm_mega.sampling.samplers import Samplers
 from srlm_mega.stages.early_stopping import compare_checkpoints
-from srlm_mega.stages.pausing import check_none_lost, is_waiting, keep_best
+from srlm_mega.stages.pausing import check_none_lost, check_not_beyond, is_waiting, keep_best
 from srlm_mega.stages.work import Work
 
 TOY = ROOT / "launch/configs/toy_cpu.yaml"
@@ -265,6 +265,9 @@ def test_a_lost_record_of_an_export_that_was_compared_ends_nothing(paused: Calla
     work = Work(run, config, stage, run.partial("M2"), Progress(tmp := run.root / "p.json"), Samplers(config, tmp))
     with pytest.raises(UserError, match=r"step_0000002 is not there.*--redo M2"):
         check_none_lost(work, files, files.verdicts(), [2, 4, 6])
+    check_not_beyond(work, files, 4, 4)
+    with pytest.raises(UserError, match=r"after step 4, and .* is of step 6: .*--redo M2, which removes what M2 has"):
+        check_not_beyond(work, files, 4, 6)
 
 
 def test_another_judge_behind_the_same_path_ends_the_comparisons(paused: Callable[..., RunDir], tmp_path: Path) -> None:
