@@ -49,18 +49,22 @@ def read_jsonl_sets(section: SeedDataConfig, seed: int, quarantine: Path) -> See
     """
     assert section.path and section.ranked_path, "Config refuses seed_data.source=jsonl without both paths"
     strip = section.strip_template
-    examples = UserLines(section.path, partial(parse_example, section.path), quarantine, strip)
-    ranked_quarantine = quarantine.with_name(f"ranked_{quarantine.name}")
-    rankings = UserLines(section.ranked_path, partial(parse_ranking, section.ranked_path), ranked_quarantine, strip)
+    # Ids say which of the two files they are from: both may have the same name.
+    parse_one = partial(parse_example, Path(f"example-{section.path.name}"))
+    examples = UserLines(section.path, parse_one, quarantine, strip)
+    parse_ranked = partial(parse_ranking, Path(f"ranked-{section.ranked_path.name}"))
+    rankings = UserLines(section.ranked_path, parse_ranked, quarantine.with_name(f"ranked_{quarantine.name}"), strip)
 
     def items() -> Iterator[SeedItem]:
         yield from examples
         yield from rankings
 
-    sets = draw_sets(items(), section, SOURCE, seed, quarantine.parent)
-    counts = {"examples": examples.good, "bad_lines": examples.bad, "templated_lines": examples.templated}
-    counts |= {"rankings": rankings.good, "bad_rankings": rankings.bad, "templated_rankings": rankings.templated}
-    return sets.with_counts_before(counts)
+    def counts() -> dict[str, int]:
+        read = {"examples": examples.good, "bad_lines": examples.bad, "templated_lines": examples.templated}
+        ranked = {"rankings": rankings.good, "bad_rankings": rankings.bad, "templated_rankings": rankings.templated}
+        return read | ranked
+
+    return draw_sets(items(), section, SOURCE, seed, quarantine.parent, counts)
 
 
 def parse_example(path: Path, number: int, fields: dict[str, Any]) -> SeedItem:
@@ -74,7 +78,8 @@ def parse_example(path: Path, number: int, fields: dict[str, Any]) -> SeedItem:
         asked, target = Question(task_of(fields)), text_field(first_instance(fields), "output")
     else:
         raise ValueError(f"not a supervised example: it needs {SFT_DIALECTS}; it has {keys(fields)}")
-    return SeedItem(line_name(path, number), asked.prompt, target, (), asked.system or optional_text(fields, "system"))
+    system = asked.system or optional_text(fields, "system")
+    return SeedItem(line_name(path, number), asked.prompt, target, system=system)
 
 
 def parse_ranking(path: Path, number: int, fields: dict[str, Any]) -> SeedItem:
@@ -88,7 +93,7 @@ def parse_ranking(path: Path, number: int, fields: dict[str, Any]) -> SeedItem:
     name = line_name(path, number)
     system = asked.system or optional_text(fields, "system")
     replies_to = RankedReplies(f"{SOURCE}-{name}", one_text(asked.prompt, system), ranked)
-    return SeedItem(name, asked.prompt, None, (replies_to,), system)
+    return SeedItem(name, asked.prompt, None, replies_to, system=system)
 
 
 def ranking(fields: dict[str, Any]) -> tuple[Question, list[tuple[str, int]]]:

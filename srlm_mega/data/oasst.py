@@ -44,11 +44,13 @@ def read_oasst(section: SeedDataConfig, seed: int, quarantine: Path) -> SeedSets
     assert section.path is not None, "Config refuses seed_data.source=oasst without a path"
     lines = UserLines(section.path, partial(parse_tree, section.later_turns), quarantine, section.strip_template)
     left_out: Counter[str] = Counter()
-    sets = draw_sets(usable_items(lines, left_out), section, SOURCE, seed, quarantine.parent)
-    counts = {"trees": lines.good, "bad_lines": lines.bad, "templated_lines": lines.templated}
-    counts |= {name: left_out[name] for name in TREE_REASONS}
-    counts |= {f"replies_{name}": left_out[f"replies_{name}"] for name in REPLY_REASONS}
-    return sets.with_counts_before(counts)
+
+    def counts() -> dict[str, int]:
+        read = {"trees": lines.good, "bad_lines": lines.bad, "templated_lines": lines.templated}
+        read |= {name: left_out[name] for name in TREE_REASONS}
+        return read | {f"replies_{name}": left_out[f"replies_{name}"] for name in REPLY_REASONS}
+
+    return draw_sets(usable_items(lines, left_out), section, SOURCE, seed, quarantine.parent, counts)
 
 
 def usable_items(trees: Iterable[Tree], left_out: Counter[str]) -> Iterator[SeedItem]:
@@ -76,8 +78,9 @@ def parse_tree(later_turns: bool, number: int, fields: dict[str, Any]) -> Tree:
     left_out: Counter[str] = Counter()
     first, *later = (RankedReplies(*turn) for turn in ranked_turns(tree_id, root, left_out))
     target = next((reply.text for reply in first.replies if reply.rank == 0), None)
-    ranked = tuple(turn for turn in (first, *(later if later_turns else [])) if len(turn.replies) > 1)
-    return Tree(SeedItem(tree_id, first.prompt, target, ranked), None, left_out)
+    ranked = first if len(first.replies) > 1 else None
+    ranked_later = tuple(turn for turn in later if later_turns and len(turn.replies) > 1)
+    return Tree(SeedItem(tree_id, first.prompt, target, ranked, ranked_later), None, left_out)
 
 
 def check_structure(root: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ hash of seed and id, whatever their order in the file. One is skipped when its p
 taken: the sets share no item, no text and no near-duplicate.
 """
 
+import os
 import tempfile
 import unicodedata
 from collections import Counter
@@ -20,7 +21,7 @@ from pydantic import ConfigDict, with_config
 from srlm_mega.config.data import SeedDataConfig
 from srlm_mega.data.rouge import RougePool
 from srlm_mega.errors import UserError
-from srlm_mega.records import Prompt, RankedReplies, SftExample, one_text, parse_line
+from srlm_mega.records import Prompt, RankedReplies, SftExample, parse_line
 
 
 @dataclass(frozen=True)
@@ -37,44 +38,52 @@ class SeedSets:
     documents: tuple[SftExample, ...] = ()
     counts: Mapping[str, int] = field(default_factory=dict)
 
-    def with_counts_before(self, counts: Mapping[str, int]) -> "SeedSets":
-        """Return the same sets, with the counts of earlier steps first."""
-        return replace(self, counts={**counts, **self.counts})
-
 
 @with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True, slots=True)
 class SeedItem:
-    """Usable content of a message tree or a line of JSONL. `target` is the answer for IFT, None without one; `ranked`
-    holds the ranked replies to `prompt` first, then those to later turns of its conversation. `system` is the message
-    before `prompt`, empty without one: many items may share it, so it does not count when items are compared."""
+    """Usable content of a message tree or a line of JSONL. `target` is the answer for IFT, None without one;
+    `first_turn` holds the ranked replies to `prompt`, `later_turns` those to later turns of its conversation. `system`
+    is the message before `prompt`, empty without one: many items may share it, so it does not count when items are
+    compared."""
 
     id: str
     prompt: str
     target: str | None
-    ranked: tuple[RankedReplies, ...]
+    first_turn: RankedReplies | None = None
+    later_turns: tuple[RankedReplies, ...] = ()
     system: str = ""
 
     @property
-    def first_turn(self) -> RankedReplies | None:
-        """Ranked replies to the prompt itself."""
-        is_first = bool(self.ranked) and self.ranked[0].prompt == one_text(self.prompt, self.system)
-        return self.ranked[0] if is_first else None
+    def ranked(self) -> tuple[RankedReplies, ...]:
+        """All rankings, that of the prompt itself first."""
+        return self.later_turns if self.first_turn is None else (self.first_turn, *self.later_turns)
 
     def compared(self, ranked: RankedReplies) -> str:
         """Return the text by which one of its rankings is compared with other items."""
         return self.prompt if ranked == self.first_turn else ranked.prompt
 
+    def merged(self, other: "SeedItem") -> "SeedItem | None":
+        """Return one item of two with the same prompt, of which one has only an answer and the other only a ranking;
+        None for others. The answer keeps the system message that it was given under."""
+        if self.target is None:
+            answered, ranked = other, self
+        else:
+            answered, ranked = self, other
+        if answered.target is None or answered.ranked or ranked.target is not None or ranked.first_turn is None:
+            return None
+        return replace(answered, id=self.id, first_turn=ranked.first_turn, later_turns=ranked.later_turns)
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
     """The part of an item that stays in memory: its key in the drawing order, its offset in the temporary file (bytes),
-    the number of ranked replies to its prompt (0: none), and whether it has any ranking and a target."""
+    the number of ranked replies to its prompt (0: none), and whether it has rankings of later turns and a target."""
 
     key: int
     offset: int
     first_turn_replies: int
-    has_ranking: bool
+    has_later_turns: bool
     has_target: bool
 
 
@@ -94,8 +103,7 @@ class SeededDraw:
             if entry.offset in self._used or not suitable(entry):
                 continue
             self._used.add(entry.offset)
-            self._file.seek(entry.offset)
-            item = parse_line(SeedItem, self._file.readline())
+            item = self._read(entry)
             if self.is_near_duplicate(item.prompt):
                 self.counts["near_duplicates"] += 1
             else:
@@ -114,51 +122,72 @@ class SeededDraw:
         """Count the suitable items that were neither taken nor skipped."""
         return sum(entry.offset not in self._used and suitable(entry) for entry in self._entries)
 
-    def _spool(self, items: Iterable[SeedItem], seed: int) -> Iterator[Entry]:
-        """Write the first item of each id and of each text to the file, and yield its entry."""
+    def _spool(self, items: Iterable[SeedItem], seed: int) -> Iterable[Entry]:
+        """Write the first item of each id and of each text to the file, merged with what later ones of its text have
+        and it lacks. Return the entries."""
         ids: set[int] = set()
-        texts: set[int] = set()
+        entries: dict[int, Entry] = {}  # by text
         for item in items:
             name = xxhash.xxh3_128_intdigest(item.id.encode())
             text = xxhash.xxh3_128_intdigest(normalised(item.prompt).encode())
-            if name in ids or text in texts:
-                self.counts["duplicate_ids" if name in ids else "duplicate_texts"] += 1
+            if name in ids:
+                self.counts["duplicate_ids"] += 1
                 continue
+            if text in entries:
+                whole = self._read(entries[text]).merged(item)
+                self._file.seek(0, os.SEEK_END)
+                self.counts["duplicate_texts" if whole is None else "merged"] += 1
+                if whole is None:
+                    continue
+                item = whole
             ids.add(name)
-            texts.add(text)
-            self.counts["usable"] += 1
-            self.counts["with_target"] += item.target is not None
-            self.counts["with_ranking"] += item.first_turn is not None
-            self.counts["with_later_ranking"] += len(item.ranked) > (item.first_turn is not None)
-            first_turn = len(item.first_turn.replies) if item.first_turn else 0
-            key = xxhash.xxh3_64_intdigest(f"{seed}/{item.id}".encode())
-            yield Entry(key, self._file.tell(), first_turn, bool(item.ranked), item.target is not None)
-            self._file.write(orjson.dumps(item, option=orjson.OPT_APPEND_NEWLINE))
+            entries[text] = self._write(item, seed)
+        kept = entries.values()
+        self.counts["usable"] = len(kept)
+        self.counts["with_target"] = sum(one.has_target for one in kept)
+        self.counts["with_ranking"] = sum(one.first_turn_replies > 0 for one in kept)
+        self.counts["with_later_ranking"] = sum(one.has_later_turns for one in kept)
+        return kept
+
+    def _write(self, item: SeedItem, seed: int) -> Entry:
+        key = xxhash.xxh3_64_intdigest(f"{seed}/{item.id}".encode())
+        replies = len(item.first_turn.replies) if item.first_turn else 0
+        entry = Entry(key, self._file.tell(), replies, bool(item.later_turns), item.target is not None)
+        self._file.write(orjson.dumps(item, option=orjson.OPT_APPEND_NEWLINE))
+        return entry
+
+    def _read(self, entry: Entry) -> SeedItem:
+        self._file.seek(entry.offset)
+        return parse_line(SeedItem, self._file.readline())
 
 
-def draw_sets(items: Iterable[SeedItem], section: SeedDataConfig, source: str, seed: int, folder: Path) -> SeedSets:
+def draw_sets(
+    items: Iterable[SeedItem],
+    section: SeedDataConfig,
+    source: str,
+    seed: int,
+    folder: Path,
+    read: Callable[[], Mapping[str, int]],
+) -> SeedSets:
     """Draw the held-out sets first, then the sources of EFT, then IFT; `num_eft_sources` and `num_ift` are upper
-    limits. The temporary file in `folder` is as large as the usable items.
+    limits. The temporary file in `folder` is as large as the usable items. `read` returns the counts of what the items
+    were read from, once they are.
 
-    Raise UserError when a held-out set cannot be filled or nothing remains for IFT.
+    Raise UserError when a held-out set cannot be filled or nothing remains for IFT, or for what the items' source
+    raises; `counts.json` in `folder` then has the counts.
     """
-    drawing = SeededDraw(items, seed, section.near_duplicate_rouge_l, folder)
+    try:
+        drawing = SeededDraw(items, seed, section.near_duplicate_rouge_l, folder)
+    except UserError:  # too many lines that cannot be used
+        write_counts(read(), folder)
+        raise
     # Held-out sets come first, so that the sizes of the training sets do not change what models are measured on.
-    eft_eval = draw_eft_eval(drawing, section.num_eft_eval)
+    eft_eval, is_full = draw_eft_eval(drawing, section.num_eft_eval)
     validation = draw_prompts(drawing, section.num_validation, source)
     test = draw_prompts(drawing, section.num_test, source)
     eft_sources = draw_eft_sources(drawing, section.num_eft_sources)
     available = drawing.num_left(has_target)
     ift = draw_ift(drawing, section.num_ift, source)
-    if len(validation) < section.num_validation or len(test) < section.num_test or not ift or eft_eval is None:
-        usable, ranked = drawing.counts["usable"], drawing.counts["with_ranking"]
-        asked = ("num_eft_eval", "num_validation", "num_test")
-        sizes = ", ".join(f"seed_data.{name}={value}" for name, value in section.model_dump(include=set(asked)).items())
-        raise UserError(
-            f"{section.path} has {usable} usable prompts, {ranked} of them with ranked replies: too few for {sizes} "
-            f"(the first counts replies) and seed_data.num_eft_sources={section.num_eft_sources} with answered "
-            "prompts left for IFT. Lower them, or give a larger file"
-        )
     drawn = {
         "near_duplicates": drawing.counts["near_duplicates"],
         "eft_eval_prompts": len(eft_eval),
@@ -169,9 +198,62 @@ def draw_sets(items: Iterable[SeedItem], section: SeedDataConfig, source: str, s
         "ift_available": available,
         "ift": len(ift),
     }
-    steps = ("duplicate_ids", "duplicate_texts", "usable", "with_target", "with_ranking", "with_later_ranking")
-    counts = {name: drawing.counts[name] for name in steps} | drawn
+    steps = (
+        "duplicate_ids",
+        "duplicate_texts",
+        "merged",
+        "usable",
+        "with_target",
+        "with_ranking",
+        "with_later_ranking",
+    )
+    counts = {**read(), **{name: drawing.counts[name] for name in steps}, **drawn}
+    if len(validation) < section.num_validation or len(test) < section.num_test or not ift or not is_full:
+        raise UserError(too_few(section, counts, write_counts(counts, folder)))
     return SeedSets(ift, (), eft_sources, eft_eval, validation, test, (), counts)
+
+
+# Counts of what a draw leaves out, in the words of a message.
+LEFT_OUT = {
+    "bad_lines": "lines that cannot be used (quarantine.jsonl)",
+    "bad_rankings": "preferences that cannot be used (ranked_quarantine.jsonl)",
+    "not_ready": "trees that are not ready for export",
+    "not_english": "trees that are not English",
+    "deleted": "deleted trees",
+    "unreviewed": "trees that nobody reviewed",
+    "failed_review": "trees that failed the review",
+    "duplicate_ids": "repeated trees",
+    "duplicate_texts": "repeated prompts",
+    "near_duplicates": "prompts like one that was drawn (seed_data.near_duplicate_rouge_l)",
+}
+
+
+def write_counts(counts: Mapping[str, int], folder: Path) -> Path:
+    """Write counts of the seed data's steps to `counts.json`; return its path."""
+    path = folder / "counts.json"
+    path.write_bytes(orjson.dumps(counts, option=orjson.OPT_INDENT_2))
+    return path
+
+
+def too_few(section: SeedDataConfig, counts: Mapping[str, int], path: Path) -> str:
+    """Return the message of a draw that failed: what there was, what was left out and why, how far the sets were
+    filled."""
+    files = f"{section.path} has" if section.ranked_path is None else f"{section.path} and {section.ranked_path} have"
+    asked = ("num_eft_eval", "num_validation", "num_test")
+    sizes = ", ".join(f"seed_data.{name}={value}" for name, value in section.model_dump(include=set(asked)).items())
+    left_out = (
+        "; ".join(f"{words}: {counts[name]}" for name, words in LEFT_OUT.items() if counts.get(name)) or "nothing"
+    )
+    return (
+        f"{files} {counts['usable']} usable prompts, {counts['with_ranking']} of them with ranked replies: too few for "
+        f"{sizes} (the first counts replies) and seed_data.num_eft_sources={section.num_eft_sources} with answered "
+        f"prompts ({counts['with_target']}) left for IFT.\n"
+        f"  left out: {left_out}\n"
+        f"  drawn: {counts['eft_eval_items']} of {section.num_eft_eval} replies to measure the judge, "
+        f"{counts['validation']} of {section.num_validation} prompts for validation, {counts['test']} of "
+        f"{section.num_test} for the test, {counts['eft_sources']} rankings for EFT, {counts['ift']} examples of IFT\n"
+        f"Lower them, or give a larger file. All counts are in {path}"
+    )
 
 
 def has_target(entry: Entry) -> bool:
@@ -179,8 +261,9 @@ def has_target(entry: Entry) -> bool:
     return entry.has_target
 
 
-def draw_eft_eval(drawing: SeededDraw, num_items: int) -> tuple[RankedReplies, ...] | None:
-    """Draw ranked first turns with `num_items` replies in total, or as close below as sizes allow; None if too few."""
+def draw_eft_eval(drawing: SeededDraw, num_items: int) -> tuple[tuple[RankedReplies, ...], bool]:
+    """Draw ranked first turns with `num_items` replies in total, or as close below as sizes allow; return whether there
+    were enough, too."""
     drawn: list[RankedReplies] = []
     counts = drawing.counts
     for item in drawing.take(lambda entry: 0 < entry.first_turn_replies <= num_items - counts["eft_eval_items"]):
@@ -189,9 +272,9 @@ def draw_eft_eval(drawing: SeededDraw, num_items: int) -> tuple[RankedReplies, .
         drawing.exclude(item.prompt)
         counts["eft_eval_items"] += len(item.first_turn.replies)
         if num_items - counts["eft_eval_items"] < 2:  # a ranking has at least two replies
-            return tuple(drawn)
+            return tuple(drawn), True
     too_large = drawing.num_left(lambda entry: entry.first_turn_replies > 0)
-    return tuple(drawn) if drawn and too_large else None
+    return tuple(drawn), bool(drawn and too_large)
 
 
 def draw(drawing: SeededDraw, number: int, suitable: Callable[[Entry], bool]) -> Iterator[SeedItem]:
@@ -211,7 +294,7 @@ def draw_eft_sources(drawing: SeededDraw, number: int) -> tuple[RankedReplies, .
     """Draw up to `number` rankings, all of an item's turns before the next item's."""
     drawn: list[RankedReplies] = []
     if number:
-        for item in drawing.take(lambda entry: entry.has_ranking):
+        for item in drawing.take(lambda entry: entry.first_turn_replies > 0 or entry.has_later_turns):
             # Turns of one conversation resemble each other: they are compared with earlier items only.
             usable = [one for one in item.ranked if not drawing.is_near_duplicate(item.compared(one))]
             drawn += usable[: number - len(drawn)]

@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from srlm_mega.chat import Chat
 from srlm_mega.chat.tokenizer_files import LLAMA_TOKENS, TokenizerFolder, write_tokenizer
 from srlm_mega.checkpoints_conversion.model_folder import highest_token_id
@@ -14,6 +12,7 @@ from srlm_mega.config.training import ModelConfig
 from srlm_mega.data.formats import read_jsonl_sets
 from srlm_mega.data.judge_examples import with_judge_examples
 from srlm_mega.data.oasst import read_oasst
+from srlm_mega.data.seed_sets import write_counts
 from srlm_mega.data.spelling import check_spelling
 from srlm_mega.data.toy_world.seed_data import make_toy_world
 from srlm_mega.data.toy_world.word_tokenizer import toy_tokenizer
@@ -41,18 +40,19 @@ def make_seed(work: Work) -> Done:
             data = read_jsonl_sets(config.seed_data, seed, quarantine=work.out / "quarantine.jsonl")
     if config.seed_data.eft_path is not None:
         data = with_judge_examples(data, config.seed_data, template, seed, work.out / "eft_quarantine.jsonl")
-        if len(data.eft_train) < config.eft.min_examples:
-            raise CannotContinue(
-                f"{len(data.eft_train)} EFT examples, needed {config.eft.min_examples} (eft.min_examples): "
-                f"{config.seed_data.eft_path} has {data.counts['judge_examples']}, of which "
-                f"{data.counts['judge_examples_held_out']} are about held-out prompts or similar ones. Give others"
-            )
+    counts = dict(data.counts)
+    written = write_counts(counts, work.out)
+    if config.seed_data.eft_path is not None and len(data.eft_train) < config.eft.min_examples:
+        raise CannotContinue(
+            f"{len(data.eft_train)} EFT examples, needed {config.eft.min_examples} (eft.min_examples): "
+            f"{config.seed_data.eft_path} has {counts['judge_examples']}, of which "
+            f"{counts['judge_examples_held_out']} are about held-out prompts or similar ones. Give others. All counts "
+            f"are in {written}"
+        )
     sets: dict[str, Sequence[Any]] = {
         f"{name}.jsonl": records for name, records in vars(data).items() if name != "counts"
     }
-    counts = dict(data.counts)
     rows = {name: write_jsonl(work.out / name, records) for name, records in sets.items()}
-    (work.out / "counts.json").write_bytes(orjson.dumps(counts, option=orjson.OPT_INDENT_2))
     (work.out / "judge_template.txt").write_text(template.text, encoding="utf-8")
     spelled = [record for name, records in sets.items() if name != "documents.jsonl" for record in records]
     limit, name = config.seed_data.max_unspellable, f"the tokenizer of {tokenizer_name(config.model)}"

@@ -181,6 +181,7 @@ def test_a_file_with_everything_that_can_be_wrong_gives_exactly_what_is_right(tm
         "replies_unranked": 5,
         "duplicate_ids": 2,
         "duplicate_texts": 3,
+        "merged": 0,
         "usable": 1249,  # 1200 + 30 + 10 + 5 + 4
         "with_target": 1240,
         "with_ranking": 1234,  # 1200 + 30, and 4 that lost their best
