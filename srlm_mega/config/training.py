@@ -158,6 +158,11 @@ class OptimizationConfig(Section, decides="output"):
         0.1, ge=0, lt=1, description="Dropout on what each block adds to the residual stream; paper: 0.1."
     )
 
+    @property
+    def min_items(self) -> int:
+        """Fewest items from which the stage can take a step: in its epochs they fill a batch."""
+        return 1 if self.epochs is None else -(-self.global_batch_size // self.epochs)
+
     @model_validator(mode="after")
     def _one_length(self) -> Self:
         if (self.train_iters is None) == (self.epochs is None):

@@ -85,7 +85,11 @@ class UserLines(Generic[T]):
                 "be a second one. Set seed_data.strip_template=true to take the marks off, or give the plain texts"
             )
         if self.bad > MAX_BAD_FRACTION * total:
-            raise UserError(too_many(self._path, self._named, self.bad, total))
+            listed = "" if self._quarantine is None else f". All of them are in {self._quarantine}"
+            raise UserError(too_many(self._path, self._named, self.bad, total) + listed)
+        if self.bad and self._quarantine is not None:
+            first = f"the first is line {self._named[0].line}"
+            print(f"{self.bad} of the {total} lines of {self._path} cannot be used: {self._quarantine.name}; {first}")
         if not self.good:
             raise UserError(f"{self._path} holds no records: it needs one JSON object per line")
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from srlm_mega.errors import CannotContinue
 from srlm_mega.evaluation.health_limits import pair_counts, unknown_share
 from srlm_mega.judging.agreement import SCORE_TOLERANCE
+from srlm_mega.judging.meta import most_pairs
 from srlm_mega.judging.pair_counts import PairCounter, PairCounts, pairs_of
 from srlm_mega.judging.rewards import read_rewards
 from srlm_mega.judging.scored_candidates import ScoredCandidate, scored_prompts
@@ -28,7 +29,8 @@ MAX_UNKNOWN = 0.05  # share of unknown tokens that explains bad answers
 
 
 def select_pairs(work: Work) -> Done:
-    """Write `pairs.jsonl`: each prompt's best against worst response. CannotContinue below pairs.min_pairs."""
+    """Write `pairs.jsonl`: each prompt's best against worst response. CannotContinue for fewer than pairs.min_pairs, or
+    than fill a batch of DPO."""
     settings, inputs = work.config.pairs, work.stage.inputs
     seed, counter = derive_seed(work.config.run.seed, work.stage.name), PairCounter()
     anchors = None
@@ -40,9 +42,22 @@ def select_pairs(work: Work) -> Done:
     judged = work.run.manifest(JUDGEMENTS.of(work.round))
     assert judged is not None, "judgements are an input, so they are finished"
     counts = replace(counter.counts(), judgements_truncated=int(judged.counts.get("truncated", 0)))
-    if work.config.round.method == "dpo" and counts.pairs < settings.min_pairs:
-        raise CannotContinue(too_few_pairs(work, counts))
+    if work.config.round.method == "dpo":
+        check_number(work, counts)
     return Done(counts.pairs, asdict(counts))
+
+
+def check_number(work: Work, counts: PairCounts) -> None:
+    """Raise CannotContinue when the pairs are too few to go on."""
+    config, dpo = work.config, work.config.dpo
+    of_judgements = most_pairs(counts.pairs, config.meta_judge.max_share) if config.meta_judge.enabled else 0
+    if counts.pairs < config.pairs.min_pairs:
+        needed = f"{config.pairs.min_pairs} (pairs.min_pairs)"
+        raise CannotContinue(too_few_pairs(work, counts, needed))
+    if counts.pairs + of_judgements < dpo.min_items:
+        batch = f"dpo.global_batch_size={dpo.global_batch_size}, dpo.epochs={dpo.epochs}"
+        needed = f"{dpo.min_items} (one batch: {batch}; fewer fill a smaller one)"
+        raise CannotContinue(too_few_pairs(work, counts, needed))
 
 
 def scored(
@@ -87,14 +102,14 @@ def perfect(group: list[ScoredCandidate]) -> list[Candidate]:
     return list(by_text.values())
 
 
-def too_few_pairs(work: Work, counts: PairCounts) -> str:
-    """Return the message for too few pairs: the figures, and what to do."""
+def too_few_pairs(work: Work, counts: PairCounts, needed: str) -> str:
+    """Return the message for fewer pairs than `needed`: the figures, and what to do."""
     judge = model_name(work.round) if work.config.judge.backend == "model" else "the random judge"
     folder = work.run.output(JUDGEMENTS.of(work.round))
     unknown = unknown_share(work.run, work.round)
     return (
-        f"{counts.pairs} preference pairs from {counts.prompts} prompts, needed {work.config.pairs.min_pairs} "
-        f"(pairs.min_pairs). {first_cause(counts, unknown)}\n"
+        f"{counts.pairs} preference pairs from {counts.prompts} prompts, needed {needed}. "
+        f"{first_cause(counts, unknown)}\n"
         f"  tokens of the prompts: {0 if unknown is None else unknown:.1%} unknown\n"
         f"  candidates: {counts.scored} of {counts.candidates} scored, {counts.truncated} truncated, "
         f"{counts.empty} empty, {counts.duplicates} repeated, {counts.unscored} without a score\n"

@@ -22,7 +22,7 @@ from srlm_mega.stages.work import Done, Work
 from srlm_mega.training.batch import PairSequences, TokenSequence
 from srlm_mega.training.reference_logprobs import compute_reference
 from srlm_mega.training.replay import num_replayed
-from srlm_mega.training.split import num_steps, within
+from srlm_mega.training.split import steps_on
 from srlm_mega.training.topology import Topology
 from srlm_mega.training.trainer import TrainingJob, TrainingPart, TrainingSummary, train_dpo, train_sft
 
@@ -76,7 +76,7 @@ def train_on(
         return train_sft(replace(job, part=part), section, sequences)
 
     if work.stage.kind is SFT and stops_early(work.config, "sft"):
-        steps = num_steps(section, len(within(sequences, work.config.model.seq_length)))
+        steps = steps_on(sequences, section, work.config.model.seq_length)
         return train_with_pauses(work, topology, start, steps, train)
     return done(train(None))
 
@@ -137,6 +137,7 @@ def reference(work: Work, topology: Topology) -> Done:
     """Write the log-probabilities of the round's pairs under its starting model, and in `health.json` how far those of
     the sampler are from them. CannotContinue when that is beyond its limit `stop`; the files are written anyway."""
     pairs, config = read_pairs(work), work.config
+    steps_on(pairs, config.dpo, config.model.seq_length)  # refused before the pass, where they fill no batch
     start, report = work.run.weights(model_name(work.round)), work.progress.update
     records = compute_reference(topology, config, start, pairs, report)
     sampled = read_jsonl(work.read(PAIRS.of(work.round), "pairs.jsonl"), PreferencePair)
@@ -165,7 +166,7 @@ def preference(work: Work, topology: Topology) -> Done:
         return train_dpo(replace(job, part=part), pairs, logprobs, replay)
 
     if stops_early(config, "dpo"):
-        steps = num_steps(config.dpo, len(within(pairs, config.model.seq_length)))
+        steps = steps_on(pairs, config.dpo, config.model.seq_length)
         return train_with_pauses(work, topology, start, steps + num_replayed(steps, config.dpo.eft_replay), train)
     return done(train(None))
 

@@ -135,18 +135,23 @@ def within(items: Sequence[ItemT], seq_length: int) -> list[ItemT]:
     return [item for item in items if all(len(sequence.tokens) <= seq_length for sequence in item.sequences)]
 
 
-def num_steps(section: OptimizationConfig, num_items: int) -> int:
-    """Return the number of optimizer steps of a stage. UserError when the data do not fill one batch."""
-    steps = section.train_iters
-    if steps is None:
-        assert section.epochs is not None, "one of train_iters and epochs is set"
-        steps = section.epochs * num_items // section.global_batch_size
-    if num_items == 0 or steps == 0:
-        raise UserError(
-            f"{num_items} items do not fill one batch of {section.global_batch_size}: "
-            "lower global_batch_size, or give more data"
-        )
-    return steps
+def num_steps(section: OptimizationConfig, num_items: int, num_too_long: int = 0) -> int:
+    """Return the number of optimizer steps of a stage; `num_too_long` items besides were left out for their length.
+    UserError when the data do not fill one batch."""
+    if num_items < section.min_items:
+        number, remedy = f"{num_items}", "lower global_batch_size, or give more data"
+        if num_too_long:
+            number = f"{num_items} of {num_items + num_too_long}"
+            remedy = f"{num_too_long} are longer than model.seq_length and left out whole. Raise it, or {remedy}"
+        raise UserError(f"{number} items do not fill one batch of {section.global_batch_size}: {remedy}")
+    return section.train_iters or (section.epochs or 1) * num_items // section.global_batch_size
+
+
+def steps_on(items: Sequence[Item], section: OptimizationConfig, seq_length: int) -> int:
+    """Return the number of optimizer steps of a stage that is given these items. UserError when those that are not too
+    long do not fill one batch."""
+    num_kept = len(within(items, seq_length))
+    return num_steps(section, num_kept, len(items) - num_kept)
 
 
 def batch_order(num_items: int, batch_size: int, seed: int) -> Iterator[list[int]]:

@@ -38,7 +38,7 @@ from srlm_mega.training.optimizer import build_optimizer, build_scheduler, updat
 from srlm_mega.training.replay import REPLAY_LOSS, Turn, Turns, num_replayed
 from srlm_mega.training.schedule import Step, forward_backward
 from srlm_mega.training.sft import SftObjective
-from srlm_mega.training.split import Item, num_steps, within
+from srlm_mega.training.split import Item, steps_on, within
 from srlm_mega.training.throughput import Meter
 from srlm_mega.training.topology import Topology
 from srlm_mega.training.weights import load_weights, save_weights, verify_export
@@ -118,7 +118,7 @@ def train_sft(job: TrainingJob, section: OptimizationConfig, sequences: Sequence
     """
     kept = within(sequences, job.config.model.seq_length)
     objective = SftObjective(kept, section, job.topology, read_shape(job.start).vocab_size)
-    turns = Turns[Objective](objective, len(kept), num_steps(section, len(kept)))
+    turns = Turns[Objective](objective, len(kept), steps_on(sequences, section, job.config.model.seq_length))
     return _train(job, section, turns, excluded=len(sequences) - len(kept))
 
 
@@ -137,7 +137,7 @@ def train_dpo(
     vocab_size, tolerance = read_shape(job.start).vocab_size, first_step_tolerance(job.config.trainer)
     kept = within(pairs, seq_length)
     objective = DpoObjective(kept, reference, section, topology, vocab_size, tolerance)
-    steps = num_steps(section, len(kept))
+    steps = steps_on(pairs, section, seq_length)
     turns = Turns[Objective](objective, len(kept), steps)
     if section.eft_replay > 0:
         examples = within(replay, seq_length)

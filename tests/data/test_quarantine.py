@@ -38,10 +38,13 @@ def good(count: int) -> list[bytes]:
         (b'{"text": NaN}', "not JSON"),
     ],
 )
-def test_a_broken_line_is_named_and_set_aside(tmp_path: Path, line: bytes, reason: str) -> None:
+def test_a_broken_line_is_named_and_set_aside(
+    tmp_path: Path, line: bytes, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "seed.jsonl"
     records, number_bad = read(path, *good(150), line, *good(49))
     assert len(records) == 199
+    assert "1 of the 200 lines" in (said := capsys.readouterr().out) and "seed.bad" in said and "line 151" in said
     (bad,) = read_jsonl(path.with_suffix(".bad"), BadLine)
     assert number_bad == 1
     assert (bad.file, bad.line) == (str(path), 151)
@@ -57,6 +60,7 @@ def test_more_than_one_percent_stop_the_run(tmp_path: Path) -> None:
     message = str(error.value)
     assert "7 of the 105 lines" in message and "line 99: not JSON" in message and "and 2 more" in message
     assert "Fix or delete" in message and "even a single one" not in message
+    assert str(path.with_suffix(".bad")) in message
     assert len(list(read_jsonl(path.with_suffix(".bad"), BadLine))) == 7
 
 

@@ -136,6 +136,15 @@ def test_steps() -> None:
         num_steps(of(train_iters=1), 0)
 
 
+def test_items_that_are_too_long_are_said_to_be_so() -> None:
+    all_long = "0 of 40 items do not fill one batch of 16: 40 are longer than model.seq_length .* Raise it"
+    with pytest.raises(ValueError, match=all_long):
+        num_steps(section(), 0, num_too_long=40)
+    some = "15 of 40 items do not fill one batch of 16: 25 are longer than model.seq_length"
+    with pytest.raises(ValueError, match=some):
+        num_steps(OptimizationConfig(lr=1e-3, min_lr=1e-4, epochs=1), 15, num_too_long=25)
+
+
 @pytest.mark.parametrize(
     ("changes", "length"),
     [({}, 16), ({"tp_size": 2}, 16), ({"cp_size": 4}, 32), ({"tp_size": 3}, 24), ({"length_multiple": 64}, 64)],
