@@ -36,11 +36,11 @@ class JudgeMetrics:
     spearman_drop: float | None
     """Mean of Spearman's correlation over prompts where it is defined (two or more scored replies, not all equal)."""
     spearman_zero: float | None
-    """Mean of Spearman's correlation over all prompts, an undefined one counting 0."""
+    """Mean of Spearman's correlation over usable prompts, an undefined one counting 0."""
     kendall_drop: float | None
     """Mean of Kendall's tau-b over prompts where it is defined."""
     kendall_zero: float | None
-    """Mean of Kendall's tau-b over all prompts, an undefined one counting 0."""
+    """Mean of Kendall's tau-b over usable prompts, an undefined one counting 0."""
     parse_failure: float | None
     """Share of replies without a score."""
     fully_parsed_prompts: float | None

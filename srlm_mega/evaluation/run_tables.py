@@ -56,8 +56,9 @@ def run_as_markdown(folder: Path) -> str:
         "",
         f"{folder}: judging on EFT-eval",
         "",
-        "| model | judgements | pairwise accuracy untied / half / strict | ties | 5-best (of) | exact match "
-        "| spearman drop / zero | kendall drop / zero | parse failures | half: 95 % interval (prompts); chance 50 |",
+        "| model | judgements | pairwise accuracy untied / half / strict | ties | 5-best (of) "
+        "| exact match (prompts, also of zero) | spearman drop / zero | kendall drop / zero | parse failures "
+        "| half: 95 % interval (prompts); chance 50 |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     compared = []  # none unless a judge compares the models
@@ -88,7 +89,7 @@ def judge_line(model: str, judgements: int, metrics: JudgeMetrics, half: Interva
         f"{percent(metrics.pair_acc_untied)} / {percent(metrics.pair_acc_half)} / {percent(metrics.pair_acc_strict)}",
         percent(metrics.tie_rate),
         f"{percent(metrics.five_best)} ({metrics.five_best_count})",
-        percent(metrics.exact_match),
+        f"{percent(metrics.exact_match)} ({metrics.usable_prompts})",  # the zero columns divide by the same
         f"{decimal(metrics.spearman_drop)} / {decimal(metrics.spearman_zero)}",
         f"{decimal(metrics.kendall_drop)} / {decimal(metrics.kendall_zero)}",
         percent(metrics.parse_failure),

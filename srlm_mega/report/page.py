@@ -54,6 +54,7 @@ JUDGE_METRICS = {
     "spearman_zero": "Spearman, undefined as 0",
     "kendall_drop": "Kendall's tau-b, undefined left out",
     "kendall_zero": "Kendall's tau-b, undefined as 0",
+    "usable_prompts": "prompts behind all pairs in order, and behind undefined as 0",
 }
 
 
@@ -217,7 +218,9 @@ def trained_on(run: RunDir, config: Config) -> str:
 
 
 def metric(value: float | None, name: str) -> str:
-    """Format a judge's metric: a correlation with three decimals, a share as a percentage."""
+    """Format a judge's metric: a correlation with three decimals, a share as a percentage, or a number."""
+    if name == "usable_prompts":
+        return f"{value:,}"
     return decimal(value, 3) if name.startswith(("spearman", "kendall")) else percent(value, 1)
 
 

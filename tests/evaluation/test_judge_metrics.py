@@ -11,7 +11,9 @@ from scipy.stats import kendalltau, spearmanr
 
 from srlm_mega.evaluation.judge_metrics import RankedScore, judge_metrics, with_ranks
 from srlm_mega.evaluation.results import JudgeMetrics
+from srlm_mega.evaluation.run_tables import judge_line
 from srlm_mega.records import RankedReplies, RankedReply, parse_line
+from srlm_mega.report.page import JUDGE_METRICS, metric
 
 # Pairs: right, right, tied | tied | tied, right, right | inverted: 4 right, 1 inverted, 3 tied.
 VECTOR: list[list[RankedScore]] = [
@@ -51,6 +53,15 @@ def test_exact_match_needs_every_pair_right_and_no_tie() -> None:
     assert judge_metrics([[(1, 3), (0, 5), (2, 1)]]).exact_match == 1
     assert judge_metrics([[(0, 5), (1, 3), (2, 3)]]).exact_match == 0
     assert judge_metrics([[(0, 5), (1, None), (2, 3)]]).exact_match == 1, "the rest of the prompt is used"
+
+
+def test_what_is_over_prompts_is_over_the_same_prompts() -> None:
+    """Those that have two scored replies of different rank; the report and the table print their number."""
+    metrics = judge_metrics([[(0, 5), (1, 3)], [(0, 4), (1, 4)], [(0, None), (1, 2)], [(0, 5), (0, 3)], [(0, 1)]])
+    assert (metrics.prompts, metrics.usable_prompts) == (5, 2)
+    assert metrics.exact_match == metrics.spearman_zero == metrics.kendall_zero == 1 / 2
+    assert "| 50.0 (2) | 1.000 / 0.500 | 1.000 / 0.500 |" in judge_line("M1", 3, metrics, None)
+    assert metric(metrics.usable_prompts, "usable_prompts") == "2" and "usable_prompts" in JUDGE_METRICS
 
 
 def test_equal_ranks_make_no_pair() -> None:
@@ -101,7 +112,7 @@ Prompts = st.lists(
 
 @given(Prompts)
 def test_pairs_and_correlations_agree_with_brute_force(prompts: list[list[RankedScore]]) -> None:
-    right = wrong = tied = 0
+    right = wrong = tied = usable = 0
     taus = []
     for prompt in prompts:
         valid = [(rank, score) for rank, score in prompt if score is not None]
@@ -113,6 +124,7 @@ def test_pairs_and_correlations_agree_with_brute_force(prompts: list[list[Ranked
             score_pairs += a != b
             if rank_a != rank_b:
                 right, wrong, tied = right + (agreement > 0), wrong + (agreement < 0), tied + (a == b)
+        usable += rank_pairs > 0
         taus.append(concordance / math.sqrt(rank_pairs * score_pairs) if rank_pairs * score_pairs else None)
     metrics = judge_metrics(prompts)
     pairs = right + wrong + tied
@@ -125,9 +137,9 @@ def test_pairs_and_correlations_agree_with_brute_force(prompts: list[list[Ranked
     defined = [tau for tau in taus if tau is not None]
     if defined:
         assert metrics.kendall_drop == pytest.approx(sum(defined) / len(defined))
-        assert metrics.kendall_zero == pytest.approx(sum(defined) / len(taus))
+        assert metrics.kendall_zero == pytest.approx(sum(defined) / usable)
     else:
-        assert metrics.kendall_drop is None
+        assert metrics.kendall_drop is None and metrics.kendall_zero == (0 if usable else None)
 
 
 @given(Prompts)
@@ -172,7 +184,7 @@ def test_spearman_exact_match_and_fives_agree_with_brute_force(prompts: list[lis
     metrics = judge_metrics(prompts)
     defined = [rho for rho in rhos if rho is not None]
     assert metrics.spearman_drop == (pytest.approx(sum(defined) / len(defined)) if defined else None)
-    assert metrics.spearman_zero == (pytest.approx(sum(defined) / len(rhos)) if rhos else None)
+    assert metrics.spearman_zero == (pytest.approx(sum(defined) / usable) if usable else None)
     assert metrics.exact_match == (pytest.approx(exact / usable) if usable else None)
     assert (metrics.usable_prompts, metrics.five_best_count) == (usable, fives)
     assert metrics.five_best == (pytest.approx(firsts / fives) if fives else None)
