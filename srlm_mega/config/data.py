@@ -70,9 +70,10 @@ class EftConfig(Section, decides="output"):
 class PromptsConfig(Section, decides="output"):
     """New prompts of a round: few-shot lists (Self-Instruct), then filters."""
 
-    generator: Literal["self_instruct", "file"] = Field(
+    generator: Annotated[Literal["self_instruct", "file"], Decides("output", by_round=True)] = Field(
         "self_instruct",
-        description="Source of new prompts: self_instruct (a model continues few-shot lists) or file (read from path).",
+        description="Source of new prompts: self_instruct (a model continues few-shot lists) or file (read from path); "
+        "a further round may have the other one.",
     )
     writer: Path | Literal["base", "current"] = Field(
         "base", description="Model that writes: base (M0), current (M(t)), or the Hugging Face folder of another one."

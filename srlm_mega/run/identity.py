@@ -8,7 +8,7 @@ from typing import Any
 import xxhash
 
 from srlm_mega.config import Config
-from srlm_mega.config.compatibility import CONTENT, changed, listed
+from srlm_mega.config.compatibility import CONTENT, changed, listed, recorded
 from srlm_mega.config.file import leaves
 from srlm_mega.config.knobs import by_round, deciding, flat
 from srlm_mega.errors import UserError
@@ -22,7 +22,7 @@ RECORDED = deciding("limit", "reach")
 LAYOUT = deciding("layout") | RECORDED
 NOTHING = deciding("nothing")
 THREADS = "launch.threads_per_process"
-RUBRIC = "judge.template"
+RUBRIC, GENERATOR = "judge.template", "prompts.generator"
 
 
 def config_of(stage: Stage, config: Config) -> dict[str, Any]:
@@ -104,7 +104,8 @@ def changes_of(
         }
         refused = {stage.name for stage in readers if stage.round in begun}
         for name in found.keys() - refused:  # an older version's seed names them too
-            found[name].pop(key, None)
+            if found[name].pop(key, None) is not None and key == GENERATOR:  # the two read other values of the section
+                found[name] = {one: both for one, both in found[name].items() if not one.startswith("prompts.")}
     return {name: changes for name, changes in found.items() if changes}
 
 
@@ -120,7 +121,11 @@ def check_all_unchanged(
     changes = changes_of(stages, made, config, contents)
     differ = {name: f"made with another configuration:{listed(some)}\n" for name, some in changes.items()}
     for stage in stages:
-        if stage.name in made and stage.name not in differ and (other := other_inputs(stage, made[stage.name], run)):
+        if (
+            stage.name in made
+            and stage.name not in differ
+            and (other := other_inputs(stage, made[stage.name], run, config))
+        ):
             differ[stage.name] = f"made from {other}. "
     roots = [name for name in differ if not any(name in downstream(stages, one) for one in differ if one != name)]
     if not roots:
@@ -137,13 +142,14 @@ def check_all_unchanged(
     )
 
 
-def other_inputs(stage: Stage, manifest: Manifest, run: RunDir) -> str | None:
+def other_inputs(stage: Stage, manifest: Manifest, run: RunDir, config: Config) -> str | None:
     """Return how the inputs that a finished output was made from differ from those of the plan; None where they do
-    not."""
-    if set(manifest.inputs) != set(stage.inputs):
+    not. Prompts of an earlier round that another generator made had inputs of their own."""
+    is_other = within(GENERATOR, stage.config) and recorded(GENERATOR, manifest.config) != config.prompts.generator
+    if set(manifest.inputs) != set(stage.inputs) and not is_other:
         before, now = (", ".join(sorted(names)) for names in (manifest.inputs, stage.inputs))
         return f"{before}, and would now be from {now}"
-    for name in stage.inputs:
-        if run.manifest(name) is not None and run.digest(name) != manifest.inputs.get(name):
+    for name, digest in manifest.inputs.items():
+        if run.manifest(name) is not None and run.digest(name) != digest:
             return f"another {name}"
     return None

@@ -27,7 +27,7 @@ def keys_read_by(missing: Sequence[Stage], finished: Collection[str], config: Co
         read.discard(RUBRIC)
     if "seed" in finished and (run.output("seed") / "prompts.jsonl").is_file():  # an older version kept them there
         read.discard("prompts.path")
-    return read
+    return read - {"prompts.writer" if config.prompts.generator == "file" else "prompts.path"}
 
 
 def kept_rubric(config: Config, run: RunDir) -> bytes | None:

@@ -20,6 +20,7 @@ from srlm_mega.judging.template import load_template
 from srlm_mega.launch import slurm
 from srlm_mega.run.identity import identity_of
 from srlm_mega.run.manifest import MANIFEST
+from srlm_mega.run.outside_keys import keys_read_by
 from srlm_mega.run.plan import find_stage, plan
 from srlm_mega.run.run_dir import RunDir
 from srlm_mega.run.sealed_file import seal_of
@@ -95,6 +96,31 @@ def test_a_further_round_takes_another_file(finished: RunDir, key: str, other: s
     assert before.config[key] != after.config[key] and before.config[key + CONTENT] != after.config[key + CONTENT]
     longest = configured(here, "run.rounds=3")
     check_finished(plan(longest), longest, finished)
+
+
+def test_a_further_round_takes_its_prompts_from_elsewhere(finished: RunDir) -> None:
+    """From a model in place of a file and back, with what only the one or the other reads."""
+    here = finished.root.parent
+    (here / "a.jsonl").unlink()
+    (here / "writer").mkdir()
+    change = ("prompts.generator=self_instruct", f"prompts.writer={here / 'writer'}", "prompts.temperature=0.9")
+    said = refusal(finished, configured(here, *change))
+    assert "prompts.generator: was 'file', now 'self_instruct'" in said and "--redo round_1/prompts, which" in said
+    assert "prompts.generator: a further round (run.rounds) may have another value" in said
+    longer = configured(here, *change, "run.rounds=2")
+    made = check_finished(plan(longer), longer, finished).manifests
+    assert "round_1/prompts" in made and "prompt_writer" not in made
+    missing = [stage for stage in plan(longer) if stage.name not in made]
+    read = keys_read_by(missing, made, longer, finished)
+    assert "prompts.writer" in read and "prompts.path" not in read, "a file that is not read may be gone"
+    with attempted(longer, finished, at_once=False, has_seed=True):
+        make(finished, longer)
+    check_finished(plan(longer), longer, finished)
+    assert list(damages(finished)) == []
+    shutil.copy(here / "b.jsonl", here / "a.jsonl")
+    longest = configured(here, "run.rounds=3", "prompts.writer=base")
+    assert "round_2/prompts" in check_finished(plan(longest), longest, finished).manifests
+    assert "--redo round_2/prompts" in refusal(finished, configured(here, "run.rounds=2", "prompts.writer=base"))
 
 
 def test_the_rubric_of_further_rounds_is_the_runs_own_copy(finished: RunDir) -> None:
