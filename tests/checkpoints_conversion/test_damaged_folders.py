@@ -368,3 +368,17 @@ def test_a_line_without_end_is_not_read(tmp_path: Path, monkeypatch: pytest.Monk
         with pytest.raises(ValueError, match=r"x\.jsonl:3: the line is longer than 1 MiB"):
             next(lines)
         assert content.tell() < 2 << 20, "no more was read than the limit"
+
+
+@pytest.mark.parametrize(
+    "value", ["1e999", "-1e999", "NaN", "-Infinity", '"\\ud800"', '"\\uD83D"', '"\ufeff', "01", '"\x01"']
+)
+def test_json_is_read_once_and_strictly(value: str, tmp_path: Path) -> None:
+    """As strictly as orjson does, which does not see that a key is given twice."""
+    for content in (f'{{"a": {value}}}', f'\ufeff{{"a": "{value}"}}'):
+        with pytest.raises(ValueError, match="x is not JSON"):
+            json_files.parse_object(content.encode(), "x")
+    good = b'{"a": [1, -2.5, 1e30, true, null, "\\ud83d\\ude00 \\\\ud800", {"b": 36893488147419103232}]}'
+    assert json_files.parse_object(good, "x") == orjson.loads(good)
+    with pytest.raises(ValueError, match="'b' is given twice"):
+        json_files.parse_object(b'{"a": [{"b": 1, "b": 1}]}', "x")
