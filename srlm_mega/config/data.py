@@ -40,7 +40,10 @@ class SeedDataConfig(Section, decides="output"):
         True, description="Take EFT from later turns of OpenAssistant's trees too, flattened into one question."
     )
     near_duplicate_rouge_l: float = Field(
-        0.7, gt=0, le=1, description="ROUGE-L F1 with a prompt already drawn above which a prompt is left out."
+        0.7,
+        gt=0,
+        le=1,
+        description="ROUGE-L F1 with a prompt already drawn, by words of any script, above which a prompt is left out.",
     )
 
 
@@ -72,8 +75,8 @@ class PromptsConfig(Section, decides="output"):
 
     generator: Annotated[Literal["self_instruct", "file"], Decides("output", by_round=True)] = Field(
         "self_instruct",
-        description="Source of new prompts: self_instruct (a model continues few-shot lists) or file (read from path); "
-        "a further round may have the other one.",
+        description="Source of new prompts: self_instruct (a model continues few-shot lists; its rules of form are for "
+        "English) or file (read from path); a further round may have the other one.",
     )
     writer: Path | Literal["base", "current"] = Field(
         "base", description="Model that writes: base (M0), current (M(t)), or the Hugging Face folder of another one."
@@ -92,8 +95,8 @@ class PromptsConfig(Section, decides="output"):
     stop: tuple[str, ...] = Field(
         (), description="Texts that end a list besides the end token, for a writer that does not stop by itself."
     )
-    min_words: int = Field(4, ge=1, description="Shortest prompt that is kept, in words.")
-    max_words: int = Field(150, ge=1, description="Longest prompt that is kept, in words.")
+    min_words: int = Field(4, ge=1, description="Shortest prompt that self_instruct keeps, in words.")
+    max_words: int = Field(150, ge=1, description="Longest prompt that self_instruct keeps, in words.")
     rouge_l_max: float = Field(
         0.7, gt=0, le=1, description="Largest ROUGE-L F1 with a kept prompt; 1: drop exact copies."
     )

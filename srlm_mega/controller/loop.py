@@ -24,6 +24,7 @@ from srlm_mega.controller.stage_process import (
 )
 from srlm_mega.controller.stall_watchdog import StallWatchdog, stall_seconds
 from srlm_mega.controller.start_checks import check_start, rubric_for
+from srlm_mega.data.repeats import warnings_on
 from srlm_mega.errors import CannotContinue, StopRequested, TrainingPaused, UserError
 from srlm_mega.launch.cores import with_cores
 from srlm_mega.launch.ranks import allocation_for
@@ -234,6 +235,8 @@ def execute(group: list[Stage], config: Config, run: RunDir, display: Display, r
             if manifest is None:
                 raise_failure(stage.name, process, run)
             display.finished(stage.name, manifest.rows, seconds)
+            for warning in warnings_on(manifest.counts):
+                display.print_line(warning)
             report.refresh()
 
 

@@ -12,8 +12,8 @@ from srlm_mega.config.data import SeedDataConfig
 from srlm_mega.data.eft_selection import sample_in_order
 from srlm_mega.data.formats import SFT_DIALECTS, SOURCE, answer_to, keys, line_name, parse_example, question
 from srlm_mega.data.quarantine import UserLines, optional_text
-from srlm_mega.data.rouge import RougePool
-from srlm_mega.data.seed_sets import SeedSets, normalised
+from srlm_mega.data.rouge import RougePool, normalised
+from srlm_mega.data.seed_sets import SeedSets
 from srlm_mega.judging.scores import MAX_SCORE, parse_score
 from srlm_mega.judging.template import JudgeTemplate
 from srlm_mega.records import SftExample, one_text

@@ -4,23 +4,46 @@ F1 = 2 * LCS / (words + words), the longest common subsequence counted in words,
 reaches a whole number that follows from the two lengths. The LCS is no longer than the shorter text (length bound) and
 no longer than what the texts share as bags of words (overlap bound). So two similar texts of known lengths must share
 one of their few rarest words: an inverted index of those finds all that can be similar, and only they are compared.
+
+ROUGE is defined for English, by words of ASCII letters and digits. Texts of ASCII are compared by exactly those; others
+by the letters and digits of their own scripts.
 """
 
 import re
+import unicodedata
+from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+import regex
 from rapidfuzz.distance import LCSseq
 from rapidfuzz.process import cdist
 
 NOT_ROUGE_TOKEN = re.compile(r"[^a-z0-9]+")
+CJK = r"\p{Han}\p{Bopomofo}\p{Hiragana}\p{Katakana}\p{Hangul}"  # what a space need not part
+RUN = regex.compile(r"[\p{L}\p{N}][\p{L}\p{N}\p{M}]*")  # marks are vowels in many scripts
+WORD = regex.compile(rf"[{CJK}]\p{{M}}*|[\p{{L}}\p{{N}}--{CJK}][\p{{L}}\p{{N}}\p{{M}}--{CJK}]*", regex.VERSION1)
 FIRST_REORDERING = 256  # texts
+LENGTH = 2**32  # a text's key in the index is its length times this, and its number
 UNKNOWN = "\0"  # stands for a word that no text of the pool has
 
 
 def rouge_words(text: str) -> list[str]:
-    """Return the words that ROUGE-L counts: runs of ASCII letters and digits, in lower case."""
-    return [word for word in NOT_ROUGE_TOKEN.split(text.lower()) if word]
+    """Return the words that ROUGE-L counts: runs of letters and digits without case, in Chinese, Japanese and Korean
+    each character. Of ASCII text they are those of the package rouge-score."""
+    if text.isascii():
+        return [word for word in NOT_ROUGE_TOKEN.split(text.lower()) if word]
+    return list(WORD.findall(folded(text)))
+
+
+def normalised(text: str) -> str:
+    """Return a text for comparison: letters and digits only, no case, single spaces; unchanged if nothing is left."""
+    return " ".join(RUN.findall(folded(text))) or text
+
+
+def folded(text: str) -> str:
+    """Return a text without case, in which what looks alike is the same: full-width letters, composed accents."""
+    return unicodedata.normalize("NFKC", text).casefold()
 
 
 class RougePool:
@@ -39,9 +62,8 @@ class RougePool:
         self._order: dict[int, int] = {}
         self._texts: list[str] = []
         self._bags: list[list[int]] = []
-        self._index: dict[tuple[int, int], list[int]] = {}
-        self._present: set[int] = set()
-        self._longest = 0
+        self._index: dict[int, list[int]] = {}  # by element: keys of its texts, from short to long
+        self._lengths: dict[int, range] = {}
         self._reorder_at = FIRST_REORDERING
         for text in texts:
             self.add(text)
@@ -61,8 +83,6 @@ class RougePool:
             self._frequency[element] += 1
         self._texts.append("".join(self._characters[word] for word in words))
         self._bags.append(bag)
-        self._present.add(len(words))
-        self._longest = max(self._longest, len(words))
         if len(self._texts) == self._reorder_at:
             self._reorder()
         else:
@@ -75,31 +95,38 @@ class RougePool:
         if not found:
             return False
         query = "".join(self._characters.get(word, UNKNOWN) for word in words)
-        others = [self._texts[number] for number in found]
+        others = [self._texts[key % LENGTH] for key in found]
         common = cdist([query], others, scorer=LCSseq.similarity, dtype=np.int32)[0]
         total = len(query) + np.fromiter(map(len, others), dtype=np.int64, count=len(others))
         return bool((2 * common / total > self._threshold).any())
 
     def _within_bounds(self, words: Sequence[str]) -> set[int]:
-        """Return the numbers of the texts that length bound and overlap bound leave for comparison."""
+        """Return the keys of the texts that length bound and overlap bound leave for comparison."""
         size = len(words)
         known = [self._elements.get(element) for element in as_set(words)]
         bag = sorted((element for element in known if element is not None), key=self._rank)
-        unknown = size - len(bag)  # the rarest of all, and in no text
+        shortest, longest = self._similar_lengths(size).start, self._similar_lengths(size).stop - 1
         found: set[int] = set()
-        for length in self._present.intersection(self._lengths(size)):
-            for element in bag[: max(0, size - self._common_words(size + length) + 1 - unknown)]:
-                found.update(self._index.get((element, length), ()))
+        for place, element in enumerate(bag):
+            # Of a text with none of the elements before this one, those from here on can be common, if it has them.
+            while longest >= shortest and self._common_words(size + longest) > len(bag) - place:
+                longest -= 1
+            if longest < shortest:
+                break
+            keys = self._index.get(element, [])
+            found.update(keys[bisect_left(keys, shortest * LENGTH) : bisect_left(keys, (longest + 1) * LENGTH)])
         return found
 
-    def _lengths(self, size: int) -> range:
+    def _similar_lengths(self, size: int) -> range:
         """Return the lengths of texts that can be similar to one of `size` words: F1 <= 2 * shorter / (sum of both)."""
-        low = high = size
-        while low > 1 and self._common_words(size + low - 1) <= low - 1:
-            low -= 1
-        while high < self._longest and self._common_words(size + high + 1) <= size:
-            high += 1
-        return range(low, high + 1)
+        if size not in self._lengths:
+            low = high = size
+            while low > 1 and self._common_words(size + low - 1) <= low - 1:
+                low -= 1
+            while self._common_words(size + high + 1) <= size:
+                high += 1
+            self._lengths[size] = range(low, high + 1)
+        return self._lengths[size]
 
     def _common_words(self, total: int) -> int:
         """Return the shortest LCS with an F1 above the threshold for two texts of `total` words together."""
@@ -114,9 +141,9 @@ class RougePool:
         """Index a text by its rarest words, enough of them that every similar text shares at least one."""
         bag = sorted(self._bags[number], key=self._rank)
         if bag:
-            shortest = self._lengths(len(bag)).start
+            shortest = self._similar_lengths(len(bag)).start
             for element in bag[: len(bag) - self._common_words(len(bag) + shortest) + 1]:
-                self._index.setdefault((element, len(bag)), []).append(number)
+                insort(self._index.setdefault(element, []), len(bag) * LENGTH + number)
 
     def _rank(self, element: int) -> int:
         """Return an element's position in the order from rare to frequent; elements added since it was made lead."""

@@ -7,7 +7,6 @@ taken: the sets share no item, no text and no near-duplicate.
 
 import os
 import tempfile
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -19,7 +18,7 @@ import xxhash
 from pydantic import ConfigDict, with_config
 
 from srlm_mega.config.data import SeedDataConfig
-from srlm_mega.data.rouge import RougePool
+from srlm_mega.data.rouge import RougePool, normalised
 from srlm_mega.errors import UserError
 from srlm_mega.records import Prompt, RankedReplies, SftExample, parse_line
 
@@ -311,10 +310,3 @@ def draw_ift(drawing: SeededDraw, number: int, source: str) -> tuple[SftExample,
         assert item.target is not None, f"{item.id}: its entry has a target"
         drawn.append(SftExample(f"{source}-{item.id}", "ift", item.prompt, item.target, source, item.system))
     return tuple(drawn)
-
-
-def normalised(text: str) -> str:
-    """Return a text for comparison: letters and digits only, no case, single spaces; unchanged if nothing is left."""
-    plain = unicodedata.normalize("NFKC", text).casefold()
-    words = "".join(character if character.isalnum() else " " for character in plain).split()
-    return " ".join(words) or text

@@ -1,6 +1,7 @@
 """New prompts by Self-Instruct: few-shot text for the writer, its continuation split into tasks, and the filters.
 
-The filters' values are those of Wang et al. 2022 (arXiv 2212.10560) and its bootstrapping script.
+The filters' values are those of Wang et al. 2022 (arXiv 2212.10560) and its bootstrapping script. Their rules of form
+are for English: they count words between spaces, know English key words, and want an ASCII letter first.
 """
 
 import re
@@ -100,7 +101,7 @@ class TaskFilter:
 
 
 def reason_against_form(task: str, min_words: int, max_words: int) -> RejectReason | None:
-    """Return the first rule on the task alone that it breaks, None when it breaks none."""
+    """Return the first rule on the task alone that it breaks, None when it breaks none. The rules are for English."""
     words = len(task.split())
     first = task.lstrip()[:1]
     if words < min_words:

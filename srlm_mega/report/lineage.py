@@ -5,6 +5,7 @@ from itertools import count, takewhile
 from pathlib import Path
 from typing import TypeVar
 
+from srlm_mega.data.repeats import warnings_on
 from srlm_mega.errors import UserError
 from srlm_mega.records import Candidate, Judgement, MetaJudgement, PreferencePair, Prompt, PromptDraft, read_jsonl
 from srlm_mega.run.run_dir import RunDir
@@ -21,6 +22,7 @@ def seed_text(folder: Path) -> str:
         manifest = run.manifest(name)
         if manifest is not None:
             lines += [f"{name:<5} {step:<24} {count:>12,g}" for step, count in manifest.counts.items()]
+            lines += warnings_on(manifest.counts)
     return "\n".join(lines) or f"{run.output('seed')} is not finished: `srlm run` makes it"
 
 

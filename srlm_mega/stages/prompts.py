@@ -70,7 +70,9 @@ def self_instruct(work: Work) -> Done:
             raise CannotContinue(
                 f"{settings.max_requests} requests (prompts.max_requests) gave {len(accepted)} of "
                 f"{settings.per_round} prompts; rejected: {dict(task_filter.rejected)}, too long to answer: {no_room}. "
-                f"Lower prompts.per_round, loosen the filters, or read {work.out} to see what the writer wrote."
+                f"Lower prompts.per_round, loosen the filters, or read {work.out} to see what the writer wrote. The "
+                "rules of form are for English (docs/data.md): prompts of other languages come from a file "
+                "(prompts.generator=file)"
             )
         drafts, failed = sample_drafts(work, wave, seeds, earlier, accepted, by, allowed)
         allowed -= failed

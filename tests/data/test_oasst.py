@@ -13,7 +13,8 @@ import pytest
 from srlm_mega.config.data import SeedDataConfig
 from srlm_mega.data.oasst import Tree, parse_tree, read_oasst
 from srlm_mega.data.quarantine import BadLine, UserLines
-from srlm_mega.data.seed_sets import SeedSets, normalised
+from srlm_mega.data.rouge import normalised
+from srlm_mega.data.seed_sets import SeedSets
 from srlm_mega.errors import UserError
 from srlm_mega.records import read_jsonl
 

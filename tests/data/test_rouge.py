@@ -5,8 +5,9 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rouge_score.tokenize import tokenize
 
-from srlm_mega.data.rouge import RougePool
+from srlm_mega.data.rouge import RougePool, normalised, rouge_words
 
 # Few words, so that texts share many; of uneven lengths and with repetitions.
 Texts = st.lists(st.lists(st.sampled_from(["a", "bb", "c", "dd", "e", "f", "g7"]), max_size=14), max_size=12)
@@ -68,12 +69,69 @@ def test_the_threshold_itself_is_not_above_it() -> None:
         ("mat the on sat cat the", False),  # 6 words in common, in the other order: F1 = 2 / 6 or 4 / 12
         ("", False),
         ("!?", False),
-        ("ещё раз", False),  # no ASCII letter: no word
+        ("ещё раз", False),
     ],
 )
 def test_order_counts_and_case_and_punctuation_do_not(text: str, similar: bool) -> None:
     pool = RougePool(0.5, ["The cat sat on the mat.", "", "..."])
     assert pool.has_similar(text) is similar
+
+
+@given(st.text(st.characters(max_codepoint=127)))
+def test_words_of_ascii_are_those_of_rouge_score(text: str) -> None:
+    assert rouge_words(text) == tokenize(text, stemmer=None)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("snake_case, don't 3.5", ["snake", "case", "don", "t", "3", "5"]),
+        ("用Python写一个函数。", ["用", "python", "写", "一", "个", "函", "数"]),
+        ("データを分析", ["デ", "ー", "タ", "を", "分", "析"]),
+        ("데이터 분석", ["데", "이", "터", "분", "석"]),
+        ("Ещё раз!", ["ещё", "раз"]),
+        ("naïve CAFÉ e\u0301te\u0301 Straße", ["naïve", "café", "été", "strasse"]),
+        ("ｆｕｌｌ　ｗｉｄｔｈ３ ﾃﾞ", ["full", "width3", "デ"]),
+        ("हिन्दी में लिखो", ["हिन्दी", "में", "लिखो"]),
+        ("مرحبا، بالعالم", ["مرحبا", "بالعالم"]),
+        ("หมู หมี", ["หมู", "หมี"]),
+        ("❤️ ok 👍🏽", ["ok"]),
+        ("𠮷野家", ["𠮷", "野", "家"]),
+    ],
+)
+def test_words_of_other_scripts(text: str, words: list[str]) -> None:
+    assert rouge_words(text) == words
+
+
+def test_texts_of_other_scripts_are_compared_by_all_their_words() -> None:
+    """The same text is alike whatever its script; texts that share one English word are not."""
+    for text in (
+        "请用三句话解释光合作用。",
+        "Объясни фотосинтез",
+        "光合成を説明して",
+        "광합성을 설명해",
+        "อธิบายการสังเคราะห์แสง",
+    ):
+        assert RougePool(0.7, [text]).has_similar(text), text
+    rng = random.Random(0)
+    han = [chr(number) for number in range(0x4E00, 0x4E00 + 600)]
+    texts = [f"用{('Python', 'Java')[number % 2]}写{''.join(rng.sample(han, 12))}程序" for number in range(180)]
+    pool = RougePool(0.7)
+    for text in texts:
+        assert not pool.has_similar(text)
+        pool.add(text)
+    assert pool.has_similar(texts[7].replace("程序", "程式。"))
+
+
+@given(st.lists(st.text("ab 用写한글がé1हि,_", max_size=12), max_size=8), st.text("ab 用写한글がé1हि,_"), Thresholds)
+def test_the_pool_agrees_with_all_pairs_in_any_script(texts: list[str], text: str, threshold: float) -> None:
+    pool = [rouge_words(one) for one in texts]
+    assert RougePool(threshold, texts).has_similar(text) == plainly_similar(pool, rouge_words(text), threshold)
+
+
+def test_exact_copies_are_told_by_vowel_signs_too() -> None:
+    assert normalised("หมูคืออะไร") != normalised("หมีคืออะไร")  # what is a pig, a bear
+    assert normalised("दिन") != normalised("दीन")
 
 
 def test_a_word_that_is_there_twice_counts_twice() -> None:
