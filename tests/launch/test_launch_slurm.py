@@ -297,7 +297,8 @@ module() {
   echo "$LD_PRELOAD" >/dev/null
   echo "module $*" >>"$FAKES/modules"
   [[ $1 != purge || ! -e $FAKES/takes_slurm ]] || PATH=$FAKES/few
-  [[ $1 != load || $2 == nothing/* ]] || export LOADEDMODULES=$LOADEDMODULES:$2/1.0 MODULESHOME=/usr/share
+  [[ $1 != load ]] || export MODULESHOME=/usr/share
+  [[ $1 != load || $2 == nothing/* ]] || export LOADEDMODULES=$LOADEDMODULES:$2/1.0
   [[ $2 != absent* && ($1 != purge || ! -e $FAKES/sticky) ]]
 }
 export -f module
@@ -305,7 +306,7 @@ exec bash "$1"
 """
 
 
-def with_modules(stage: Stage, *modules: str, defined: bool = True, **flags: str) -> tuple[int, str]:
+def with_modules(stage: Stage, *modules: str, before: str | None = MODULE, **flags: str) -> tuple[int, str]:
     """How a job of these modules ends. Their command reads, as Lmod's does, a variable that is not set."""
     own = stage.job.config.launch.slurm.model_copy(update={"modules": modules})
     launch = stage.job.config.launch.model_copy(update={"slurm": own})
@@ -313,7 +314,7 @@ def with_modules(stage: Stage, *modules: str, defined: bool = True, **flags: str
     (stage.folder / "few").mkdir()
     for name in ("date", "hostname"):
         (stage.folder / "few" / name).symlink_to(f"/usr/bin/{name}")
-    shell = ["bash", "-c", MODULE, "with_modules"] if defined else ["bash"]
+    shell = ["bash"] if before is None else ["bash", "-c", before, "with_modules"]
     return stage.ended(replace(stage, job=job, shell=tuple(shell)).start(**flags))  # type: ignore[arg-type]
 
 
@@ -326,22 +327,53 @@ def test_modules_are_loaded_before_anything_runs(stage: Stage) -> None:
 
 @pytest.mark.timing
 @pytest.mark.parametrize(
-    ("modules", "defined", "flags", "message"),
+    ("modules", "before", "flags", "message"),
     [
-        (("gcc", "absent/1"), True, {}, "ended: module load absent/1 ended with 1"),
-        (("absent/1", "gcc"), True, {}, "ended: module load absent/1 ended with 1"),
-        (("gcc", "nothing/1"), True, {}, "ended: module load nothing/1 loaded nothing"),
-        (("gcc",), False, {}, "module is no command on .*bash_profile"),
-        (("gcc",), True, {"takes_slurm": ""}, "srun and scontrol are not on PATH after module purge"),
+        (("gcc", "absent/1"), MODULE, {}, "ended: module load absent/1 ended with 1"),
+        (("absent/1", "gcc"), MODULE, {}, "ended: module load absent/1 ended with 1"),
+        (("gcc", "nothing/1"), MODULE, {}, "ended: module load nothing/1 loaded nothing"),
+        (("gcc",), None, {}, "module is no command on .*bash_profile"),
+        (("gcc",), MODULE, {"takes_slurm": ""}, "srun and scontrol are not on PATH after module purge"),
     ],
 )
 def test_a_module_that_fails_ends_the_job(
-    stage: Stage, modules: tuple[str, ...], defined: bool, flags: dict[str, str], message: str
+    stage: Stage, modules: tuple[str, ...], before: str | None, flags: dict[str, str], message: str
 ) -> None:
     """It would go on with another stack, and end well."""
-    code, printed = with_modules(stage, *modules, defined=defined, **flags)
+    code, printed = with_modules(stage, *modules, before=before, **flags)
     assert code == 2 and re.search(message, printed), printed
     assert not (stage.folder / "arguments").exists() and stage.asked_of_slurm() == []
+
+
+MODULE_FILES = {"cuda/12.8": "setenv CUDA_HOME /cuda", ".modulerc": "module-alias toolkit cuda/12.8", "ends": "break"}
+
+
+@pytest.mark.timing
+@pytest.mark.parametrize(
+    ("modules", "message"),
+    [
+        (("toolkit", "cuda"), None),
+        (("cuda/12.8", "absent"), "load absent ended with 1: does module avail list it"),
+        (("cuda", "ends"), "load ends (ended with 1|loaded nothing)"),
+        (("cuda", "toolkit"), "load toolkit loaded nothing.* Another name"),
+    ],
+)
+@pytest.mark.parametrize("init", ["/usr/share/modules/init/bash", "/usr/share/lmod/lmod/init/bash"])
+def test_real_modules(stage: Stage, init: str, modules: tuple[str, ...], message: str | None) -> None:
+    """Environment Modules and Lmod, of which a machine has one. Where Lmod's file breaks off, module ends with 0."""
+    if not Path(init).exists():
+        pytest.skip(f"no {init} here (apt-get install environment-modules, or lmod)")
+    for name, content in MODULE_FILES.items():
+        file = stage.folder.parent / "files" / name  # Lmod cannot read one with a quote in its path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"#%Module1.0\n{content}\n")
+    files = f"module use {stage.folder.parent}/files"
+    code, printed = with_modules(stage, *modules, before=f'source {init}\n{files}\nexec bash "$1"')
+    if message is None:
+        assert code == 0, printed
+        assert "CUDA_HOME=/cuda" in (stage.folder / "environment").read_text().splitlines()
+    else:
+        assert code == 2 and re.search(f"ended: module {message}", printed), printed
 
 
 @pytest.mark.timing
