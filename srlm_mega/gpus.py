@@ -65,7 +65,7 @@ class GpuModel:
     """One GPU in its usual server. Bandwidths are per GPU and direction; peaks are dense.
 
     `sustained` is the share of its own peak that large matrix products keep under the power limit, relative to an
-    H100 SXM at 700 W. It is an assumption for every GPU but the H100 (nearly all calibration points are H100s).
+    H100 SXM at 700 W. It is an assumption for every GPU but the H100 (most calibration points are H100s).
     """
 
     name: str
@@ -131,6 +131,7 @@ class GpuModel:
 H100_500W_CLOCK = 0.85  # (500 W / 700 W) ** 0.5: power grows with about the square of the clock near the limit
 # A name that fits several means the first. Network: 200 Gb/s (A100) or 400 Gb/s per GPU, as in DGX servers. PCIe cards
 # have a bridge between two or four, or only the bus, and half the power: they are assumed to keep 0.85 as much.
+# Blackwell's share goes with the root of its power per peak (1,000 W, 1,100 W, 1,200 W, 1,400 W), a GB200's being 0.96.
 GPUS = (
     GpuModel("a100", A100, 2.04, 79.3, 300, 25, sustained=1.2, capability=(8, 0), words="sxm sxm4 hbm2e"),
     GpuModel("a100-40gb", A100, 1.555, 39.4, 300, 25, sustained=1.2, capability=(8, 0), words="sxm sxm4 hbm2"),
@@ -148,10 +149,10 @@ GPUS = (
     GpuModel("h200-nvl", H100_NVL, 4.8, 139.8, 450, 50, 4, sustained=0.85, words="pcie hbm3e"),
     GpuModel("gh200", H100_SXM, 4.0, 94.5, 450, 50, words="hbm3 480gb"),
     GpuModel("gh200-144gb", H100_SXM, 4.9, 141.0, 450, 50, words="hbm3e 480gb"),
-    GpuModel("b200", B200, 8.0, 178.3, 900, 50, capability=(10, 0), words="sxm sxm6 hbm3e"),
-    GpuModel("b300", B200, 8.0, 268.0, 900, 100, capability=(10, 3), words="sxm sxm6 hbm3e"),
-    GpuModel("gb200", GB200, 8.0, 184.0, 900, 50, 64, capability=(10, 0), words="nvl72 hbm3e"),
-    GpuModel("gb300", GB200, 8.0, 277.0, 900, 100, 64, capability=(10, 3), words="nvl72 hbm3e"),
+    GpuModel("b200", B200, 8.0, 178.3, 900, 50, sustained=0.92, capability=(10, 0), words="sxm sxm6 hbm3e"),
+    GpuModel("b300", B200, 8.0, 268.0, 900, 100, sustained=0.97, capability=(10, 3), words="sxm sxm6 hbm3e"),
+    GpuModel("gb200", GB200, 8.0, 184.0, 900, 50, 64, sustained=0.96, capability=(10, 0), words="nvl72 hbm3e"),
+    GpuModel("gb300", GB200, 8.0, 277.0, 900, 100, 64, sustained=1.04, capability=(10, 3), words="nvl72 hbm3e"),
 )
 MAKER = frozenset(("nvidia", "dgx", "hgx", "tensor", "core", "gpu"))
 SIZE = re.compile(r"(\d+)(?:g|gb|gib)?")  # of its memory

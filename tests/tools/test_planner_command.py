@@ -29,6 +29,7 @@ from srlm_mega.tools.planner.whole_run import Requests, replica_of, requests_of
 
 CONFIGS = Path("launch/configs")
 LENGTHS = Lengths()
+ENGINE = "transformer_engine"
 
 
 def request(name: str = "llama2_70b_64gpu.yaml", *overrides: str, gpus: int | None = None) -> PlanRequest:
@@ -282,6 +283,12 @@ def test_every_output_has_the_three_answers(tmp_path: Path) -> None:
     assert [answer in line for answer, line in zip(answers, printed, strict=True)] == [True] * 3
     relaxed = orjson.loads(predictions(tmp_path / "points.json", json=True, margin=0.02))
     assert [row["fits"] for row in relaxed] == ["does not fit", "fits", "fits"]
+
+
+def test_transformer_engines_layers_are_nvidias_kernels() -> None:
+    plans = [make_plan(request("llama2_70b_64gpu.yaml", f"model.layer_backend={name}")) for name in ("auto", ENGINE)]
+    assert [plan.job.stack.tuned for plan in plans] == [False, True]
+    assert plans[0].step.seconds["slower kernels"] > 0 == plans[1].step.seconds["slower kernels"]
 
 
 def test_the_search_shows_tight_layouts_marked() -> None:

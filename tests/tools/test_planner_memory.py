@@ -107,6 +107,13 @@ def test_our_head_by_hand() -> None:
     assert head_bytes(two) == 4 * (20 * 16 + 40 * 8 + 2 * 20 * 8 + 2 * 20 * 8 + 40 * 8)
 
 
+def test_whole_logits_by_hand() -> None:
+    """10 tokens, 32 words, bf16: logits and their gradient, 2 bytes each; without a fused loss twice 4 bytes more."""
+    job = tiny_job(precision="bf16")
+    assert head_bytes(job) == 10 * 32 * 12
+    assert head_bytes(replace(job, stack=replace(job.stack, fused_loss=True))) == 10 * 32 * 4
+
+
 def test_pipeline_buffers_by_hand() -> None:
     """Hidden states of 10 tokens: 320 bytes in fp32. Of three stages the first holds 3 outputs, the second 2 inputs and
     2 outputs, the last one input; two more are on their way."""

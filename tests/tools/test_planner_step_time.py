@@ -11,13 +11,21 @@ from srlm_mega.config.model_sizes import attention_flops, flops_per_token, linea
 from srlm_mega.errors import UserError
 from srlm_mega.gpus import GPUS, PEAKS_BY_DRIVER_NAME, find_gpu
 from srlm_mega.tools.planner.communication import data_parallel_seconds, tensor_parallel_seconds
-from srlm_mega.tools.planner.job import Job, ParallelLayout
+from srlm_mega.tools.planner.job import MEGATRON, Job, ParallelLayout
 from srlm_mega.tools.planner.memory import fullest_stage, stage_memory
-from srlm_mega.tools.planner.points import CALIBRATION_FILE, Point, published_flops_per_token, read_points
+from srlm_mega.tools.planner.points import (
+    CALIBRATION_FILE,
+    TORCHTITAN,
+    Point,
+    published_flops_per_token,
+    read_points,
+    stack_of,
+)
 from srlm_mega.tools.planner.shapes import PUBLISHED, find_shape
 from srlm_mega.tools.planner.step_time import (
     FITTED,
     exposed,
+    head_quantities,
     layer_quantities,
     stage_parameters,
     step_parts,
@@ -107,7 +115,7 @@ def test_products_of_a_layer_by_hand() -> None:
 
 
 def test_recompute_repeats_the_forward_pass() -> None:
-    single = job(tp=1, pp=1, dp=1)
+    single = replace(job(tp=1, pp=1, dp=1), stack=replace(MEGATRON, tuned=True))
     again = layer_quantities(replace(single, recompute="full"))
     assert again.matrices_bf16 == pytest.approx(layer_quantities(single).matrices_bf16 * 4 / 3)
     plain, selective = layer_quantities(single), layer_quantities(replace(single, recompute="selective"))
@@ -115,6 +123,65 @@ def test_recompute_repeats_the_forward_pass() -> None:
     assert again.attention == selective.attention
     ours = replace(single, stack=OURS)
     assert layer_quantities(replace(ours, recompute="selective")) == layer_quantities(ours), "norms are next to nothing"
+
+
+def test_attention_of_torchs_ring_is_a_quantity_of_its_own() -> None:
+    """Three of four blocks came around the ring; Megatron's context parallelism hides its transfers."""
+    whole = replace(job(tp=1, pp=1, cp=4), stack=TORCHTITAN)
+    ring = layer_quantities(whole)
+    flops = 2 * 2048 * 8192 * 8192 * 3.5 / 989.4e12
+    assert (ring.attention, ring.attention_flash2) == (0, pytest.approx(flops / 4))
+    assert ring.attention_ring == pytest.approx(flops * 3 / 4)
+    megatron = layer_quantities(replace(whole, stack=MEGATRON))
+    assert (megatron.attention, megatron.attention_ring) == (pytest.approx(flops), 0)
+    assert layer_quantities(replace(job(tp=1, pp=1), stack=TORCHTITAN)).attention_ring == 0
+    assert FITTED.attention_ring > 1.3 * FITTED.attention_flash2
+
+
+def test_what_software_loses_that_is_not_of_2025() -> None:
+    """A share of a layer's work, as it was expected to take: products, attention, passes."""
+    layer = layer_quantities(job(tp=1, pp=1))
+    work = 1.4 * layer.matrices_bf16 + 2.0 * layer.attention + 1.3 * layer.passes
+    assert layer.untuned == pytest.approx(work)
+    tuned = layer_quantities(replace(job(tp=1, pp=1), stack=replace(MEGATRON, tuned=True)))
+    assert tuned == replace(layer, untuned=0.0)
+
+
+def test_a_fused_loss_has_no_copies_in_fp32() -> None:
+    """52 bytes a logit, or 10; ours has 14."""
+    plain, fused = (replace(job(tp=1, pp=1), stack=replace(MEGATRON, fused_loss=fused)) for fused in (False, True))
+    logits = 8192 * 128_256 / 3.35e12
+    assert head_quantities(plain).passes == pytest.approx(52 * logits)
+    assert head_quantities(fused).passes == pytest.approx(10 * logits)
+    assert head_quantities(replace(fused, fused_head=True)).passes == pytest.approx(14 * logits)
+
+
+def test_adapters_pass_over_inputs_and_results() -> None:
+    """Inputs of a layer's matrices 8192 + 8192 + 8192 + 28672 columns, results 10240 + 8192 + 57344 + 8192."""
+    whole, frozen = (layer_quantities(replace(job(tp=1, pp=1), frozen=frozen)) for frozen in (False, True))
+    size = 2 * 8192 * (3 * 53_248 + 5 * 83_968)
+    assert frozen.passes - whole.passes == pytest.approx(size / 3.35e12)
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "tuned", "fused_loss", "flash2"),
+    [
+        ("Megatron-Core/NeMo", "NVIDIA/NeMo:performance.md (NeMo 24.03.01)", False, False, True),
+        ("Megatron-Core/NeMo", "NVIDIA/NeMo:performance.md (NeMo 24.07, DGX-H100)", False, False, False),
+        ("Megatron-Core/NeMo", "NVIDIA/Megatron-LM:README", False, False, False),
+        ("Megatron-Core/NeMo", "NVIDIA/dgxc-benchmarking@741c886 (v25.04): llama3.1/README.md", True, False, False),
+        ("Megatron-Core/NeMo", "NVIDIA-NeMo/Megatron-Bridge:summary.md (26.04.01, DGX-H100)", True, True, False),
+        ("torchtitan", "pytorch/torchtitan:llama3_h100_202412_torchtitan.md", False, False, True),
+        ("torchtitan", "pytorch/torchtitan:llama3-8b_h200_202506.md", False, True, True),
+        ("PyTorch FSDP (llm-foundry)", "", False, True, True),
+        ("MaxText (JAX)", "", False, False, False),
+    ],
+)
+def test_releases_of_frameworks(name: str, source: str, tuned: bool, fused_loss: bool, flash2: bool) -> None:
+    stack = stack_of(name, source)
+    assert (stack.tuned, stack.fused_loss, stack.flash2) == (tuned, fused_loss, flash2)
+    assert stack.ring_in_blocks == (name == "torchtitan")
+    assert stack.gradient_bytes == (2 if "Bridge" in source else 4)
 
 
 def test_the_bubble_by_hand() -> None:
@@ -220,7 +287,7 @@ def test_outside_the_calibrated_range_nothing_breaks() -> None:
 
 def test_every_calibration_point_is_understood() -> None:
     points = read_points(CALIBRATION_FILE)
-    assert len(points) == 47 and all(isinstance(point, Point) for point in points)
+    assert len(points) == 68 and all(isinstance(point, Point) for point in points)
 
 
 def test_names_of_gpus_and_models() -> None:

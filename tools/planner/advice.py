@@ -12,6 +12,7 @@ STEP_ADVICE = {
     "attention": "shorter sequences, or context parallelism to share it",
     "memory-bound passes": "a larger TP with sequence_parallel shares them",
     "kernel launches": "more tokens per micro batch: a larger packed_sequence_size or micro_batch_size",
+    "slower kernels": "Transformer Engine's layers (model.layer_backend=transformer_engine)",
     "TP messages": "a smaller tensor_model_parallel_size (more pipeline stages, or recompute, make room for it)",
     "CP messages": "a smaller context_parallel_size, or TP * CP within a node",
     "PP messages": "fewer stages or fewer virtual stages",

@@ -262,12 +262,13 @@ def weight_places(job: Job) -> float:
 
 def head_bytes(job: Job) -> float:
     """Return the bytes of the head's backward pass. Whole logits: in bf16, in fp32, softmax or gradient in fp32,
-    gradient in bf16. Ours: exp(z - max), which becomes the gradient in place, for the rows that count; their hidden
-    states and gradients; all rows gathered; their gradients, before and after these are scattered, or the place for the
-    matrix's gradient. In the forward pass, before those gradients, chunks of fp32 logits."""
+    gradient in bf16; a fused loss has none in fp32. Ours: exp(z - max), which becomes the gradient in place, for the
+    rows that count; their hidden states and gradients; all rows gathered; their gradients, before and after these are
+    scattered, or the place for the matrix's gradient. In the forward pass, before those gradients, chunks of fp32
+    logits."""
     rows, columns, element = job.local_tokens * job.head_rows, -(-job.shape.vocab // job.layout.tp), element_bytes(job)
     if not job.fused_head:
-        return rows * columns * (2 * element + 8)
+        return rows * columns * (2 * element + (0 if job.stack.fused_loss else 8))
     hidden = job.shape.hidden * element
     gathered = job.local_tokens * hidden if job.layout.row_shards > 1 else 0.0
     place = 0.0 if job.frozen else columns * hidden

@@ -28,6 +28,7 @@ PACKED_SEQUENCES = 4  # assumed in a packed row, whose attention does not cross 
 ENDS = 2  # embedding and head, which count as a layer each where layers do not divide
 LARGEST_MICRO_BATCH = 4  # that is guessed
 FLASH2_BEFORE = (24, 5)  # NeMo releases before it ran FlashAttention 2 on H100s
+TUNED_SINCE = (25, 1)
 FIELDS = frozenset(
     ("id", "model", "task", "gpu", "n_gpus", "precision", "global_batch_size", "micro_batch_size", "seq_length",
      "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size", "virtual_pipeline",
@@ -35,8 +36,11 @@ FIELDS = frozenset(
      "recompute", "memory_gib", "stack", "fsdp", "source", "note", "family")
 )  # fmt: skip
 
-TORCHTITAN = Stack("torchtitan", "compiled", flash2=True, overlaps_tensor_parallel=False, selective_recompute=0.5)
-TORCHTITAN_ASYNC = replace(TORCHTITAN, overlaps_tensor_parallel=True)
+BRIDGE = replace(MEGATRON, tuned=True, fused_loss=True, gradient_bytes=2)  # its recipes for benchmarks
+TORCHTITAN = Stack(
+    "torchtitan", "compiled", flash2=True, overlaps_tensor_parallel=False, selective_recompute=0.5, ring_in_blocks=True
+)
+FOUNDRY = Stack("llm-foundry", "compiled", flash2=True, fused_loss=True)  # no rotary embeddings: keeps as much
 MAXTEXT = Stack("maxtext", "compiled")
 
 
@@ -127,6 +131,9 @@ def read_point(row: Mapping[str, Any], number: int = 0) -> Point:
     given = DEFAULTS | given
     job = _job(given, shape, assumed)
     memory_job = job if "recompute" in given else _with_recompute(job, assumed)
+    if not fits_without_margin(memory_job) and not job.stack.fused_loss:
+        memory_job = replace(memory_job, stack=replace(job.stack, fused_loss=True))
+        assumed.append("a fused loss, in memory alone")
     if not fits_without_margin(memory_job):
         assumed.append("does not fit as published: some recompute or offloading is not told")
     family = str(given.get("family", f"{given['model']}|{job.stack.name}|{job.precision}|{job.seq_length}"))
@@ -155,6 +162,7 @@ def _job(given: Mapping[str, Any], shape: ModelSizes, assumed: list[str]) -> Job
     dp = gpus // (tp * pp * cp)
     words = str(given["precision"]).lower()
     seq_length = whole(given, "seq_length")
+    framework = stack_of(stack, str(given.get("source", "")))
     job = Job(
         shape,
         find_gpu(str(given["gpu"])),
@@ -164,9 +172,10 @@ def _job(given: Mapping[str, Any], shape: ModelSizes, assumed: list[str]) -> Job
         value("global_batch_size", 16 * dp * pp),
         seq_length,
         _recompute(given, assumed),
-        stack_of(stack, str(given.get("source", ""))),
+        framework,
         current_scaling="current" in words or "tensorwise" in words,
         frozen="lora" in task,
+        gradient_bytes=framework.gradient_bytes,
         attended_length=max(1, seq_length // PACKED_SEQUENCES) if "packed" in task else None,
     )
     # What fits decides the micro batch, and the number of micro batches the chunks: one guess after the other.
@@ -191,15 +200,20 @@ def whole(given: Mapping[str, Any], key: str) -> int:
 
 
 def stack_of(name: str, source: str) -> Stack:
-    """Return the framework that a publication's words name."""
+    """Return the framework that a publication's words name, as of the release that its source names."""
     words = name.lower()
     if "titan" in words:
-        return TORCHTITAN_ASYNC if "async" in words else TORCHTITAN
+        compiles_loss = re.search("20(2[5-9])", source) is not None  # turned off for its tables of December 2024
+        return replace(TORCHTITAN, overlaps_tensor_parallel="async" in words, fused_loss=compiles_loss)
+    if "foundry" in words:
+        return FOUNDRY
     if "maxtext" in words or "jax" in words:
         return MAXTEXT
-    release = re.search(r"NeMo (\d\d)\.(\d\d)", source)
-    old = release is not None and (int(release[1]), int(release[2])) < FLASH2_BEFORE
-    return replace(MEGATRON, flash2=old)
+    if "Megatron-Bridge" in source:
+        return BRIDGE
+    found = re.search(r"(?:NeMo |\(v)(\d\d)\.(\d\d)", source)
+    release = (int(found[1]), int(found[2])) if found else FLASH2_BEFORE
+    return replace(MEGATRON, flash2=release < FLASH2_BEFORE, tuned=release >= TUNED_SINCE)
 
 
 def _precision(words: str) -> Precision:

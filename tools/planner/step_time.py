@@ -5,13 +5,14 @@ Factors (FITTED) tell how far real kernels are from the data sheet, and which sh
 factor belongs to a model, a GPU count or a publication.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from srlm_mega.tools.planner.communication import (
     context_parallel_seconds,
     gathers_every_micro_batch,
     gradient_seconds,
     pipeline_seconds,
+    ring_share,
     sharded_weights_hops,
     sharded_weights_seconds,
     tensor_parallel_seconds,
@@ -22,6 +23,7 @@ from srlm_mega.tools.planner.job import Job
 ATTENTION_BACKWARD = 2.5  # flash attention backward: five products where forward has two
 OPTIMIZER_BYTES = 30  # per parameter: gradient, master weight and two moments read, three written, weight written
 SOFTMAX_BYTES = 52  # per logit: Megatron's vocab-parallel cross entropy reads and writes fp32 copies
+FUSED_LOSS_BYTES = 10  # per logit: bf16 read for the sum and for its gradient, which is written in place, and scaled
 FUSED_HEAD_BYTES = 14  # per logit: fp32 written and read; e written, read and written in bf16 (docs/kernels.md)
 FORWARD, BACKWARD = 1 / 3, 2 / 3  # of a micro batch's work
 HIDES = 0.7  # of this work: it is slower beside messages. More would let the fitted factors make more work a gain
@@ -37,7 +39,9 @@ class Quantities:
     matrix_bytes: float = 0.0  # operands and results of matrix products
     attention: float = 0.0  # kernels made for Hopper and later
     attention_flash2: float = 0.0
+    attention_ring: float = 0.0  # blocks that came around torch's ring of context parallelism
     passes: float = 0.0  # everything bound by memory: norms, SwiGLU, rotary, residuals, casts, softmax, optimizer
+    untuned: float = 0.0  # all of the above, roughly: what software loses that is not NVIDIA's of 2025
     tensor_parallel: float = 0.0
     tensor_parallel_serial: float = 0.0  # without overlap with the products
     context_parallel: float = 0.0
@@ -69,17 +73,20 @@ def layer_quantities(job: Job) -> Quantities:
     products = matrix_flops(job) / (gpu.flops_per_second(job.precision) * gpu.sustained)
     attention = attention_flops(job) * (1 + ATTENTION_BACKWARD + job.repeats_attention)
     attention /= gpu.flops_per_second("bf16") * gpu.sustained
-    return Quantities(
+    around = attention * ring_share(job.layout.cp) if job.stack.ring_in_blocks else 0.0
+    work = Quantities(
         matrices_bf16=0.0 if job.precision == "fp8" else products,
         matrices_fp8=products if job.precision == "fp8" else 0.0,
         matrix_bytes=matrix_bytes(job) / gpu.bytes_per_second,
-        attention=0.0 if job.stack.flash2 else attention,
-        attention_flash2=attention if job.stack.flash2 else 0.0,
-        passes=(pass_bytes(job) + cast_bytes(job)) / gpu.bytes_per_second,
+        attention=0.0 if job.stack.flash2 else attention - around,
+        attention_flash2=attention - around if job.stack.flash2 else 0.0,
+        attention_ring=around,
+        passes=(pass_bytes(job) + cast_bytes(job) + adapter_bytes(job)) / gpu.bytes_per_second,
         tensor_parallel=messages if job.stack.overlaps_tensor_parallel else 0.0,
         tensor_parallel_serial=0.0 if job.stack.overlaps_tensor_parallel else messages,
         launches=1 + job.repeated_products / 3,
     )
+    return work if job.stack.tuned else replace(work, untuned=nominal_seconds(work))
 
 
 def matrices(job: Job) -> list[tuple[float, float]]:
@@ -124,6 +131,14 @@ def cast_bytes(job: Job) -> float:
     return job.local_tokens * columns * (4 + 2 * job.current_scaling)
 
 
+def adapter_bytes(job: Job) -> float:
+    """Return the bytes that LoRA's adapters read and write beside each matrix: forward its input, and a result that is
+    added to the matrix's; backward the result's gradient for both factors, and the input's, which is added too."""
+    if not job.frozen:
+        return 0.0
+    return 2 * job.local_tokens * sum(3 * k + 5 * n for k, n in matrices(job))
+
+
 def attention_flops(job: Job) -> float:
     """Return the forward FLOP of one layer and micro batch on one rank: two causal products, half the sequence."""
     length = job.attended_length or job.seq_length
@@ -135,7 +150,11 @@ def head_quantities(job: Job) -> Quantities:
     shape, gpu, tp = job.shape, job.gpu, job.layout.tp
     rows, columns = job.local_tokens * job.head_rows, shape.vocab / tp
     flops = 2 * rows * shape.hidden * columns * (2 if job.frozen else 3)
-    softmax_bytes = FUSED_HEAD_BYTES if job.fused_head else SOFTMAX_BYTES
+    softmax_bytes = SOFTMAX_BYTES
+    if job.fused_head:
+        softmax_bytes = FUSED_HEAD_BYTES
+    elif job.stack.fused_loss:
+        softmax_bytes = FUSED_LOSS_BYTES
     operands = 3 * (rows * shape.hidden + shape.hidden * columns + rows * columns) * 2
     return Quantities(
         matrices_bf16=flops / (gpu.flops_per_second("bf16") * gpu.sustained),
@@ -226,21 +245,25 @@ def optimizer_bytes(job: Job) -> float:
     return OPTIMIZER_BYTES / shards + job.gradient_bytes + (4 if job.precision == "fp8" else 0)
 
 
-NOMINAL = Quantities(matrices_bf16=1.4, matrices_fp8=1.6, attention=2.0, attention_flash2=2.7, passes=1.3)
+NOMINAL = Quantities(
+    matrices_bf16=1.4, matrices_fp8=1.6, attention=2.0, attention_flash2=2.7, attention_ring=4.0, passes=1.3
+)
 # A factor of 1.5 for matrix products means 65 % of the data sheet's peak; 0.5 for messages that half of them adds to
 # the step. Found by tools/scripts/calibrate_planner.py, kept here so that planning needs no fit.
 FITTED = Quantities(
-    matrices_bf16=1.53,
-    matrices_fp8=1.738,
-    matrix_bytes=0.4518,
-    attention=1.958,
-    attention_flash2=3,
-    passes=1.598,
-    tensor_parallel=0.5438,
-    tensor_parallel_serial=1.207,
-    context_parallel=0.8819,
-    pipeline=0.4919,
-    data_parallel=1.282,
-    launches=9.981e-05,
-    hops=6.362e-06,
+    matrices_bf16=1.477,
+    matrices_fp8=1.671,
+    matrix_bytes=0.4376,
+    attention=1.976,
+    attention_flash2=2.778,
+    attention_ring=4.431,
+    passes=1.378,
+    untuned=0.09673,
+    tensor_parallel=0.4975,
+    tensor_parallel_serial=1.18,
+    context_parallel=0.8212,
+    pipeline=0.4854,
+    data_parallel=1.082,
+    launches=9.877e-05,
+    hops=5.354e-06,
 )

@@ -89,7 +89,7 @@ def training_job(
         whole_micro_batches(rows, micro_batch, layout),
         length,
         config.trainer.recompute_granularity or "none",
-        replace(OURS, layers=layers_of_trainer(config)),
+        stack_of_trainer(config),
         current_scaling=scales_whole_tensors(config.trainer.fp8_recipe),
         attended_length=None if packed is None else mean,
         head_rows=lengths.response / lengths.sequence * filled,
@@ -108,6 +108,12 @@ def scales_whole_tensors(recipe: Fp8Recipe) -> bool:
             return False
         case _:
             assert_never(recipe)
+
+
+def stack_of_trainer(config: Config) -> Stack:
+    """Return the trainer as a framework. Its kernels are NVIDIA's with Transformer Engine's layers alone."""
+    layers = layers_of_trainer(config)
+    return replace(OURS, layers=layers, tuned=layers == "transformer_engine")
 
 
 def layers_of_trainer(config: Config) -> Layers:
@@ -162,8 +168,9 @@ TERMS = {
     "bf16 products": ("matrices_bf16",),
     "FP8 products": ("matrices_fp8",),
     "operands": ("matrix_bytes",),
-    "attention": ("attention", "attention_flash2"),
+    "attention": ("attention", "attention_flash2", "attention_ring"),
     "memory-bound passes": ("passes",),
+    "slower kernels": ("untuned",),
     "kernel launches": ("launches",),
     "TP messages": ("tensor_parallel", "tensor_parallel_serial"),
     "CP messages": ("context_parallel",),

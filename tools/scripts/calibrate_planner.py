@@ -5,7 +5,7 @@ factors pulled to the prior. Leaving out each family in turn gives the error to 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Annotated, Any
 
@@ -28,7 +28,11 @@ from srlm_mega.tools.planner.step_time import NAMES, Quantities, step_quantities
 SCATTER = 0.06  # of published figures themselves: the same job differs by this between releases
 EXACT = 1e-13  # as far as it goes, so that every machine prints the same digits
 Array = NDArray[np.float64]
-UNITS = {"launches": "seconds per layer and micro batch", "hops": "seconds per message"}
+UNITS = {
+    "untuned": "of expected seconds",
+    "launches": "seconds per layer and micro batch",
+    "hops": "seconds per message",
+}
 # What kernels and links were expected to do before any point was seen, and how sure that is (a standard deviation of
 # its logarithm).
 EXPECTED = {
@@ -37,7 +41,9 @@ EXPECTED = {
     "matrix_bytes": (0.4, 0.5),  # mostly hidden by the arithmetic
     "attention": (2.0, 0.15),  # 0.5 of the bf16 peak, both passes
     "attention_flash2": (2.8, 0.15),  # 0.36: made for the A100
+    "attention_ring": (4.2, 0.15),  # blocks merged in fp32, transfers that nothing hides
     "passes": (1.3, 0.2),  # 0.77 of the memory's bandwidth
+    "untuned": (0.05, 0.7),  # releases of one framework differ by about so much
     "tensor_parallel": (0.5, 0.4),  # half of it hidden by products
     "tensor_parallel_serial": (1.2, 0.2),  # 0.83 of NVLink
     "context_parallel": (1.0, 0.5),
@@ -86,23 +92,43 @@ class PointError:
 
 
 @dataclass(frozen=True)
+class Family:
+    """Points of one model, task, framework, precision and sequence length; errors with all of them left out."""
+
+    name: str
+    points: int
+    median: float
+    worst: float
+
+
+@dataclass(frozen=True)
 class Calibration:
     """The result of a fit."""
 
     factors: Quantities
     errors: tuple[PointError, ...]
 
-    def of(self, gpu: str, left_out: bool = True) -> list[float]:
-        """Return the absolute errors of the points on a GPU whose name begins so."""
+    def of(self, gpu: str = "", left_out: bool = True) -> list[float]:
+        """Return the absolute errors of the points on GPUs whose name begins so."""
         errors = (error for error in self.errors if error.point.job.gpu.name.startswith(gpu))
         return [abs(error.left_out if left_out else error.fitted) for error in errors]
+
+    @property
+    def families(self) -> list[Family]:
+        """The families, and how far off they are when they are left out."""
+        found: dict[str, list[float]] = {}
+        for error in self.errors:
+            found.setdefault(error.point.family, []).append(abs(error.left_out))
+        return [Family(name, len(errors), median(errors), max(errors)) for name, errors in found.items()]
 
     def summary(self) -> str:
         """Return the figures to report."""
         lines = []
         for words, left_out in (("family left out", True), ("fitted", False)):
-            errors = self.of("h100", left_out)
-            lines.append(f"H100, {words}: median {median(errors):.1%}, worst {max(errors):.1%} of {len(errors)} points")
+            for gpus, name in (("all GPUs", ""), ("H100", "h100")):
+                errors = self.of(name, left_out)
+                figures = f"median {median(errors):.1%}, worst {max(errors):.1%} of {len(errors)} points"
+                lines.append(f"{gpus}, {words}: {figures}")
         return "\n".join(lines)
 
 
@@ -148,10 +174,14 @@ def _fit(design: Array, target: Array, weights: Array) -> Array:
 
 
 def calibration_text(calibration: Calibration) -> str:
-    """Return factors, errors, memory and the sampler's published figures, as Markdown."""
+    """Return factors, errors by family and by point, memory and the sampler's published figures, as Markdown."""
     factors = [["factor", "fitted", "unit"]]
     for name, value in zip(NAMES, calibration.factors.values, strict=True):
         factors.append([name, f"{value:.3g}", UNITS.get(name, "of data-sheet seconds")])
+    families = [["family left out", "points", "median", "worst"]]
+    for family in calibration.families:
+        name = family.name.replace("|", ", ")
+        families.append([name, str(family.points), f"{family.median:.1%}", f"{family.worst:.1%}"])
     errors = [["point", "measured tokens/s/GPU", "fitted", "family left out", "assumed"]]
     memory = [["point", "published GiB", "planned GiB", "error"]]
     for error in calibration.errors:
@@ -166,14 +196,15 @@ def calibration_text(calibration: Calibration) -> str:
         speeds = target.tokens_per_second, target.predicted
         shown = [f"{speed:,.0f}" for speed in speeds]
         sampling.append([target.gpu, f"{target.prompt} / {target.output}", *shown, f"{speeds[1] / speeds[0] - 1:+.1%}"])
-    return "\n\n".join([calibration.summary(), *map(markdown, (factors, errors, memory, sampling))])
+    return "\n\n".join([calibration.summary(), *map(markdown, (factors, families, errors, memory, sampling))])
 
 
 def calibration_json(calibration: Calibration) -> dict[str, Any]:
-    """Return factors, summary and every point's error, for programs."""
+    """Return factors, summary, and the errors of every family and point, for programs."""
     return {
         "factors": dict(zip(NAMES, calibration.factors.values, strict=True)),
         "summary": calibration.summary().splitlines(),
+        "families": [asdict(family) for family in calibration.families],
         "points": [
             {
                 "id": error.point.id,
