@@ -1,5 +1,6 @@
 """`srlm plan`: a configuration's stages, the search, and what is printed."""
 
+import inspect
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import yaml
 from typer.testing import CliRunner
 
 from srlm_mega.cli.main import app
+from srlm_mega.cli.planner import plan as plan_cli
 from srlm_mega.config.file import load_config
 from srlm_mega.errors import UserError
 from srlm_mega.gpus import find_gpu
@@ -281,8 +283,10 @@ def test_every_output_has_the_three_answers(tmp_path: Path) -> None:
     assert [row["fits"] for row in orjson.loads(predictions(tmp_path / "points.json", json=True))] == answers
     printed = predictions(tmp_path / "points.json", json=False).splitlines()[1:]
     assert [answer in line for answer, line in zip(answers, printed, strict=True)] == [True] * 3
-    relaxed = orjson.loads(predictions(tmp_path / "points.json", json=True, margin=0.02))
-    assert [row["fits"] for row in relaxed] == ["does not fit", "fits", "fits"]
+    relaxed = CliRunner().invoke(app, ["plan", "--points", str(tmp_path / "points.json"), "--margin", "0.02", "--json"])
+    assert [row["fits"] for row in orjson.loads(relaxed.stdout)] == ["does not fit", "fits", "fits"]
+    (default,) = {inspect.signature(each).parameters["margin"].default for each in (plan_cli, predictions, search)}
+    assert default == request().margin
 
 
 def test_transformer_engines_layers_are_nvidias_kernels() -> None:
