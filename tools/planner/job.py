@@ -24,7 +24,7 @@ class Stack:
     ring_in_blocks: bool = False  # context parallelism by torch: attention's blocks one by one, merged in fp32
     fused_loss: bool = False  # the softmax over the vocabulary in one kernel, which keeps no copies in fp32
     tuned: bool = False  # NVIDIA's software of 2025 and later: its kernels lose less
-    gradient_bytes: int = 4
+    gradient_bytes: int = 4  # in which gradients are summed
     selective_recompute: float = 0.0  # share of a layer's forward products that `selective` repeats
     # Megatron's `selective` repeats the attention core, of which flash attention keeps next to nothing: it costs time
     # and saves no memory. Ours repeats norms of torch layers.
