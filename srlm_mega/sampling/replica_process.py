@@ -3,11 +3,11 @@ or the process that started it is gone."""
 
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 
-from srlm_mega.errors import ENGINE_DIED, CannotContinue, UserError, exit_code
+from srlm_mega.errors import DISK_FAILED, ENGINE_DIED, CannotContinue, UserError, exit_code, reason
 from srlm_mega.launch.child_process import die_with_parent, show_stacks_when_asked
 from srlm_mega.run.progress import Progress
 from srlm_mega.sampling.job_files import CurrentJob, ReplicaSettings
@@ -21,8 +21,8 @@ SILENT_SECONDS = 30 * HEARTBEAT_SECONDS  # without a heartbeat of the process th
 
 
 def work_as_replica(folder: Path, number: int) -> int:
-    """Work on the jobs of a folder. Returns the exit code; the message of a UserError or CannotContinue is left for the
-    process that started this one."""
+    """Work on the jobs of a folder. Returns the exit code; the message of a UserError or CannotContinue, or of a disk
+    that failed, is left for the process that started this one."""
     die_with_parent()
     show_stacks_when_asked()
     settings = ReplicaSettings.load(folder)
@@ -31,8 +31,11 @@ def work_as_replica(folder: Path, number: int) -> int:
             ready_file(folder, number).touch()
             for job in jobs(folder):
                 model.answer_job(job.shards, Unwatched())
-    except (UserError, CannotContinue) as error:
-        Progress(replica_progress(folder, number)).failed(exit_code(error), str(error))
+    except (UserError, CannotContinue, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in DISK_FAILED:
+            raise
+        with suppress(OSError):  # on a full disk the exit code has to do
+            Progress(replica_progress(folder, number)).failed(exit_code(error), reason(error))
         return exit_code(error)
     except EngineDied as error:
         print(f"replica {number}: {error}", flush=True)

@@ -7,7 +7,7 @@ from functools import partial
 
 from srlm_mega.config import Config
 from srlm_mega.config.file import load_config
-from srlm_mega.errors import CannotContinue, UserError, exit_code, reason
+from srlm_mega.errors import CannotContinue, UserError
 from srlm_mega.evaluation.checkpoint_choice import START, EarlyStoppingFiles, decide, kept_step
 from srlm_mega.evaluation.results import Comparison
 from srlm_mega.records import Prompt, read_jsonl
@@ -20,9 +20,9 @@ from srlm_mega.sampling.samplers import Samplers
 from srlm_mega.stages.compare_responses import compare, matches_of
 from srlm_mega.stages.judges import local_judge, open_judge
 from srlm_mega.stages.responses import Writer, respond
+from srlm_mega.stages.run_stages import record_failure
 from srlm_mega.stages.sampling_task import report_progress
 from srlm_mega.stages.work import Work
-from srlm_mega.text import on_one_screen
 
 
 def compare_checkpoints(run: RunDir, name: str) -> int:
@@ -51,9 +51,7 @@ def compare_waiting(run: RunDir, name: str) -> int:
             sample_responses(work, files, step)
             write_verdict(work, files, step)
     except (UserError, CannotContinue, OSError) as error:
-        progress.failed(exit_code(error), reason(error))
-        print(on_one_screen(reason(error)), flush=True)
-        return exit_code(error)
+        return record_failure(error, progress)
     return 0
 
 

@@ -102,9 +102,10 @@ def record_failure(error: Exception, progress: Progress) -> int:
     code = exit_code(error)
     if code == CRASHED:
         raise error
-    print(on_one_screen(reason(error)), flush=True)
     with suppress(OSError):  # on a full disk the log and the exit code have to do
         progress.failed(code, reason(error))
+    with suppress(OSError):  # and where the log fails, the progress file
+        print(on_one_screen(reason(error)), flush=True)
     return code
 
 

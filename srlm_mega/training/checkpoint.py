@@ -72,6 +72,7 @@ LAYER_STATE_NAMES = {
     ("collections", "OrderedDict"),
 }
 NO_DATA = "a file is damaged, or asks for more than tensors and plain values"
+UNWRITTEN = ("iostream error", "inline_container.cc")  # of what torch.save says where a write failed
 MAKE_ROOM = "look at the disk, then run the same command again: training resumes from the newest whole checkpoint"
 
 
@@ -143,7 +144,7 @@ class Checkpoints:
             "layout": self._layout(),
             "distributed_optimizer": self._topology.parallel.use_distributed_optimizer,
         }
-        with explained(CannotContinue, f"{building} was not written", MAKE_ROOM):
+        with explained(CannotContinue, f"{building} was not written", MAKE_ROOM), unwritten():
             request = dist_checkpointing.save(
                 state, str(building), self._strategy, async_sharded_save=True, **self._version.own_writer
             )
@@ -275,6 +276,17 @@ def misread() -> Iterator[None]:
         yield
     except (ValueError, TypeError, LookupError, AttributeError, EOFError) as error:
         raise CheckpointingException(f"{type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def unwritten() -> Iterator[None]:
+    """Make Megatron's error of torch.save's for a file that could not be written, which is no OSError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(words in str(error) for words in UNWRITTEN):
+            raise
+        raise CheckpointingException(str(error).partition("\n")[0]) from error
 
 
 def load_common(path: Path) -> dict[str, Any]:

@@ -3,11 +3,12 @@
 from pickle import UnpicklingError
 
 import pytest
+import torch
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint import CheckpointException
 
 from srlm_mega.errors import CannotContinue, UserError
-from srlm_mega.training.checkpoint import explained
+from srlm_mega.training.checkpoint import explained, unwritten
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -24,6 +25,18 @@ def test_what_torch_and_megatron_say_of_checkpoints_is_explained(rank: int) -> N
         explained(UserError, "iter_1 does not fit", "resume elsewhere"),
     ):
         raise CheckpointingException("Global shape mismatch")
+
+
+@pytest.mark.parametrize("size", [1, 400_000])
+def test_a_common_file_that_cannot_be_written_is_no_crash(size: int) -> None:
+    with (
+        pytest.raises(CannotContinue, match=r"iter_1 was not written \(.*\): make room"),
+        explained(CannotContinue, "iter_1 was not written", "make room"),
+        unwritten(),
+    ):
+        torch.save({"a": torch.zeros(size)}, "/dev/full")
+    with pytest.raises(RuntimeError, match="a bug"), unwritten():
+        raise RuntimeError("a bug")
 
 
 def test_an_object_that_would_run_something_is_explained_in_a_line() -> None:
