@@ -142,7 +142,8 @@ def num_steps(section: OptimizationConfig, num_items: int, num_too_long: int = 0
         number, remedy = f"{num_items}", "lower global_batch_size, or give more data"
         if num_too_long:
             number = f"{num_items} of {num_items + num_too_long}"
-            remedy = f"{num_too_long} are longer than model.seq_length and left out whole. Raise it, or {remedy}"
+            remedy = f"Raise it, or {remedy if num_items else 'give shorter texts'}"
+            remedy = f"{num_too_long} are longer than model.seq_length and left out whole. {remedy}"
         raise UserError(f"{number} items do not fill one batch of {section.global_batch_size}: {remedy}")
     return section.train_iters or (section.epochs or 1) * num_items // section.global_batch_size
 

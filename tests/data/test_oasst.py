@@ -265,6 +265,16 @@ def test_too_few_trees_say_what_to_lower(tmp_path: Path, sizes: dict[str, int]) 
         draw(tmp_path / "t.jsonl", [tree(f"t{number}") for number in range(3)], **sizes)
 
 
+def test_too_few_trees_say_what_was_left_out(tmp_path: Path) -> None:
+    trees: list[Message | bytes] = [tree(f"t{number}") for number in range(3)]
+    trees += [tree(f"de{number}", lang="de") for number in range(5)]
+    trees += [tree(f"u{number}", [reply(f"u{number}-{rank}", None) for rank in range(2)]) for number in range(2)]
+    with pytest.raises(UserError) as error:
+        draw(tmp_path / "t.jsonl", [*trees, tree("t1")], num_eft_eval=99)
+    assert "left out: trees that are not English: 5; replies without a rank: 4; repeated trees: 1\n" in str(error.value)
+    assert orjson.loads((tmp_path / "counts.json").read_bytes())["not_english"] == 5
+
+
 def test_gzip_gives_the_same(tmp_path: Path) -> None:
     trees: list[Message | bytes] = [tree(f"t{number}") for number in range(9)]
     plain = draw(tmp_path / "t.jsonl", trees)

@@ -137,7 +137,7 @@ def test_steps() -> None:
 
 
 def test_items_that_are_too_long_are_said_to_be_so() -> None:
-    all_long = "0 of 40 items do not fill one batch of 16: 40 are longer than model.seq_length .* Raise it"
+    all_long = "0 of 40 items .*: 40 are longer than model.seq_length .* Raise it, or give shorter texts"
     with pytest.raises(ValueError, match=all_long):
         num_steps(section(), 0, num_too_long=40)
     some = "15 of 40 items do not fill one batch of 16: 25 are longer than model.seq_length"
