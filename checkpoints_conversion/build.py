@@ -41,7 +41,8 @@ class OutputFile:
 
 @dataclass(frozen=True)
 class Plan:
-    """A checkpoint to be written: all files, all matrices, and `texts`, small files that are written last."""
+    """A checkpoint to be written: all files, all matrices, and `texts`, small files that are written last, by their
+    paths below the destination. `folder` is the one below it that holds the model."""
 
     kind: str
     dtype: DType
@@ -49,6 +50,7 @@ class Plan:
     stored: tuple[Stored, ...]
     texts: Mapping[str, bytes] = field(default_factory=dict)
     quantizer: QuantizeFunction | None = None
+    folder: Path = Path()
 
     @property
     def num_bytes(self) -> int:
@@ -166,7 +168,7 @@ def building(
     """
     check_new(destination)
     folder = partial_folder(destination)
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / plan.folder).mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)
     try:
         try:
@@ -178,6 +180,7 @@ def building(
         if done is None:
             for path in folder.iterdir():
                 path.unlink() if path.is_file() else shutil.rmtree(path)
+            (folder / plan.folder).mkdir(exist_ok=True)
             for output in plan.outputs:
                 allocate(folder / output.name, output)
         # Without a line that was cut off: the next one would be joined to it.
@@ -205,7 +208,7 @@ def _finished_tasks(folder: Path, signature: str, outputs: Sequence[OutputFile])
     """Return the numbers of the finished tasks, or None when there is nothing to resume, or a file was cut since."""
     journal = folder / JOURNAL
     lines = journal.read_text().split("\n") if journal.is_file() else [""]
-    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*")}
     if lines[0] != signature or any(sizes.get(output.name) != output.size for output in outputs):
         return None
     return {int(line) for line in lines[1:-1]}  # a line without its end was cut off
@@ -225,7 +228,7 @@ def allocate(path: Path, output: OutputFile) -> None:
 
 def give_name(folder: Path, destination: Path) -> None:
     """Sync a finished folder, then rename it."""
-    for path in [*folder.iterdir(), folder]:
+    for path in [*folder.rglob("*"), folder]:
         sync(path)
     os.replace(folder, destination)
     sync(destination.parent)

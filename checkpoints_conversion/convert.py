@@ -3,6 +3,7 @@
 Only Megatron's checkpoints need torch: everything else starts without it.
 """
 
+import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
@@ -10,16 +11,17 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from srlm_mega.checkpoints_conversion import fp8, huggingface_files, jobs, trtllm
+from srlm_mega.checkpoints_conversion import fp8, huggingface_files, jobs, torch_dist, trtllm
 from srlm_mega.checkpoints_conversion.bar import no_bar
 from srlm_mega.checkpoints_conversion.bits import DType
 from srlm_mega.checkpoints_conversion.build import Plan, Report, Resources, building
 from srlm_mega.checkpoints_conversion.fp8 import Amax
 from srlm_mega.checkpoints_conversion.huggingface_files import CONFIG, copy_tokenizer, pretty_json, read_json
+from srlm_mega.checkpoints_conversion.model_place import DISTRIBUTED, located
+from srlm_mega.checkpoints_conversion.other_files import OtherFiles, other_files
 from srlm_mega.checkpoints_conversion.reader import Checkpoint
 
-RECORD = "conversion.json"
-DISTRIBUTED = "metadata.json"  # what makes a folder one of Megatron's
+RECORD, PROOF = "conversion.json", "proof.json"
 Bar = Callable[[str, int], AbstractContextManager[Report]]  # (what, bytes to write) -> report
 
 
@@ -57,31 +59,29 @@ class Record:
     is_fp8: bool
     model: dict[str, Any]
     source_formats: dict[str, int] = field(default_factory=dict)  # number of matrices of each, such as Q4_K
+    left_out: list[str] = field(default_factory=list)  # files and tensors of the source that the folder has not
 
 
 def recognise(folder: Path) -> Kind:
-    """Return the kind of a checkpoint. ValueError for a folder that is none."""
-    if folder.is_file():
+    """Return the kind of a checkpoint. ValueError, with the way out, for a path that leads to none."""
+    place = located(folder)
+    if place.is_file():
         return Kind.GGUF
-    if (folder / DISTRIBUTED).is_file():
+    if (place / DISTRIBUTED).is_file():
         return Kind.MEGATRON
-    if not (folder / CONFIG).is_file():
-        raise ValueError(
-            f"{folder} is no checkpoint: it has neither {CONFIG} (Hugging Face, TensorRT-LLM) nor {DISTRIBUTED} "
-            "(Megatron): give a folder that has one, or a GGUF file"
-        )
-    return Kind.TRTLLM if "mapping" in read_json(folder / CONFIG) else Kind.HUGGINGFACE
+    return Kind.TRTLLM if "mapping" in read_json(place / CONFIG) else Kind.HUGGINGFACE
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def open_checkpoint(path: Path) -> Checkpoint:
     """Open a checkpoint of any kind. ValueError names the file and tensor that are wrong."""
+    folder = located(path)
     match recognise(folder):
         case Kind.HUGGINGFACE:
             return huggingface_files.open_checkpoint(folder)
         case Kind.MEGATRON:
-            from srlm_mega.checkpoints_conversion import torch_dist
+            from srlm_mega.checkpoints_conversion import torch_dist_reader
 
-            return torch_dist.open_checkpoint(folder)
+            return torch_dist_reader.open_checkpoint(folder)
         case Kind.TRTLLM:
             model = read_record(folder).model if (folder / RECORD).is_file() else {}
             checkpoint = trtllm.open_checkpoint(folder, tied=model.get("tie_word_embeddings", False))
@@ -101,6 +101,13 @@ def check_wish(source: Checkpoint, wish: Wish, is_fp8: bool) -> DType:
         raise ValueError(f"--tp {wish.tp} --pp {wish.pp}: give positive numbers")
     if wish.to is Kind.HUGGINGFACE and (wish.tp, wish.pp) != (1, 1):
         raise ValueError("a Hugging Face folder is not split: leave --tp and --pp out")
+    if source.is_mixed and wish.dtype is None:
+        found = {DType(name).torch_name: count for name, count in source.formats.items()}
+        raise ValueError(
+            f"the weights in {source.folder} are of {', '.join(sorted(found))} "
+            f"({', '.join(f'{found[name]:,}' for name in sorted(found))} matrices): choose one, --dtype float32 keeps "
+            "every number, --dtype bfloat16 (or float16) rounds"
+        )
     dtype = wish.dtype or source.kept or source.dtype
     if is_fp8 and dtype is DType.FLOAT32:
         raise ValueError("FP8 is made of 16-bit weights: add --dtype bfloat16 (or float16)")
@@ -120,8 +127,6 @@ def make_plan(source: Checkpoint, wish: Wish, bar: Bar) -> Plan:
         case Kind.HUGGINGFACE:
             return huggingface_files.plan(source.shape, source.config, dtype)
         case Kind.MEGATRON:
-            from srlm_mega.checkpoints_conversion import torch_dist
-
             return torch_dist.plan(source.shape, source.config, dtype, wish.tp, wish.pp)
         case Kind.TRTLLM:
             return trtllm.plan(source.shape, trtllm.RankSplit(wish.tp, wish.pp), dtype)
@@ -144,6 +149,9 @@ def convert(source: Path, destination: Path, wish: Wish, resources: Resources, b
     full."""
     checkpoint = open_checkpoint(source)
     plan = make_plan(checkpoint, wish, bar)
+    others = OtherFiles()
+    if checkpoint.kind == plan.kind == Kind.HUGGINGFACE:
+        others = other_files(checkpoint, {*plan.texts, *(output.name for output in plan.outputs), RECORD, PROOF})
     record = Record(
         kind=plan.kind,
         dtype=plan.dtype.torch_name,
@@ -155,14 +163,19 @@ def convert(source: Path, destination: Path, wish: Wish, resources: Resources, b
         is_fp8=plan.quantizer is not None,
         model=checkpoint.config,
         source_formats=checkpoint.formats,
+        left_out=others.left_out,
     )
-    plan = replace(plan, texts={**plan.texts, **_tokenizer_texts(source), RECORD: pretty_json(asdict(record))})
+    extra = {**_tokenizer_texts(source), RECORD: pretty_json(asdict(record))}
+    plan = replace(plan, texts={**plan.texts, **{str(plan.folder / name): text for name, text in extra.items()}})
     with building(checkpoint, plan, destination, resources.block_bytes) as (work, done):
         left = [(number, task) for number, task in enumerate(plan.tasks()) if number not in done]
         total = sum(stored.nbytes for _, task in left for stored in task)
         with bar(f"{checkpoint.kind} -> {plan.kind}", total) as report:
             jobs.run(work, left, resources.jobs, report)
-        copy_tokenizer(source, work.folder)
+        copy_tokenizer(located(source), work.folder / plan.folder)
+        for name in others.kept:
+            (work.folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(checkpoint.folder / name, work.folder / name)
     return record
 
 

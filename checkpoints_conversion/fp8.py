@@ -27,6 +27,7 @@ from srlm_mega.checkpoints_conversion.huggingface_files import (
     read_json,
     safetensors_files,
     safetensors_shards,
+    typed_config,
 )
 from srlm_mega.checkpoints_conversion.llama import LlamaShape, huggingface_shapes
 from srlm_mega.checkpoints_conversion.patches import whole
@@ -229,7 +230,7 @@ def unified_plan(shape: LlamaShape, config: Mapping[str, Any], dtype: DType, sca
         "kv_cache_scheme": FLOAT,
         "quant_method": "modelopt",  # the reader's name for this layout
     }
-    texts[CONFIG] = pretty_json({**config, "torch_dtype": dtype.torch_name, "quantization_config": quantization})
+    texts[CONFIG] = pretty_json(typed_config(config, dtype) | {"quantization_config": quantization})
     return Plan(KIND, dtype, outputs, stored, texts, Quantizer(Rounding.BY_16_BITS))
 
 

@@ -3,7 +3,7 @@ folders that are read (reader.py) and written (build.py)."""
 
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from srlm_mega.checkpoints_conversion.llama import (
     is_derived,
 )
 from srlm_mega.checkpoints_conversion.patches import Matrix, whole
-from srlm_mega.checkpoints_conversion.reader import Checkpoint, Stored
+from srlm_mega.checkpoints_conversion.reader import Checkpoint, Stored, Widened
 from srlm_mega.checkpoints_conversion.safetensors_file import FileTensor, lay_out, read_header, read_scale, same_bytes
 
 KIND = "huggingface"
@@ -72,15 +72,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], LlamaShape]:
 def files_by_tensor(folder: Path) -> dict[str, str]:
     """Return the file of each tensor of a folder. ValueError when the index names a file that is not there, or when
     other readers would take other weights: there are two sets of them, or a tied output that is not the embedding."""
-    if (folder / INDEX).is_file():
-        files = read_index(folder / INDEX)
-    elif (folder / WEIGHTS).is_file():
-        files = dict.fromkeys(read_header(folder / WEIGHTS), WEIGHTS)
-    else:
-        raise ValueError(
-            f"{folder} has neither {WEIGHTS} nor {INDEX}: download the model's safetensors "
-            "(pytorch_model.bin is not read)"
-        )
+    files = files_of_tensors(folder)
     for name, file in files.items():
         if not (folder / file).is_file():
             raise ValueError(f"{folder / file} is missing, and {INDEX} says it holds {name}: download the folder again")
@@ -89,6 +81,17 @@ def files_by_tensor(folder: Path) -> dict[str, str]:
     if read_json(folder / CONFIG).get("tie_word_embeddings") and {EMBEDDING, OUTPUT} <= files.keys():
         check_tied_output(folder, files[EMBEDDING], files[OUTPUT])
     return files
+
+
+def files_of_tensors(folder: Path) -> dict[str, str]:
+    """Return the file of each tensor of a folder, by its index or the one file's header. ValueError without both."""
+    if (folder / INDEX).is_file():
+        return read_index(folder / INDEX)
+    if (folder / WEIGHTS).is_file():
+        return dict.fromkeys(read_header(folder / WEIGHTS), WEIGHTS)
+    raise ValueError(
+        f"{folder} has neither {WEIGHTS} nor {INDEX}: download the model's safetensors (pytorch_model.bin is not read)"
+    )
 
 
 def read_index(file: Path) -> dict[str, str]:
@@ -164,8 +167,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """Open a folder with `config.json` and safetensors. ValueError names the file and tensor that are wrong."""
     config, shape = read_config(folder)
     stored = stored_tensors(folder, shape, SCALES if "quantization_config" in config else ())
-    model = shape.to_huggingface() | special_ids(folder)
-    return Checkpoint(folder, KIND, shape, model, one_dtype(stored, folder), tuple(stored)).check()
+    dtype, stored = in_one_dtype(stored, folder)
+    model = whole_config(config, shape) | special_ids(folder)
+    return Checkpoint(folder, KIND, shape, model, dtype, tuple(stored)).check()
 
 
 def stored_tensors(folder: Path, shape: LlamaShape, ignored: tuple[str, ...] = ()) -> list[Stored]:
@@ -203,20 +207,38 @@ def stored_tensor(
     return Stored(name, file, tensor.offset, tensor.dtype, matrix, scale)
 
 
-def one_dtype(stored: list[Stored], folder: Path) -> DType:
-    """Return the dtype of all matrices without a scale. ValueError when they have several."""
+def in_one_dtype(stored: list[Stored], folder: Path) -> tuple[DType, list[Stored]]:
+    """Return the dtype of all matrices without a scale, and the matrices: of several dtypes as float32. ValueError for
+    several beside FP8, and for FP8 without a scale."""
     dtypes = {item.dtype for item in stored if item.scale is None}
-    if len(dtypes) != 1 or DType.FLOAT8_E4M3 in dtypes:
+    if len(dtypes) == 1 and DType.FLOAT8_E4M3 not in dtypes:
+        return dtypes.pop(), stored
+    if not dtypes or DType.FLOAT8_E4M3 in dtypes or any(item.scale is not None for item in stored):
         found = ", ".join(sorted(dtype.torch_name for dtype in dtypes))
         raise ValueError(f"the weights in {folder} are of {found}: give a model of one of float32, float16, bfloat16")
-    return dtypes.pop()
+    wide = DType.FLOAT32
+    return wide, [
+        item if item.dtype is wide else replace(item, dtype=wide, encoding=Widened(item.dtype)) for item in stored
+    ]
+
+
+def whole_config(config: Mapping[str, Any], shape: LlamaShape) -> dict[str, Any]:
+    """Return a folder's own config.json, all keys but that of a quantization, with those of transformers 4 that it
+    lacks: other readers want them."""
+    own = {key: value for key, value in config.items() if key != "quantization_config"}
+    return own | shape.to_huggingface() | {key: value for key, value in own.items() if value is not None}
+
+
+def typed_config(config: Mapping[str, Any], dtype: DType) -> dict[str, Any]:
+    """Return a config that names this dtype; `dtype` is transformers 5's key."""
+    return {**config, "torch_dtype": dtype.torch_name, **({"dtype": dtype.torch_name} if "dtype" in config else {})}
 
 
 def plan(shape: LlamaShape, config: Mapping[str, Any], dtype: DType, max_shard_bytes: int = MAX_SHARD_BYTES) -> Plan:
     """Plan a folder that transformers loads."""
     entries = [TensorEntry(name, dtype, size, whole(name, size)) for name, size in huggingface_shapes(shape).items()]
     outputs, stored, texts = safetensors_shards(entries, max_shard_bytes)
-    texts[CONFIG] = pretty_json({**config, "torch_dtype": dtype.torch_name})
+    texts[CONFIG] = pretty_json(typed_config(config, dtype))
     return Plan(KIND, dtype, outputs, stored, texts)
 
 

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from srlm_mega.checkpoints_conversion.placement import padded_vocab_size
+
 
 def fuse_qkv(q: Tensor, k: Tensor, v: Tensor, num_query_groups: int) -> Tensor:
     """[nh * d, h], [ng * d, h], [ng * d, h] -> [(nh + 2 ng) * d, h]: per group its nh / ng queries, its key, its value,
@@ -33,11 +35,6 @@ def column_shard(weight: Tensor, tp_rank: int, tp_size: int) -> Tensor:
 def merge_columns(shards: Sequence[Tensor]) -> Tensor:
     """Inverse of `column_shard`, over all ranks in order."""
     return torch.cat(list(shards), dim=0)
-
-
-def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
-    """Round the vocabulary up to a multiple of the tensor-parallel ranks."""
-    return -(-vocab_size // tp_size) * tp_size
 
 
 def vocabulary_shard(weight: Tensor, tp_rank: int, tp_size: int) -> Tensor:

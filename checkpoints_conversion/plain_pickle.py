@@ -11,7 +11,8 @@ from torch.distributed._shard.sharded_tensor import metadata as older
 from torch.distributed.checkpoint import filesystem, metadata, planner
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-METADATA = ".metadata"
+from srlm_mega.checkpoints_conversion.torch_dist import METADATA
+
 DTYPES = {name for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 CLASSES = (
     metadata.BytesStorageMetadata,

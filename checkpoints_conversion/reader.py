@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from srlm_mega.checkpoints_conversion.bits import Bits, DType, is_finite, largest_magnitude
+from srlm_mega.checkpoints_conversion.bits import Bits, DType, is_finite, largest_magnitude, to_float32
 from srlm_mega.checkpoints_conversion.llama import LlamaShape, huggingface_shapes
 from srlm_mega.checkpoints_conversion.patches import Matrix, Patch, matrix_size
 
@@ -34,6 +34,26 @@ class Encoding(Protocol):
     def decode(self, rows: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Return the numbers of rows of bytes."""
         ...
+
+
+@dataclass(frozen=True)
+class Widened:
+    """The encoding of 16-bit numbers that are read as float32, which holds each of them exactly."""
+
+    dtype: DType
+
+    @property
+    def name(self) -> str:
+        """Name of the form, such as BF16."""
+        return self.dtype.value
+
+    def nbytes(self, count: int) -> int:
+        """Return the size of so many numbers of a row, in bytes."""
+        return count * self.dtype.itemsize
+
+    def decode(self, rows: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Return the numbers of rows of bytes."""
+        return to_float32(rows.view(self.dtype.storage), self.dtype)
 
 
 @dataclass(frozen=True)
@@ -106,6 +126,11 @@ class Checkpoint:
     def is_fp8(self) -> bool:
         """True when some weights are FP8."""
         return any(stored.dtype is DType.FLOAT8_E4M3 for stored in self.stored)
+
+    @property
+    def is_mixed(self) -> bool:
+        """True when some weights are of another dtype than others, and all are read as float32."""
+        return any(isinstance(stored.encoding, Widened) for stored in self.stored)
 
     @property
     def num_bytes(self) -> int:

@@ -1,14 +1,13 @@
-"""Megatron's distributed checkpoints (torch_dist), written and read without building a model.
+"""Megatron's distributed checkpoints (torch_dist), written without building a model, and without torch.
 
 Such a checkpoint holds global tensors, cut into chunks: layers are the first dimension, fused matrices are the same for
 every TP (queries, key and value per group; all gates, then all ups), so a model split in any way finds its parts. A
 chunk is a file of torch.save within a larger file, and `.metadata` says where. (The format is that of
-torch.distributed.checkpoint with the names of megatron-core's Transformer Engine layers, 0.16.1 and 0.19.2.)
+torch.distributed.checkpoint with the names of megatron-core's Transformer Engine layers, 0.16.1 and 0.19.2.) It is in
+a folder `release` beside the file that names it, which is where Megatron-LM's `--load` looks.
 """
 
-import io
 import math
-import pickle
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -17,43 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import orjson
-import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 
-from srlm_mega.checkpoints_conversion.bits import DType, dtype_named
+from srlm_mega.checkpoints_conversion.bits import DType
 from srlm_mega.checkpoints_conversion.build import OutputFile, Plan
-from srlm_mega.checkpoints_conversion.huggingface_files import (
-    CONFIG,
-    one_dtype,
-    pretty_json,
-    read_config,
-    read_json,
-    special_ids,
-)
-from srlm_mega.checkpoints_conversion.llama import Layout, LlamaShape, Row, check_size, table
-from srlm_mega.checkpoints_conversion.megatron import placements
-from srlm_mega.checkpoints_conversion.patches import (
-    Matrix,
-    column_part,
-    column_window,
-    row_part,
-    row_window,
-    stack,
-    whole,
-)
-from srlm_mega.checkpoints_conversion.plain_pickle import METADATA, read_metadata
-from srlm_mega.checkpoints_conversion.reader import Checkpoint, Stored
+from srlm_mega.checkpoints_conversion.huggingface_files import CONFIG, pretty_json, typed_config
+from srlm_mega.checkpoints_conversion.llama import Layout, LlamaShape, Row, table
+from srlm_mega.checkpoints_conversion.model_place import DISTRIBUTED, RELEASE, TRACKER
+from srlm_mega.checkpoints_conversion.patches import Matrix, column_part, row_part, row_window, stack, whole
+from srlm_mega.checkpoints_conversion.placement import placements
+from srlm_mega.checkpoints_conversion.reader import Stored
+from srlm_mega.checkpoints_conversion.torch_save import Call, Global, SavedFile, Storage, data_begin, pickled
 
 KIND = "megatron"
-COMMON, FORMAT = "common.pt", "metadata.json"
+COMMON, METADATA = "common.pt", ".metadata"
 FORMAT_TEXT = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -67,7 +42,14 @@ NORMS = {
 }
 # Megatron's linear layers ask for a record of their own, which is empty without FP8.
 EXTRA_STATES = ("self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")
-DATA = b"archive/data/0"  # a tensor's numbers in the archive
+# What Megatron-LM's own code asks for beside the weights; 3.0 is the order of queries, keys and values since 2020.
+COMMON_STATE = {"checkpoint_version": 3.0, "iteration": 0, "content_metadata": dict[str, object]()}
+STORAGES = {DType.FLOAT32: "FloatStorage", DType.FLOAT16: "HalfStorage", DType.BFLOAT16: "BFloat16Storage"}
+PLACES = "torch.distributed.checkpoint.metadata"
+ORDERED_DICT, REBUILD = Global("collections", "OrderedDict"), Global("torch._utils", "_rebuild_tensor_v2")
+INDEX, STORAGE_INFO = Global(PLACES, "MetadataIndex"), Global("torch.distributed.checkpoint.filesystem", "_StorageInfo")
+CHUNK, TENSOR = Global(PLACES, "ChunkStorageMetadata"), Global(PLACES, "TensorStorageMetadata")
+BYTES, PROPERTIES = Global(PLACES, "BytesStorageMetadata"), Global(PLACES, "TensorProperties")
 LAYERS, LAYER = "decoder.layers.", "decoder.layers.{layer}."
 
 
@@ -169,158 +151,62 @@ def plan(shape: LlamaShape, config: Mapping[str, Any], dtype: DType, tp: int, pp
                 chunks += _rank_chunks(tensor, layer, place.tp_rank, tp)
     outputs, stored, metadata = _place(files, dtype, tensors, shape)
     texts = {
-        COMMON: _torch_bytes({}),
-        CONFIG: pretty_json({**config, "torch_dtype": dtype.torch_name}),
-        METADATA: pickle.dumps(metadata),
-        FORMAT: orjson.dumps(FORMAT_TEXT),
+        COMMON: SavedFile(COMMON_STATE).pieces[0],
+        CONFIG: pretty_json(typed_config(config, dtype)),
+        METADATA: pickled(metadata),
+        DISTRIBUTED: orjson.dumps(FORMAT_TEXT),
     }
-    return Plan(KIND, dtype, outputs, stored, texts)
+    inside = {f"{RELEASE}/{name}": content for name, content in texts.items()}
+    return Plan(KIND, dtype, outputs, stored, inside | {TRACKER: RELEASE.encode()}, folder=Path(RELEASE))
 
 
 def _place(
     files: Mapping[str, list[Chunk]], dtype: DType, tensors: list[GlobalTensor], shape: LlamaShape
-) -> tuple[tuple[OutputFile, ...], tuple[Stored, ...], Metadata]:
+) -> tuple[tuple[OutputFile, ...], tuple[Stored, ...], Call]:
     outputs: list[OutputFile] = []
     stored: list[Stored] = []
-    storage: dict[MetadataIndex, _StorageInfo] = {}
-    torch_dtype = getattr(torch, dtype.torch_name)
-    entries: dict[str, Any] = {
-        tensor.key: TensorStorageMetadata(TensorProperties(dtype=torch_dtype), torch.Size(tensor.size), [])
-        for tensor in tensors
-    }
+    storage: dict[Call, Call] = {}
+    properties = Call(PROPERTIES, (Global("torch", dtype.torch_name),))
+    chunks_of: dict[str, list[Call]] = {tensor.key: [] for tensor in tensors}
+    entries = {tensor.key: Call(TENSOR, (properties, _size(tensor.size), chunks_of[tensor.key])) for tensor in tensors}
     for file, chunks in files.items():
-        position = 0
+        position, path = 0, f"{RELEASE}/{file}"
         constants: list[tuple[int, bytes]] = []
         for chunk in chunks:
-            around, begin, size = _envelope(chunk.sizes, torch_dtype)
+            around, begin, size = _envelope(chunk.sizes, dtype)
             constants += [(position + offset, content) for offset, content in around]
-            place = ", ".join(map(str, chunk.offsets))
-            stored.append(Stored(f"{chunk.tensor.key} at {place}", file, position + begin, dtype, chunk.matrix))
-            entry = entries[chunk.tensor.key]
+            key, place = chunk.tensor.key, ", ".join(map(str, chunk.offsets))
+            stored.append(Stored(f"{key} at {place}", path, position + begin, dtype, chunk.matrix))
             # The index's last number is only a hint for readers, and no part of its identity.
-            storage[MetadataIndex(chunk.tensor.key, chunk.offsets, len(entry.chunks))] = _StorageInfo(
-                file, position, size
-            )
-            entry.chunks.append(ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes)))
+            index = Call(INDEX, (key, chunk.offsets, len(chunks_of[key])))
+            storage[index] = Call(STORAGE_INFO, (file, position, size))
+            chunks_of[key].append(Call(CHUNK, (_size(chunk.offsets), _size(chunk.sizes))))
             position += size
         if not outputs:  # one record in the first file serves as every layer's empty extra state
-            empty = _torch_bytes([None])
+            empty = SavedFile([None]).pieces[0]
             constants.append((position, empty))
             for layer, module in product(range(shape.num_layers), EXTRA_STATES):
                 key = f"{LAYERS}{module}._extra_state/shard_{layer}_{shape.num_layers}"
-                entries[key] = BytesStorageMetadata()
-                storage[MetadataIndex(key)] = _StorageInfo(file, position, len(empty))
+                entries[key] = Call(BYTES, ())
+                storage[Call(INDEX, (key,))] = Call(STORAGE_INFO, (file, position, len(empty)))
             position += len(empty)
-        outputs.append(OutputFile(file, position, tuple(constants)))
-    return tuple(outputs), tuple(stored), Metadata(entries, storage_data=storage, version="1.0.0")
+        outputs.append(OutputFile(path, position, tuple(constants)))
+    return tuple(outputs), tuple(stored), Call(Global(PLACES, "Metadata"), (entries, None, storage))
 
 
-class _Sink:
-    """A file that keeps what is written into it, apart from large pieces: those are the numbers."""
-
-    LARGE = 1 << 16
-
-    def __init__(self) -> None:
-        self.pieces: dict[int, bytes] = {}  # by their offset
-        self.size = self._start = 0  # of the file so far, and of the piece that is being written
-
-    def write(self, content: memoryview) -> int:
-        """Take the next bytes, as a file does."""
-        self.size += len(content)
-        if len(content) < self.LARGE:
-            self.pieces[self._start] = self.pieces.get(self._start, b"") + bytes(content)
-        else:
-            self._start = self.size
-        return len(content)
-
-    def flush(self) -> None:
-        """Do nothing: torch.save wants the method."""
+def _size(numbers: tuple[int, ...]) -> Call:
+    return Call(Global("torch", "Size"), (numbers,))
 
 
 @cache
-def _envelope(sizes: tuple[int, ...], dtype: torch.dtype) -> tuple[list[tuple[int, bytes]], int, int]:
-    """Return what torch.save writes around the numbers of a tensor, as (offset, bytes), the offset of the numbers, and
-    the size of all. It depends on size and dtype only, apart from a checksum that torch.load does not read."""
-    sink = _Sink()
-    torch.save(torch.zeros(sizes, dtype=dtype), sink)  # zeros that nobody writes take no memory
-    begin = _data_begin(sink.pieces[0])
-    assert begin is not None, "torch.save writes another zip"
-    return list(sink.pieces.items()), begin, sink.size
-
-
-def _data_begin(archive: bytes) -> int | None:
-    """Find a tensor's numbers in the zip archive of torch.save, by the local header: 30 bytes, name, extra field. None
-    where it is another archive."""
-    header = archive.find(DATA) - 30
-    name_length, extra_length = (int.from_bytes(archive[header + at : header + at + 2], "little") for at in (26, 28))
-    if header < 0 or archive[header : header + 4] != b"PK\x03\x04" or name_length != len(DATA):
-        return None
-    return header + 30 + name_length + extra_length
-
-
-def _torch_bytes(content: object) -> bytes:
-    file = io.BytesIO()
-    torch.save(content, file)
-    return file.getvalue()
-
-
-def open_checkpoint(folder: Path) -> Checkpoint:
-    """Open the weights of a distributed checkpoint, however it was split; a training state's optimizer is passed over.
-    The model's `config.json` must lie in the folder. ValueError names a tensor that is missing or of another size."""
-    _, shape = read_config(folder)
-    check_format(folder)
-    metadata = read_metadata(folder)
-    stored: list[Stored] = []
-    for tensor in global_tensors(shape):
-        entry = metadata.state_dict_metadata.get(tensor.key)
-        if not isinstance(entry, TensorStorageMetadata):
-            raise ValueError(f"{folder} has no tensor {tensor.key}: it is not a checkpoint of the Llama of its config")
-        size = tuple(entry.size)
-        padded = tensor.layout is Layout.VOCABULARY and size[0] >= tensor.size[0] and size[1:] == tensor.size[1:]
-        if not padded:
-            check_size(tensor.key, size, tensor.size, str(folder))
-        dtype = dtype_named(str(entry.properties.dtype).removeprefix("torch."))
-        for chunk in entry.chunks:
-            offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
-            place = metadata.storage_data[MetadataIndex(tensor.key, offsets)]
-            stored += _chunk_matrices(folder, tensor, offsets, sizes, place, dtype)
-    model = shape.to_huggingface() | special_ids(folder)
-    return Checkpoint(folder, KIND, shape, model, one_dtype(stored, folder), tuple(stored)).check()
-
-
-def check_format(folder: Path) -> None:
-    """ValueError for a checkpoint of another format than torch_dist."""
-    if (backend := read_json(folder / FORMAT).get("sharded_backend")) != "torch_dist":
-        raise ValueError(f"{folder} is of format {backend!r}, and only torch_dist is read: save it as that")
-
-
-def _chunk_matrices(
-    folder: Path,
-    tensor: GlobalTensor,
-    offsets: tuple[int, ...],
-    sizes: tuple[int, ...],
-    place: _StorageInfo,
-    dtype: DType,
-) -> Iterator[Stored]:
-    """Yield the layers of a chunk (Megatron saves one at a time)."""
-    inner_offsets, inner_sizes = (offsets[1:], sizes[1:]) if tensor.layers else (offsets, sizes)
-    row, rows = (0, 1) if tensor.is_vector else (inner_offsets[0], inner_sizes[0])
-    layers = range(offsets[0], offsets[0] + sizes[0]) if tensor.layers else range(1)
-    data = place.offset + _data_offset(folder / place.relative_path, place)
-    for number, layer in enumerate(layers):
-        matrix = row_window(tensor.matrices[layer], row, rows)
-        matrix = column_window(matrix, inner_offsets[-1], inner_sizes[-1])
-        skip = number * math.prod(inner_sizes) * dtype.itemsize
-        name = f"{tensor.key} at {', '.join(map(str, offsets))}"
-        yield Stored(name, place.relative_path, data + skip, dtype, matrix)
-
-
-def _data_offset(path: Path, place: _StorageInfo) -> int:
-    if not path.is_file():
-        raise ValueError(f"{path} is missing, and {METADATA} names it: copy the checkpoint again")
-    with path.open("rb") as file:
-        file.seek(min(place.offset, path.stat().st_size))
-        begin = _data_begin(file.read(min(place.length, 1 << 13)))
-    if begin is None:
-        raise ValueError(f"{path} is truncated or damaged at byte {place.offset:,}: copy the checkpoint again")
-    return begin
+def _envelope(sizes: tuple[int, ...], dtype: DType) -> tuple[list[tuple[int, bytes]], int, int]:
+    """Return what torch.save writes around the numbers of a contiguous tensor, as (offset, bytes), the offset of the
+    numbers, and the size of all."""
+    count = math.prod(sizes)
+    strides = tuple(math.prod(sizes[axis + 1 :]) for axis in range(len(sizes)))
+    storage = Storage(("storage", Global("torch", STORAGES[dtype]), "0", "cpu", count))
+    tensor = Call(REBUILD, (storage, 0, sizes, strides, False, Call(ORDERED_DICT, ())))
+    file = SavedFile(tensor, count * dtype.itemsize)
+    begin = data_begin(file.pieces[0])
+    assert begin is not None, "the numbers of a tensor have no place"
+    return list(file.pieces.items()), begin, file.size

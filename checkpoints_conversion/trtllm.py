@@ -15,7 +15,7 @@ from srlm_mega.checkpoints_conversion.huggingface_files import (
     CONFIG,
     LLAMA_IDS,
     TensorEntry,
-    one_dtype,
+    in_one_dtype,
     pretty_json,
     read_json,
     safetensors_files,
@@ -166,7 +166,8 @@ def open_checkpoint(folder: Path, tied: bool) -> Checkpoint:
         if unknown:
             raise ValueError(f"{folder / file} holds unknown tensors: {', '.join(unknown[:3])}: it is no plain Llama")
     model = shape.to_huggingface() | LLAMA_IDS
-    return Checkpoint(folder, KIND, shape, model, one_dtype(stored, folder), tuple(stored)).check()
+    dtype, stored = in_one_dtype(stored, folder)
+    return Checkpoint(folder, KIND, shape, model, dtype, tuple(stored)).check()
 
 
 def _is_derived(name: str) -> bool:

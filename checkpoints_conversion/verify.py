@@ -17,14 +17,14 @@ from srlm_mega.checkpoints_conversion import trtllm
 from srlm_mega.checkpoints_conversion.bar import no_bar
 from srlm_mega.checkpoints_conversion.bits import Bits, cast
 from srlm_mega.checkpoints_conversion.build import MAX_BLOCK_BYTES, Report
-from srlm_mega.checkpoints_conversion.convert import RECORD, Bar, open_checkpoint
+from srlm_mega.checkpoints_conversion.convert import PROOF, RECORD, Bar, open_checkpoint
 from srlm_mega.checkpoints_conversion.fp8 import Quantizer, Rounding, largest_weights, linear_names, shared_scales
 from srlm_mega.checkpoints_conversion.huggingface_files import pretty_json, read_json
 from srlm_mega.checkpoints_conversion.llama import LlamaShape
+from srlm_mega.checkpoints_conversion.model_place import followed
 from srlm_mega.checkpoints_conversion.reader import Checkpoint, Reader
 
 SHOWN = 5
-PROOF = "proof.json"
 DECIDING = frozenset({".json", ".safetensors", ".bin", ".model", ".jinja", ".distcp", ".pt", ".metadata"})
 QUICK_HASH_BYTES = 256 * 2**20
 
@@ -62,6 +62,7 @@ class Proof:
 def check_has_proof(folder: Path) -> None:
     """ValueError when a folder was converted and not verified. What no conversion made (it has no `conversion.json`),
     such as the trainer's export, needs no proof."""
+    folder = followed(folder)
     if (folder / RECORD).is_file() and not (folder / PROOF).is_file():
         raise ValueError(f"{folder} was converted and not verified: {verifying(folder)}")
 
@@ -69,6 +70,7 @@ def check_has_proof(folder: Path) -> None:
 def check_verified(folder: Path, quick: bool = False) -> None:
     """ValueError when a folder was converted and not verified, or a file of it is another one since. `quick` compares
     only the size of files above 256 MiB."""
+    folder = followed(folder)
     check_has_proof(folder)
     proven = proven_files(folder)
     if proven is None and (folder / RECORD).is_file():
@@ -126,6 +128,7 @@ def file_hash(path: Path) -> str:
 def prove(source: Path, destination: Path, bar: Bar = no_bar) -> Proof:
     """Verify that both folders hold the same model. ValueError says where they differ, or which one is broken."""
     started = time.monotonic()
+    source, destination = followed(source), followed(destination)
     if proven_files(source) is not None:  # else what is damaged would be proven to be what it is
         check_verified(source)
     first, second = open_checkpoint(source), open_checkpoint(destination)

@@ -43,7 +43,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 from transformers import LlamaForCausalLM
 from srlm_mega.checkpoints_conversion.huggingface import read_shape
-from srlm_mega.checkpoints_conversion.megatron import load_shard, placements
+from srlm_mega.checkpoints_conversion.megatron import load_shard
+from srlm_mega.checkpoints_conversion.placement import placements
 source, out = Path(sys.argv[1]), Path(sys.argv[2])
 out.mkdir()
 weights = LlamaForCausalLM.from_pretrained(source, dtype="auto").state_dict()

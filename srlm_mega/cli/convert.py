@@ -28,8 +28,12 @@ def convert(
         list[str], typer.Argument(help="Two checkpoints, to convert or to compare.", metavar="SRC DST | verify A B")
     ],
     to: Annotated[KindName | None, typer.Option(help="Kind of DST; that of SRC is recognised.")] = None,
-    tp: Annotated[int, typer.Option(help="Number of tensor-parallel ranks of DST.")] = 1,
-    pp: Annotated[int, typer.Option(help="Number of pipeline stages of DST.")] = 1,
+    tp: Annotated[
+        int, typer.Option("--tp", "--tensor-model-parallel-size", help="Number of tensor-parallel ranks of DST.")
+    ] = 1,
+    pp: Annotated[
+        int, typer.Option("--pp", "--pipeline-model-parallel-size", help="Number of pipeline stages of DST.")
+    ] = 1,
     dtype: Annotated[DtypeName | None, typer.Option(help="Number format of DST; default: that of SRC.")] = None,
     fp8: Annotated[bool, typer.Option("--fp8", help="Convert linear layers to FP8; needs --calibration.")] = False,
     calibration: Annotated[
@@ -77,6 +81,8 @@ def convert(
             quantised = [f"{count} {name}" for name, count in record.source_formats.items() if name not in plain]
             if quantised:
                 print(f"dequantised to {record.dtype}: {', '.join(quantised)} tensors")
+            if record.left_out:
+                print(f"left out: {', '.join(record.left_out)}")
 
 
 def activation_ranges(source: Path, calibration: Path) -> "Amax":
@@ -102,14 +108,16 @@ def verify(first: Path, second: Path, logits: bool) -> None:
     """Print the proof that two checkpoints hold the same model; write a converted second one's to its `proof.json`."""
     from srlm_mega.checkpoints_conversion.bar import progress_bar
     from srlm_mega.checkpoints_conversion.convert import RECORD
+    from srlm_mega.checkpoints_conversion.model_place import followed
     from srlm_mega.checkpoints_conversion.verify import PROOF, prove
     from srlm_mega.run.outside_folder import verify_in_run
 
-    if (second / RECORD).is_file():
-        check_place(second / PROOF)
+    is_converted = (followed(second) / RECORD).is_file()
+    if is_converted:
+        check_place(followed(second) / PROOF)
     verify_in_run(first)
     proof = prove(first, second, progress_bar)
-    if (second / RECORD).is_file():
+    if is_converted:
         proof.save()
     for key, value in asdict(proof).items():
         if key != "files":
@@ -138,10 +146,11 @@ def engine_build(
     """Build the engine of a checkpoint, or find it in the cache. Prints the engine's folder."""
     with user_errors():
         from srlm_mega.checkpoints_conversion.engine import Limits, build_engine, probe_runtime
+        from srlm_mega.checkpoints_conversion.model_place import located
         from srlm_mega.run.outside_folder import check_undamaged
 
         check_place(cache, is_folder=True)
-        check_undamaged(checkpoint, needs_proof=False)
+        check_undamaged(located(checkpoint), needs_proof=False)
         limits = Limits(
             max_batch_size=max_batch_size,
             max_num_tokens=max_num_tokens,

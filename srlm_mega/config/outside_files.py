@@ -4,6 +4,7 @@ import os
 from collections.abc import Container
 from pathlib import Path
 
+from srlm_mega.checkpoints_conversion.model_place import unread_part
 from srlm_mega.config import Config
 from srlm_mega.config.outside_models import absence
 from srlm_mega.errors import UserError
@@ -69,8 +70,10 @@ def file_problem(path: Path) -> str | None:
 def folder_problem(path: Path, sampled: bool) -> str | None:
     """Return why a path is no model's folder, None when it is one. Of one that is only `sampled`, of any shape, weights
     and tokenizer are looked for too."""
-    if not (path / "config.json").is_file():
+    if not (path / "config.json").is_file() or (path / ".metadata").is_file():  # the latter is in Megatron's
         return absence(path)
+    if (reason := unread_part(path)) is not None:
+        return reason
     if sampled and not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
         return f"{path} has no weights (*.safetensors): download them again"
     return f"{path} has no tokenizer.json" if sampled and not (path / "tokenizer.json").is_file() else None

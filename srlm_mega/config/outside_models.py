@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from srlm_mega.checkpoints_conversion.model_place import obstacle
 from srlm_mega.text import quoted
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -39,6 +40,8 @@ def absence(path: Path) -> str:
     if path.is_file():
         converted = f"make a folder of it (srlm convert {quoted(path)} FOLDER --to huggingface) and give that"
         return f"{path} is a file: {converted if path.suffix == '.gguf' else 'give its folder'}"
+    if (reason := obstacle(path)) is not None:
+        return reason
     if path.exists():
         return f"{path} has no config.json"
     if HUB_ID.fullmatch(str(path)) is None:

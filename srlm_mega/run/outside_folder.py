@@ -3,7 +3,8 @@
 import os
 from pathlib import Path
 
-from srlm_mega.checkpoints_conversion.verify import PROOF, check_verified, proven_files
+from srlm_mega.checkpoints_conversion.convert import PROOF
+from srlm_mega.checkpoints_conversion.verify import check_verified, proven_files
 from srlm_mega.errors import UserError
 from srlm_mega.run.manifest import MANIFEST, digest_of, entry_of
 from srlm_mega.run.run_dir import RunDir

@@ -9,6 +9,7 @@ from typing import Any
 
 import orjson
 
+from srlm_mega.checkpoints_conversion.model_place import obstacle
 from srlm_mega.config import Config
 from srlm_mega.config.comparison import PairwiseJudgeConfig
 from srlm_mega.config.compatibility import changed
@@ -44,7 +45,10 @@ class RunModel:
         read."""
         run = RunDir(path.parent)
         if not run.config_file.is_file() or run.manifest(path.name) is None:
-            raise UserError(f"{path} is not a finished model of a run: give one such as runs/toy/M2")
+            why = obstacle(path)
+            raise UserError(
+                f"{path} is not a finished model of a run{f' ({why})' if why else ''}: give one such as runs/toy/M2"
+            )
         check_sound(run)
         run.verify(path.name, quick=False)
         if not run.weights(path.name).exists():

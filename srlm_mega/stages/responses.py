@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from srlm_mega.chat import Chat
+from srlm_mega.config.outside_files import folder_problem
 from srlm_mega.errors import UserError
 from srlm_mega.records import Prompt, PromptTokens, write_jsonl
 from srlm_mega.run.outside_folder import check_undamaged, content_hash
@@ -30,11 +31,8 @@ class Writer:
     def outside(cls, folder: Path, allow_unverified: bool = False) -> "Writer":
         """Return the model in a folder, named by its content. UserError where there is none and, unless
         `allow_unverified`, for one that was converted and not verified, or altered since."""
-        if not (folder / "config.json").is_file():
-            raise UserError(
-                f"{folder} is not a Hugging Face model folder with config.json, weights and tokenizer.json: correct "
-                "the path"
-            )
+        if (problem := folder_problem(folder, sampled=True)) is not None:
+            raise UserError(f"{problem}. Give a Hugging Face model folder: config.json, weights and tokenizer.json")
         if not allow_unverified:
             check_undamaged(folder)
         return cls(content_hash(folder), folder)

@@ -6,7 +6,7 @@ Activations, communication buffers and libraries come on top: what is refused ca
 from dataclasses import dataclass
 
 from srlm_mega.checkpoints_conversion.llama import LlamaShape
-from srlm_mega.checkpoints_conversion.megatron import Placement
+from srlm_mega.checkpoints_conversion.placement import Placement
 from srlm_mega.config.model_sizes import GIB, GRADIENT_BYTES, optimizer_bytes, sizes_of, weight_bytes
 from srlm_mega.errors import UserError
 

@@ -10,9 +10,8 @@ from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional as F
 
-from srlm_mega.checkpoints_conversion.layout import padded_vocab_size
 from srlm_mega.checkpoints_conversion.llama import LlamaShape, RopeScaling
-from srlm_mega.checkpoints_conversion.megatron import Placement, placements
+from srlm_mega.checkpoints_conversion.placement import Placement, padded_vocab_size, placements
 from srlm_mega.config import Config
 from srlm_mega.config.training import OptimizationConfig
 from srlm_mega.errors import UserError

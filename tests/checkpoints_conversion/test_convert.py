@@ -31,6 +31,7 @@ from srlm_mega.checkpoints_conversion.huggingface import open_weights, read_shap
 from srlm_mega.checkpoints_conversion.layout import column_shard, row_shard, vocabulary_shard
 from srlm_mega.checkpoints_conversion.llama import LlamaShape, RopeScaling
 from srlm_mega.checkpoints_conversion.logits import compare_logits
+from srlm_mega.checkpoints_conversion.model_place import located
 from srlm_mega.checkpoints_conversion.reader import Stored
 from srlm_mega.checkpoints_conversion.verify import check_verified, prove
 
@@ -60,9 +61,9 @@ def model(folder: Path, shape: LlamaShape = GQA, dtype: torch.dtype = torch.bflo
 
 
 def there(source: Path, destination: Path, kind: Kind, tp: int = 1, pp: int = 1, dtype: DType | None = None) -> Path:
-    """Convert in small blocks."""
+    """Convert in small blocks; returns the folder that holds the model."""
     convert(source, destination, Wish(kind, tp, pp, dtype), SMALL, no_bar)
-    return destination
+    return located(destination)
 
 
 def assert_same_model(one: Path, other: Path) -> None:

@@ -13,7 +13,8 @@ from transformers import LlamaForCausalLM
 
 from srlm_mega.checkpoints_conversion.huggingface import open_weights, write_folder
 from srlm_mega.checkpoints_conversion.llama import LlamaShape
-from srlm_mega.checkpoints_conversion.megatron import load_shard, placements
+from srlm_mega.checkpoints_conversion.megatron import load_shard
+from srlm_mega.checkpoints_conversion.placement import placements
 
 TOLERANCE = 1e-4
 

@@ -13,7 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from srlm_mega.checkpoints_conversion.layout import split_qkv
 from srlm_mega.checkpoints_conversion.llama import LlamaShape, huggingface_shapes
-from srlm_mega.checkpoints_conversion.megatron import Placement, load_shard, placements
+from srlm_mega.checkpoints_conversion.megatron import load_shard
+from srlm_mega.checkpoints_conversion.placement import Placement, placements
 
 SHAPE = LlamaShape(
     num_layers=4,

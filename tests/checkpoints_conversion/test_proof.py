@@ -12,6 +12,7 @@ from srlm_mega.checkpoints_conversion.bar import no_bar
 from srlm_mega.checkpoints_conversion.bits import DType
 from srlm_mega.checkpoints_conversion.build import Resources
 from srlm_mega.checkpoints_conversion.convert import Kind, Wish, convert
+from srlm_mega.checkpoints_conversion.model_place import located
 from srlm_mega.checkpoints_conversion.verify import check_verified, prove
 
 
@@ -84,7 +85,7 @@ def test_a_quick_check_reads_no_large_file(tmp_path: Path, monkeypatch: pytest.M
 
 def there(source: Path, destination: Path, kind: Kind) -> Path:
     convert(source, destination, Wish(kind, dtype=DType.BFLOAT16), Resources(), no_bar)
-    return destination
+    return located(destination)
 
 
 def flip_bit(file: Path, place: int) -> None:

@@ -37,7 +37,7 @@ def main(root: Path) -> None:
                 want = load_shard(open_weights(model_folder), shape, place)
                 assert any(not torch.equal(value, want[key]) for key, value in chunk.named_parameters()), "control"
                 loaded = dist_checkpointing.load(
-                    {"model": unwrap(chunk).sharded_state_dict()}, str(root / case / "checkpoint")
+                    {"model": unwrap(chunk).sharded_state_dict()}, str(root / case / "checkpoint/release")
                 )
                 unwrap(chunk).load_state_dict(loaded["model"])
                 for key, value in chunk.named_parameters():

@@ -6,7 +6,7 @@ import pytest
 from gpu_runs import SHRUNKEN, WIDE_7B, WIDE_70B, Device, Figures, Size, dpo_step, fresh_device, run_config
 from megatron.core.distributed import DistributedDataParallel
 
-from srlm_mega.checkpoints_conversion.megatron import placements
+from srlm_mega.checkpoints_conversion.placement import placements
 from srlm_mega.config.model_sizes import GIB
 from srlm_mega.training import backend
 from srlm_mega.training.memory_budget import MemoryBudget, num_parameters

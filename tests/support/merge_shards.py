@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from srlm_mega.checkpoints_conversion.llama import LlamaShape, check_names, check_size, huggingface_shapes
-from srlm_mega.checkpoints_conversion.megatron import Placement, held_tensors, merge_tensor
+from srlm_mega.checkpoints_conversion.megatron import held_tensors, merge_tensor
+from srlm_mega.checkpoints_conversion.placement import Placement
 
 
 def merge_shards(shards: Sequence[tuple[Placement, Mapping[str, Tensor]]], shape: LlamaShape) -> dict[str, Tensor]:

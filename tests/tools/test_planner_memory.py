@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from srlm_mega.checkpoints_conversion.llama import LlamaShape
-from srlm_mega.checkpoints_conversion.megatron import placements
+from srlm_mega.checkpoints_conversion.placement import placements
 from srlm_mega.config.file import load_config
 from srlm_mega.config.model_sizes import GIB, ModelSizes
 from srlm_mega.gpus import find_gpu

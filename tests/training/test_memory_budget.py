@@ -3,7 +3,7 @@
 import pytest
 
 from srlm_mega.checkpoints_conversion.llama import LlamaShape
-from srlm_mega.checkpoints_conversion.megatron import placements
+from srlm_mega.checkpoints_conversion.placement import placements
 from srlm_mega.config.model_sizes import GIB
 from srlm_mega.errors import UserError
 from srlm_mega.training.memory_budget import MemoryBudget, num_parameters
