@@ -1,15 +1,15 @@
 """Files from outside that a job will read, looked at before it waits in a queue; what its containers see of them."""
 
-import gzip
 import os
 from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 
 from srlm_mega.config import Config
-from srlm_mega.config.outside_files import outside_files, outside_models
+from srlm_mega.config.outside_files import DATA_KEYS, outside_files, outside_models
 from srlm_mega.config.outside_models import indexed_files, other_shape
 from srlm_mega.errors import UserError
 from srlm_mega.launch.ranks import seen_folders
+from srlm_mega.run.outside_data import data_problem, unpacked
 
 
 def check_inputs(config: Config, run: Path, workdir: Path, read: Container[str] | None = None) -> None:
@@ -23,7 +23,10 @@ def check_inputs(config: Config, run: Path, workdir: Path, read: Container[str] 
     files = {key: path for key, path in files.items() if read is None or key in read}
     sampled = {key: path for key, path in models.items() if key != "model.path"}
     found = [f"{key}: {problem}" for key, path in sampled.items() for problem in model_problems(workdir / path)]
-    found += [f"{key}: {problem}" for key, path in files.items() for problem in file_problems(workdir / path)]
+    for key, path in files.items():
+        problem = data_problem(workdir / path) if key in DATA_KEYS else None
+        problems = file_problems(workdir / path) if key not in DATA_KEYS else [problem] * (problem is not None)
+        found += [f"{key}: {one}" for one in problems]
     slurm, sampler = config.launch.slurm, config.sampler
     if slurm.container is not None:
         seen = seen_folders((run, *slurm.mounts), workdir)
@@ -57,16 +60,16 @@ def model_problems(folder: Path) -> Iterator[str]:
 
 
 def file_problems(path: Path) -> Iterator[str]:
-    """Yield why a file has nothing to read; a folder may be one of a tokenizer."""
+    """Yield why a template or a tokenizer, which may be a folder, has nothing to read."""
     if path.is_dir():
         if not any(path.iterdir()):
             yield f"{path} is an empty folder"
         return
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        with unpacked(path, path.suffix == ".gz") as file:
             if not any(line.strip() for line in file):
                 yield f"{path} is empty ({path.stat().st_size} bytes)"
-    except (OSError, EOFError) as error:  # BadGzipFile is an OSError
+    except (OSError, UserError) as error:
         yield f"{path} cannot be read ({error})"
 
 

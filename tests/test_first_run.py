@@ -15,7 +15,7 @@ from srlm_mega.checkpoints_conversion.huggingface import read_shape
 from srlm_mega.config import Config
 from srlm_mega.config.file import load_config
 from srlm_mega.data.formats import parse_example, parse_ranking
-from srlm_mega.data.self_instruct import read_prompts
+from srlm_mega.data.prompt_files import read_prompts
 from srlm_mega.judging.scores import parse_score
 from srlm_mega.judging.template import load_template
 

@@ -26,7 +26,7 @@ def head_to_head(
     ours: Model,
     theirs: Annotated[Path, typer.Argument(help="Another model, or any Hugging Face folder.", metavar="RUN/M|FOLDER")],
     out: Annotated[Path, typer.Option(help="Folder for responses, judgements, result.json.", callback=folder_place)],
-    prompts: Annotated[Path | None, typer.Option(help="JSONL of prompts; default: our run's held-out ones.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Prompts, a file or folder; default: our held-out ones.")] = None,
     judge: Annotated[str | None, typer.Option(help="Judge's folder or name; default: our run's M1.")] = None,
     endpoint: Annotated[str | None, typer.Option(help="Base URL of the judge: http://host:8000/v1.")] = None,
     api_key_variable: Annotated[str | None, typer.Option(help="NAME of the variable with the endpoint's key.")] = None,

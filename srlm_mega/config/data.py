@@ -15,8 +15,12 @@ class SeedDataConfig(Section, decides="output"):
     source: Literal["toy_world", "oasst", "jsonl"] = Field(
         description="The toy world (with ground truth), OpenAssistant's trees (oasst), or your own files (jsonl)."
     )
-    path: Path | None = Field(None, description="OpenAssistant's *.trees.jsonl(.gz), or supervised examples (jsonl).")
-    ranked_path: Path | None = Field(None, description="File of preferences for EFT and EFT-eval (source=jsonl).")
+    path: Path | None = Field(
+        None, description="OpenAssistant's *.trees.jsonl(.gz), or supervised examples (jsonl): a file or a folder."
+    )
+    ranked_path: Path | None = Field(
+        None, description="Preferences for EFT and EFT-eval (source=jsonl): a file or a folder."
+    )
     eft_path: Path | None = Field(
         None,
         description="Your own examples of judging (JSONL), in place of EFT that is built or comes with the source.",
@@ -83,8 +87,8 @@ class PromptsConfig(Section, decides="output"):
     )
     path: Annotated[Path | None, Decides("output", by_round=True)] = Field(
         None,
-        description="JSONL of prompts, with `instruction` (and `input`) or `text` (generator=file); a further round "
-        "may take another file.",
+        description="File or folder of prompts (generator=file): lines with `text`, `prompt` or `instruction`, or "
+        "plain text with one per line; a further round may take another.",
     )
     per_round: int = Field(5000, ge=1, description="Number of prompts that a round needs, after filters.")
     shots_ift: int = Field(6, ge=0, description="IFT prompts among the few-shot examples; paper: 6.")

@@ -9,6 +9,9 @@ from srlm_mega.config import Config
 from srlm_mega.config.outside_models import absence
 from srlm_mega.errors import UserError
 
+# The keys of data, which may be folders too.
+DATA_KEYS = ("seed_data.path", "seed_data.ranked_path", "seed_data.eft_path", "prompts.path")
+
 
 def outside_files(config: Config) -> dict[str, Path]:
     """Return the data files and templates, by the keys that name them."""
@@ -34,7 +37,8 @@ def outside_models(config: Config) -> dict[str, Path]:
 def check_outside_files(config: Config, read: Container[str] | None = None) -> None:
     """Raise UserError with a list of all files that the configuration names, or of those whose keys are in `read`, that
     are missing or nothing of their kind, or because model.path cannot be trained."""
-    found = {key: file_problem(path) for key, path in outside_files(config).items()}
+    files = outside_files(config).items()
+    found = {key: file_problem(path) for key, path in files if key not in DATA_KEYS or not is_filled(path)}
     for key, folder in outside_models(config).items():
         found[key] = folder_problem(folder, sampled=key != "model.path")
     tokenizer = config.model.tokenizer  # a file or a folder
@@ -54,6 +58,11 @@ def check_outside_files(config: Config, read: Container[str] | None = None) -> N
             check_model_folder(config.model.path, config.model.allow_unverified)
         except ValueError as error:
             raise UserError(f"model.path: {error}") from None
+
+
+def is_filled(path: Path) -> bool:
+    """Tell whether a path is a folder that is not empty."""
+    return path.is_dir() and any(path.iterdir())
 
 
 def file_problem(path: Path) -> str | None:

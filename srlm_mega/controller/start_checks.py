@@ -7,11 +7,12 @@ from pathlib import Path
 
 from srlm_mega.config import Config
 from srlm_mega.config.file import check_endpoints, check_trackers
-from srlm_mega.config.outside_files import check_outside_files
+from srlm_mega.config.outside_files import DATA_KEYS, check_outside_files, outside_files
 from srlm_mega.controller.stage_process import check_sampler
 from srlm_mega.errors import UserError
 from srlm_mega.judging.template import JudgeTemplate, load_template
 from srlm_mega.run.identity import RUBRIC
+from srlm_mega.run.outside_data import data_problem
 from srlm_mega.run.outside_keys import READ_MODEL, kept_rubric, keys_read_by
 from srlm_mega.run.plan import Stage
 from srlm_mega.run.run_dir import RunDir
@@ -26,6 +27,7 @@ def check_start(
     tracker or a sampler that cannot be reached."""
     read = keys_read_by(missing, finished, config, run)
     check_outside_files(config, read)
+    check_data(config, read)
     if RUBRIC in read or "seed" not in finished:
         load_template(config.judge.template)
     if any(stage.kind in READ_MODEL for stage in missing):
@@ -39,6 +41,15 @@ def check_start(
     check_endpoints(config)
     check_trackers(config)
     check_sampler(missing, config)
+
+
+def check_data(config: Config, read: Collection[str]) -> None:
+    """Raise UserError with a list of the data that cannot be read: in no known form, empty, or a folder without any.
+    The first entry of each is read."""
+    data = {key: path for key, path in outside_files(config).items() if key in DATA_KEYS and key in read}
+    problems = [f"\n  - {key}: {problem}" for key, path in data.items() if (problem := data_problem(path))]
+    if problems:
+        raise UserError("data that the configuration names cannot be read:" + "".join(problems))
 
 
 def check_sampled_models(read: Collection[str], config: Config) -> None:

@@ -1,44 +1,43 @@
-"""Readers of JSONL with supervised examples and preferences in the field's dialects, and seed data from such files.
+"""Readers of supervised examples and preferences in the field's dialects, and seed data from such files.
 
-Supervised: `messages`; `prompt` and `completion`; `instruction`, `input` and `output` (Alpaca, Self-Instruct's seed
-tasks). Preferences: `prompt`, `chosen`, `rejected` (TRL; the prompt may be
-the beginning that both share); `messages` and `rejected_response` (ms-swift); `context` and `completions` with ranks
-(NeMo-RL); `prompt`, `chosen_response`, `rejected_response` (NeMo-Aligner). Prompts and answers are text or lists of
-messages. A system message is the first of the messages, or a field `system`.
+docs/data.md has the table of dialects: what TRL, ms-swift, LlamaFactory, axolotl, NeMo-RL and others write. Prompts and
+answers are text or conversations (`srlm_mega.data.conversations`).
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
-from itertools import dropwhile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from srlm_mega.config.data import SeedDataConfig
-from srlm_mega.data.quarantine import UserLines, optional_text, text_field
+from srlm_mega.data.conversations import (
+    CONVERSATIONS,
+    QUESTIONS,
+    QUESTIONS_SHOWN,
+    Question,
+    first_instance,
+    listed,
+    messages,
+    question_and_answer,
+    question_in,
+    shared_beginning,
+    with_system,
+)
+from srlm_mega.data.quarantine import LeftOut, UserLines, text_field
 from srlm_mega.data.seed_sets import SeedItem, SeedSets, draw_sets
-from srlm_mega.data.self_instruct import first_instance, task_of
-from srlm_mega.records import Message, RankedReplies, RankedReply, one_text
+from srlm_mega.data.template_marks import speakers_apart
+from srlm_mega.records import RankedReplies, RankedReply, one_text
 
 SOURCE = "jsonl"
-SPEAKERS: dict[str, Literal["system", "user", "assistant"]] = {
-    "system": "system",
-    "user": "user",
-    "assistant": "assistant",
-}
-SFT_DIALECTS = "`messages`; `prompt` and `completion`; or `instruction` and `output`"
+ANSWERS = ("completion", "output", "response")
+CHOSEN = ("chosen", "chosen_response")
+REJECTED = ("rejected", "rejected_response", "rejected_messages")
+RANKED = ("completions", "answers")
+SFT_DIALECTS = f"`messages`; or a question ({QUESTIONS_SHOWN}) with `completion`, `output` or `response`"
 PREFERENCE_DIALECTS = (
-    "`prompt`, `chosen` and `rejected`; `messages` and `rejected_response`; `context` and `completions`; or `prompt`, "
-    "`chosen_response` and `rejected_response`"
+    "`chosen` and `rejected`, `chosen_response` and `rejected_response`, `completions` with ranks, or `messages` and "
+    "`rejected_response`"
 )
-
-
-@dataclass(frozen=True)
-class Question:
-    """What an answer answers: the prompt, several turns flattened, and the system message, empty without one."""
-
-    prompt: str
-    system: str = ""
 
 
 def read_jsonl_sets(section: SeedDataConfig, seed: int, quarantine: Path) -> SeedSets:
@@ -62,137 +61,121 @@ def read_jsonl_sets(section: SeedDataConfig, seed: int, quarantine: Path) -> See
     def counts() -> dict[str, int]:
         read = {"examples": examples.good, "bad_lines": examples.bad, "templated_lines": examples.templated}
         ranked = {"rankings": rankings.good, "bad_rankings": rankings.bad, "templated_rankings": rankings.templated}
-        return read | ranked
+        return read | ranked | {"rankings_without_preference": rankings.left_out}
 
     return draw_sets(items(), section, SOURCE, seed, quarantine.parent, counts)
 
 
 def parse_example(path: Path, number: int, fields: dict[str, Any]) -> SeedItem:
     """Parse a line of a file of supervised examples. Raise ValueError when it is not one."""
-    if "messages" in fields:
-        asked, target = question_and_answer(messages(fields["messages"], "messages"))
-    elif "prompt" in fields and "completion" in fields:
-        asked = question(fields, "prompt")
-        target = answer_to(asked, fields, "completion")
-    elif "instruction" in fields and ("output" in fields or "instances" in fields):
-        asked, target = Question(task_of(fields)), text_field(first_instance(fields), "output")
-    else:
+    asked, target = answered(fields)
+    return SeedItem(line_name(path, number), asked.prompt, target, system=asked.system)
+
+
+def answered(fields: dict[str, Any]) -> tuple[Question, str]:
+    """Return the question and the answer of a supervised example. Raise ValueError when it is not one."""
+    conversation = next((name for name in CONVERSATIONS if name in fields), None)
+    if conversation is not None:
+        asked, answer = question_and_answer(messages(fields[conversation], conversation))
+        return with_system(asked, fields), answer
+    task = first_instance(fields)
+    name = next((name for name in ANSWERS if name in task), "output" if "instances" in fields else None)
+    # `prompt` and `completion` belong together.
+    found = question_in(fields, ("prompt", *QUESTIONS) if name == "completion" else QUESTIONS)
+    if name is None or found is None:
         raise ValueError(f"not a supervised example: it needs {SFT_DIALECTS}; it has {keys(fields)}")
-    system = asked.system or optional_text(fields, "system")
-    return SeedItem(line_name(path, number), asked.prompt, target, system=system)
+    return found, answer_to(found, task, name)
 
 
 def parse_ranking(path: Path, number: int, fields: dict[str, Any]) -> SeedItem:
-    """Parse a line of a file of preferences. Raise ValueError when it is not one, or prefers no answer."""
+    """Parse a line of a file of preferences. Raise ValueError when it is not one, LeftOut when it prefers no answer. Of
+    equal answers the one with the best rank stays."""
     asked, replies = ranking(fields)
-    if len({text for text, _ in replies}) < len(replies):
-        raise ValueError("two of the ranked answers are the same")
-    if len({rank for _, rank in replies}) < 2:
-        raise ValueError("no answer is ranked above another")
-    ranked = tuple(RankedReply(text, rank) for text, rank in sorted(replies, key=lambda reply: reply[1]))
+    best: dict[str, int] = {}
+    for text, rank in sorted(replies, key=lambda reply: reply[1]):
+        best.setdefault(text, rank)
+    places = {rank: place for place, rank in enumerate(sorted(set(best.values())))}
+    if len(places) < 2:
+        reason = "two of the ranked answers are the same" if len(best) < len(replies) else ""
+        raise LeftOut(reason or "no answer is ranked above another")
+    ranked = tuple(RankedReply(text, places[rank]) for text, rank in best.items())
     name = line_name(path, number)
-    system = asked.system or optional_text(fields, "system")
-    replies_to = RankedReplies(f"{SOURCE}-{name}", one_text(asked.prompt, system), ranked)
-    return SeedItem(name, asked.prompt, None, replies_to, system=system)
+    replies_to = RankedReplies(f"{SOURCE}-{name}", one_text(asked.prompt, asked.system), ranked)
+    return SeedItem(name, asked.prompt, None, replies_to, system=asked.system)
 
 
 def ranking(fields: dict[str, Any]) -> tuple[Question, list[tuple[str, int]]]:
-    """Return the question of a preference, and its answers with their ranks (0 is the best)."""
-    if "chosen_response" in fields:
-        asked = question(fields, "prompt")
-        better, worse = text_field(fields, "chosen_response"), text_field(fields, "rejected_response")
-    elif "rejected_response" in fields:
-        asked, better = question_and_answer(messages(fields.get("messages"), "messages"))
-        worse = text_field(fields, "rejected_response")
-    elif "completions" in fields:
-        return question(fields, "context"), [ranked_completion(one) for one in listed(fields["completions"])]
-    elif "chosen" in fields and "rejected" in fields:
-        if "prompt" in fields:
-            asked = question(fields, "prompt")
-        else:
-            asked, _ = question_and_answer(messages(fields["chosen"], "chosen"))
-        better, worse = answer_to(asked, fields, "chosen"), answer_to(asked, fields, "rejected")
+    """Return the question of a preference, and its answers with their ranks (the lowest is the best)."""
+    fields = speakers_apart(fields)
+    better, worse, ranked = (
+        next((name for name in names if name in fields), None) for names in (CHOSEN, REJECTED, RANKED)
+    )
+    if better is not None and (worse is not None or better == "chosen_response"):
+        worse = worse or "rejected_response"
+        asked, fields = chosen_question(fields, better, worse)
+        good = answers_to(asked, fields, better)
+    elif worse is not None and better is None:
+        if not any(name in fields for name in (*CONVERSATIONS, *ANSWERS)):
+            raise ValueError(f"`{worse}` needs what it is worse than, but `messages` is not a list, or it is missing")
+        asked, answer = answered(fields)
+        good = [answer]
+    elif ranked is not None:
+        found = question_in(fields)
+        if found is None:
+            raise ValueError(f"not a preference: it needs {QUESTIONS_SHOWN}; it has {keys(fields)}")
+        return found, [ranked_answer(found, one, ranked) for one in listed(fields[ranked], ranked)]
     else:
         raise ValueError(f"not a preference: it needs {PREFERENCE_DIALECTS}; it has {keys(fields)}")
-    return asked, [(better, 0), (worse, 1)]
+    return asked, [(text, 0) for text in good] + [(text, 1) for text in answers_to(asked, fields, worse)]
 
 
-def ranked_completion(value: Any) -> tuple[str, int]:
-    """Parse an element of NeMo-RL's `completions` to its text and rank (0 is the best)."""
+def chosen_question(fields: dict[str, Any], better: str, worse: str) -> tuple[Question, dict[str, Any]]:
+    """Return what two answers answer: a field of its own, or else the beginning that both share; and the line with the
+    bare answers."""
+    found = question_in(fields)
+    if found is not None:
+        return found, fields
+    if isinstance(fields[better], str) and isinstance(fields.get(worse), str):
+        texts = (text_field(fields, name, leading_blanks=True) for name in (better, worse))
+        prompt, chosen, rejected = shared_beginning(*texts)
+        return with_system(Question(prompt), fields), {**fields, better: chosen, worse: rejected}
+    asked, _ = question_and_answer(messages(fields[better], better))
+    return with_system(asked, fields), fields
+
+
+def ranked_answer(to: Question, value: Any, name: str) -> tuple[str, int]:
+    """Parse an element of NeMo-RL's `completions`, or Nectar's `answers`, to its text and rank."""
     if not isinstance(value, dict):
-        raise ValueError("an element of `completions` is not an object with `rank` and `completion`")
+        raise ValueError(f"an element of `{name}` is not an object with `rank` and `{name[:-1]}`")
     rank = value.get("rank")
+    if isinstance(rank, float) and rank.is_integer():  # as tables have it
+        rank = int(rank)
     if type(rank) is not int or rank < 0:
         raise ValueError(f"a completion has the rank {rank!r}, not an integer from 0")
-    return answer_to(None, value, "completion"), rank
+    return answer_to(to, value, name[:-1]), rank
 
 
-def question(fields: dict[str, Any], name: str) -> Question:
-    """Return the prompt in a field that holds text, or messages of which the last is the user's."""
-    if isinstance(fields.get(name), list):
-        turns = messages(fields[name], name)
-        if turns[-1].role != "user":
-            raise ValueError(f"the last message of `{name}` is the {turns[-1].role}'s, not the user's")
-        return question_of(turns)
-    return Question(text_field(fields, name))
+def answers_to(to: Question, fields: dict[str, Any], name: str) -> list[str]:
+    """Return the answer in a field, or the several ones in a list of texts or of conversations."""
+    match fields.get(name):
+        case [str(), *_] | [list(), *_] as several:
+            return [answer_to(to, {name: one}, name) for one in several]
+        case _:
+            return [answer_to(to, fields, name)]
 
 
-def answer_to(to: Question | None, fields: dict[str, Any], name: str) -> str:
-    """Return the answer in a field that holds text, or messages that end with the assistant's, after the prompt's."""
-    if not isinstance(fields.get(name), list):
-        return text_field(fields, name)
+def answer_to(to: Question, fields: dict[str, Any], name: str) -> str:
+    """Return the answer in a field that holds text, or messages that end with the assistant's, after the question's or
+    without them. Blanks that begin it stay: in code they mean something."""
+    if not isinstance(fields.get(name), list | dict):
+        return text_field(fields, name, leading_blanks=True)
     turns = messages(fields[name], name)
     if len(turns) == 1 and turns[0].role == "assistant":
         return turns[0].content
     asked, answer = question_and_answer(turns)
-    if asked != to:
+    if asked.prompt != to.prompt or asked.system not in ("", to.system):
         raise ValueError(f"the messages before the answer in `{name}` are not those of the prompt")
     return answer
-
-
-def question_and_answer(turns: Sequence[Message]) -> tuple[Question, str]:
-    """Split a conversation before the assistant's turn that ends it."""
-    if len(turns) < 2 or turns[-1].role != "assistant" or turns[-2].role != "user":
-        raise ValueError("the conversation does not end with a user's and an assistant's message")
-    return question_of(turns[:-1]), turns[-1].content
-
-
-def question_of(turns: Sequence[Message]) -> Question:
-    """Return a conversation that ends with the user's message, apart from the system messages that begin it."""
-    asked = list(dropwhile(is_system, turns))
-    return Question(flattened(asked), "\n\n".join(turn.content for turn in turns[: len(turns) - len(asked)]))
-
-
-def is_system(turn: Message) -> bool:
-    """Tell whether a message is the system's."""
-    return turn.role == "system"
-
-
-def flattened(turns: Sequence[Message]) -> str:
-    """Return a conversation as one text: a single user turn as it is, several turns with their speakers' names."""
-    if len(turns) == 1 and turns[0].role == "user":
-        return turns[0].content
-    return "\n\n".join(f"{turn.role.capitalize()}: {turn.content}" for turn in turns)
-
-
-def messages(value: Any, name: str) -> list[Message]:
-    """Parse a non-empty list of messages. Raise ValueError for an unknown role or an empty text."""
-    turns = []
-    for turn in listed(value, name):
-        if not isinstance(turn, dict):
-            raise ValueError(f"an element of `{name}` is not a message")
-        role = SPEAKERS.get(text_field(turn, "role"))
-        if role is None:
-            raise ValueError(f"a message of `{name}` has the role {turn['role']!r}, not one of {', '.join(SPEAKERS)}")
-        turns.append(Message(role, text_field(turn, "content")))
-    return turns
-
-
-def listed(value: Any, name: str = "completions") -> list[Any]:
-    """Return the value if it is a non-empty list; raise ValueError otherwise."""
-    if not isinstance(value, list) or not value:
-        raise ValueError(f"`{name}` is not a list, or it is empty")
-    return value
 
 
 def keys(fields: dict[str, Any]) -> str:

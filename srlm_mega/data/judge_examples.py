@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from srlm_mega.config.data import SeedDataConfig
+from srlm_mega.data.conversations import CONVERSATIONS, question_in
 from srlm_mega.data.eft_selection import sample_in_order
-from srlm_mega.data.formats import SFT_DIALECTS, SOURCE, answer_to, keys, line_name, parse_example, question
+from srlm_mega.data.formats import ANSWERS, SFT_DIALECTS, SOURCE, answer_to, keys, line_name, parse_example
 from srlm_mega.data.quarantine import UserLines, optional_text
 from srlm_mega.data.rouge import RougePool, normalised
 from srlm_mega.data.seed_sets import SeedSets
@@ -55,16 +56,17 @@ def with_judge_examples(
 
 def parse_judge_example(template: JudgeTemplate, path: Path, number: int, fields: dict[str, Any]) -> SftExample:
     """Parse a line. Raise ValueError when it is in no known form, or its answer has no score from 0 to 5."""
-    if "messages" in fields or {"prompt", "completion"} <= fields.keys():
+    is_judged = "response" in fields and not {"prompt", "completion"} <= fields.keys()
+    asked = question_in(fields) if is_judged else None
+    if asked is not None:
+        prompt = template.fill(one_text(asked.prompt, asked.system), answer_to(asked, fields, "response"))
+        completion, system = template.judgement(score_field(fields), optional_text(fields, "rationale")), ""
+    elif any(name in fields for name in (*CONVERSATIONS, *ANSWERS)):
         item = parse_example(path, number, fields)
         assert item.target is not None, "a supervised example has a target"
         prompt, completion, system = item.prompt, item.target, item.system
-    elif {"instruction", "response"} <= fields.keys():
-        asked = question(fields, "instruction")
-        prompt = template.fill(one_text(asked.prompt, asked.system), answer_to(asked, fields, "response"))
-        completion, system = template.judgement(score_field(fields), optional_text(fields, "rationale")), ""
     else:
-        wanted = f"{SFT_DIALECTS}, or `instruction`, `response` and `score`"
+        wanted = f"{SFT_DIALECTS}; or a question with `response` and `score`"
         raise ValueError(f"not an example of judging: it needs {wanted}; it has {keys(fields)}")
     if parse_score(completion) is None:
         raise ValueError(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from srlm_mega.config.data import SeedDataConfig
-from srlm_mega.data.formats import flattened
+from srlm_mega.data.conversations import flattened
 from srlm_mega.data.quarantine import UserLines, text_field
 from srlm_mega.data.seed_sets import SeedItem, SeedSets, draw_sets
 from srlm_mega.records import Message, RankedReplies, RankedReply

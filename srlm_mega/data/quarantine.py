@@ -1,9 +1,6 @@
-"""Reader of a user's JSONL. Broken lines are named and set aside; too many of them stop the run, and so do too many
+"""Reader of a user's data. Broken entries are named and set aside; too many of them stop the run, and so do too many
 texts that hold a chat template already."""
 
-import codecs
-import gzip
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -12,9 +9,9 @@ from typing import Any, BinaryIO, Generic, TypeVar
 
 import orjson
 
-from srlm_mega.data.template_marks import LeftInside, unwrap_all
+from srlm_mega.data.template_marks import LeftInside, speakers_apart, unwrap_all
 from srlm_mega.errors import UserError
-from srlm_mega.records import lines_of
+from srlm_mega.run.outside_data import UserEntry, entries, notes_on
 
 T = TypeVar("T")
 
@@ -23,9 +20,14 @@ MAX_TEMPLATED_FRACTION = 0.05
 LINES_NAMED = 5
 
 
+class LeftOut(ValueError):
+    """A line that is sound, and says nothing that is of use: it is counted, and no mistake."""
+
+
 @dataclass(frozen=True)
 class BadLine:
-    """A line that cannot be used. `line` counts from 1; `content` is the line, bytes that are not UTF-8 as \\xNN."""
+    """A line that cannot be used. `line` counts the lines, elements or rows of the file from 1; `content` is the line,
+    bytes that are not UTF-8 as \\xNN."""
 
     file: str
     line: int
@@ -34,8 +36,8 @@ class BadLine:
 
 
 class UserLines(Generic[T]):
-    """Iterable over the lines of a `.jsonl` or `.jsonl.gz`, each parsed by `parse(line number, fields)`, which raises
-    ValueError for a line it cannot use. Blank lines are skipped.
+    """Iterable over the entries of a user's data (`run/outside_data.py`), each parsed by `parse(number, fields)`, which
+    raises ValueError for one that it cannot use, LeftOut for one of no use. Fields that are null are left out.
 
     Bad lines are written to the JSONL `quarantine`, unless it is None; without any, no file is made. `strip_template`
     takes the marks of chat templates off the texts. Iteration raises UserError when the file cannot be read, and at its
@@ -54,30 +56,37 @@ class UserLines(Generic[T]):
         self._parse = parse
         self._quarantine = quarantine
         self._strip_template = strip_template
-        self._named: list[BadLine] = []
+        self._named: list[str] = []
         self._first_templated = ""
         self.good = 0
         self.bad = 0
+        self.left_out = 0
         self.templated = 0
 
     def __iter__(self) -> Iterator[T]:
+        for note in notes_on(self._path):
+            print(note)
+        reason = ""
         with ExitStack() as open_files:
             set_aside: BinaryIO | None = None
-            for number, line in numbered_lines(self._path):
+            for entry in entries(self._path):
                 try:
-                    record = self._record(number, line)
+                    record = self._record(entry)
+                except LeftOut as error:
+                    self.left_out += 1
+                    reason = reason or f"; {where(entry, self._path)}, for one, is left out: {error}"
                 except ValueError as error:
-                    content = line.decode("utf-8", errors="backslashreplace")
-                    bad = BadLine(str(self._path), number, str(error), content)
+                    content = entry.content.decode("utf-8", errors="backslashreplace")
+                    bad = BadLine(str(entry.file), entry.number, str(error), content)
                     if self._quarantine is not None:
                         set_aside = set_aside or open_files.enter_context(self._quarantine.open("wb"))
                         set_aside.write(orjson.dumps(bad, option=orjson.OPT_APPEND_NEWLINE))
                     self.bad += 1
-                    self._named += [bad] if self.bad <= LINES_NAMED else []
+                    self._named += [f"{where(entry, self._path)}: {error}"] if self.bad <= LINES_NAMED else []
                 else:
                     self.good += 1
                     yield record
-        total = self.good + self.bad
+        total = self.good + self.bad + self.left_out
         if not self._strip_template and self.templated > max(1, MAX_TEMPLATED_FRACTION * total):
             raise UserError(
                 f"{self.templated} of the {total} lines of {self._path} begin or end with marks of a chat template: "
@@ -88,21 +97,21 @@ class UserLines(Generic[T]):
             listed = "" if self._quarantine is None else f". All of them are in {self._quarantine}"
             raise UserError(too_many(self._path, self._named, self.bad, total) + listed)
         if self.bad and self._quarantine is not None:
-            first = f"the first is line {self._named[0].line}"
+            first = f"the first is {self._named[0]}"
             print(f"{self.bad} of the {total} lines of {self._path} cannot be used: {self._quarantine.name}; {first}")
         if not self.good:
-            raise UserError(f"{self._path} holds no records: it needs one JSON object per line")
+            raise UserError(f"{self._path} holds no records: it needs one JSON object per line{reason}")
 
-    def _record(self, number: int, line: bytes) -> T:
-        """Parse a line, and count it when the texts that are read from it begin or end with a template's marks."""
-        fields = json_object(line)
+    def _record(self, entry: UserEntry) -> T:
+        """Parse an entry, and count it when the texts that are read from it begin or end with a template's marks."""
+        number, fields = entry.place, speakers_apart(json_object(entry.content))
         marks = unwrap_all(fields)
         plain = self._outcome(number, fields)
-        given = self._outcome(number, json_object(line)) if marks else plain
+        given = self._outcome(number, speakers_apart(json_object(entry.content))) if marks else plain
         if marks and repr(given) != repr(plain):  # marks in a field that is not read change nothing
             self.templated += 1
             named = ", ".join(f"`{mark}`" for mark in marks)
-            self._first_templated = self._first_templated or f"{named} in line {number}"
+            self._first_templated = self._first_templated or f"{named} in {where(entry, self._path)}"
         record = plain if self._strip_template else given
         if isinstance(record, ValueError):
             raise record
@@ -115,8 +124,14 @@ class UserLines(Generic[T]):
             return error
 
 
-def text_field(fields: dict[str, Any], name: str) -> str:
-    """Return a field's text without surrounding white space. Raise ValueError when it is missing, empty or no text."""
+def where(entry: UserEntry, path: Path) -> str:
+    """Return the place of an entry in words; the file is named where the path is a folder."""
+    return f"{entry.unit} {entry.number}" + (f" of {entry.file.relative_to(path)}" if entry.file != path else "")
+
+
+def text_field(fields: dict[str, Any], name: str, leading_blanks: bool = False) -> str:
+    """Return a field's text without white space at its end and, unless `leading_blanks`, at its beginning. Raise
+    ValueError when it is missing, empty or no text."""
     if name not in fields:
         raise ValueError(f"the field `{name}` is missing")
     value = fields[name]
@@ -129,7 +144,7 @@ def text_field(fields: dict[str, Any], name: str) -> str:
         raise ValueError(f"the field `{name}` is {type(value).__name__}, not text")
     if not value.strip():
         raise ValueError(f"the field `{name}` is empty")
-    return value.strip()
+    return value.rstrip() if leading_blanks else value.strip()
 
 
 def optional_text(fields: dict[str, Any], name: str) -> str:
@@ -140,7 +155,7 @@ def optional_text(fields: dict[str, Any], name: str) -> str:
 
 
 def json_object(line: bytes) -> dict[str, Any]:
-    """Parse a line as a JSON object. Raise ValueError when it is anything else."""
+    """Parse a line as a JSON object, without its fields that are null. Raise ValueError when it is anything else."""
     try:
         line.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -151,28 +166,12 @@ def json_object(line: bytes) -> dict[str, Any]:
         raise ValueError(f"not JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"a JSON {type(value).__name__}, not an object")
-    return value
+    return {name: one for name, one in value.items() if one is not None}
 
 
-def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield the non-blank lines of a plain or gzipped file with their numbers (from 1), without line breaks. Raise
-    UserError when there is no such file, or its gzip stream is damaged."""
-    if not path.is_file():
-        raise UserError(f"there is no file {path}")
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rb") as file:
-            for number, line in enumerate(lines_of(file, path), start=1):
-                content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-                if content.strip():
-                    yield number, content.rstrip(b"\r\n")
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{path} is a damaged or incomplete gzip file ({error}): download it again") from None
-
-
-def too_many(path: Path, first: list[BadLine], bad: int, total: int) -> str:
+def too_many(path: Path, first: list[str], bad: int, total: int) -> str:
     """Return the message about a file with too many bad lines; the `first` ones are named."""
-    named = "; ".join(f"line {line.line}: {line.reason}" for line in first)
+    named = "; ".join(first)
     more = f"; and {bad - len(first)} more" if bad > len(first) else ""
     small = f" (of {total} lines even a single one is more than that)" if total * MAX_BAD_FRACTION < 1 else ""
     return (

@@ -8,12 +8,9 @@ import re
 import string
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from srlm_mega.data.quarantine import UserLines, optional_text, text_field
 from srlm_mega.data.rouge import RougePool
-from srlm_mega.records import Prompt
 
 HEADER = "Come up with a series of tasks:"
 NUMBER_AT_LINE_START = re.compile(r"\n[ \t]*[0-9]{1,3} ?\.(?=\s|$)")
@@ -22,7 +19,6 @@ BLANK_LINE = re.compile(r"\n[ \t]*\n")
 # Tasks that a text-only model cannot do.
 KEYWORDS = re.compile(r"\b(?:images?|graphs?|pictures?|files?|maps?|draw|plot|go to)\b", re.IGNORECASE)
 PROGRAM_START = "write a program"
-NO_INPUT = "<noinput>"  # as Self-Instruct's and Alpaca's prompts write it
 
 RejectReason = Literal[
     "too_short", "too_long", "keyword", "program", "starts_with_punctuation", "starts_non_ascii", "duplicate", "similar"
@@ -122,35 +118,3 @@ def reason_against_form(task: str, min_words: int, max_words: int) -> RejectReas
 def normalised(text: str) -> str:
     """Return a text for exact comparison: no case, single spaces."""
     return one_line(text).casefold()
-
-
-def read_prompts(path: Path, quarantine: Path | None, strip_template: bool = False) -> UserLines[Prompt]:
-    """Return the prompts of a JSONL with `instruction` (Self-Instruct's seed tasks, Alpaca) or `text` per line, and
-    maybe `system`. The file's name is their `source`, the line number their id."""
-
-    def parse(number: int, fields: dict[str, Any]) -> Prompt:
-        if "instruction" not in fields and "text" not in fields:
-            raise ValueError("the fields `instruction` and `text` are both missing")
-        text = task_of(fields) if "instruction" in fields else text_field(fields, "text")
-        name = f"{path.name.partition('.')[0]}-{number:06d}"
-        return Prompt(name, text, path.name, optional_text(fields, "system"))
-
-    return UserLines(path, parse, quarantine, strip_template)
-
-
-def task_of(fields: dict[str, Any]) -> str:
-    """Return a task's instruction and, after a blank line, its input, where it has one: what it is about."""
-    given = optional_text(first_instance(fields), "input")
-    instruction = text_field(fields, "instruction")
-    return instruction if given.casefold() in ("", NO_INPUT) else f"{instruction}\n\n{given}"
-
-
-def first_instance(fields: dict[str, Any]) -> dict[str, Any]:
-    """Return the object with a task's input and output: the first of its `instances`, or, as in Alpaca, the task."""
-    match fields.get("instances"):
-        case None | []:
-            return fields
-        case [dict(first), *_]:
-            return first
-        case _:
-            raise ValueError("`instances` is not a list of objects")

@@ -50,6 +50,7 @@ MARK = re.compile(
     + f")[{BLANKS}]*",
     re.IGNORECASE,
 )
+SPEAKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):[ ]?")
 ALPACA_INPUT = re.compile(rf"###{S}input{S}:", re.IGNORECASE)
 
 
@@ -126,3 +127,20 @@ def unwrap_all(fields: dict[str, Any]) -> tuple[str, ...]:
                 case dict() | list():
                     todo.append(value)
     return tuple(found)
+
+
+def speakers_apart(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return a preference whose texts are whole conversations, `Human: ... Assistant: ...` (hh-rlhf, Nectar), with
+    lists of messages in their place; any other line as it is."""
+    if not ({"chosen", "rejected"} <= fields.keys() or "answers" in fields):
+        return fields
+    return {name: spoken(value) if isinstance(value, str) else value for name, value in fields.items()}
+
+
+def spoken(text: str) -> Any:
+    """Return a text with speakers as messages, without an empty last one; any other text as it is."""
+    before, *parts = SPEAKER.split(text)
+    if before or not parts or parts[0] != "Human":
+        return text
+    turns = [{"role": name.lower(), "content": said} for name, said in zip(parts[::2], parts[1::2], strict=True)]
+    return turns if turns[-1]["content"].strip() else turns[:-1]

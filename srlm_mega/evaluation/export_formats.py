@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 import orjson
 import xxhash
 
-from srlm_mega.data.quarantine import json_object, numbered_lines, text_field
+from srlm_mega.data.quarantine import json_object, text_field
 from srlm_mega.errors import UserError
+from srlm_mega.run.outside_data import entries
 
 # FastChat's temperatures by category.
 MT_BENCH_TEMPERATURES: Mapping[str, float] = {
@@ -93,7 +94,7 @@ def read_alpaca_instructions(path: Path) -> list[AlpacaInstruction]:
         text_field(fields, "instruction")
         return AlpacaInstruction(str(fields["instruction"]), str(fields.get("dataset", "")))
 
-    return [parse_entry(path, number, parse, fields) for number, fields in objects(path)]
+    return parsed(path, parse)
 
 
 def read_mt_bench_questions(path: Path) -> list[MtBenchQuestion]:
@@ -107,27 +108,25 @@ def read_mt_bench_questions(path: Path) -> list[MtBenchQuestion]:
             raise ValueError("`question_id` is neither an integer nor text")
         return MtBenchQuestion(fields["question_id"], str(fields.get("category", "")), tuple(turns))
 
-    return [parse_entry(path, number, parse, fields) for number, fields in objects(path)]
+    return parsed(path, parse)
 
 
-def parse_entry(path: Path, number: int, parse: Callable[[dict[str, Any]], T], fields: dict[str, Any]) -> T:
-    """Parse an entry of a file. Raise UserError with file and number when `parse` refuses it."""
-    try:
-        return parse(fields)
-    except ValueError as error:
-        raise UserError(f"{path}: entry {number}: {error}") from None
-
-
-def objects(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """Read the objects of a JSON list or of JSON lines, numbered from 1. Raise UserError when the file is neither."""
-    lines = list(numbered_lines(path))
-    content = b"\n".join(line for _, line in lines)
-    try:
-        if content.lstrip().startswith(b"["):
-            return [(number, json_object(orjson.dumps(one))) for number, one in enumerate(orjson.loads(content), 1)]
-        return [(number, json_object(line)) for number, line in lines]
-    except ValueError as error:
-        raise UserError(f"{path} is neither a JSON list of objects nor JSON lines: {error}") from None
+def parsed(path: Path, parse: Callable[[dict[str, Any]], T]) -> list[T]:
+    """Parse the entries of a file. Raise UserError with file and number for the first one that `parse` refuses, and
+    when there is none."""
+    found = []
+    for entry in entries(path):
+        try:
+            fields = json_object(entry.content)
+        except ValueError as error:
+            raise UserError(f"{path} is neither a JSON list of objects nor JSON lines: {error}") from None
+        try:
+            found.append(parse(fields))
+        except ValueError as error:
+            raise UserError(f"{path}: entry {entry.place}: {error}") from None
+    if not found:
+        raise UserError(f"{path} is empty: it has no entry")
+    return found
 
 
 def alpaca_json(outputs: Sequence[AlpacaOutput]) -> bytes:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from srlm_mega.chat import Chat
 from srlm_mega.config import Config
-from srlm_mega.data.self_instruct import KnownTexts, read_prompts
+from srlm_mega.data.prompt_files import read_prompts
+from srlm_mega.data.self_instruct import KnownTexts
 from srlm_mega.data.spelling import check_spelling
 from srlm_mega.errors import UserError
 from srlm_mega.records import Prompt, RankedReplies, SftExample, read_jsonl

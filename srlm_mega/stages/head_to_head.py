@@ -1,5 +1,6 @@
 """Head-to-head of any two finished models, outside a run's plan (`srlm evaluate head-to-head`)."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -14,12 +15,14 @@ from srlm_mega.config import Config
 from srlm_mega.config.comparison import PairwiseJudgeConfig
 from srlm_mega.config.compatibility import changed
 from srlm_mega.config.file import load_config
+from srlm_mega.data.prompt_files import read_prompts
 from srlm_mega.errors import CannotContinue, UserError
 from srlm_mega.evaluation.results import Comparison
 from srlm_mega.records import Prompt, read_jsonl
 from srlm_mega.run.files import all_files, dangling, sweep, write_atomic
 from srlm_mega.run.identity import responding
-from srlm_mega.run.manifest import IDENTITY, file_hash
+from srlm_mega.run.manifest import IDENTITY
+from srlm_mega.run.outside_folder import content_hash
 from srlm_mega.run.run_dir import RunDir
 from srlm_mega.run.soundness import check_sound
 from srlm_mega.sampling.samplers import Samplers
@@ -94,12 +97,12 @@ def head_to_head(request: HeadToHeadRequest, out: Path) -> Comparison:
     CannotContinue when no prompt has a verdict in both orders."""
     model, theirs = RunModel.at(request.ours), writer_at(request.theirs)
     file = held_out(model.run) if request.prompts is None else request.prompts
-    prompts = list(read_jsonl(file, Prompt))
+    prompts = list(read_jsonl(file, Prompt)) if request.prompts is None else asked_prompts(file)
     judge = judge_of(model, request.judge, prompts)
     identity = {
         "ours": model.writer.name,
         "theirs": theirs.name,
-        "prompts": file_hash(file),
+        "prompts": content_hash(file),
         "judge": judge.name,
         "judge_tokens": (model.config.judge if request.judge is None else request.judge).max_new_tokens,
         "temperature": request.temperature,
@@ -128,6 +131,20 @@ def head_to_head(request: HeadToHeadRequest, out: Path) -> Comparison:
             f"URL) and another --out; what this one answered is in {file}"
         )
     return result
+
+
+def asked_prompts(file: Path) -> list[Prompt]:
+    """Return the prompts of a user's file, in any dialect. UserError when two have one id, by which answers are
+    known."""
+    lines = read_prompts(file, None, own_ids=True)
+    prompts = list(lines)
+    if lines.bad:
+        print(f"left out {lines.bad} lines of {file}, in which no prompt can be read")
+    ids = Counter(prompt.id for prompt in prompts)
+    twice = [name for name, count in ids.items() if count > 1]
+    if twice:
+        raise UserError(f"{file} has {len(twice)} ids several times, such as {twice[0]}: leave `id` out, or correct it")
+    return prompts
 
 
 @dataclass(frozen=True)

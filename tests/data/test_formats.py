@@ -7,7 +7,8 @@ import orjson
 import pytest
 
 from srlm_mega.config.data import SeedDataConfig
-from srlm_mega.data.formats import flattened, parse_example, parse_ranking, read_jsonl_sets
+from srlm_mega.data.conversations import flattened
+from srlm_mega.data.formats import parse_example, parse_ranking, read_jsonl_sets
 from srlm_mega.errors import UserError
 from srlm_mega.records import Message
 
@@ -199,7 +200,7 @@ def test_seed_sets_from_two_files(tmp_path: Path) -> None:
     assert all(example.prompt.startswith("s") and example.completion.startswith("answer") for example in sets.ift)
     assert all(one.prompt.startswith("p") for one in (*sets.eft_eval, *sets.eft_sources))
     assert sets.counts["examples"] == 40 and sets.counts["rankings"] == 30 and sets.counts["bad_lines"] == 0
-    write(preferences, [{"prompt": "x", "chosen": "a", "rejected": "a"}])
+    write(preferences, [{"prompt": "x", "chosen": "a"}])
     with pytest.raises(UserError, match=r"1 of the 1 lines of .*dpo\.jsonl"):
         read_jsonl_sets(section, 0, tmp_path / "bad.jsonl")
     assert (tmp_path / "ranked_bad.jsonl").exists()

@@ -13,10 +13,10 @@ from places import CONFIGS, ROOT
 
 from srlm_mega.config.file import load_config
 from srlm_mega.data.formats import parse_example, parse_ranking, read_jsonl_sets
+from srlm_mega.data.prompt_files import read_prompts
 from srlm_mega.data.quarantine import UserLines
 from srlm_mega.data.rouge import RougePool, rouge_words
 from srlm_mega.data.seed_sets import SeedItem
-from srlm_mega.data.self_instruct import read_prompts
 
 FOLDER = ROOT / "launch/data/real_text"
 PRESET = CONFIGS / "smollm2_cpu.yaml"

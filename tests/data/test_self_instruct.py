@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from srlm_mega.data.prompt_files import read_prompts
 from srlm_mega.data.self_instruct import (
     RejectReason,
     TaskFilter,
     few_shot_prompt,
     parse_tasks,
-    read_prompts,
 )
 from srlm_mega.errors import UserError
 
@@ -119,8 +119,8 @@ def test_prompts_are_read_from_both_forms_and_broken_lines_stop(tmp_path: Path) 
         ("tasks-000001", "Name a bird.", "tasks.jsonl"),
         ("tasks-000003", "Name a fish.", "tasks.jsonl"),
     ]
-    path.write_text('{"instruction": "Name a bird."}\n{"prompt": "Name a fish."}\n')
-    with pytest.raises(UserError, match="line 2: the fields `instruction` and `text` are both missing"):
+    path.write_text('{"instruction": "Name a bird."}\n{"fish": "Name a fish."}\n')
+    with pytest.raises(UserError, match=r"line 2: not a prompt: it needs `prompt`, .* it has `fish`"):
         list(read_prompts(path, tmp_path / "bad.jsonl"))
 
 

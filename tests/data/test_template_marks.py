@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from srlm_mega.config.data import SeedDataConfig
 from srlm_mega.data.formats import read_jsonl_sets
 from srlm_mega.data.oasst import read_oasst
+from srlm_mega.data.prompt_files import read_prompts
 from srlm_mega.data.quarantine import BadLine, UserLines, text_field
-from srlm_mega.data.self_instruct import read_prompts
 from srlm_mega.data.template_marks import LeftInside, unwrapped
 from srlm_mega.errors import UserError
 from srlm_mega.records import read_jsonl

@@ -1,0 +1,292 @@
+"""A user's data from outside: the files that a path means, and their entries one by one, in the forms that people have.
+
+JSON lines, a JSON array, objects printed over several lines, plain text, Parquet, Arrow and Hugging Face's folders of
+them; gzip; UTF-8 and UTF-16. The bytes say what a file is, whatever its name.
+"""
+
+import codecs
+import gzip
+import json
+import re
+import tempfile
+import zlib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from io import BufferedIOBase, TextIOWrapper
+from pathlib import Path
+from typing import BinaryIO, Literal, assert_never
+
+import orjson
+
+from srlm_mega.checkpoints_conversion import json_files
+from srlm_mega.errors import UserError
+
+BUFFER = 1024**2  # bytes, or characters, that are read at once
+HEAD = 4096  # bytes that show what a file is
+JSON_NAMES = (".json", ".jsonl", ".ndjson", ".jsonlines")
+TABLE_NAMES = (".parquet", ".arrow")
+OTHER_NAMES = (".txt", ".csv", ".tsv")  # read in a folder that has none of the others
+PARQUET, ARROW_FILE, ARROW_STREAM = b"PAR1", b"ARROW1", b"\xff\xff\xff\xff"
+# Other beginnings of files, what they are and what to do.
+REFUSED = {
+    b"PK\x03\x04": "a zip archive or an Excel file: unpack it, or save it as JSONL",
+    b"\x28\xb5\x2f\xfd": "packed by zstd: unpack it (zstd -d)",
+    b"BZh": "packed by bzip2: unpack it (bunzip2)",
+    b"\xfd7zXZ": "packed by xz: unpack it (unxz)",
+    b"version https://git-lfs": "a pointer of Git LFS in place of the data: fetch them (git lfs pull)",
+    b"<!DOCTYPE": "a web page: download the file itself",
+    b"<!doctype": "a web page: download the file itself",
+}
+ENCODINGS = {  # by the byte order mark
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+DESCRIBING = ("state.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
+TRAIN = "train"
+SPLITS = dict.fromkeys(("train", "training"), TRAIN)
+SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
+SPLITS |= dict.fromkeys(("test", "testing", "eval", "evaluation"), "test")
+BETWEEN = re.compile(r"[\s,]*")
+
+
+@dataclass(frozen=True, slots=True)
+class UserEntry:
+    """One entry of a user's data. `number` counts the entries of its `file` (its lines, elements or rows, as `unit`
+    says) from 1, and `place` counts on from file to file. `content` is the JSON of an object, where it is sound."""
+
+    file: Path
+    unit: str
+    number: int
+    place: int
+    content: bytes
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a file is: JSON lines, JSON values one after another (an array, or objects over several lines), plain text,
+    or a table's rows; packed by gzip or not; and its encoding."""
+
+    kind: Literal["lines", "values", "text", "rows"]
+    packed: bool = False
+    encoding: str = "UTF-8"
+
+    @property
+    def unit(self) -> str:
+        """What an entry is called."""
+        return {"lines": "line", "values": "element", "text": "line", "rows": "row"}[self.kind]
+
+
+def entries(path: Path) -> Iterator[UserEntry]:
+    """Yield the entries of a file, or of a folder's files in the order of their names. Blank lines are none. UserError
+    when there is no such file, when it is damaged, or in no form that can be read."""
+    before = 0
+    for file in data_files(path):
+        form, number = form_of(file), 0
+        for number, content in numbered(file, form):
+            yield UserEntry(file, form.unit, number, before + number, content)
+        before += number
+
+
+def data_problem(path: Path) -> str | None:
+    """Return why nothing can be read at a path, None when its first entry can be."""
+    try:
+        size = sum(file.stat().st_size for file in data_files(path))
+        return None if any(True for _ in entries(path)) else f"{path} is empty ({size} bytes)"
+    except UserError as error:
+        return str(error)
+
+
+def notes_on(path: Path) -> Iterator[str]:
+    """Yield what is worth saying about how a path is read: the split that is taken, and files that are not as their
+    names say."""
+    splits = splits_in(path) if path.is_dir() else {}
+    if len(splits) > 1:
+        others = ", ".join(sorted(name or "files of no split" for name in splits.keys() - {TRAIN}))
+        yield f"{path}: the split train is read, not {others}"
+    for file in data_files(path):
+        form = form_of(file)
+        said = ["gzip"] * (form.packed and file.suffix != ".gz") + [form.encoding] * (form.encoding != "UTF-8")
+        if said:
+            yield f"{file} is {' and '.join(said)}, and is read as such"
+
+
+def data_files(path: Path) -> list[Path]:
+    """Return the file at a path, or the data files of a folder, sorted: those of the split `train` where it has several
+    splits. UserError when there is none, or when it has several splits and none is `train`."""
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise UserError(f"there is no file {path}")
+    splits = splits_in(path)
+    if not splits:
+        raise UserError(f"{path} is no file, and a folder without data files ({', '.join(JSON_NAMES + TABLE_NAMES)})")
+    if len(splits) > 1 and TRAIN not in splits:
+        named = ", ".join(split or files[0].name for split, files in splits.items())
+        raise UserError(f"{path} has several splits ({named}), and none is `train`: give the file or folder of one")
+    return splits[TRAIN] if len(splits) > 1 else next(iter(splits.values()))
+
+
+def splits_in(folder: Path) -> dict[str, list[Path]]:
+    """Return a folder's data files, sorted, by split; without what is hidden and what only describes a data set."""
+    every = sorted(file for file in folder.rglob("*") if file.is_file())
+    shown = [file for file in every if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+    saved = {file.parent: saved_files(file) for file in shown if file.name == "state.json"}
+    listed = [file for file in shown if file.name in (saved.get(file.parent) or [file.name])]
+    data = [file for file in listed if plain_suffix(file) in JSON_NAMES + TABLE_NAMES and file.name not in DESCRIBING]
+    splits: dict[str, list[Path]] = {}
+    for file in data or [file for file in listed if plain_suffix(file) in OTHER_NAMES]:
+        splits.setdefault(split_of(folder, file), []).append(file)
+    return splits
+
+
+def saved_files(state: Path) -> list[str]:
+    """Return the names that Hugging Face's `state.json` lists: files of a cache and of earlier versions lie beside.
+    None for another program's file of that name."""
+    try:
+        listed = json_files.parse_object(state.read_bytes(), state).get("_data_files", [])
+        return [str(one["filename"]) for one in listed]
+    except (ValueError, TypeError, KeyError):
+        return []
+
+
+def plain_suffix(file: Path) -> str:
+    """Return a file's suffix in lower case, that of gzip left out."""
+    return Path(file.name.lower().removesuffix(".gz")).suffix
+
+
+def split_of(folder: Path, file: Path) -> str:
+    """Return the split of a file in a folder, which its name says (`train-00000-of-00002`, `my_test.jsonl`), or that of
+    a folder which it is in; empty for none."""
+    *folders, name = file.relative_to(folder).parts
+    if folders and (folder / "dataset_dict.json").is_file():
+        return folders[0]
+    for one in (name.partition(".")[0], *reversed(folders)):
+        stem, is_shard = re.subn(r"-\d{5}-of-\d{5}$", "", one)
+        if is_shard and stem != "data":
+            return stem.rpartition("-")[2]
+        for word in re.split(r"[\W_\d]+", one.lower()):
+            if word in SPLITS:
+                return SPLITS[word]
+    return ""
+
+
+def form_of(file: Path) -> Form:
+    """Return the form of a file by its first bytes. UserError for one that cannot be read."""
+    with file.open("rb") as raw:
+        packed = raw.read(2) == b"\x1f\x8b" or file.suffix == ".gz"
+    with unpacked(file, packed) as content:
+        head = content.read(HEAD)
+    refused = next((what for start, what in REFUSED.items() if head.startswith(start)), None)
+    if refused is not None:
+        raise UserError(f"{file} is {refused}")
+    if head.startswith((PARQUET, ARROW_FILE, ARROW_STREAM)):
+        if find_spec("pyarrow") is None:
+            raise UserError(f"{file} is Parquet or Arrow, for which pyarrow is needed: pip install 'srlm-mega[tables]'")
+        return Form("rows", packed)
+    encoding = next((name for mark, name in ENCODINGS.items() if head.startswith(mark)), "UTF-8")
+    if encoding == "UTF-8" and b"\0" in head[:2]:
+        encoding = "UTF-16-BE" if head[:1] == b"\0" else "UTF-16-LE"
+    start, suffix = head.decode(encoding, "replace").lstrip("\ufeff \t\r\n"), plain_suffix(file)
+    if start.partition("\n")[0].strip() == "{" or re.match(r"\[" if suffix in JSON_NAMES else r"\[\s*(\{|\Z)", start):
+        return Form("values", packed, encoding)
+    if start.startswith("{") or suffix in JSON_NAMES or not start:
+        return Form("lines", packed, encoding)
+    if "\0" in start or suffix in (".csv", ".tsv"):
+        what = "a table of text" if suffix in (".csv", ".tsv") else "no text"
+        raise UserError(f"{file} is {what}: give JSONL (one JSON object per line), a JSON array or Parquet")
+    return Form("text", packed, encoding)
+
+
+def numbered(file: Path, form: Form) -> Iterator[tuple[int, bytes]]:
+    """Yield the entries of a file in this form with their numbers, from 1."""
+    if form.kind == "rows":
+        from srlm_mega.run.arrow_rows import rows  # it loads pyarrow, which nothing else here needs
+
+        yield from enumerate((orjson.dumps(row, default=lambda value: None) for row in rows(file)), start=1)
+        return
+    with unpacked(file, form.packed) as packed, in_utf8(file, packed, form.encoding) as content:
+        match form.kind:
+            case "values":
+                yield from enumerate(json_values(content, file), start=1)
+            case "lines" | "text":
+                try:
+                    for number, line in enumerate(json_files.bounded_lines(content, file), start=1):
+                        line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                        if line.strip():
+                            yield number, line.rstrip(b"\r\n") if form.kind == "lines" else as_text(line)
+                except ValueError as error:  # checkpoints_conversion does not import UserError
+                    raise UserError(str(error)) from None
+            case _:
+                assert_never(form.kind)
+
+
+def as_text(line: bytes) -> bytes:
+    """Return a line of plain text as JSON; as it is, which is none, where it is not UTF-8."""
+    try:
+        return orjson.dumps({"text": line.decode().strip()})
+    except UnicodeDecodeError:
+        return line
+
+
+@contextmanager
+def unpacked(file: Path, packed: bool) -> Iterator[BinaryIO | BufferedIOBase]:
+    """Open a file, unpacked. UserError when its gzip stream is damaged."""
+    try:
+        with gzip.open(file) if packed else file.open("rb", BUFFER) as content:
+            yield content
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{file} cannot be read: its gzip is damaged or cut ({error}). Download it again") from None
+
+
+@contextmanager
+def in_utf8(file: Path, content: BinaryIO | BufferedIOBase, encoding: str) -> Iterator[BinaryIO | BufferedIOBase]:
+    """Yield content in UTF-8: itself, or a temporary copy. UserError when it is not in its encoding."""
+    if encoding == "UTF-8":
+        yield content
+        return
+    with ExitStack() as open_files:
+        copy = open_files.enter_context(tempfile.TemporaryFile())
+        try:
+            text = TextIOWrapper(content, encoding, newline="")  # type: ignore[type-var]  # any buffer will do
+            for part in iter(partial(text.read, BUFFER), ""):
+                copy.write(part.encode())
+        except UnicodeError as error:
+            raise UserError(f"{file} is {encoding}, and damaged ({error}): save it as UTF-8") from None
+        copy.seek(0)
+        yield copy
+
+
+def json_values(content: BinaryIO | BufferedIOBase, file: Path) -> Iterator[bytes]:
+    """Yield the JSON values of an array, or those that follow one another, each as it is written; one is in memory at a
+    time. UserError for one that is broken, cut or longer than 16 MiB, since the next one cannot be found."""
+    text = TextIOWrapper(content, "utf-8-sig", errors="surrogateescape")  # type: ignore[type-var]
+    decoder, buffer, position, number = json.JSONDecoder(), text.read(BUFFER).lstrip(), 0, 0
+    is_array = buffer.startswith("[")
+    position = int(is_array)
+    while True:
+        found = BETWEEN.match(buffer, position)
+        assert found is not None, "it matches no character too"
+        position = found.end()
+        if is_array and buffer.startswith("]", position):
+            is_array, position = False, position + 1
+            continue
+        try:
+            _, end = decoder.raw_decode(buffer, position)
+        except (ValueError, RecursionError) as error:
+            more = text.read(BUFFER) if len(buffer) - position <= json_files.MAX_LINE_BYTES else ""
+            buffer, position = buffer[position:] + more, 0
+            if more:
+                continue
+            if not buffer and not is_array:
+                return
+            wrong = "it is cut: there is no ]" if not buffer else f"element {number + 1} is broken or cut ({error})"
+            raise UserError(
+                f"{file} is neither a JSON list nor JSON lines to its end: {wrong}. Write it again"
+            ) from None
+        yield buffer[position:end].encode(errors="surrogateescape")
+        position, number = end, number + 1
