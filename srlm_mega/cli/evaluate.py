@@ -17,6 +17,13 @@ export_app = typer.Typer(
     help="Write files for AlpacaEval, MT-Bench, lm-eval.", no_args_is_help=True, rich_markup_mode=None
 )
 Model = Annotated[Path, typer.Argument(help="Finished model of a run, for example runs/toy/M2.", metavar="RUN/M")]
+AnyModel = Annotated[
+    Path,
+    typer.Argument(help="Finished model of a run (runs/toy/M2), or a Hugging Face folder.", metavar="RUN/M|FOLDER"),
+]
+Settings = Annotated[
+    Path | None, typer.Option(help="Run or configuration whose sampler and lengths serve a folder from outside.")
+]
 Name = Annotated[str | None, typer.Option(help="Model's name in the file; default: RUN-M.")]
 Out = Annotated[Path, typer.Option(help="File to write.", callback=file_place)]
 
@@ -103,18 +110,19 @@ def lengths(run: SoundRunFolder) -> None:
 
 @export_app.command("alpaca_eval")
 def alpaca_eval(
-    model: Model,
+    model: AnyModel,
     prompts: Annotated[Path, typer.Option(help="AlpacaEval's prompts: alpaca_eval.json, or JSONL.")],
     out: Out,
     generator: Name = None,
     temperature: Annotated[float | None, typer.Option(help="Sampling temperature; default: the run's.", min=0)] = None,
+    settings: Settings = None,
 ) -> None:
     """Write a model's outputs for AlpacaEval 2. Each has instruction, output, generator and dataset."""
     from srlm_mega.evaluation.export_formats import read_alpaca_instructions
     from srlm_mega.stages.exports import export_alpaca_eval
-    from srlm_mega.stages.head_to_head import RunModel
+    from srlm_mega.stages.head_to_head import model_at
 
-    found = RunModel.at(model)
+    found = model_at(model, settings)
     instructions = read_alpaca_instructions(prompts)
     chosen = found.config.evaluation.temperature if temperature is None else temperature
     too_long = export_alpaca_eval(found, instructions, generator or name_of(model), chosen, out)
@@ -124,35 +132,37 @@ def alpaca_eval(
 
 @export_app.command("mt_bench")
 def mt_bench(
-    model: Model,
+    model: AnyModel,
     questions: Annotated[Path, typer.Option(help="FastChat's question.jsonl.")],
     out: Out,
     model_id: Name = None,
+    settings: Settings = None,
 ) -> None:
     """Write a model's answers for MT-Bench. The file is FastChat's model_answer, with both turns of every question."""
     from srlm_mega.evaluation.export_formats import read_mt_bench_questions
     from srlm_mega.stages.exports import export_mt_bench
-    from srlm_mega.stages.head_to_head import RunModel
+    from srlm_mega.stages.head_to_head import model_at
 
-    found, asked = RunModel.at(model), read_mt_bench_questions(questions)
+    found, asked = model_at(model, settings), read_mt_bench_questions(questions)
     export_mt_bench(found, asked, model_id or name_of(model), out)
     print(f"{out}: answers to {len(asked)} questions")
 
 
 @export_app.command("lm_eval")
 def lm_eval(
-    model: Model,
+    model: AnyModel,
     dtype: Annotated[
         Literal["float32", "bfloat16"] | None, typer.Option(help="Number format; default: the run's.")
     ] = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="Use the CPU instead of this node's GPUs.")] = False,
     output: Annotated[Path, typer.Option(help="Folder for the results of lm-eval.")] = Path("lm_eval_results"),
+    settings: Settings = None,
 ) -> None:
     """Print lm-eval's commands for the paper's benchmarks. There is one per number of shots."""
     from srlm_mega.evaluation.export_formats import lm_eval_commands
-    from srlm_mega.stages.head_to_head import RunModel
+    from srlm_mega.stages.head_to_head import model_at
 
-    found = RunModel.at(model)
+    found = model_at(model, settings)
     chosen = dtype or ("bfloat16" if found.config.trainer.bf16 else "float32")
     print("\n".join(lm_eval_commands(found.writer.folder.resolve(), chosen, cpu, output)))
 

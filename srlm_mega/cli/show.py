@@ -60,7 +60,10 @@ def compare(
 
 
 @show_app.command("pair")
-def show_pair(pair_id: Annotated[str, typer.Argument(metavar="ID")], run: SoundRunFolder) -> None:
+def show_pair(
+    pair_id: Annotated[str, typer.Argument(help="Id of a pair, a prompt or a candidate.", metavar="ID")],
+    run: SoundRunFolder,
+) -> None:
     """Show a preference pair and all that it came from. Prompt, candidates, scores, judgements, model hash, seeds."""
     from srlm_mega.report.lineage import pair_text
 

@@ -25,14 +25,18 @@ from srlm_mega.run.sealed_file import fingerprint, is_whole, write_sealed
 from srlm_mega.sampling.sampler import SamplingParams
 from srlm_mega.sampling.samplers import Samplers
 from srlm_mega.seeds import derive_seed
-from srlm_mega.stages.head_to_head import RunModel, begin, print_progress
+from srlm_mega.stages.head_to_head import AnyModel, begin, print_progress
 from srlm_mega.stages.responses import respond
 
 MT_BENCH_TOKENS = 1024  # longest answer in FastChat
 
 
 def export_alpaca_eval(
-    model: RunModel, instructions: Sequence[AlpacaInstruction], generator: str, temperature: float, out: Path
+    model: AnyModel,
+    instructions: Sequence[AlpacaInstruction],
+    generator: str,
+    temperature: float,
+    out: Path,
 ) -> int:
     """Write a model's answers to AlpacaEval's instructions; return the number of those left out because a whole answer
     would not fit. After a kill the same call resumes in `<out>.partial`."""
@@ -56,7 +60,7 @@ def export_alpaca_eval(
     return too_long
 
 
-def export_mt_bench(model: RunModel, questions: Sequence[MtBenchQuestion], model_id: str, out: Path) -> None:
+def export_mt_bench(model: AnyModel, questions: Sequence[MtBenchQuestion], model_id: str, out: Path) -> None:
     """Write a model's answers to every turn of MT-Bench's questions. UserError when a turn does not fit. After a kill
     the same call resumes in `<out>.partial`."""
     chat = Chat.from_folder(model.writer.folder)
@@ -71,7 +75,7 @@ def export_mt_bench(model: RunModel, questions: Sequence[MtBenchQuestion], model
 
 
 @contextmanager
-def unfinished(model: RunModel, out: Path, identity: Mapping[str, object]) -> Iterator[tuple[Samplers, Path, Path]]:
+def unfinished(model: AnyModel, out: Path, identity: Mapping[str, object]) -> Iterator[tuple[Samplers, Path, Path]]:
     """Yield samplers, the folder `<out>.partial` in which an export of this identity begins or resumes, and the file
     to write, which is what `out` links to where it is a link. The folder goes when the block has written the file.
     UserError where there can be no such file, or the folder is another export's."""
@@ -100,7 +104,7 @@ class Conversation:
 
 
 def take_turn(
-    model: RunModel,
+    model: AnyModel,
     chat: Chat,
     samplers: Samplers,
     folder: Path,

@@ -14,7 +14,8 @@ from srlm_mega.checkpoints_conversion.model_place import obstacle
 from srlm_mega.config import Config
 from srlm_mega.config.comparison import PairwiseJudgeConfig
 from srlm_mega.config.compatibility import changed
-from srlm_mega.config.file import load_config
+from srlm_mega.config.file import load_config, parse_config
+from srlm_mega.config.outside_models import local_folder, shape_in
 from srlm_mega.data.prompt_files import read_prompts
 from srlm_mega.errors import CannotContinue, UserError
 from srlm_mega.evaluation.results import Comparison
@@ -56,17 +57,55 @@ class RunModel:
         run.verify(path.name, quick=False)
         if not run.weights(path.name).exists():
             raise UserError(f"{path} has no weights: give a model such as {path.parent}/M1")
-        config = load_config(run.config_file)
-        if config.sampler.converts:  # a command samples the Hugging Face folder as it is: nothing converts it here
-            backend = "trtllm_torch" if config.sampler.traits.loads_engine else config.sampler.backend
-            plain = config.sampler.model_copy(update={"backend": backend, "quantization": None})
-            config = config.model_copy(update={"sampler": plain})
-        return cls(run, config, path.name)
+        return cls(run, sampling_as_it_is(load_config(run.config_file)), path.name)
 
     @property
     def writer(self) -> Writer:
         """The model's weights, named by its hash."""
         return Writer(self.run.digest(self.name), self.run.weights(self.name))
+
+
+@dataclass(frozen=True)
+class OutsideModel:
+    """A Hugging Face folder from outside, and the settings by which it answers."""
+
+    config: Config
+    writer: Writer
+
+    @classmethod
+    def at(cls, folder: Path, settings: Path | None) -> "OutsideModel":
+        """Open a folder, or the model of this id in the local hub cache. `settings`: a run or a configuration whose
+        sampler and lengths serve; without one, the defaults and the model's own length. UserError as `writer_at`."""
+        folder = local_folder(folder)
+        writer = Writer.outside(folder)
+        if settings is not None:
+            config = load_config(settings / "config.yaml" if settings.is_dir() else settings)
+            return cls(sampling_as_it_is(config), writer)
+        length = min(int(shape_in(folder)["max_position_embeddings"]), 8192)
+        rates = {"lr": 1, "min_lr": 1, "epochs": 1}  # required, and of no meaning here: nothing is trained
+        answer = {"max_new_tokens": min(2048, length // 2)}
+        sections = {"candidates": answer, "prompts": answer, "judge": answer, "sft": rates, "dpo": rates}
+        model = {"path": str(folder), "seq_length": length}
+        source = {"run": {"dir": "unused"}, "seed_data": {"source": "toy_world"}, "model": model}
+        return cls(parse_config(source | sections, str(folder)), writer)
+
+
+AnyModel = RunModel | OutsideModel
+
+
+def sampling_as_it_is(config: Config) -> Config:
+    """Return a configuration for a command, which samples the Hugging Face folder: nothing converts it here."""
+    if not config.sampler.converts:
+        return config
+    backend = "trtllm_torch" if config.sampler.traits.loads_engine else config.sampler.backend
+    plain = config.sampler.model_copy(update={"backend": backend, "quantization": None})
+    return config.model_copy(update={"sampler": plain})
+
+
+def model_at(path: Path, settings: Path | None) -> AnyModel:
+    """Open a run's model (`RUN/M2`), or any Hugging Face folder (see `OutsideModel.at`)."""
+    is_runs = (path.parent / "config.yaml").is_file() and not (path / "config.json").is_file()
+    return RunModel.at(path) if is_runs else OutsideModel.at(path, settings)
 
 
 def writer_at(path: Path) -> Writer:

@@ -18,10 +18,12 @@ from places import TOY
 from rich.console import Console
 
 from srlm_mega.config.file import load_config
-from srlm_mega.records import parse_line, write_jsonl
+from srlm_mega.errors import UserError
+from srlm_mega.records import PreferencePair, Prompt, parse_line, read_jsonl, write_jsonl
 from srlm_mega.report import page as page_module
 from srlm_mega.report.costs import StageCost
 from srlm_mega.report.drawing import CSS_VARIABLES
+from srlm_mega.report.lineage import pair_text
 from srlm_mega.report.lineage_sample import LineageSample, PairLeaf, hash_fraction
 from srlm_mega.report.page import render, write_report
 from srlm_mega.report.plots import row_of, running_mean
@@ -41,6 +43,21 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def page(finished: Path) -> str:
     """The page of the finished run."""
     return write_report(finished).read_text(encoding="utf-8")
+
+
+def test_a_pair_is_shown_by_its_prompts_and_its_candidates_ids_too(finished: Path) -> None:
+    by_pair = pair_text(finished, "r1-q6-pair")
+    assert by_pair.startswith("pair r1-q6-pair   round_1\nprompt r1-q6 ")
+    ids = re.findall(r"^(?:chosen|rejected|candidate) (\S+)", by_pair, re.MULTILINE)
+    assert len(ids) == 4 and by_pair.count("  judged ") == 8
+    assert {pair_text(finished, name) for name in ("r1-q6", *ids)} == {by_pair}
+    prompts = [one.id for one in read_jsonl(finished / "round_1/prompts/prompts.jsonl", Prompt)]
+    pairs = {one.id for one in read_jsonl(finished / "round_1/pairs/pairs.jsonl", PreferencePair)}
+    lonely = next(name for name in prompts if f"{name}-pair" not in pairs)
+    shown = pair_text(finished, lonely)
+    assert shown.startswith("pair none   round_") and shown.count("\ncandidate ") == 4 and "chosen" not in shown
+    with pytest.raises(UserError, match=r"nor a prompt or a candidate of this id. A pair's id looks like r1-q"):
+        pair_text(finished, "r1-q6-pai")
 
 
 class Tags(HTMLParser):

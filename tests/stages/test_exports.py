@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -68,6 +69,29 @@ def test_alpaca_evals_outputs(run: RunDir, tmp_path: Path) -> None:
     assert out.read_bytes() == first and not (tmp_path / "outputs.json.partial").exists()
     call("export", "alpaca_eval", run.root / "M1", "--prompts", prompts, "--out", out, "--temperature", "1.5")
     assert out.read_bytes() != first
+
+
+def test_a_folder_from_outside_answers_as_the_runs_own_model(run: RunDir, tmp_path: Path) -> None:
+    (tmp_path / "q.json").write_text('[{"instruction": "list 2 animals"}, {"instruction": "list 3 animals"}]')
+    (tmp_path / "question.jsonl").write_bytes(b"".join(orjson.dumps(one) + b"\n" for one in QUESTIONS))
+    folder = tmp_path / "elsewhere" / "model"
+    shutil.copytree(run.weights("M1"), folder)
+
+    def answers(model: Path, *options: object) -> list[str]:
+        given, out = ("--prompts", tmp_path / "q.json"), tmp_path / "a.json"
+        call("export", "alpaca_eval", model, *given, "--out", out, "--temperature", "0", *options)
+        return [one["output"] for one in orjson.loads(out.read_bytes())]
+
+    own = answers(run.root / "M1")
+    assert own == answers(folder, "--settings", run.root)
+    alone = answers(folder)
+    assert all(one.startswith(other) and len(one) > len(other) for one, other in zip(alone, own, strict=True))
+    given, out = ("--questions", tmp_path / "question.jsonl"), tmp_path / "b.jsonl"
+    call("export", "mt_bench", folder, *given, "--out", out, "--settings", run.root)
+    assert len(out.read_bytes().splitlines()) == 2
+    assert f"pretrained={folder}" in call("export", "lm_eval", folder)
+    with pytest.raises(UserError, match="is not a Hugging Face model folder"):
+        raise CliRunner().invoke(app, ["export", "lm_eval", str(tmp_path / "elsewhere")]).exception or AssertionError
 
 
 def test_mt_benchs_answers(run: RunDir, tmp_path: Path) -> None:

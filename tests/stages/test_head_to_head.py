@@ -23,6 +23,7 @@ from srlm_mega.run import manifest
 from srlm_mega.run.outside_folder import content_hash
 from srlm_mega.run.run_dir import RunDir
 from srlm_mega.run.sealed_file import seal_of
+from srlm_mega.stages.head_to_head import asked_prompts
 
 
 @pytest.fixture
@@ -32,6 +33,20 @@ def models(tmp_path: Path) -> tuple[Path, Path, Path]:
     write_model(load_config(run.config_file), tmp_path / "other", toy_tokenizer(), seed=5)
     write_jsonl(tmp_path / "prompts.jsonl", [Prompt(f"t{n}", f"list {n} animals", "test") for n in range(2, 8)])
     return run.root / "M1", tmp_path / "other", tmp_path / "prompts.jsonl"
+
+
+def test_prompts_in_any_form(tmp_path: Path) -> None:
+    """A file of srlm's keeps its ids, which judges of ground truth and finished answers go by."""
+    own = [Prompt("t1", "list 2 animals", "test", "Be brief."), Prompt("t2", "list 3 animals", "valid")]
+    write_jsonl(tmp_path / "own.jsonl", own)
+    assert asked_prompts(tmp_path / "own.jsonl") == own
+    (tmp_path / "plain.txt").write_text("list 2 animals\nlist 3 animals\n")
+    assert asked_prompts(tmp_path / "plain.txt")[1] == Prompt("plain-000002", "list 3 animals", "plain.txt")
+    write_jsonl(tmp_path / "sft.jsonl", [{"id": 7, "prompt": "Hi?", "completion": "Hello."}])
+    assert asked_prompts(tmp_path / "sft.jsonl") == [Prompt("7", "Hi?", "sft.jsonl")]
+    write_jsonl(tmp_path / "twice.jsonl", [own[0], replace(own[1], id="t1")])
+    with pytest.raises(UserError, match="has 1 ids several times, such as t1"):
+        asked_prompts(tmp_path / "twice.jsonl")
 
 
 def call(models: tuple[Path, Path, Path], out: Path, *options: str) -> tuple[int, str, BaseException | None]:
