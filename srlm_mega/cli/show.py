@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from srlm_mega.cli.arguments import RunFolder, SoundRunFolder, sound_run
+from srlm_mega.cli.arguments import RunFolder, SoundRunFolder, existing_run, sound_run
 from srlm_mega.cli.output import VisibleConsole
 
 show_app = typer.Typer(
@@ -68,6 +68,28 @@ def show_pair(
     from srlm_mega.report.lineage import pair_text
 
     print(pair_text(run, pair_id))
+
+
+@show_app.command("template")
+def show_template(
+    template: Annotated[
+        Path, typer.Argument(help="A rubric's file, a shipped template, a configuration, or a run.", metavar="TEMPLATE")
+    ] = Path("additive"),
+    max_score: Annotated[int, typer.Option(help="Largest score of a rubric's file: judge.max_score.", min=1)] = 5,
+) -> None:
+    """Show a judge's template, checked, filled with an example. Below it is a judgement as it is read."""
+    from srlm_mega.config.file import load_config
+    from srlm_mega.judging.template import SHIPPED, JudgeTemplate, load_template
+    from srlm_mega.run.run_dir import RunDir
+
+    chosen: Path | str = str(template) if str(template) in SHIPPED else template
+    kept = RunDir(existing_run(template)).rubric_in_force if template.is_dir() else None
+    is_config = template.suffix in (".yaml", ".yml") or not (template.suffix or template.exists())
+    if template.is_dir() or (isinstance(chosen, Path) and is_config):
+        judge = load_config(template / "config.yaml" if template.is_dir() else template).judge
+        chosen, max_score = judge.template, judge.max_score
+    rubric = load_template(chosen, max_score) if kept is None else JudgeTemplate.from_bytes(kept, "of the run")
+    print(rubric.example(max_score))
 
 
 @show_app.command("seed")

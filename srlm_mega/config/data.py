@@ -129,6 +129,12 @@ class JudgeConfig(Section, decides="output"):
         description="Prompt of the judge: additive (the paper's, 0 to 5 points), multiple_choice, score_only (no "
         "reasons: an answer of a few tokens), toy, or a file; a further round may take another.",
     )
+    max_score: int = Field(
+        5,
+        ge=1,
+        le=100,
+        description="Largest score that a template of your own asks for; the smallest is 0.",
+    )
     n: int = Field(3, ge=1, description="Number of judgements per response, whose mean score is the reward; paper: 3.")
     temperature: float = Field(0.7, gt=0, description="Sampling temperature; paper: 0.7.")
     top_p: float = Field(0.9, gt=0, le=1, description="Nucleus, as probability mass; paper: 0.9.")

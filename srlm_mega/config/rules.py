@@ -132,6 +132,9 @@ def data_problems(config: "Config") -> Iterator[str]:
         yield "seed_data.eft_path needs seed_data.num_eft above 0: the largest number of its examples that are used"
     if config.eft.enabled and not config.builds_eft and seed_data.source != "toy_world" and seed_data.eft_path is None:
         yield f"eft.build=false: seed_data.source={seed_data.source} has no EFT of its own (seed_data.eft_path)"
+    judge = config.judge
+    if judge.max_score != 5 and isinstance(judge.template, str):
+        yield f"judge.max_score={judge.max_score}: judge.template={judge.template} gives 0 to 5 points; give your own"
     if config.prompts.generator == "file" and config.prompts.path is None:
         yield "prompts.generator=file needs prompts.path"
     if config.model.path is not None and config.model.tokenizer is not None:

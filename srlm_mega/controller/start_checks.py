@@ -29,7 +29,7 @@ def check_start(
     check_outside_files(config, read)
     check_data(config, read)
     if RUBRIC in read or "seed" not in finished:
-        load_template(config.judge.template)
+        check_rubric(config)
     if any(stage.kind in READ_MODEL for stage in missing):
         from srlm_mega.stages.seed import read_chat  # it loads tokenizers, which nothing else here needs
 
@@ -41,6 +41,17 @@ def check_start(
     check_endpoints(config)
     check_trackers(config)
     check_sampler(missing, config)
+
+
+def check_rubric(config: Config) -> None:
+    """Raise UserError if judge.template cannot be used, and say so if an own one does not ask for a score in the form
+    that is read."""
+    template = config.judge.template
+    if load_template(template, config.judge.max_score).score_line is None and isinstance(template, Path):
+        print(
+            f"judge.template {template} does not say how to write a score: only `Score: N` is read, N from 0 to "
+            f"{config.judge.max_score}. `srlm show template {template}` shows it filled"
+        )
 
 
 def check_data(config: Config, read: Collection[str]) -> None:
@@ -90,7 +101,7 @@ def rubric_for(config: Config, run: RunDir) -> bytes:
     is gone, the run's copy of it. UserError when there is none, or it is no template."""
     kept = kept_rubric(config, run)
     if kept is None:
-        return load_template(config.judge.template).text.encode()
+        return load_template(config.judge.template, config.judge.max_score).text.encode()
     return JudgeTemplate.from_bytes(kept, "that the run has kept").text.encode()
 
 

@@ -40,11 +40,13 @@ def first_agreement(ranks: Sequence[int], scores: Sequence[Scores], mode: Mode) 
     return next((number for number, one in enumerate(tries) if agrees(ranks, one, mode)), None)
 
 
-def scores_of_ranks(ranks: Sequence[int]) -> list[int]:
-    """Return scores for the replies to one prompt, whose ranks (0 is the best) are not all equal. The best rank has 5,
-    the worst 1, those between follow in even steps, rounded half up to whole numbers; equal ranks have equal scores."""
+def scores_of_ranks(ranks: Sequence[int], best: int = BEST) -> list[int]:
+    """Return scores for the replies to one prompt, whose ranks (0 is the best) are not all equal. The best rank has
+    `best`, the worst 1 (0 where `best` is 1), those between follow in even steps, rounded half up to whole numbers;
+    equal ranks have equal scores."""
     places = {rank: place for place, rank in enumerate(sorted(set(ranks)))}
-    return [math.floor(BEST - (BEST - WORST) * places[rank] / (len(places) - 1) + 0.5) for rank in ranks]
+    worst = min(WORST, best - 1)
+    return [math.floor(best - (best - worst) * places[rank] / (len(places) - 1) + 0.5) for rank in ranks]
 
 
 def cap_modal_score(scores: Sequence[float], seed: int) -> list[int]:

@@ -19,12 +19,17 @@ from srlm_mega.judging.scores import MAX_SCORE, parse_score
 from srlm_mega.judging.template import JudgeTemplate
 from srlm_mega.records import SftExample, one_text
 
-SCORE = re.compile(r"([0-9]+(?:\.[0-9]+)?)(?: *(?:/|out of) *5)?")
+SCORE = re.compile(r"([0-9]+(?:\.[0-9]+)?)(?: *(?:/|out of) *([0-9]+))?")
 QUOTED = 40  # characters of an answer that a message shows
 
 
 def with_judge_examples(
-    sets: SeedSets, section: SeedDataConfig, template: JudgeTemplate, seed: int, quarantine: Path
+    sets: SeedSets,
+    section: SeedDataConfig,
+    template: JudgeTemplate,
+    seed: int,
+    quarantine: Path,
+    most: float = MAX_SCORE,
 ) -> SeedSets:
     """Return the sets with EFT from the file at `section.eft_path`: of the examples whose instruction is not that of a
     held-out prompt, nor similar to one, a seeded sample of at most `section.num_eft`.
@@ -33,7 +38,7 @@ def with_judge_examples(
     """
     path = section.eft_path
     assert path is not None, "the caller has a file of judge examples"
-    lines = UserLines(path, partial(parse_judge_example, template, path), quarantine, section.strip_template)
+    lines = UserLines(path, partial(parse_judge_example, template, path, most=most), quarantine, section.strip_template)
     held_out = [one.prompt for one in sets.eft_eval] + [one.text for one in (*sets.validation, *sets.test)]
     # The toy world's instructions are all alike: its own sets are only kept from having the same ones.
     alike = RougePool(1.0 if section.source == "toy_world" else section.near_duplicate_rouge_l, held_out)
@@ -54,13 +59,15 @@ def with_judge_examples(
     return replace(sets, eft_train=tuple(drawn), counts={**sets.counts, **counts})
 
 
-def parse_judge_example(template: JudgeTemplate, path: Path, number: int, fields: dict[str, Any]) -> SftExample:
-    """Parse a line. Raise ValueError when it is in no known form, or its answer has no score from 0 to 5."""
+def parse_judge_example(
+    template: JudgeTemplate, path: Path, number: int, fields: dict[str, Any], most: float = MAX_SCORE
+) -> SftExample:
+    """Parse a line. Raise ValueError when it is in no known form, or its answer has no score from 0 to `most`."""
     is_judged = "response" in fields and not {"prompt", "completion"} <= fields.keys()
     asked = question_in(fields) if is_judged else None
     if asked is not None:
         prompt = template.fill(one_text(asked.prompt, asked.system), answer_to(asked, fields, "response"))
-        completion, system = template.judgement(score_field(fields), optional_text(fields, "rationale")), ""
+        completion, system = template.judgement(score_field(fields, most), optional_text(fields, "rationale")), ""
     elif any(name in fields for name in (*CONVERSATIONS, *ANSWERS)):
         item = parse_example(path, number, fields)
         assert item.target is not None, "a supervised example has a target"
@@ -68,18 +75,19 @@ def parse_judge_example(template: JudgeTemplate, path: Path, number: int, fields
     else:
         wanted = f"{SFT_DIALECTS}; or a question with `response` and `score`"
         raise ValueError(f"not an example of judging: it needs {wanted}; it has {keys(fields)}")
-    if parse_score(completion) is None:
+    if parse_score(completion, most) is None:
         raise ValueError(
-            f"no `Score: x` from 0 to {MAX_SCORE:g} can be read in its answer, which ends in {completion[-QUOTED:]!r}"
+            f"no `Score: x` from 0 to {most:g} can be read in its answer, which ends in {completion[-QUOTED:]!r}"
         )
     return SftExample(f"eft-{line_name(path, number)}", "eft", prompt, completion, SOURCE, system)
 
 
-def score_field(fields: dict[str, Any]) -> float:
-    """Return a score from 0 to 5: a number, or text such as `4` and `4/5`. Raise ValueError for anything else."""
+def score_field(fields: dict[str, Any], most: float) -> float:
+    """Return a score from 0 to `most`: a number, or text such as `4` and `4/5`. Raise ValueError for anything else."""
     value = fields.get("score")
     written = SCORE.fullmatch(value.strip()) if isinstance(value, str) else None
-    score: Any = float(written[1]) if written is not None else value
-    if type(score) not in (int, float) or not 0 <= score <= MAX_SCORE:
-        raise ValueError(f"the field `score` is {value!r}, not a number from 0 to {MAX_SCORE:g}")
+    is_whole = written is not None and (written[2] is None or float(written[2]) == most)
+    score: Any = float(written[1]) if written is not None and is_whole else value
+    if type(score) not in (int, float) or not 0 <= score <= most:
+        raise ValueError(f"the field `score` is {value!r}, not a number from 0 to {most:g}")
     return float(score)

@@ -26,9 +26,9 @@ def with_ranks(ranked: RankedReplies, scores: Sequence[float | None]) -> list[Ra
     return [(reply.rank, score) for reply, score in zip(ranked.replies, scores, strict=True)]
 
 
-def judge_metrics(prompts: Iterable[Sequence[RankedScore]]) -> JudgeMetrics:
+def judge_metrics(prompts: Iterable[Sequence[RankedScore]], perfect: float = PERFECT_SCORE) -> JudgeMetrics:
     """Return all metrics over prompts with ranked and scored replies, iterated once. Replicates count separately."""
-    return MetricSums.of(prompts).metrics()
+    return MetricSums.of(prompts, perfect).metrics()
 
 
 def judged_prompt(prompt_id: str, judgements: int, replicates: Iterable[Sequence[RankedScore]]) -> JudgedPrompt:
@@ -40,8 +40,9 @@ def judged_prompt(prompt_id: str, judgements: int, replicates: Iterable[Sequence
 @dataclass
 class MetricSums:
     """Running counts over prompts. `orders`: pairs in the right order (1), inverted (-1), tied (0). `fives`: replies
-    with a mean score of 5, by whether no reply to their prompt is ranked above them."""
+    with the mean score `perfect`, by whether no reply to their prompt is ranked above them."""
 
+    perfect: float = PERFECT_SCORE
     prompts: int = 0
     replies: int = 0
     scored: int = 0
@@ -54,9 +55,9 @@ class MetricSums:
     kendall: list[float] = field(default_factory=list)
 
     @classmethod
-    def of(cls, prompts: Iterable[Sequence[RankedScore]]) -> "MetricSums":
+    def of(cls, prompts: Iterable[Sequence[RankedScore]], perfect: float = PERFECT_SCORE) -> "MetricSums":
         """Count all prompts."""
-        sums = cls()
+        sums = cls(perfect)
         for prompt in prompts:
             sums.add(prompt)
         return sums
@@ -74,7 +75,7 @@ class MetricSums:
         self.usable += bool(orders)
         self.exact += bool(orders) and all(order == 1 for order in orders)
         self.orders.update(orders)
-        self.fives.update(rank == best for rank, score in kept if score == PERFECT_SCORE)
+        self.fives.update(rank == best for rank, score in kept if score == self.perfect)
         qualities, scores = [-float(rank) for rank, _ in kept], [score for _, score in kept]
         for defined, statistic in ((self.spearman, spearman), (self.kendall, kendall_tau)):
             value = statistic(qualities, scores)

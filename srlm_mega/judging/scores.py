@@ -11,6 +11,7 @@ MAX_SCORE = 5.0
 
 DIGITS = r"\d++(?:\.\d++)?+"
 IN_WORDS = "zero|two|three|four|five|six|seven|eight|nine|ten|hundred|half|quarter|third"
+WORDS = {"three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10, "hundred": 100}
 FRACTIONS = "¼-¾⅐-⅟²³¹⁰-₉"  # and small digits
 NUMBER = rf"(?:{DIGITS}|[{FRACTIONS}]|(?:one|{IN_WORDS}){END})"
 UNIT = rf"(?:(?:points?|pts?|marks?|stars?){END}|[分点점])"
@@ -42,32 +43,32 @@ REMARK = re.compile(rf"\([^()\d]*\)[{QUOTES}\s.!]*$")
 PLACEHOLDER = re.compile(r"[^\w<\n]*+<[^<>\d\n]*[a-z][^<>\d\n]*>", re.IGNORECASE)  # of a template: <total points>
 
 
-def score_of(text: str, finish_reason: FinishReason) -> float | None:
-    """Return the score of a sampled judgement. None when there is none to read (`parse_score`), or when the token limit
-    cut the judgement off: "Score: 10" without its last token reads 1."""
-    return parse_score(text) if finish_reason == "stop" else None
+def score_of(text: str, finish_reason: FinishReason, most: float = MAX_SCORE) -> float | None:
+    """Return the score of a sampled judgement, 0 to `most`. None when there is none to read (`parse_score`), or when
+    the token limit cut the judgement off: "Score: 10" without its last token reads 1."""
+    return parse_score(text, most) if finish_reason == "stop" else None
 
 
-def parse_score(text: str) -> float | None:
-    """Return the score that a judgement states last, 0 to 5, as "Score: number": decorated or not, on the label's line
-    or alone on the next one, perhaps with "/ 5" or "out of 5". None when the last "Score:" has no such number, when it
-    is out of range (it is never clipped), or part of a sum, a range, another scale or another number. A template's
-    "Score: <total points>" states nothing."""
+def parse_score(text: str, most: float = MAX_SCORE) -> float | None:
+    """Return the score that a judgement states last, 0 to `most`, as "Score: number": decorated or not, on the label's
+    line or alone on the next one, perhaps with "/ 5" or "out of 5" (of `most`). None when the last "Score:" has no such
+    number, when it is out of range (it is never clipped), or part of a sum, a range, another scale or another number. A
+    template's "Score: <total points>" states nothing."""
     for last in statements("score", text):
         number = VALUE.match(last.text)
         if number is not None or not PLACEHOLDER.match(last.text):
-            return None if number is None else stated(last, number)
+            return None if number is None else stated(last, number, most)
     return None
 
 
-def stated(last: Statement, number: re.Match[str]) -> float | None:
+def stated(last: Statement, number: re.Match[str], most: float) -> float | None:
     """Return the score of a statement that begins with a number, None where it says more than that."""
-    if not is_of_five(last.note):
+    if not is_of(most, last.note):
         return None
     end = number.end()
     scale = SCALE.match(last.text, end)
     if scale is not None:
-        if not is_five(scale["most"]):
+        if not is_number(most, scale["most"]):
             return None
         end = scale.end()
     rest = last.text[end:]
@@ -80,18 +81,19 @@ def stated(last: Statement, number: re.Match[str]) -> float | None:
     if unclosed(number["opening"], last.text[number.end("value") : end]):
         return None
     value = float(number["value"])
-    return value if value <= MAX_SCORE else None
+    return value if value <= most else None
 
 
-def is_of_five(note: str) -> bool:
+def is_of(most: float, note: str) -> bool:
     """Tell whether a label's note, such as 0-5 or "out of 5", names no other scale."""
     numbers = re.findall(NUMBER, note, re.IGNORECASE)
-    return not numbers or is_five(numbers[-1])
+    return not numbers or is_number(most, numbers[-1])
 
 
-def is_five(number: str) -> bool:
-    """Tell whether digits or a word mean the maximum."""
-    return number.lower() == "five" or (re.fullmatch(DIGITS, number) is not None and float(number) == MAX_SCORE)
+def is_number(value: float, written: str) -> bool:
+    """Tell whether digits or a word mean a number."""
+    is_digits = re.fullmatch(DIGITS, written) is not None
+    return float(written) == value if is_digits else WORDS.get(written.lower()) == value
 
 
 def mean_score(scores: Sequence[float | None], min_valid: int) -> float | None:

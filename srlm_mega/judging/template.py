@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from srlm_mega.errors import UserError
+from srlm_mega.judging.scores import MAX_SCORE, parse_score
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,13 @@ INSTRUCTION, RESPONSE = placeholder("instruction"), placeholder("response")
 # `Score:` in a template's own spelling, with what stands for the number: <points>, {n}, [0-5], N.
 SCORE_LINE = re.compile(
     r"(?P<before>(?<![a-z0-9])[*_]*(?:(?:total|final|overall) )?(?<![a-z0-9])score[ \t*_]*:[ \t*_]*)"
-    r"(?:<[^<>\n]*>|\{[^{}\n]*\}|\[[^\[\]\n]*\]|[a-z]\b)"
-    r"(?P<after>(?:[ \t]*(?:/|out of)[ \t]*5\b)?[*_]*)",
+    r"(?P<points><[^<>\n]*>|\{[^{}\n]*\}|\[[^\[\]\n]*\]|[a-z]\b)"
+    r"(?P<after>(?:[ \t]*(?:/|out of)[ \t]*\d+\b)?[*_]*)",
     re.IGNORECASE,
 )
+# The range of points, in their place or behind the line: <0-10>, "with N from 1 to 10".
+RANGE = re.compile(r"[^\n\d]{0,40}?\d+ ?(?:-|–|to|and) ?(\d+)", re.IGNORECASE)
+EXAMPLE = ("Name the planets that have rings.", "Jupiter, Saturn, Uranus and Neptune.")
 
 
 class JudgeTemplate:
@@ -85,17 +89,44 @@ class JudgeTemplate:
         found = re.fullmatch(pattern, prompt, re.DOTALL)
         return None if found is None else found[1]
 
+    @property
+    def score_line(self) -> re.Match[str] | None:
+        """The last line of the template that says how to write a score, None where it does not say."""
+        *_, form = (None, *SCORE_LINE.finditer(self.text))
+        return form
+
+    def check(self, origin: str, most: float) -> None:
+        """Raise UserError, with `origin`, when the template asks for another scale than 0 to `most`, whose scores would
+        not be read."""
+        form = self.score_line
+        if form is None:
+            return
+        behind = self.text[form.end() :].partition("\n")[0]
+        ranges = [RANGE.fullmatch(form["points"][1:-1]), RANGE.match(behind.partition(".")[0])]
+        asked = next((found[1] for found in ranges if found is not None), None)
+        if parse_score(self.judgement(most), most) is None or asked not in (None, f"{most:g}"):
+            raise UserError(
+                f"judge.template: {origin} asks for {form[0] + behind!r}, and scores are 0 to {most:g}: correct the "
+                "template, or set judge.max_score to its largest score"
+            )
+
+    def example(self, most: float) -> str:
+        """Return the template filled with an example, and a judgement in its form with what is read from it."""
+        judgement = self.judgement(most, "All four, and nothing else.")
+        read = f"{parse_score(judgement, most):g}, of 0 to {most:g}"
+        return f"{self.fill(*EXAMPLE)}\n\n--- a judgement, read as {read}:\n{judgement}"
+
     def judgement(self, score: float, rationale: str = "") -> str:
         """Return a judgement: the rationale, then a line with the score as the template spells it, or `Score: 4` where
         it does not say."""
-        *_, form = (None, *SCORE_LINE.finditer(self.text))
+        form = self.score_line
         line = f"Score: {score:g}" if form is None else f"{form['before']}{score:g}{form['after']}"
         return f"{rationale}\n{line}" if rationale else line
 
 
-def load_template(template: Path | str) -> JudgeTemplate:
+def load_template(template: Path | str, most: float = MAX_SCORE) -> JudgeTemplate:
     """Read a shipped template (a name of `SHIPPED`) or the user's own (a path), without a final line break. Raise
-    UserError when there is no such file, or it is no template."""
+    UserError when there is no such file, or it is no template, or one of another scale than 0 to `most`."""
     path = Path(__file__).with_name(f"{template}.txt") if template in SHIPPED else Path(template)
     try:
         content = path.read_bytes()
@@ -103,4 +134,6 @@ def load_template(template: Path | str) -> JudgeTemplate:
         raise UserError(
             f"judge.template: there is no file {path}. Give a text file, or one of {', '.join(SHIPPED)}"
         ) from None
-    return JudgeTemplate.from_bytes(content, str(path))
+    found = JudgeTemplate.from_bytes(content, str(path))
+    found.check(str(path), most)
+    return found

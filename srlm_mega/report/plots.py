@@ -17,7 +17,6 @@ from srlm_mega.run.plan import Stage
 from srlm_mega.run.stage_kinds import Part, model_name, model_number
 
 Figures = Mapping[str, Interval | None]
-SCORES = range(6)
 SMOOTHING_WINDOWS = 12  # a running mean spans a twelfth of a run: 5 of 60 steps
 DRAWN_STEPS = 500  # approximate maximum of a curve's points in the page
 PART_COLORS = {
@@ -67,18 +66,19 @@ def judge_plot(models: Mapping[str, ModelSummary]) -> Plot:
 
 
 def scores_plot(scores: Mapping[int, Mapping[float, int]]) -> Plot:
-    """Plot the distribution of scores (0-5) by round; `scores` counts them, and every round has some."""
+    """Plot the distribution of scores by round; `scores` counts them, and every round has some."""
+    points = range(math.ceil(max(5, *(score for counted in scores.values() for score in counted))) + 1)
 
     def paint(axes: Axes) -> None:
         width = 0.84 / len(scores)
         for position, (number, counted) in enumerate(scores.items()):
-            edges = np.arange(len(SCORES) + 1) - 0.5
+            edges = np.arange(len(points) + 1) - 0.5
             counts, _ = np.histogram(list(counted), bins=edges, weights=list(counted.values()))
             offset = (position - (len(scores) - 1) / 2) * width
             share = 100 * counts / sum(counted.values())
             label = f"round {number}"
-            axes.bar(np.array(SCORES) + offset, share, 0.92 * width, color=model_color(number), label=label)
-        axes.set(xticks=SCORES, xlabel="score (points)", ylabel="judgements (%)")
+            axes.bar(np.array(points) + offset, share, 0.92 * width, color=model_color(number), label=label)
+        axes.set(xticks=points if len(points) < 20 else points[::10], xlabel="score (points)", ylabel="judgements (%)")
         axes.tick_params(axis="x", length=0)
         legend(axes)
 

@@ -11,6 +11,7 @@ from srlm_mega.run import stage_kinds as kinds
 from srlm_mega.run.stage_kinds import BEFORE_ROUNDS, OUTSIDE_ROUNDS, StageKind, model_name, model_number
 
 TRAINER = ("run.seed", "model", "parallel", "trainer", "launch")
+JUDGED_AS = ("judge.template", "judge.max_score")
 JUDGING = keys_of("judge", part=None)
 BATCHES = keys_of("dpo", part="batches")
 SAMPLER = ("run.seed", "model.seq_length", "sampler", "launch.threads_per_process")
@@ -53,7 +54,7 @@ class Stage:
 def plan(config: Config) -> list[Stage]:
     """Plan M0, then M1 by supervised training, then a model per self-rewarding round."""
     tokenizer = ("model.tokenizer", "model.path", "model.chat_template", "model.vocab_size", "model.seq_length")
-    rubric = () if config.seed_data.eft_path is None else ("judge.template",)  # which those examples are filled into
+    rubric = () if config.seed_data.eft_path is None else JUDGED_AS  # which those examples are filled into
     rounds = range(1, config.run.rounds + 1)
     stages = [
         Stage(kinds.SEED, 0, (), ("run.seed", "seed_data", "eft.min_examples", *rubric, *tokenizer)),
@@ -134,10 +135,10 @@ def eft(config: Config) -> list[Stage]:
     """Plan EFT: M0 trained on IFT alone judges ranked replies, or their ranks alone score them."""
     match config.eft.mode:
         case "ranks":
-            scoring = ("run.seed", "eft.mode", "eft.min_examples", "seed_data.num_eft", "judge.template")
+            scoring = ("run.seed", "eft.mode", "eft.min_examples", "seed_data.num_eft", *JUDGED_AS)
             return [Stage(kinds.EFT_FROM_RANKS, 0, ("seed",), scoring)]
         case "no_inversion" | "strict":
-            building = (*SAMPLER, "eft", "seed_data.num_eft", "judge.template", "judge.max_new_tokens")
+            building = (*SAMPLER, "eft", "seed_data.num_eft", *JUDGED_AS, "judge.max_new_tokens")
             return [
                 Stage(kinds.SFT_BASELINE, 0, ("M0", "seed"), (*TRAINER, "sft")),
                 *sampler_weights(config, "sft_baseline"),
@@ -243,7 +244,7 @@ def train_on_pairs(config: Config, t: int) -> tuple[Stage, ...]:
 def train_on_positives(config: Config, t: int) -> tuple[Stage, ...]:
     """Plan M(t+1) by SFT of M0 on the seed and the round's perfect responses: the ablation without pairs."""
     judged = (kinds.CANDIDATES.of(t), kinds.JUDGEMENTS.of(t))
-    positives = Stage(kinds.POSITIVES, t, judged, ("run.seed", "judge.min_valid", "round"))
+    positives = Stage(kinds.POSITIVES, t, judged, ("run.seed", "judge.min_valid", "judge.max_score", "round"))
     inputs = ("M0", *seed_sets(config), positives.name)
     training_config = (*TRAINER, "sft", "eft.enabled", "round.method")
     return (positives, Stage(kinds.SFT_ON_POSITIVES, model_name(t + 1), inputs, training_config))

@@ -73,11 +73,11 @@ def build_eft(work: Work) -> Done:
 def score_by_rank(work: Work) -> Done:
     """Write `eft_train.jsonl` without any model: the score of each ranked reply follows from its rank. CannotContinue
     when fewer than eft.min_examples remain."""
-    template, given = judge_template(work), sources(work)
+    template, given, best = judge_template(work), sources(work), work.config.judge.max_score
     ordered = [one for one in given if len({reply.rank for reply in one.replies}) > 1]
     examples, scores = list[SftExample](), list[float]()
     for ranked in ordered:
-        for index, score in enumerate(scores_of_ranks([reply.rank for reply in ranked.replies])):
+        for index, score in enumerate(scores_of_ranks([reply.rank for reply in ranked.replies], best)):
             prompt = template.fill(ranked.prompt, ranked.replies[index].text)
             name = f"eft-{reply_id(ranked, index)}"
             examples.append(SftExample(name, "eft", prompt, template.judgement(score), "ranks"))

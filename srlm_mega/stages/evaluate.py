@@ -164,7 +164,8 @@ def measure_judge(work: Work, chat: Chat, model: SampledModel) -> tuple[list[Jud
         for ranked, scored in zip(sets, by_prompt, strict=True)
     ]
     write_durably(work.out / JUDGED_PROMPTS, partial(write_jsonl, records=records))
-    return [JudgedBy(size, judge_metrics(chain.from_iterable(by_size[size]))) for size in sizes], counts
+    measured = (judge_metrics(chain.from_iterable(by_size[size]), judge.max_score) for size in sizes)
+    return [JudgedBy(size, metrics) for size, metrics in zip(sizes, measured, strict=True)], counts
 
 
 def score_replies(
@@ -186,7 +187,7 @@ def score_replies(
     answers = work.samplers.ask(model, asked, params, work.out / "scores")
     scores: list[list[list[float | None]]] = [[[] for _ in ranked.replies] for ranked in sets]
     for (number, index, _), answer in zip(requests, answers, strict=True):
-        scores[number][index] = [score_of(one.text, one.finish_reason) for one in answer.completions]
+        scores[number][index] = [score_of(one.text, one.finish_reason, judge.max_score) for one in answer.completions]
     given = [score for one in scores for replies in one for score in replies]
     cut = sum(one.finish_reason == "length" for answer in answers for one in answer.completions)
     return scores, JudgementCounts(len(given), sum(score is None for score in given), cut)

@@ -11,7 +11,6 @@ from srlm_mega.judging.meta import most_pairs
 from srlm_mega.judging.pair_counts import PairCounter, PairCounts, pairs_of
 from srlm_mega.judging.rewards import read_rewards
 from srlm_mega.judging.scored_candidates import ScoredCandidate, scored_prompts
-from srlm_mega.judging.scores import MAX_SCORE
 from srlm_mega.records import Candidate, read_jsonl, write_jsonl
 from srlm_mega.run.stage_kinds import (
     ANCHOR_JUDGEMENTS,
@@ -75,8 +74,8 @@ def scored(
 def select_positives(work: Work) -> Done:
     """Write `positives.jsonl`: responses with a perfect mean score, each text once per prompt; of more than
     round.max_positives a seeded sample in the same order. CannotContinue when there are none."""
-    settings = work.config.round
-    found = [candidate for group in scored(work, CANDIDATES, JUDGEMENTS) for candidate in perfect(group)]
+    settings, best = work.config.round, work.config.judge.max_score
+    found = [candidate for group in scored(work, CANDIDATES, JUDGEMENTS) for candidate in perfect(group, best)]
     kept = found
     if settings.max_positives is not None and len(found) > settings.max_positives:
         rng = random.Random(derive_seed(work.config.run.seed, work.stage.name))
@@ -85,7 +84,7 @@ def select_positives(work: Work) -> Done:
         counts = pair_counts(work.run, work.round)
         cause = "" if counts is None else f"{first_cause(counts, unknown_share(work.run, work.round))} "
         raise CannotContinue(
-            f"no response of round {work.round} has a perfect mean score of {MAX_SCORE:g}, so there is nothing to add "
+            f"no response of round {work.round} has a perfect mean score of {best}, so there is nothing to add "
             f"to the seed. {cause}Read {work.run.output(JUDGEMENTS.of(work.round)) / 'judgements.jsonl'}; more "
             "prompts.per_round or candidates.n give more. Everything so far is kept."
         )
@@ -93,11 +92,11 @@ def select_positives(work: Work) -> Done:
     return Done(len(kept), {"perfect": len(found)})
 
 
-def perfect(group: list[ScoredCandidate]) -> list[Candidate]:
+def perfect(group: list[ScoredCandidate], best: int) -> list[Candidate]:
     """Return a prompt's candidates with the highest possible score; of equal texts the first."""
     by_text: dict[str, Candidate] = {}
     for item in group:
-        if item.score is not None and item.score >= MAX_SCORE - SCORE_TOLERANCE:
+        if item.score is not None and item.score >= best - SCORE_TOLERANCE:
             by_text.setdefault(item.candidate.text, item.candidate)
     return list(by_text.values())
 

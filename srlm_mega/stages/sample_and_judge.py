@@ -9,7 +9,7 @@ from typing import assert_never
 
 from srlm_mega.chat import Chat
 from srlm_mega.config.data import CandidatesConfig, JudgeConfig
-from srlm_mega.judging.scores import MAX_SCORE, score_variance
+from srlm_mega.judging.scores import score_variance
 from srlm_mega.records import Candidate, Judgement, Prompt, read_jsonl
 from srlm_mega.run.stage_kinds import ANCHOR_JUDGEMENTS, ANCHORS, CANDIDATES, PREVIOUS_JUDGEMENTS, PROMPTS, model_name
 from srlm_mega.sampling.sampler import SamplingParams
@@ -112,12 +112,12 @@ def params_of(settings: CandidatesConfig | JudgeConfig) -> SamplingParams:
 
 
 def judge_at_random(work: Work, shard: Shard[Candidate]) -> Answered:
-    """Return judgements with whole scores from 0 to 5, equally likely whatever the response."""
+    """Return judgements with whole scores from 0 to judge.max_score, equally likely whatever the response."""
     rng = random.Random(shard.seed)
     judgements: list[Judgement] = []
     for candidate in shard.requests:
         for number in range(work.config.judge.n):
-            score = rng.randint(0, int(MAX_SCORE))
+            score = rng.randint(0, work.config.judge.max_score)
             text = f"Score: {score}"
             judgements.append(
                 Judgement(f"{candidate.id}-j{number}", candidate.id, text, score, "stop", shard.seed, "random")

@@ -6,7 +6,7 @@ from typing import Generic, TypedDict, TypeVar
 
 from srlm_mega.chat import Chat
 from srlm_mega.config import Config
-from srlm_mega.judging.scores import score_of
+from srlm_mega.judging.scores import MAX_SCORE, score_of
 from srlm_mega.judging.template import JudgeTemplate
 from srlm_mega.records import (
     Candidate,
@@ -69,16 +69,19 @@ class CompletionFields(TypedDict):
 
 @dataclass(frozen=True)
 class SampledBy:
-    """The model that samples completions, as their records name it, and its decoding settings."""
+    """The model that samples completions, as their records name it, its decoding settings, and the largest score that a
+    judgement can have."""
 
     chat: Chat
     model_hash: str
     params: SamplingParams
+    max_score: float = MAX_SCORE
 
     @classmethod
     def of_run(cls, work: Work, model: str, params: SamplingParams) -> "SampledBy":
         """Return the entry for a model of the stage's run."""
-        return cls(Chat.from_folder(work.run.weights(model)), work.run.digest(model), params)
+        chat = Chat.from_folder(work.run.weights(model))
+        return cls(chat, work.run.digest(model), params, work.config.judge.max_score)
 
     def fields(self, completion: SampledText) -> CompletionFields:
         """Return a completion's record fields."""
@@ -129,7 +132,7 @@ def judgements_of(
         yield Judgement(
             id=f"{request.id}-{letter}{number}",
             candidate_id=request.id,
-            score=score_of(fields["text"], fields["finish_reason"]),
+            score=score_of(fields["text"], fields["finish_reason"], by.max_score),
             **fields,
         )
 

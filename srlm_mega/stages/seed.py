@@ -28,7 +28,7 @@ from srlm_mega.stages.work import Done, Work
 def make_seed(work: Work) -> Done:
     """Write the seed sets, the judge template and the tokenizer of a model that is made here. UserError when prompts
     from a file are too few for the run's rounds, and M0 is to be trained."""
-    config, template = work.config, load_template(work.config.judge.template)
+    config, template = work.config, load_template(work.config.judge.template, work.config.judge.max_score)
     seed = derive_seed(config.run.seed, "seed")
     chat = chat_of(config.model, work.out / "tokenizer")  # first: what is wrong with it shows before a long reading
     match config.seed_data.source:
@@ -39,7 +39,8 @@ def make_seed(work: Work) -> Done:
         case "jsonl":
             data = read_jsonl_sets(config.seed_data, seed, quarantine=work.out / "quarantine.jsonl")
     if config.seed_data.eft_path is not None:
-        data = with_judge_examples(data, config.seed_data, template, seed, work.out / "eft_quarantine.jsonl")
+        broken, most = work.out / "eft_quarantine.jsonl", config.judge.max_score
+        data = with_judge_examples(data, config.seed_data, template, seed, broken, most)
     counts = dict(data.counts)
     written = write_counts(counts, work.out)
     if config.seed_data.eft_path is not None and len(data.eft_train) < config.eft.min_examples:

@@ -80,7 +80,8 @@ def test_what_knobs_decide() -> None:
 
 def test_what_stages_read() -> None:
     assert TRAINER == ("run.seed", "model", "parallel", "trainer", "launch")
-    assert JUDGING == ("judge.template", "judge.n", "judge.temperature", "judge.top_p", "judge.max_new_tokens")
+    sampled = ("judge.n", "judge.temperature", "judge.top_p", "judge.max_new_tokens")
+    assert ("judge.template", "judge.max_score", *sampled) == JUDGING
     assert BATCHES == ("dpo.micro_batch_size", "dpo.packed_sequence_size", "dpo.global_batch_size")
     assert SAMPLER == ("run.seed", "model.seq_length", "sampler", "launch.threads_per_process")
     assert (*SAMPLER, "early_stopping", "candidates.max_new_tokens") == EARLY_STOPPING

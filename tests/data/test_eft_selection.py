@@ -132,3 +132,8 @@ def test_scores_of_ranks_never_contradict_them(ranks: list[int]) -> None:
     scores = scores_of_ranks(ranks)
     assert (min(scores), max(scores)) == (1, 5) and agrees(ranks, scores, "no_inversion")
     assert agrees(ranks, scores, "strict") or len(set(ranks)) > 5
+
+
+@pytest.mark.parametrize(("best", "scores"), [(10, [10, 6, 1]), (5, [5, 3, 1]), (1, [1, 1, 0])])
+def test_ranks_reach_the_largest_score(best: int, scores: list[int]) -> None:
+    assert scores_of_ranks([0, 1, 2], best) == scores

@@ -12,7 +12,7 @@ from srlm_mega.data.quarantine import BadLine
 from srlm_mega.data.seed_sets import SeedSets
 from srlm_mega.errors import UserError
 from srlm_mega.judging.scores import parse_score
-from srlm_mega.judging.template import load_template
+from srlm_mega.judging.template import JudgeTemplate, load_template
 from srlm_mega.records import Prompt, RankedReplies, RankedReply, SftExample, read_jsonl
 
 ADDITIVE, TOY = load_template("additive"), load_template("toy")
@@ -150,3 +150,12 @@ def test_broken_lines_are_set_aside_and_too_many_stop_with_one_message(tmp_path:
     for empty in (b"", b"\n\r\n", b"\xef\xbb\xbf"):
         with pytest.raises(UserError, match=r"judged\.jsonl holds no records"):
             drawn(tmp_path, empty)
+
+
+def test_another_largest_score() -> None:
+    ten = JudgeTemplate.from_text("{{instruction}} {{response}} Score: N/10", "ten")
+    for score in (8, "8", "8/10", "8 out of 10"):
+        assert parse_judge_example(ten, FILE, 1, JUDGED | {"score": score}, 10).completion == "Score: 8/10"
+    for score in (11, "8/5", "8/100"):
+        with pytest.raises(ValueError, match="not a number from 0 to 10"):
+            parse_judge_example(ten, FILE, 1, JUDGED | {"score": score}, 10)

@@ -1,5 +1,6 @@
 """Scores in range, and their mean. What a judge's words mean is in test_judges_words.py."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -37,3 +38,17 @@ def test_the_mean_does_not_depend_on_the_order(scores: list[float | None]) -> No
 def test_variance_of_one_responses_scores_by_hand() -> None:
     assert score_variance([4, 5, None, 3]) == 1.0  # mean 4: (0 + 1 + 1) / 2
     assert score_variance([4, 4]) == 0 and score_variance([4, None]) is None and score_variance([]) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "most", "score"),
+    [
+        ("Score: 8", 10, 8), ("Score: 8/10", 10, 8), ("Score: 8 out of ten", 10, 8), ("Score (0-10): 10", 10, 10),
+        ("Score: 4/5", 10, None), ("Score: 11", 10, None), ("Score (0-5): 4", 10, None),
+        ("Score: 8 out of 100", 10, None),
+        ("Score: 73", 100, 73), ("Score: 73/100", 100, 73), ("Score: 1", 1, 1), ("Score: 2", 1, None),
+        ("Score: 8", 5, None), ("Score: 4 out of five", 5, 4), ("Score: 4 out of five", 10, None),
+    ],
+)  # fmt: skip
+def test_another_largest_score(text: str, most: int, score: float | None) -> None:
+    assert parse_score(text, most) == score

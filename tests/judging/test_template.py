@@ -1,5 +1,6 @@
 """Judge templates: checked for their placeholders, filled literally."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -127,3 +128,41 @@ def test_the_instruction_is_found_again(instruction: str, response: str) -> None
     for judge in (*map(load_template, SHIPPED), template(f"{RESPONSE}\n---\n{INSTRUCTION}")):
         assert judge.instruction_in(judge.fill(instruction, f"{response} <response>")) == instruction
     assert load_template("additive").instruction_in(instruction) is None
+
+
+@pytest.mark.parametrize(
+    ("asks", "most", "refused"),
+    [
+        ('exactly "Score: <points>", from 0 to 5.', 5, False),
+        ('exactly "Score: <points>", from 0 to 5.', 10, True),
+        ("Score: N/10", 10, False),
+        ("Score: N/10", 5, True),
+        ("Score: <0-10>", 5, True),
+        ("**Score: {0-10}**", 10, False),
+        ("End with `Score: N` with N from 1 to 10.", 5, True),
+        ("End with `Score: N` with N from 1 to 10.", 10, False),
+        ("Score: [points] out of 100", 100, False),
+        ("Score: [points] out of 100", 10, True),
+        ("Score: N. Use at most 50 words, in 2 to 10 lines", 5, False),
+        ("Each of 0 to 2 points; end with Score: <total>", 5, False),
+        ("say a number", 5, False),
+    ],
+)
+def test_a_template_of_another_scale_is_refused_at_the_start(
+    asks: str, most: int, refused: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "rubric.txt").write_text(f"{INSTRUCTION}\n{RESPONSE}\n{asks}")
+    if refused:
+        with pytest.raises(UserError, match=rf"rubric\.txt asks for .* scores are 0 to {most}: .*judge\.max_score"):
+            load_template(tmp_path / "rubric.txt", most)
+        return
+    found = load_template(tmp_path / "rubric.txt", most)
+    for score in (0, 1, most):
+        assert parse_score(found.judgement(score, "Because."), most) == score
+    asked, answer, judgement = re.split(r"\n(?=Jupiter|\n---)", found.example(most))
+    assert asked.endswith("rings.") and asks in answer and f"read as {most}, of 0 to {most}" in judgement
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_templates_have_an_example(name: str) -> None:
+    assert "read as 5, of 0 to 5" in load_template(name).example(5)

@@ -9,7 +9,9 @@ import orjson
 import pytest
 from sampling_run import with_files
 from test_prompt_writer import begin, toy
+from typer.testing import CliRunner
 
+from srlm_mega.cli.main import app
 from srlm_mega.config import Config
 from srlm_mega.controller.start_checks import check_start
 from srlm_mega.errors import UserError
@@ -128,6 +130,10 @@ def outside(tmp_path: Path, *overrides: str) -> Config:
         (["model.tokenizer={}/text.txt"], r"text\.txt cannot be read"),
         ([*JSONL, "seed_data.path={}/empty", "seed_data.ranked_path={}/none"], r"path: .*empty is no"),
         (["prompts.generator=file", "prompts.path={}/empty"], r"prompts\.path: .*empty is no file"),
+        ([*JSONL, "seed_data.path={}/a.csv", "seed_data.ranked_path={}/zip"], r"a\.csv is a table(.|\n)*zip is a zip"),
+        (["prompts.generator=file", "prompts.path={}/a.csv"], r"prompts\.path: .*a\.csv is a table of text"),
+        (["judge.template={}/ten.txt"], r"ten\.txt asks for 'Score: N/10', and scores are 0 to 5"),
+        (["judge.max_score=10"], r"judge\.max_score=10: judge\.template=toy gives 0 to 5 points"),
     ],
 )
 def test_what_is_outside_is_refused_before_the_first_stage(tmp_path: Path, given: list[str], said: str) -> None:
@@ -136,6 +142,9 @@ def test_what_is_outside_is_refused_before_the_first_stage(tmp_path: Path, given
     folder_of(tmp_path / "dumb", "config.json", "tokenizer.json", "model.safetensors")
     folder_of(tmp_path / "mute", "config.json", "model.safetensors")
     (tmp_path / "text.txt").write_text("no placeholder, no JSON")
+    (tmp_path / "a.csv").write_text("text\na\n")
+    (tmp_path / "zip").write_bytes(b"PK\x03\x04")
+    (tmp_path / "ten.txt").write_text("{{instruction}} {{response}} Score: N/10")
     with pytest.raises(UserError, match=said):
         config = outside(tmp_path, *(text.format(tmp_path) for text in given))
         check_start(plan(config), frozenset(), config, RunDir(config.run.dir))
@@ -147,3 +156,14 @@ def test_what_no_stage_reads_any_more_may_be_gone(tmp_path: Path) -> None:
     config = outside(tmp_path, f"model.tokenizer={tmp_path / 'gone.json'}", f"seed_data.eft_path={tmp_path / 'gone'}")
     later = [stage for stage in plan(config) if stage.round == 1]
     check_start(later, frozenset({"seed", "M0", "M1"}), config, RunDir(config.run.dir))
+
+
+def test_an_own_rubric_is_looked_at_before_the_first_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rubric = tmp_path / "rubric.txt"
+    for text, said in (("", f"{rubric} does not say how to write a score"), (" Score: N/10", "")):
+        rubric.write_text("{{instruction}} {{response}}" + text)
+        config = outside(tmp_path, f"judge.template={rubric}", "judge.max_score=10")
+        check_start(plan(config), frozenset(), config, RunDir(config.run.dir))
+        assert said in capsys.readouterr().out
+    shown = CliRunner().invoke(app, ["show", "template", str(rubric), "--max-score", "10"]).output
+    assert shown.endswith("--- a judgement, read as 10, of 0 to 10:\nAll four, and nothing else.\nScore: 10/10\n")
