@@ -26,6 +26,7 @@ SPEAKERS: dict[str, Role] = {
 CONVERSATIONS = ("messages", "conversations", "conversation")
 # The names of questions; of several in a line the first one is read.
 QUESTIONS = ("instruction", "prompt", "question", "query", "context", "input", *CONVERSATIONS, "text")
+WITH_CONTEXT = ("instruction", "question", "query")
 QUESTIONS_SHOWN = "`prompt`, `instruction` (and `input`), `question`, `query`, `input`, `messages` or `text`"
 NO_INPUT = "<noinput>"  # as Self-Instruct's and Alpaca's prompts write it
 
@@ -41,9 +42,10 @@ class Question:
 def question_in(fields: dict[str, Any], names: Sequence[str] = QUESTIONS) -> Question | None:
     """Return a line's question, with its `system` (`system_prompt`) and after its `history`, if there are any; None
     when no field of these names is there. An answer that ends `messages` is left out."""
-    name = next((one for one in names if one in fields), None)
-    if name is None:
+    given_names = [one for one in names if one in fields]
+    if not given_names:
         return None
+    name = next((one for one in given_names if fields[one] not in ("", [])), given_names[0])
     value, turns = fields[name], earlier_turns(fields)
     if isinstance(value, list | dict):
         given = messages(value, name)
@@ -55,7 +57,7 @@ def question_in(fields: dict[str, Any], names: Sequence[str] = QUESTIONS) -> Que
     elif name in CONVERSATIONS:
         turns += messages(value, name)
     else:
-        turns.append(Message("user", task_of(fields) if name == "instruction" else text_field(fields, name)))
+        turns.append(Message("user", task_of(fields, name)))
     return with_system(question_of(turns), fields)
 
 
@@ -77,12 +79,14 @@ def earlier_turns(fields: dict[str, Any]) -> list[Message]:
     return turns
 
 
-def task_of(fields: dict[str, Any]) -> str:
-    """Return a task's instruction and, after a blank line, its input (Dolly: `context`), where it has one: what it is
-    about."""
-    given = optional_text(first_instance(fields), "input") or optional_text(fields, "context")
-    instruction = text_field(fields, "instruction")
-    return instruction if given.casefold() in ("", NO_INPUT) else f"{instruction}\n\n{given}"
+def task_of(fields: dict[str, Any], name: str) -> str:
+    """Return a question's text and, after a blank line, what it is about: an instruction's `input`, or the `context` of
+    an instruction, a question or a query."""
+    given = optional_text(first_instance(fields), "input") if name == "instruction" else ""
+    if not given and name in WITH_CONTEXT:
+        given = optional_text(fields, "context")
+    asked = text_field(fields, name)
+    return asked if given.casefold() in ("", NO_INPUT) else f"{asked}\n\n{given}"
 
 
 def first_instance(fields: dict[str, Any]) -> dict[str, Any]:
@@ -99,9 +103,8 @@ def first_instance(fields: dict[str, Any]) -> dict[str, Any]:
 def messages(value: Any, name: str) -> list[Message]:
     """Parse a message or a non-empty list of them. Raise ValueError for an unknown role or an empty text."""
     if isinstance(value, dict) and value and all(isinstance(column, list) for column in value.values()):
-        value = [
-            dict(zip(value, row, strict=False)) for row in zip(*value.values(), strict=False)
-        ]  # columns, in tables
+        # By columns, as older tables have them.
+        value = [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
     return [turn for one in listed([value] if isinstance(value, dict) else value, name) for turn in turns_of(one, name)]
 
 

@@ -23,7 +23,7 @@ from srlm_mega.data.conversations import (
     shared_beginning,
     with_system,
 )
-from srlm_mega.data.quarantine import LeftOut, UserLines, text_field
+from srlm_mega.data.quarantine import LeftOut, UserLines, text_field, without_null
 from srlm_mega.data.seed_sets import SeedItem, SeedSets, draw_sets
 from srlm_mega.data.template_marks import speakers_apart
 from srlm_mega.records import RankedReplies, RankedReply, one_text
@@ -68,7 +68,7 @@ def read_jsonl_sets(section: SeedDataConfig, seed: int, quarantine: Path) -> See
 
 def parse_example(path: Path, number: int, fields: dict[str, Any]) -> SeedItem:
     """Parse a line of a file of supervised examples. Raise ValueError when it is not one."""
-    asked, target = answered(fields)
+    asked, target = answered(without_null(fields))
     return SeedItem(line_name(path, number), asked.prompt, target, system=asked.system)
 
 
@@ -90,7 +90,7 @@ def answered(fields: dict[str, Any]) -> tuple[Question, str]:
 def parse_ranking(path: Path, number: int, fields: dict[str, Any]) -> SeedItem:
     """Parse a line of a file of preferences. Raise ValueError when it is not one, LeftOut when it prefers no answer. Of
     equal answers the one with the best rank stays."""
-    asked, replies = ranking(fields)
+    asked, replies = ranking(without_null(fields))
     best: dict[str, int] = {}
     for text, rank in sorted(replies, key=lambda reply: reply[1]):
         best.setdefault(text, rank)

@@ -166,7 +166,12 @@ def json_object(line: bytes) -> dict[str, Any]:
         raise ValueError(f"not JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"a JSON {type(value).__name__}, not an object")
-    return {name: one for name, one in value.items() if one is not None}
+    return without_null(value)
+
+
+def without_null(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields that are not null: tables have every column in every row."""
+    return {name: one for name, one in fields.items() if one is not None}
 
 
 def too_many(path: Path, first: list[str], bad: int, total: int) -> str:

@@ -97,7 +97,7 @@ def data_problem(path: Path) -> str | None:
     try:
         size = sum(file.stat().st_size for file in data_files(path))
         return None if any(True for _ in entries(path)) else f"{path} is empty ({size} bytes)"
-    except UserError as error:
+    except (UserError, OSError) as error:
         return str(error)
 
 

@@ -126,6 +126,18 @@ def test_files_without_content(name: str, content: bytes, said: str, tmp_path: P
         assert f"{keys[-1].partition('=')[0]}: " in refused and said in refused, refused
 
 
+def test_data_are_looked_at_in_every_form(tmp_path: Path) -> None:
+    """As the stage will read them: folders, arrays, gzip under any name; what it would refuse is refused."""
+    keys = ("prompts.generator=file", "prompts.path=data")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/README.md").touch()
+    assert "prompts.path: " in (refused := check(*keys)) and "a folder without data files" in refused
+    (tmp_path / "data/a.jsonl").write_bytes(gzip.compress(b'[{"text": "a"}]', mtime=0))
+    assert check(*keys) == ""
+    (tmp_path / "data/a.jsonl").write_bytes(b"PK\x03\x04")
+    assert "a zip archive" in check(*keys)
+
+
 @pytest.mark.parametrize("runtime", ["pyxis", "apptainer"])
 def test_a_container_that_does_not_see_a_file(
     runtime: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
