@@ -13,6 +13,7 @@ from srlm_mega.config.secrets_in_values import has_credentials
 from srlm_mega.config.section import Decides, Section
 
 Precision = Literal["fp32", "bf16", "fp8"]
+PackNumber = Literal["fewest", "auto"] | Annotated[int, Field(ge=1)]
 Fp8Recipe = Literal["delayed", "tensorwise", "blockwise", "mxfp8"]
 SHAPE_KEYS = {one.name for one in fields(LlamaShape)}
 NUMBERS = SHAPE_KEYS - {"rope_scaling"}  # of which null is no value
@@ -131,6 +132,11 @@ class OptimizationConfig(Section, decides="output"):
         ge=1,
         description="Positions of a packed forward pass, filled with whole sequences or pairs in place of "
         "micro_batch_size; null: one padded row per sequence.",
+    )
+    packs: Annotated[PackNumber, Decides("layout", part="batches")] = Field(
+        "fewest",
+        description="Packs per step and replica, with packed_sequence_size: fewest, a number (more where they do not "
+        "hold the items), or auto, as many as fill the pipeline; never more than items.",
     )
     global_batch_size: Annotated[int, Decides("output", part="batches")] = Field(
         16, ge=1, description="Sequences (SFT) or pairs (DPO) per optimizer step."

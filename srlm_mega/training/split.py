@@ -14,9 +14,8 @@ import numpy
 from srlm_mega.config.training import OptimizationConfig
 from srlm_mega.errors import UserError
 from srlm_mega.training.batch import Batch, TokenSequence, context_part, packed_batch, padded_batch
+from srlm_mega.training.packing import LENGTH_MULTIPLE, Pipelines, cut_into_packs
 from srlm_mega.training.topology import Topology
-
-LENGTH_MULTIPLE = 8  # of a rank's positions, for tensor cores; FP8 needs more
 
 
 class Item(Protocol):
@@ -69,25 +68,25 @@ class Split:
 
 def split(items: Sequence[Item], section: OptimizationConfig, topology: Topology) -> Split:
     """Split a global batch, for this rank."""
-    # Megatron's interleaved schedule needs a multiple of the pipeline's stages.
-    stages = topology.pp_size if topology.parallel.virtual_pipeline_model_parallel_size else 1
+    chunks = topology.parallel.virtual_pipeline_model_parallel_size or 1
+    pipelines = Pipelines(topology.dp_size, topology.pp_size, chunks)
     multiple = math.lcm(LENGTH_MULTIPLE * topology.tp_size * topology.cp_size, topology.length_multiple)
-    capacity = section.packed_sequence_size
-    if capacity is None:
-        parts = even_parts(len(items), section.micro_batch_size, topology.dp_size * stages)
+    is_packed = section.packed_sequence_size is not None
+    if not is_packed:
+        parts = even_parts(len(items), section.micro_batch_size, pipelines.multiple)
         num_rows = section.micro_batch_size * len(items[0].sequences)
         length = max(sequence.num_inputs for sequence in flat(items))
     else:
         weights = [num_inputs(item) for item in items]
-        parts = packs(weights, capacity, topology.dp_size * stages)
-        num_rows, length = 1, max(sum(weights[place] for place in part) for part in parts)
+        parts = cut_into_packs(weights, section, pipelines)
+        num_rows, length = 1, sum(weights[place] for place in parts[0])
     length = -(-length // multiple) * multiple
     return Split(
         items=items,
         micro_batches=parts[topology.dp_rank :: topology.dp_size],
         num_rows=num_rows,
         length=length,
-        packed=capacity is not None,
+        packed=is_packed,
         num_positions=len(parts) * num_rows * length,
         topology=topology,
     )
@@ -107,27 +106,6 @@ def even_parts(num_items: int, size: int, multiple: int) -> list[list[int]]:
     """Split item numbers, in order, into a multiple of `multiple` parts of at most `size`, as equal as possible."""
     num_parts = -(-num_items // (size * multiple)) * multiple
     return [part.tolist() for part in numpy.array_split(numpy.arange(num_items), num_parts)]
-
-
-def packs(weights: Sequence[int], capacity: int, multiple: int) -> list[list[int]]:
-    """Split items of these weights into the fewest packs, a multiple of `multiple`, of at most `capacity` each.
-
-    The largest item goes first, each into the emptiest pack (Graham's LPT rule), so that packs are nearly equal. The
-    fullest pack comes first: dealt out in turn, packs also balance the ranks.
-    """
-    assert max(weights) <= capacity, f"an item of {max(weights)} positions does not fit a pack of {capacity}"
-    largest_first = sorted(range(len(weights)), key=lambda place: -weights[place])
-    num_packs = -(-sum(weights) // (capacity * multiple)) * multiple
-    while True:
-        made: list[list[int]] = [[] for _ in range(num_packs)]
-        loads = [0] * num_packs
-        for place in largest_first:
-            emptiest = loads.index(min(loads))
-            made[emptiest].append(place)
-            loads[emptiest] += weights[place]
-        if max(loads) <= capacity:
-            return [made[number] for number in sorted(range(num_packs), key=lambda number: -loads[number])]
-        num_packs += multiple
 
 
 def within(items: Sequence[ItemT], seq_length: int) -> list[ItemT]:

@@ -49,7 +49,7 @@ TRAINING_LAYOUT = {
     *(
         f"{section}.{key}"
         for section in ("pretrain", "sft", "dpo")
-        for key in ("micro_batch_size", "packed_sequence_size")
+        for key in ("micro_batch_size", "packed_sequence_size", "packs")
     ),
 }
 NOTHING = {
@@ -82,7 +82,8 @@ def test_what_stages_read() -> None:
     assert TRAINER == ("run.seed", "model", "parallel", "trainer", "launch")
     sampled = ("judge.n", "judge.temperature", "judge.top_p", "judge.max_new_tokens")
     assert ("judge.template", "judge.max_score", *sampled) == JUDGING
-    assert BATCHES == ("dpo.micro_batch_size", "dpo.packed_sequence_size", "dpo.global_batch_size")
+    batch_keys = ("micro_batch_size", "packed_sequence_size", "packs", "global_batch_size")
+    assert tuple(f"dpo.{key}" for key in batch_keys) == BATCHES
     assert SAMPLER == ("run.seed", "model.seq_length", "sampler", "launch.threads_per_process")
     assert (*SAMPLER, "early_stopping", "candidates.max_new_tokens") == EARLY_STOPPING
 

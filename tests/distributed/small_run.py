@@ -74,6 +74,7 @@ def config(layout: Layout, world_size: int, **section: float) -> Config:
         "train_iters": STEPS,
         "micro_batch_size": layout.micro_batch_size,
         "packed_sequence_size": 2 * SEQ_LENGTH if layout.packed else None,
+        "packs": "auto" if layout.packed and layout.pp > 1 else "fewest",
         "global_batch_size": BATCH,
         "lr": 3e-3,
         "min_lr": 3e-4,

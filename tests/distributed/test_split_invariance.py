@@ -15,7 +15,7 @@ from small_run import SEED, Layout, config
 from torch import Tensor
 
 from srlm_mega.checkpoints_conversion.llama import LlamaShape
-from srlm_mega.config.training import DpoConfig, OptimizationConfig
+from srlm_mega.config.training import DpoConfig, OptimizationConfig, PackNumber
 from srlm_mega.records import ReferenceLogprobs
 from srlm_mega.training.attention_sdpa import PackedSequences
 from srlm_mega.training.batch import Batch, PairSequences, TokenSequence
@@ -34,8 +34,12 @@ SHAPE = LlamaShape(
 TOLERANCE = 2e-5  # of the largest gradient: fp32 sums in another order
 # A prompt of 1 to 3 tokens and a response of 1 to 20.
 LENGTHS = st.tuples(st.integers(1, 3), st.integers(1, 20), st.integers(1, 20))
-# Micro batch size, replicas, whether packed: 5 replicas hardly ever divide the batch, and may outnumber it.
-CUTS = [(1, 1, False), (3, 1, False), (4, 2, False), (1, 5, False), (1, 1, True), (1, 2, True), (1, 5, True)]
+# Micro batch size, replicas, packs (None: padded rows): 5 replicas hardly ever divide the batch, and may outnumber it.
+Cut = tuple[int, int, PackNumber | None]
+CUTS: list[Cut] = [
+    (1, 1, None), (3, 1, None), (4, 2, None), (1, 5, None), (1, 1, "fewest"), (1, 2, "auto"), (1, 5, 2), (1, 1, "auto"),
+]  # fmt: skip
+STAGES = 3  # that "auto" fills
 
 
 @dataclass(frozen=True)
@@ -97,22 +101,23 @@ def loss_and_gradient(
     world: World,
     make: Make,
     pairs: Sequence[PairSequences],
-    cut: tuple[int, int, bool],
+    cut: Cut,
     change: Change = lambda micro_batch: micro_batch,
 ) -> tuple[float, Tensor]:
     """Of the global batch of all pairs, cut for every replica; `change` spoils the micro batches."""
-    micro_batch_size, dp_size, packed = cut
+    micro_batch_size, dp_size, number = cut
     section = OptimizationConfig(
         train_iters=1,
         lr=1e-3,
         min_lr=0,
         global_batch_size=len(pairs),
         micro_batch_size=micro_batch_size,
-        packed_sequence_size=max(num_inputs(pair) for pair in pairs) + 3 if packed else None,
+        packed_sequence_size=None if number is None else max(num_inputs(pair) for pair in pairs) * 3 + 3,
+        packs=number or "fewest",
         attention_dropout=0,
         hidden_dropout=0,
     )
-    ranks = [replace(world.topology, dp_rank=rank, dp_size=dp_size) for rank in range(dp_size)]
+    ranks = [replace(world.topology, dp_rank=rank, dp_size=dp_size, pp_size=STAGES) for rank in range(dp_size)]
     objectives = [make(pairs, section, rank) for rank in ranks]
     steps = [objective.prepare(range(len(pairs))) for objective in objectives]
     step = Step(
@@ -179,9 +184,9 @@ def one_document(micro_batch: MicroBatch) -> MicroBatch:
 @pytest.mark.parametrize("make", [sft, dpo])
 @pytest.mark.parametrize(
     ("change", "cut"),
-    [(mean_of_micro_batch, (3, 1, False)), (shifted, (3, 1, False)), (one_document, (1, 1, True))],
+    [(mean_of_micro_batch, (3, 1, None)), (shifted, (3, 1, None)), (one_document, (1, 1, "fewest"))],
 )
-def test_mistakes_would_be_seen(world: World, make: Make, change: Change, cut: tuple[int, int, bool]) -> None:
+def test_mistakes_would_be_seen(world: World, make: Make, change: Change, cut: Cut) -> None:
     pairs = items_of([(2, 3, 20), (1, 20, 5), (3, 7, 7), (2, 13, 5), (1, 1, 1)])
     want = loss_and_gradient(world, make, pairs, CUTS[0])
     assert distance(loss_and_gradient(world, make, pairs, cut), want) < TOLERANCE

@@ -8,9 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from srlm_mega.config.training import OptimizationConfig, ParallelConfig
+from srlm_mega.config.training import OptimizationConfig, PackNumber, ParallelConfig
 from srlm_mega.training.batch import PairSequences, TokenSequence
-from srlm_mega.training.split import batch_order, even_parts, num_steps, packs, split, within
+from srlm_mega.training.packing import Pipelines, cut_into_packs, packs
+from srlm_mega.training.split import batch_order, even_parts, num_steps, split, within
 from srlm_mega.training.topology import Topology
 
 ALONE = Topology(0, 1, torch.device("cpu"), 0, 1, 0, 1, 0, 1, ParallelConfig())
@@ -56,6 +57,59 @@ def test_every_item_is_in_one_pack(weights: list[int], capacity: int, multiple: 
     assert loads == sorted(loads, reverse=True) and loads[0] <= capacity
     # LPT: no pack is above the average by more than the largest item.
     assert loads[0] <= sum(weights) / len(made) + max(weights)
+
+
+def packed(number: PackNumber, capacity: int = 20_000) -> OptimizationConfig:
+    return section(packed_sequence_size=capacity).model_copy(update={"packs": number})
+
+
+@pytest.mark.parametrize(
+    ("weights", "pipelines", "number"),
+    [
+        ([100] * 8, Pipelines(1, stages=4), 4),  # 7 * (200 + 256) positions' time; 8 of 100: 11 * 356
+        ([1000] * 8, Pipelines(1, stages=4), 8),  # 11 * 1256; 4 of 2000: 7 * 2256
+        ([1500, *[500] * 7], Pipelines(1, stages=4), 4),  # none is shorter than 1500, so more only take longer
+        ([1000] * 8, Pipelines(2, stages=4), 8),  # four for each replica, all there are
+        ([1000] * 8, Pipelines(1, stages=4, chunks=4), 4),  # 4.75 * 2256 = 10,716; 8 of 1000: 8.75 * 1256 = 10,990
+        ([1000] * 8, Pipelines(1), 1),  # no pipeline to fill
+        ([1000] * 2, Pipelines(1, stages=4), 2),  # never more than items
+    ],
+)
+def test_as_many_packs_as_fill_the_pipeline(weights: list[int], pipelines: Pipelines, number: int) -> None:
+    assert len(cut_into_packs(weights, packed("auto"), pipelines)) == number
+
+
+def test_a_number_of_packs_for_each_replica() -> None:
+    two = Pipelines(2, stages=2)
+    assert len(cut_into_packs([10] * 8, packed(3), two)) == 6
+    assert len(cut_into_packs([10] * 8, packed(99), two)) == 8, "never more than items"
+    assert len(cut_into_packs([10] * 8, packed(1, capacity=20), two)) == 4, "more where they do not hold the items"
+    interleaved = replace(two, chunks=2)  # whole groups of as many as there are stages
+    assert [len(cut_into_packs([10] * 7, packed(number), interleaved)) for number in (3, "auto")] == [8, 4]
+    assert len(cut_into_packs([10] * 8, packed("fewest"), two)) == 2
+    assert section().packs == "fewest", "as older runs were cut"
+
+
+@given(
+    st.lists(st.integers(1, 900), min_size=1, max_size=24), st.integers(900, 3000), st.sampled_from([1, 2, 3]),
+    st.sampled_from([(1, 1), (2, 1), (4, 1), (4, 3)]),
+)  # fmt: skip
+def test_no_other_number_of_packs_is_faster(
+    weights: list[int], capacity: int, replicas: int, pipeline: tuple[int, int]
+) -> None:
+    """All numbers from one for each stage to one item each are tried in full."""
+    pipelines = Pipelines(replicas, *pipeline)
+    made = cut_into_packs(weights, packed("auto", capacity), pipelines)
+    assert sorted(place for part in made for place in part) == list(range(len(weights)))
+    assert len(made) % pipelines.multiple == 0
+
+    def time(cut: list[list[int]]) -> float:
+        return pipelines.positions(len(cut), max(sum(weights[place] for place in part) for part in cut))
+
+    most = -(-len(weights) // pipelines.multiple) * pipelines.multiple
+    assert min(most, replicas * pipelines.stages) <= len(made) <= most
+    numbers = range(min(most, replicas * pipelines.stages), most + 1, pipelines.multiple)
+    assert time(made) == min(time(packs(weights, capacity, pipelines.multiple, number)) for number in numbers)
 
 
 @pytest.mark.parametrize("packed_sequence_size", [None, 64])
