@@ -15,7 +15,10 @@ def plan(
     gpu: GpuName = None,
     gpu_file: GpuFilePath = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="Number of GPUs; default: as configured.")] = None,
-    search: Annotated[bool, typer.Option("--search", help="List layouts that fit 64 to 1024 GPUs.")] = False,
+    search: Annotated[
+        bool,
+        typer.Option("--search", help="List layouts, packs and recompute that fit 16 to 1024 GPUs, by the whole run."),
+    ] = False,
     price: Annotated[float, typer.Option(min=0, help="Price of a GPU-hour, in any currency.")] = 0.0,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Assumed mean length of prompts, in tokens.")] = 120,
     response_tokens: Annotated[int, typer.Option(min=1, help="Assumed mean length of responses, in tokens.")] = 350,

@@ -9,25 +9,42 @@ from pathlib import Path
 
 import orjson
 import pytest
+import torch
 import yaml
 from typer.testing import CliRunner
 
 from srlm_mega.cli.main import app
 from srlm_mega.cli.planner import plan as plan_cli
 from srlm_mega.config.file import load_config
+from srlm_mega.config.training import PackNumber, ParallelConfig
 from srlm_mega.errors import UserError
 from srlm_mega.gpus import find_gpu
 from srlm_mega.run.plan import plan as stages_of
 from srlm_mega.run.stage_kinds import Estimate
 from srlm_mega.tools.gpu_file import chosen_gpu
 from srlm_mega.tools.planner.advice import RUN_ADVICE, STEP_ADVICE, kind_of, step_advice
+from srlm_mega.tools.planner.job import ParallelLayout
 from srlm_mega.tools.planner.plan_command import PlanRequest, make_plan, planned, predictions, searched
 from srlm_mega.tools.planner.points import CALIBRATION_FILE
 from srlm_mega.tools.planner.sampler_memory import require_calibration_fits
 from srlm_mega.tools.planner.search import COUNTS, search
-from srlm_mega.tools.planner.show import MEMORY_PARTS, messages
-from srlm_mega.tools.planner.training_steps import TERMS, Lengths, layout_of, training_job, whole_micro_batches
+from srlm_mega.tools.planner.show import MEMORY_PARTS, messages, options
+from srlm_mega.tools.planner.training_steps import (
+    PAIR_SPREAD,
+    TERMS,
+    Cut,
+    Lengths,
+    cut,
+    layout_of,
+    longest_job,
+    training_job,
+    typical_lengths,
+)
 from srlm_mega.tools.planner.whole_run import Requests, replica_of, requests_of
+from srlm_mega.tools.rehearsal.longest_batches import longest_pairs
+from srlm_mega.training.batch import PairSequences, TokenSequence
+from srlm_mega.training.split import split
+from srlm_mega.training.topology import Topology
 
 CONFIGS = Path("launch/configs")
 LENGTHS = Lengths()
@@ -44,7 +61,7 @@ def test_every_stage_of_the_run_is_planned() -> None:
     assert list(dict.fromkeys(time.name for time in plan.times)) == [stage.name for stage in stages_of(config)]
     assert all(time.seconds > 0 for time in plan.times)
     assert plan.gpu_hours == pytest.approx(64 * sum(time.seconds for time in plan.times) / 3600)
-    assert plan.fits == "fits" and len(plan.memory) == 4
+    assert plan.fits == "fits" and len(plan.memory) == 8
 
 
 def test_vllm_is_planned_as_trtllm_torch_is() -> None:
@@ -85,17 +102,68 @@ def test_requests_by_hand() -> None:
     assert requests_of(Estimate.JUDGEMENTS, random, LENGTHS) == []
 
 
+SMALLER = (  # of the 64 GPUs' layout: two replicas of four stages
+    "parallel.pipeline_model_parallel_size=4", "parallel.virtual_pipeline_model_parallel_size=null",
+    "parallel.data_parallel_size=2",
+)  # fmt: skip
+
+
 def test_a_dpo_step_by_hand() -> None:
-    """16 pairs of 2 * 470 tokens on rows of 8192: 1.84 rows, one for each of two replicas. Of the response's share,
-    350 / 470, log-probabilities are wanted."""
-    config = request().config
-    job = training_job(config, config.dpo, layout_of(config), find_gpu("h100"), LENGTHS)
-    assert (job.seq_length, job.micro_batch, job.global_batch, job.micro_batches) == (8192, 1, 2, 1)
-    assert job.attended_length == 470 and job.head_rows == pytest.approx(350 / 470)
-    padded = request("llama2_70b_64gpu.yaml", "dpo.packed_sequence_size=null").config
-    job = training_job(padded, padded.dpo, layout_of(padded), find_gpu("h100"), LENGTHS)
-    assert (job.seq_length, job.micro_batch, job.micro_batches) == (940, 2, 8)
-    assert whole_micro_batches(5.5, 1, layout_of(config)) == 6
+    """16 pairs with a mean of 2 * 470 tokens, the longest 2,775. The fewest rows: one for each of two replicas, about
+    half of 15,040 tokens; for four stages four each, none shorter than the longest pair; in multiples of 8 * TP. Of the
+    responses' share, 350 / 470, log-probabilities are wanted."""
+    config = request("llama2_70b_64gpu.yaml", *SMALLER).config
+    gpu, layout = find_gpu("h100"), layout_of(config)
+    job = training_job(config, config.dpo, layout, gpu, LENGTHS)
+    assert config.dpo.packs == "auto"
+    assert (job.seq_length, job.micro_batch, job.global_batch, job.micro_batches) == (2816, 1, 8, 4)
+    assert job.attended_length == 470 and job.head_rows == pytest.approx(350 / 470 * 15_040 / (8 * 2816))
+    fewest = config.dpo.model_copy(update={"packs": "fewest"})
+    job = training_job(config, fewest, layout, gpu, LENGTHS)
+    assert (job.seq_length, job.global_batch, job.micro_batches) == (7616, 2, 1)
+    padded = config.dpo.model_copy(update={"packed_sequence_size": None})
+    job = training_job(config, padded, layout, gpu, LENGTHS)
+    assert (job.seq_length, job.micro_batch, job.micro_batches) == (1984, 2, 8)  # rows of the longest sequence, 1,947
+    padded = padded.model_copy(update={"micro_batch_size": 3})
+    assert training_job(config, padded, layout, gpu, LENGTHS).micro_batches == 3, "8 pairs, 3 at a time"
+    interleaved = replace(layout, vpp=5)
+    assert training_job(config, padded, interleaved, gpu, LENGTHS).micro_batches == 4, "whole groups of four"
+
+
+def test_lengths_of_a_typical_batch() -> None:
+    """Lognormal: the median is below the mean, the longest of 16 pairs 2.95 times it, and none is above the limit."""
+    drawn = typical_lengths(940, PAIR_SPREAD, 16, 8190)
+    assert sum(drawn) == pytest.approx(16 * 940, rel=1e-3) and drawn == tuple(sorted(drawn))
+    assert drawn[7] < 750 and drawn[-1] == 2775
+    assert max(typical_lengths(940, PAIR_SPREAD, 16, 2000)) == 2000
+
+
+@pytest.mark.parametrize("packs", ["fewest", "auto", 3])
+@pytest.mark.parametrize(
+    "layout", [ParallelLayout(dp=2), ParallelLayout(pp=4), ParallelLayout(tp=2, pp=2, dp=2, vpp=3)]
+)
+def test_planner_rehearsal_and_trainer_count_the_same_packs(packs: PackNumber, layout: ParallelLayout) -> None:
+    """Of a typical batch, and of the rehearsal's, whose pairs are the longest: two of them fill a pack."""
+    config = request("llama2_7b_8gpu.yaml").config
+    section = config.dpo.model_copy(update={"packs": packs, "packed_sequence_size": 2048})
+    config = config.model_copy(update={"dpo": section, "model": config.model.model_copy(update={"seq_length": 512})})
+    parallel = ParallelConfig(virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None)
+    ranks = Topology(0, 1, torch.device("cpu"), 0, layout.tp, 0, layout.pp, 0, layout.dp, parallel)
+
+    def trained(pairs: list[PairSequences]) -> Cut:
+        made = split(pairs, section, ranks)
+        return Cut(len(made.micro_batches) * layout.dp, made.num_rows, made.length)
+
+    weights = typical_lengths(2 * 300, PAIR_SPREAD, 16, 2 * 511)
+    typical = [
+        PairSequences("p", *(TokenSequence("s", (1,) * (each + 1), 1) for each in (size // 2, size - size // 2)))
+        for size in weights
+    ]
+    assert trained(typical) == cut(weights, section, layout)
+    job = training_job(config, section, layout, find_gpu("h100"), LENGTHS)
+    longest = longest_job(config, section, job)
+    rehearsed = trained(longest_pairs(config))
+    assert (rehearsed.micro_batches, rehearsed.length) == (longest.global_batch, longest.seq_length)
 
 
 def test_more_replicas_sample_faster_and_more_steps_take_longer() -> None:
@@ -134,7 +202,7 @@ def test_reserving_max_new_tokens_leaves_room_for_fewer_sequences() -> None:
 
 
 def test_gpus_that_do_not_divide_are_refused() -> None:
-    with pytest.raises(UserError, match="--gpus 40 is not divisible by TP \\* PP \\* CP = 32"):
+    with pytest.raises(UserError, match="--gpus 40 is not divisible by TP \\* PP \\* CP = 64"):
         make_plan(request(gpus=40))
 
 
@@ -145,15 +213,30 @@ def test_search_finds_only_what_fits_and_nothing_faster_is_left_out() -> None:
     assert {each.gpus for each in found} == {64, 128}
     assert all((each.memory_gib <= gpu.memory_gib) == (each.fits == "fits") for each in found)
     assert all(each.layout.gpus == each.gpus for each in found)
-    at_64 = [each.step.total for each in found if each.gpus == 64]
+    at_64 = [each.hours for each in found if each.gpus == 64]
     assert at_64 == sorted(at_64) and len(at_64) > 5
-    assert at_64[0] <= make_plan(request()).step.total
+    assert found[0].gpu_hours == 64 * found[0].hours
+    assert len({each.packs for each in found}) > 1, "packs are varied"
     small = search(config, find_gpu("a100"), LENGTHS, (8,))
     assert not small, "70B is not trained on eight A100s"
 
 
+@pytest.mark.parametrize(("preset", "gpus"), [("llama2_70b_64gpu.yaml", 64), ("llama2_7b_8gpu.yaml", 8)])
+def test_presets_carry_the_best_answer(preset: str, gpus: int) -> None:
+    """The fastest run of those that fit is the preset's own, and its options make any other layout the same."""
+    shipped = make_plan(request(preset))
+    best = next(
+        each for each in search(request(preset).config, shipped.cluster.gpu, LENGTHS, (gpus,)) if each.fits == "fits"
+    )
+    assert (best.layout, best.hours) == (replace(shipped.job.layout), pytest.approx(shipped.hours))
+    assert shipped.step.total <= 0.6
+    other = ("parallel.sequence_parallel=false", "trainer.recompute_granularity=full", "dpo.packs=1", "sft.packs=2")
+    again = make_plan(request(preset, *other, *options(best).split()))
+    assert (again.step, again.hours) == (best.step, best.hours)
+
+
 def test_the_search_is_one_of_arithmetic() -> None:
-    """No torch, and fast: the target is 2 s. The limit is ten times what a slow machine needs."""
+    """No torch, and fast: the target is 5 s. The limit is ten times what a slow machine needs."""
     code = (
         "import sys, time; from pathlib import Path; begin = time.process_time()\n"
         "from srlm_mega.gpus import find_gpu\n"
@@ -165,7 +248,7 @@ def test_the_search_is_one_of_arithmetic() -> None:
         "assert time.process_time() - begin < 20"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-    assert COUNTS == (64, 128, 256, 512, 1024)
+    assert COUNTS == (16, 32, 64, 128, 256, 512, 1024)
 
 
 def test_advice_names_what_dominates() -> None:
@@ -220,7 +303,7 @@ def test_the_command(srlm: Path, tmp_path: Path) -> None:
     config = str(CONFIGS / "llama2_7b_8gpu.yaml")
     text = run(config, "--price", "2.5", "--figure", str(tmp_path / "plan.svg"))
     assert text.returncode == 0, text.stderr
-    assert "8 x h100, TP 4 DP 2, bf16" in text.stdout and "at 2.5 per GPU-hour" in text.stdout
+    assert "8 x h100, TP 2 DP 4, bf16" in text.stdout and "at 2.5 per GPU-hour" in text.stdout
     assert "<svg" in (tmp_path / "plan.svg").read_text()
     plan = orjson.loads(run(config, "dpo.epochs=2", "--gpu", "h200", "--json").stdout)
     assert plan["gpu"] == "h200" and plan["fits"] == "fits" and plan["step"]["total"] > 0
@@ -302,7 +385,7 @@ def test_the_search_shows_tight_layouts_marked() -> None:
     tight = [each for each in found if each["fits"] == "tight"]
     assert tight and all(each["memory_gib"] > find_gpu("h100").memory_gib for each in tight)
     text = searched(asked, json=False)
-    assert re.search(r"PP 16 +none +[\d.]+ +tight", text) and f"{len(tight)} are tight" in text
+    assert re.search(r"DP 4 +auto +none +[\d.]+ +tight", text) and f"{len(tight)} are tight" in text
     relaxed = orjson.loads(searched(replace(asked, margin=0.0), json=True))
     assert sum(each["fits"] == "fits" for each in relaxed) > len(found) - len(tight)
 
@@ -310,7 +393,7 @@ def test_the_search_shows_tight_layouts_marked() -> None:
 def test_messages_by_hand() -> None:
     """TP 8 of 64 GPUs stays on a node, PP 4 and DP 2 do not. DP alone: (4 + 2) bytes of each of a stage's parameters,
     half of it, over one card of 50 GB/s."""
-    plan = make_plan(request())
+    plan = make_plan(request("llama2_70b_64gpu.yaml", *SMALLER))
     tp, pp, dp = messages(plan.job, plan.step)
     assert [(each.axis, each.link) for each in (tp, pp, dp)] == [
         ("TP", "NVLink"), ("PP", "network"), ("DP", "network"),

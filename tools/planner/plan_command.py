@@ -12,7 +12,7 @@ from srlm_mega.errors import UserError
 from srlm_mega.gpus import GpuModel
 from srlm_mega.tools.planner.memory import MARGIN
 from srlm_mega.tools.planner.points import Unreadable, predict, read_points
-from srlm_mega.tools.planner.search import COUNTS, jobs, search
+from srlm_mega.tools.planner.search import COUNTS, layouts, search
 from srlm_mega.tools.planner.show import RunPlan, plan_json, plan_text, search_json, search_text, table
 from srlm_mega.tools.planner.training_steps import (
     Lengths,
@@ -72,7 +72,7 @@ def make_plan(request: PlanRequest) -> RunPlan:
 
 
 def searched(request: PlanRequest, json: bool) -> str:
-    """Search the layouts of --gpus, or of 64 to 1024 GPUs."""
+    """Search the layouts of --gpus, or of 16 to 1024 GPUs."""
     config, gpu = request.config, request.gpu
     counts = COUNTS if request.gpus is None else (request.gpus,)
     found = search(config, gpu, request.lengths, counts, request.margin)
@@ -80,7 +80,10 @@ def searched(request: PlanRequest, json: bool) -> str:
         return dumps(search_json(found))
     if found or request.gpus is None:
         return search_text(found)
-    sizes = sorted({job.layout.model_parallel for job in jobs(config, gpu, request.lengths, request.gpus)})
+    packed = config.dpo.packed_sequence_size is not None
+    sizes = sorted(
+        {each.model_parallel for each in layouts(config.model.sizes, request.gpus, gpu.gpus_per_nvlink, packed)}
+    )
     tried = ", ".join(map(str, sizes))
     return f"{search_text(found)} Of {request.gpus} GPUs TP * PP * CP can be {tried}."
 

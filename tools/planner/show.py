@@ -183,12 +183,15 @@ def run_table(plan: RunPlan) -> str:
 
 
 def search_text(found: Sequence[Found], best: int = 3) -> str:
-    """Return the best layouts of each number of GPUs."""
-    rows = [["GPUs", "layout", "recompute", "GiB", "fits", "s / step", "GPU-s / step", "MFU", "most time in"]]
+    """Return the best layouts of each number of GPUs, and the options of the fastest and of the cheapest run."""
+    rows = [
+        ["GPUs", "layout", "packs", "recompute", "GiB", "fits", "s / step", "MFU", "most time in", "hours", "GPU-hours"]
+    ]
     for each in shown(found, best):
         rows.append(
-            [str(each.gpus), str(each.layout), each.recompute, f"{each.memory_gib:.1f}", each.fits,
-             f"{each.step.total:.3f}", f"{each.gpu_seconds:.0f}", f"{each.step.mfu:.0%}", each.step.dominant]
+            [str(each.gpus), str(each.layout), str(each.packs), each.recompute, f"{each.memory_gib:.1f}", each.fits,
+             f"{each.step.total:.3f}", f"{each.step.mfu:.0%}", each.step.dominant, f"{each.hours:.2f}",
+             f"{each.gpu_hours:,.0f}"]
         )  # fmt: skip
     if not found:
         return "No layout fits: more GPUs, or GPUs with more memory."
@@ -196,11 +199,29 @@ def search_text(found: Sequence[Found], best: int = 3) -> str:
     tight = f"{len(found) - len(safe)} are tight: they fit only without the margin."
     if not safe:
         return f"{table(rows)}\nNo layout fits with the margin; {tight}"
-    fastest, cheapest = min(safe, key=lambda each: each.step.total), min(safe, key=lambda each: each.gpu_seconds)
+    fastest, cheapest = min(safe, key=lambda each: each.hours), min(safe, key=lambda each: each.gpu_hours)
     return (
-        f"{table(rows)}\nOf {len(safe)} layouts that fit the fastest is {fastest.layout} on {fastest.gpus} GPUs, the "
-        f"cheapest per step {cheapest.layout} on {cheapest.gpus}. {tight}"
+        f"Hours and GPU-hours are of the whole run.\n{table(rows)}\nOf {len(safe)} layouts that fit the fastest run is "
+        f"on {fastest.gpus} GPUs:\n  {options(fastest)}\nThe cheapest is on {cheapest.gpus}:\n  {options(cheapest)}\n"
+        f"{tight}"
     )
+
+
+def options(found: Found) -> str:
+    """Return the options that make a configuration what was found."""
+    layout, recompute = found.layout, found.recompute
+    values = {
+        "parallel.tensor_model_parallel_size": layout.tp,
+        "parallel.pipeline_model_parallel_size": layout.pp,
+        "parallel.virtual_pipeline_model_parallel_size": "null" if layout.vpp == 1 else layout.vpp,
+        "parallel.context_parallel_size": layout.cp,
+        "parallel.data_parallel_size": layout.dp,
+        "parallel.sequence_parallel": str(layout.sequence_parallel).lower(),
+        "dpo.packs": found.packs,
+        "sft.packs": found.packs,
+        "trainer.recompute_granularity": "null" if recompute == "none" else recompute,
+    }
+    return " ".join(f"{key}={value}" for key, value in values.items())
 
 
 def shown(found: Sequence[Found], best: int) -> Iterator[Found]:

@@ -8,9 +8,9 @@ from srlm_mega.training.batch import PairSequences, TokenSequence
 
 def longest_sequences(config: Config, section: OptimizationConfig, count: int, per_item: int) -> list[TokenSequence]:
     """Return `count` sequences of equal length, `per_item` of which make an item: as long as `model.seq_length`, or as
-    fill a pack. Their responses are as long as a sampled one may get."""
+    fill a pack of the fewest. Their responses are as long as a sampled one may get."""
     length, capacity = config.model.seq_length, section.packed_sequence_size
-    if capacity is not None:
+    if capacity is not None and section.packs != "auto":
         items = max(1, round(capacity / (per_item * (length - 1))))  # in a pack
         length = min(length, max(2, capacity // (items * per_item) + 1))
     prompt = max(1, length - config.candidates.max_new_tokens)
