@@ -17,8 +17,8 @@ TOY = CONFIGS / "toy_cpu.yaml"
     ("name", "world", "dp"),
     [
         ("toy_cpu", 2, 1),
-        ("llama2_7b_8gpu", 8, 2),
-        ("llama2_70b_64gpu", 64, 2),
+        ("llama2_7b_8gpu", 8, 4),
+        ("llama2_70b_64gpu", 64, 1),
         ("oasst_cpu", 2, 1),
         ("smollm2_cpu", 1, 1),
     ],

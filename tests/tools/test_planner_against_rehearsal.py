@@ -24,16 +24,22 @@ H100 = find_gpu("h100")
 LARGE, SMALL = "llama2_70b_64gpu.yaml", "llama2_7b_8gpu.yaml"
 FOUR, TWO, EIGHT = (f"model.num_layers={number}" for number in (4, 2, 8))
 WHOLE_ROWS = "parallel.sequence_parallel=false"
-ALONE = ("parallel.tensor_model_parallel_size=1", "parallel.data_parallel_size=8", WHOLE_ROWS)
+# Layouts that show more than the presets' own: four stages of two replicas, and two replicas of four tensor ranks.
+STAGES = ("parallel.pipeline_model_parallel_size=4", "parallel.virtual_pipeline_model_parallel_size=null",
+          "parallel.data_parallel_size=2", FOUR)  # fmt: skip
+TENSOR = ("parallel.tensor_model_parallel_size=4", "parallel.data_parallel_size=2", TWO)
+ALONE = ("parallel.tensor_model_parallel_size=1", "parallel.data_parallel_size=8", TWO, WHOLE_ROWS)
 INTERLEAVED = ("parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2",
-               "parallel.virtual_pipeline_model_parallel_size=2")  # fmt: skip
-PADDED = ("dpo.packed_sequence_size=null", "sft.packed_sequence_size=null")
-CONTEXT = ("parallel.context_parallel_size=2", "parallel.data_parallel_size=1", *PADDED)
+               "parallel.virtual_pipeline_model_parallel_size=2", "parallel.data_parallel_size=2", EIGHT)  # fmt: skip
+PADDED = (*TENSOR, "dpo.packed_sequence_size=null", "sft.packed_sequence_size=null")
+CONTEXT = (*PADDED, "parallel.context_parallel_size=2", "parallel.data_parallel_size=1")
+# Of four pairs that a pack would hold each has its own, with a pipeline to fill.
+PACKS = (*INTERLEAVED, "dpo.packs=auto", "dpo.packed_sequence_size=32768")
 CASES = {  # what it shows: preset, rank, overrides
-    "full recompute": (LARGE, 0, (FOUR, "trainer.recompute_granularity=full")),
-    "selective recompute": (SMALL, 0, (TWO, "trainer.recompute_granularity=selective")),
-    "one tensor rank": (SMALL, 0, (TWO, *ALONE)),
-    "padded rows": (SMALL, 0, (TWO, *PADDED, "dpo.micro_batch_size=2")),
+    "full recompute": (LARGE, 0, (*STAGES, "trainer.recompute_granularity=full")),
+    "selective recompute": (SMALL, 0, (*TENSOR, "trainer.recompute_granularity=selective")),
+    "one tensor rank": (SMALL, 0, ALONE),
+    "padded rows": (SMALL, 0, (*PADDED, "dpo.micro_batch_size=2")),
 }
 PRESETS = {
     "7B": (SMALL, 0, ()),
@@ -41,18 +47,19 @@ PRESETS = {
     "70B, last stage": (LARGE, 63, ()),
 }
 MORE_CASES = {
-    "first stage": (LARGE, 0, (FOUR,)),
-    "second stage": (LARGE, 16, (FOUR,)),
-    "last stage": (LARGE, 63, (FOUR,)),
-    "rows not split": (SMALL, 0, (TWO, WHOLE_ROWS)),
-    "no dropout": (SMALL, 0, (TWO, "dpo.hidden_dropout=0", "sft.hidden_dropout=0")),
-    "large vocabulary": (SMALL, 0, (TWO, "model.vocab_size=128256", "model.num_query_groups=8")),
-    "SFT needs more": (SMALL, 0, (TWO, "sft.packed_sequence_size=16384")),
-    "interleaved, first stage": (SMALL, 0, (EIGHT, *INTERLEAVED)),
-    "interleaved, last stage": (SMALL, 7, (EIGHT, *INTERLEAVED)),
-    "an empty pipeline": (LARGE, 0, (FOUR, "dpo.global_batch_size=2")),
-    "context parallelism": (SMALL, 0, (TWO, *CONTEXT)),
-    "70B, second stage": (LARGE, 16, ()),
+    "first stage": (LARGE, 0, STAGES),
+    "second stage": (LARGE, 16, STAGES),
+    "last stage": (LARGE, 63, STAGES),
+    "rows not split": (SMALL, 0, (*TENSOR, WHOLE_ROWS)),
+    "no dropout": (SMALL, 0, (*TENSOR, "dpo.hidden_dropout=0", "sft.hidden_dropout=0")),
+    "large vocabulary": (SMALL, 0, (*TENSOR, "model.vocab_size=128256", "model.num_query_groups=8")),
+    "SFT needs more": (SMALL, 0, (*TENSOR, "sft.packed_sequence_size=16384")),
+    "interleaved, first stage": (SMALL, 0, INTERLEAVED),
+    "interleaved, last stage": (SMALL, 7, INTERLEAVED),
+    "as many packs as fill the pipeline": (SMALL, 0, PACKS),
+    "an empty pipeline": (LARGE, 0, (*STAGES, "dpo.global_batch_size=2")),
+    "context parallelism": (SMALL, 0, CONTEXT),
+    "70B, second stage": (LARGE, 8, ()),
 }
 EVERY_TOKEN_COUNTS = "candidates.max_new_tokens=4095"  # as the plan assumes of packs: short prompts, long responses
 
@@ -85,12 +92,12 @@ def test_planned_is_never_below_rehearsed_nor_5_percent_above(case: str) -> None
 
 
 @pytest.mark.extra
-@pytest.mark.parametrize(("preset", "layers"), [(SMALL, TWO), (LARGE, FOUR)])
+@pytest.mark.parametrize(("preset", "layers"), [(SMALL, TENSOR), (LARGE, STAGES)])
 def test_transformer_engines_layers_are_planned_as_they_are(
-    preset: str, layers: str, tmp_path: Path, srlm: Path
+    preset: str, layers: tuple[str, ...], tmp_path: Path, srlm: Path
 ) -> None:
     """By its own Python, in a process that finds it."""
-    file, given = settings(preset, layers, "model.layer_backend=transformer_engine")
+    file, given = settings(preset, *layers, "model.layer_backend=transformer_engine")
     environment = os.environ | {"PYTHONPATH": str(engine_packages("2.11.0")), "OMP_NUM_THREADS": "1"}
     (tmp_path / "gpu.json").write_bytes(orjson.dumps(H100))
     argv = [srlm, "rehearse-rank", file, "0", tmp_path / "0.json", tmp_path / "gpu.json", *given]

@@ -124,6 +124,7 @@ def test_memory_is_refused_in_the_words_of_the_job(monkeypatch: pytest.MonkeyPat
     """Llama 2 70B in one stage with the whole optimizer: the trainer's own check, on a GPU with as much memory."""
     overrides = [
         "parallel.pipeline_model_parallel_size=1",
+        "parallel.virtual_pipeline_model_parallel_size=null",
         "parallel.data_parallel_size=8",
         "parallel.use_distributed_optimizer=false",
         "parallel.overlap_param_gather=false",
@@ -150,13 +151,13 @@ def test_a_model_that_cannot_be_split_is_refused_in_the_words_of_the_job() -> No
 
 
 def test_ranks_that_differ() -> None:
-    """Llama 2 70B: ranks are numbered TP, CP, DP, PP from the inside out, so a stage has 16."""
+    """Llama 2 70B: ranks are numbered TP, CP, DP, PP from the inside out, so a stage has 8."""
     config = load_config(find_file(Path("llama2_70b_64gpu")), [])
-    assert distinct_ranks(config, all_stages=False) == [0, 16, 48]
-    assert distinct_ranks(config, all_stages=True) == [0, 16, 32, 48]
-    assert place_of(config, 63) == LayoutPlace(tp=7, pp=3, dp=1, cp=0)
+    assert distinct_ranks(config, all_stages=False) == [0, 8, 56]
+    assert distinct_ranks(config, all_stages=True) == [0, 8, 16, 24, 32, 40, 48, 56]
+    assert place_of(config, 63) == LayoutPlace(tp=7, pp=7, dp=0, cp=0)
     odd = load_config(find_file(Path("llama2_70b_64gpu")), ["model.vocab_size=32001"])
-    assert distinct_ranks(odd, all_stages=False) == [0, 16, 48, 55]
+    assert distinct_ranks(odd, all_stages=False) == [0, 8, 56, 63]
 
 
 def record(rank: int, peak: int, error: str | None = None) -> RankRecord:
@@ -237,4 +238,4 @@ def test_the_command_rehearses_in_a_process_of_its_own() -> None:
     assert {phase.name for phase in found.phases} >= {"reference", "SFT step", "DPO step", "checkpoint"}
     assert found.state_bytes < found.peak_bytes
     assert found.resident_bytes < 2**30
-    assert "Messages of a DPO step of rank 0 (8 micro batches)" in rehearsal_text(result)
+    assert "Messages of a DPO step of rank 0 (4 micro batches)" in rehearsal_text(result)

@@ -21,7 +21,8 @@ ALL = {"transformer_engine", "flash_attn", "fused_weight_gradient_mlp_cuda"}
 
 
 def config(*overrides: str) -> Config:
-    return load_config(CONFIGS / "llama2_7b_8gpu.yaml", overrides)
+    layout = ("parallel.tensor_model_parallel_size=4", "parallel.data_parallel_size=2")
+    return load_config(CONFIGS / "llama2_7b_8gpu.yaml", (*layout, *overrides))
 
 
 def with_packages(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:

@@ -74,7 +74,8 @@ def in_own_process(request: RehearsalRequest, config: Config, folder: Path, rank
     )
     if out.is_file():
         return parse_line(RankRecord, out.read_bytes())
-    ending = "\n".join(done.stderr.strip().splitlines()[-12:])
+    before_exit = done.stderr.partition("\nnanobind: ")[0]  # which counts what is left when Triton's process ends
+    ending = "\n".join(before_exit.strip().splitlines()[-12:])
     return RankRecord.failed(rank, place_of(config, rank), ending or f"exit code {done.returncode}", 0.0)
 
 

@@ -41,7 +41,6 @@ from srlm_mega.training.sft import SftObjective
 from srlm_mega.training.topology import Topology
 from srlm_mega.training.trainer import Objective, Trainer
 
-FORWARD_ONLY = 2  # micro batches of a pass that keeps nothing for the next
 STATE: tuple[Kind, ...] = ("weights", "gradients", "optimizer")
 DROPOUTS = ("attention_dropout", "hidden_dropout")
 LATER_STEP = 2  # the first step's loss would be compared with ln 2
@@ -94,7 +93,8 @@ class Rehearsal:
         with watch.phase("reference"):
             for chunk in chunks:
                 chunk.eval()
-            micro_batches = given(list(self.dpo[1].micro_batches[:FORWARD_ONLY]))
+            # It keeps nothing for the next; the interleaved schedule takes no fewer than there are stages.
+            micro_batches = given(list(self.dpo[1].micro_batches[: max(2, topology.pp_size)]))
             forward(chunks, [micro_batch.batch for micro_batch in micro_batches])
         with watch.phase("optimizer", "optimizer"):
             trainer = Trainer.around(chunks, self.model_config, topology, self.config, self.config.dpo, shape, 100)
