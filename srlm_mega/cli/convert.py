@@ -107,9 +107,9 @@ def activation_ranges(source: Path, calibration: Path) -> "Amax":
 def verify(first: Path, second: Path, logits: bool) -> None:
     """Print the proof that two checkpoints hold the same model; write a converted second one's to its `proof.json`."""
     from srlm_mega.checkpoints_conversion.bar import progress_bar
-    from srlm_mega.checkpoints_conversion.convert import RECORD
+    from srlm_mega.checkpoints_conversion.convert import PROOF, RECORD
     from srlm_mega.checkpoints_conversion.model_place import followed
-    from srlm_mega.checkpoints_conversion.verify import PROOF, prove
+    from srlm_mega.checkpoints_conversion.verify import prove
     from srlm_mega.run.outside_folder import verify_in_run
 
     is_converted = (followed(second) / RECORD).is_file()
