@@ -5,6 +5,7 @@ learning rate are functions of the seed and the step, so only the step is saved 
 one file system.
 """
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -71,6 +72,9 @@ LAYER_STATE_NAMES = {
     ("torch", "Size"),
     ("collections", "OrderedDict"),
 }
+# What tells groups of parameters apart, and what an update of any of them needs.
+GROUP_NAMES = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
+GROUP_KEYS = {*GROUP_NAMES, "lr", "betas", "eps", "weight_decay"}
 NO_DATA = "a file is damaged, or asks for more than tensors and plain values"
 UNWRITTEN = ("iostream error", "inline_container.cc")  # of what torch.save says where a write failed
 MAKE_ROOM = "look at the disk, then run the same command again: training resumes from the newest whole checkpoint"
@@ -177,6 +181,7 @@ class Checkpoints:
         with explained(UserError, *mismatch), as_data(), misread():
             common = load_common(path)
             position, same_layout = Position(**common["position"]), common["layout"] == self._layout()
+            check_common(position, common.get("optimizer"), optimizer.param_groups)
             is_distributed = common["distributed_optimizer"]
         if is_distributed != self._topology.parallel.use_distributed_optimizer:
             raise UserError(
@@ -295,6 +300,43 @@ def load_common(path: Path) -> dict[str, Any]:
         return dict(dist_checkpointing.load_common_state_dict(str(path)))
     except RuntimeError as error:  # torch.load's for a damaged archive
         raise CheckpointingException(error) from error
+
+
+def check_common(position: Position, state: object, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ValueError for a position, or an optimizer's `state`, that is not of the form in which this optimizer of
+    `groups` saves it: Megatron takes it as it is, and would fail with any error then, or steps later."""
+    if any(type(number) is not int or number < 0 for number in asdict(position).values()):
+        raise ValueError(f"its position is {position}")
+    given = [group for saved in saved_groups(state) for group in saved]
+    wanted = {key: kind_of(value) for group in groups for key, value in group.items() if key != "params"}
+    for group in given:
+        if not isinstance(group, dict):
+            raise ValueError(f"a group of its optimizer is {group!r}")
+        kinds = {key: kind_of(value) for key, value in group.items() if not isinstance(value, torch.Tensor)}
+        for key, kind in ({"step": "number"} | wanted).items():
+            needed = key in GROUP_KEYS and key in wanted
+            if kinds.get(key, "absent" if needed else kind) not in (kind, "NoneType") and kind != "NoneType":
+                raise ValueError(f"its optimizer's {key} is {group.get(key)!r}")
+    names = [{tuple(one.get(key) for key in GROUP_NAMES) for one in some} for some in (groups, given)]
+    if not names[0] <= names[1]:
+        raise ValueError(f"its optimizer has no group of {GROUP_NAMES} = {sorted(names[0] - names[1])[0]}")
+
+
+def saved_groups(state: object) -> Iterator[list[Any]]:
+    """Yield every list of groups in an optimizer's state, of which a chained one has several."""
+    for key, value in state.items() if isinstance(state, dict) else ():
+        if key != "param_groups":
+            yield from saved_groups(value)
+        elif isinstance(value, list):
+            yield value
+
+
+def kind_of(value: object) -> object:
+    """Return what kind of value this is: a number is finite, and tuples are alike by what is in them."""
+    if isinstance(value, tuple | list):
+        return tuple(map(kind_of, value))
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return "number" if is_number and math.isfinite(value) else type(value).__name__
 
 
 def check_layer_states(state: Mapping[str, Any], path: Path) -> None:

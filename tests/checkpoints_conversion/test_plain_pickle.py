@@ -128,13 +128,14 @@ def test_a_bug_is_no_fault_of_the_files(checkpoint: Path, monkeypatch: pytest.Mo
     """It is a crash, with its traceback."""
 
     class Buggy:
+        param_groups = ()
+
         def load_state_dict(self, state: object) -> None:
             raise TypeError("a bug")
 
     alone = Topology(0, 1, torch.device("cpu"), 0, 1, 0, 1, 0, 1, ParallelConfig())
     common = {"position": {}, "layout": {}, "distributed_optimizer": alone.parallel.use_distributed_optimizer}
     monkeypatch.setattr("srlm_mega.training.checkpoint.load_common", lambda path: common)
-    monkeypatch.setattr("srlm_mega.training.checkpoint.Position", lambda: None)
     monkeypatch.setattr(Checkpoints, "sharded_state", lambda *arguments, **options: {})
     monkeypatch.setattr("srlm_mega.training.checkpoint.dist_checkpointing.load", lambda *arguments: {"optimizer": 0})
     with pytest.raises(TypeError, match="a bug"):
