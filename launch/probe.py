@@ -6,6 +6,7 @@ import ctypes
 import importlib.metadata
 import importlib.util
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -130,8 +131,15 @@ def slurm() -> ProbeAnswer:
 
 
 def ask(*argv: str) -> "subprocess.CompletedProcess[str]":
-    """Run a command that ends with this process (PR_SET_PDEATHSIG, SIGKILL)."""
-    return subprocess.run(argv, capture_output=True, text=True, preexec_fn=lambda: ctypes.CDLL(None).prctl(1, 9))
+    """Run a command that ends with this process (PR_SET_PDEATHSIG, SIGKILL), also where that has ended already."""
+    parent = os.getpid()
+
+    def end_with_it() -> None:
+        ctypes.CDLL(None).prctl(1, 9)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return subprocess.run(argv, capture_output=True, text=True, preexec_fn=end_with_it)
 
 
 if __name__ == "__main__":
