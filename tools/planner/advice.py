@@ -17,8 +17,8 @@ STEP_ADVICE = {
     "CP messages": "a smaller context_parallel_size, or TP * CP within a node",
     "PP messages": "fewer stages or fewer virtual stages",
     "DP messages": "overlap_grad_reduce and overlap_param_gather, a larger global_batch_size, or fewer replicas",
-    "pipeline bubble": "more micro batches per step (a larger global_batch_size, fewer replicas), fewer stages, or "
-    "virtual_pipeline_model_parallel_size",
+    "pipeline bubble": "more micro batches per step (packs=auto, a larger global_batch_size, fewer replicas), fewer "
+    "stages, or virtual_pipeline_model_parallel_size",
 }
 RUN_ADVICE = {
     "prompts": "prompts.generator=file, or a smaller prompts.per_round",

@@ -270,6 +270,11 @@ def search_json(found: Sequence[Found]) -> list[dict[str, Any]]:
     """Return every layout that fits, for programs."""
     return [
         {key: value for key, value in asdict(each).items() if key != "step"}
-        | {"step_seconds": each.step.total, "mfu": each.step.mfu, "parts": each.step.seconds}
+        | {
+            "gpu_hours": each.gpu_hours,
+            "step_seconds": each.step.total,
+            "mfu": each.step.mfu,
+            "parts": each.step.seconds,
+        }
         for each in found
     ]
