@@ -48,7 +48,7 @@ SCORE_LINE = re.compile(
     re.IGNORECASE,
 )
 # The range of points, in their place or behind the line: <0-10>, "with N from 1 to 10".
-RANGE = re.compile(r"[^\n\d]{0,40}?\d+ ?(?:-|–|to|and) ?(\d+)", re.IGNORECASE)
+RANGE = re.compile(r"[^\d;]{0,40}?\d+ ?(?:-|–|to|and) ?(\d++)(?! *(?:word|sentence|line|paragraph|%))", re.IGNORECASE)
 EXAMPLE = ("Name the planets that have rings.", "Jupiter, Saturn, Uranus and Neptune.")
 
 

@@ -145,6 +145,9 @@ def test_the_instruction_is_found_again(instruction: str, response: str) -> None
         ("Score: [points] out of 100", 10, True),
         ("Score: N. Use at most 50 words, in 2 to 10 lines", 5, False),
         ("Each of 0 to 2 points; end with Score: <total>", 5, False),
+        ("Score: N (1 to 3 sentences of reasons above it)", 5, False),
+        ("Score: N, after 5 to 10 words", 5, False),
+        ("Score: N, between 0 and 10", 5, True),
         ("say a number", 5, False),
     ],
 )
