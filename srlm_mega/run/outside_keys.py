@@ -9,7 +9,7 @@ from srlm_mega.config.knobs import flat, knobs
 from srlm_mega.run.identity import RUBRIC, within
 from srlm_mega.run.plan import Stage
 from srlm_mega.run.run_dir import RunDir
-from srlm_mega.run.stage_kinds import BASE, SEED
+from srlm_mega.run.stage_kinds import BASE, PROMPTS, SEED
 
 READ_MODEL = (SEED, BASE)  # the kinds of stages that read the files which section `model` names
 
@@ -27,7 +27,9 @@ def keys_read_by(missing: Sequence[Stage], finished: Collection[str], config: Co
         read.discard(RUBRIC)
     if "seed" in finished and (run.output("seed") / "prompts.jsonl").is_file():  # an older version kept them there
         read.discard("prompts.path")
-    return read - {"prompts.writer" if config.prompts.generator == "file" else "prompts.path"}
+    if PROMPTS.of(1) in finished:  # maybe by the other generator, whose file or model nothing reads any more
+        read.discard("prompts.writer" if config.prompts.generator == "file" else "prompts.path")
+    return read
 
 
 def kept_rubric(config: Config, run: RunDir) -> bytes | None:
