@@ -335,8 +335,9 @@ def kind_of(value: object) -> object:
     """Return what kind of value this is: a number is finite, and tuples are alike by what is in them."""
     if isinstance(value, tuple | list):
         return tuple(map(kind_of, value))
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return "number" if is_number and math.isfinite(value) else type(value).__name__
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return "number"
+    return type(value).__name__
 
 
 def check_layer_states(state: Mapping[str, Any], path: Path) -> None:
