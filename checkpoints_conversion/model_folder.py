@@ -7,6 +7,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from srlm_mega.checkpoints_conversion.huggingface_files import CONFIG, read_config, stored_tensors
+from srlm_mega.checkpoints_conversion.model_place import unread
 from srlm_mega.checkpoints_conversion.verify import check_verified
 
 TOKENIZER = "tokenizer.json"
@@ -42,6 +43,8 @@ def check_tokenizer(folder: Path, vocab_size: int) -> None:
 def read_tokenizer(file: Path) -> Tokenizer:
     """Read a `tokenizer.json`. ValueError when it is not there, with the line that makes it, or cannot be read."""
     folder = file.parent
+    if (reason := unread(file)) is not None:
+        raise ValueError(reason)
     if not file.is_file():
         others = [name for name in ("tokenizer.model", "vocab.json") if (folder / name).is_file()]
         found = f" ({others[0]} alone is not read)" if others else ""

@@ -95,7 +95,7 @@ def verifying(folder: Path) -> str:
 def proven_files(folder: Path) -> dict[str, ProvenFile] | None:
     """Read the files of a folder's proof, by name; None where no proof says their hashes."""
     try:
-        return {name: ProvenFile(**entry) for name, entry in read_json(folder / PROOF)["files"].items()}
+        return {name: ProvenFile(**entry) for name, entry in read_json(followed(folder) / PROOF)["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
 

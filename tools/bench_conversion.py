@@ -99,7 +99,7 @@ def measure(argv: Sequence[str], destination: Path, source: Path, cold: bool) ->
     if process.returncode:
         raise RuntimeError(f"`{' '.join(argv)}` failed")
     if destination.is_dir():
-        for path in destination.iterdir():
+        for path in destination.rglob("*"):
             sync(path)
     return Taken(time.perf_counter() - started, peak // 1024)
 

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from srlm_mega.checkpoints_conversion.model_place import obstacle
+from srlm_mega.checkpoints_conversion.model_place import obstacle, unread
 from srlm_mega.text import quoted
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -56,6 +56,8 @@ def shape_in(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
         return {}
+    if (reason := unread(file)) is not None:
+        raise ValueError(reason)
     # It loads numpy, which no configuration without a folder needs.
     from srlm_mega.checkpoints_conversion.huggingface_files import read_config
 

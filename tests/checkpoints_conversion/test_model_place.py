@@ -11,9 +11,12 @@ from llama_folders import save_model
 from test_convert import model, there
 
 from srlm_mega.checkpoints_conversion.convert import Kind, open_checkpoint
+from srlm_mega.checkpoints_conversion.model_folder import read_tokenizer
 from srlm_mega.checkpoints_conversion.verify import prove
 from srlm_mega.config.outside_files import folder_problem
+from srlm_mega.config.outside_models import shape_in
 from srlm_mega.errors import UserError
+from srlm_mega.run.outside_folder import check_undamaged
 from srlm_mega.stages.head_to_head import RunModel, writer_at
 from srlm_mega.stages.responses import Writer
 
@@ -83,6 +86,12 @@ def test_pointers_of_git_lfs(tmp_path: Path, name: str) -> None:
     assert_said(CHECKPOINT | FOLDER, folder, f"{folder / name} is a Git LFS pointer", f"git -C '{folder}' lfs pull")
 
 
+def test_pointers_that_a_configuration_or_a_tokenizer_names(tmp_path: Path) -> None:
+    for name, read in (("config.json", lambda file: shape_in(file.parent)), ("tokenizer.json", read_tokenizer)):
+        (tmp_path / name).write_text(POINTER)
+        assert_said({name: read}, tmp_path / name, "is a Git LFS pointer")
+
+
 def test_a_pointer_for_a_gguf_file(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_text(POINTER)
     assert_said(CHECKPOINT, tmp_path / "model.gguf", "model.gguf is a Git LFS pointer")
@@ -111,6 +120,15 @@ def test_the_parent_folder_of_megatron_is_followed(tmp_path: Path) -> None:
         assert_said(ALL, parent, *words)
     (parent / "latest_checkpointed_iteration.txt").unlink()
     assert_said(ALL, parent, "without latest_checkpointed_iteration.txt", str(parent / "iter_0000020"))
+
+
+def test_what_was_proven_is_compared_from_the_parent_folder_too(tmp_path: Path) -> None:
+    made = there(model(tmp_path / "model"), tmp_path / "made", Kind.MEGATRON)
+    prove(tmp_path / "model", tmp_path / "made").save()
+    check_undamaged(tmp_path / "made")
+    with (made / "__0_0.distcp").open("r+b") as file:
+        file.write(b"X")
+    assert_said({"proof": check_undamaged}, tmp_path / "made", "__0_0.distcp is not what was verified")
 
 
 def test_a_checkpoint_of_megatron_without_its_config(tmp_path: Path) -> None:
