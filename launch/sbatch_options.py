@@ -2,7 +2,7 @@
 lose to them."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from srlm_mega.config.launch import LaunchConfig, SlurmConfig
@@ -16,7 +16,11 @@ LETTERS = {
     "h": "help", "i": "input", "k": "no-kill", "m": "distribution", "n": "ntasks", "o": "output", "p": "partition",
     "q": "qos", "s": "oversubscribe", "t": "time", "v": "verbose", "w": "nodelist", "x": "exclude",
 }  # fmt: skip
-KEYS = ("partition", "account", "time", "qos", "constraint", "reservation")  # keys of launch.slurm
+# Keys of launch.slurm, and the variables by which sbatch is told the same.
+KEYS = {
+    "partition": "SBATCH_PARTITION", "account": "SBATCH_ACCOUNT", "time": "SBATCH_TIMELIMIT", "qos": "SBATCH_QOS",
+    "constraint": "SBATCH_CONSTRAINT", "reservation": "SBATCH_RESERVATION",
+}  # fmt: skip
 ALLOCATED = (
     "the job has one task per node; say launch.processes_per_node, sampler.num_devices and launch.slurm.gpu_type"
 )
@@ -56,9 +60,10 @@ class SbatchOption:
         return f"--{self.name}" if self.value is None else f"--{self.name}={self.value}"
 
 
-def read_options(slurm: SlurmConfig) -> tuple[SbatchOption, ...]:
-    """Return the options that a job's script has besides its own, those of keys first. UserError for one that is none,
-    that the job's own lines contradict, or that has another value than its key."""
+def read_options(slurm: SlurmConfig, variables: Mapping[str, str]) -> tuple[SbatchOption, ...]:
+    """Return the options that a job's script has besides its own, those of keys first; what is not given is that of
+    sbatch's variables. UserError for an option that is none, that the job's own lines contradict, or that has another
+    value than its key."""
     given = [read_option(text) for text in slurm.sbatch_options]
     for option in given:
         check_option(option, slurm)
@@ -70,6 +75,8 @@ def read_options(slurm: SlurmConfig) -> tuple[SbatchOption, ...]:
                 f"launch.slurm.{name}={own}, and launch.slurm.sbatch_options has {SbatchOption(name, values[name])}: "
                 "remove one of them"
             )
+        if variables.get(KEYS[name]):
+            values.setdefault(name, variables[KEYS[name]])
     of_keys = (SbatchOption(name, values[name]) for name in KEYS if name in values)
     return (*of_keys, *(option for option in given if option.name not in (*KEYS, "requeue")))
 

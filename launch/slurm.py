@@ -36,6 +36,7 @@ Template = Literal["run", "train", "sample", "bench"]
 PARTITION = re.compile(r"[^|]+\|\d+\|[^|]*(\|[^|]*){0,2}")  # sites have sinfo and sbatch say other things as well
 JOB_NUMBER = re.compile(r"^(\d+)(?:;\S*)?\Z", re.MULTILINE)  # in the last line; its cluster's name may follow
 PATIENCE_SECONDS = 60.0
+VARIABLES = ("SBATCH_", "SINFO_", "SQUEUE_")  # options of Slurm's commands
 SCRIPT = Path(__file__).with_name("job.sbatch.j2")
 ENVIRONMENT = Path(__file__).with_name("env.sh")
 SECRET = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=[^'\"].*", re.DOTALL)
@@ -88,7 +89,7 @@ class SlurmJob:
     @cached_property
     def options(self) -> tuple[SbatchOption, ...]:
         """Options of sbatch that are the user's. UserError for one that a job cannot have."""
-        return read_options(self.config.launch.slurm)
+        return read_options(self.config.launch.slurm, os.environ)
 
     def option(self, name: str) -> str | None:
         """Return the value of a user's option, None without it."""
@@ -145,6 +146,7 @@ def render(job: SlurmJob) -> str:
     slurm = job.config.launch.slurm
     values = {f"launch.slurm.{name}": value for name, value in slurm}
     values |= {"run.dir": job.run.root, "the working directory": job.workdir, "--stage": job.stages}
+    values["an option of sbatch"] = tuple(map(str, job.options))
     for name, value in values.items():
         if has_line_break(value):
             raise UserError(f"{name} has a line break, which no line of a job can hold: {value!r}")
@@ -219,9 +221,13 @@ def partitions(gpu_type: str | None = None) -> list[Partition]:
 
 
 def ask(argv: list[str]) -> "subprocess.CompletedProcess[str]":
-    """Run a command and return how it ended. UserError when it takes more than PATIENCE_SECONDS."""
+    """Run a command and return how it ended. UserError when it takes more than PATIENCE_SECONDS. Variables such as
+    SBATCH_EXPORT, which count more than a script's own lines, or SQUEUE_STATES do not reach it."""
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(VARIABLES)}
     try:
-        return subprocess.run(argv, capture_output=True, text=True, check=False, timeout=PATIENCE_SECONDS)
+        return subprocess.run(
+            argv, env=variables, capture_output=True, text=True, check=False, timeout=PATIENCE_SECONDS
+        )
     except subprocess.TimeoutExpired:
         raise UserError(f"{' '.join(argv)}: no answer in {PATIENCE_SECONDS:g} s: does Slurm answer (squeue)?") from None
 

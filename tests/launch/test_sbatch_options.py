@@ -49,6 +49,25 @@ def test_an_option_as_sbatch_reads_it(option: str, line: str) -> None:
     assert line in lines(option)
 
 
+def test_variables_of_sbatch_count_where_nothing_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """sbatch itself would take them in place of what the script says, unseen by all checks."""
+    for name, value in {
+        "ACCOUNT": "mine",
+        "QOS": "low",
+        "TIMELIMIT": "2:00",
+        "PARTITION": "a b",
+        "EXPORT": "ALL",
+    }.items():
+        monkeypatch.setenv(f"SBATCH_{name}", value)
+    found = lines("-q high", overrides=('launch.slurm.time="1:00:00"',))
+    assert {"--account=mine", "--qos=high", "--time=1:00:00", '"--partition=a b"', "--export=NONE"} <= set(found)
+    with pytest.raises(UserError, match="2:00 is 120 s, and an attempt that comes further needs"):
+        lines("-q high")
+    monkeypatch.setenv("SBATCH_ACCOUNT", "a\nb")
+    with pytest.raises(UserError, match="an option of sbatch has a line break"):
+        lines("--time=1:00:00")
+
+
 @pytest.mark.parametrize(
     ("option", "line", "gone"),
     [

@@ -105,6 +105,16 @@ def test_the_number_of_a_submitted_job(printed: str, tmp_path: Path, monkeypatch
     assert slurm.submit(Path("s")) == 12
 
 
+def test_variables_of_slurms_commands_do_not_reach_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They count more than the script's lines, or hide jobs of the queue."""
+    play(tmp_path, monkeypatch, "sbatch", f"env >{tmp_path}/seen; echo 12")
+    for name in ("SBATCH_NO_REQUEUE", "SBATCH_EXPORT", "SQUEUE_STATES", "SLURM_CONF"):
+        monkeypatch.setenv(name, "1")
+    slurm.submit(Path("s"))
+    seen = {line.partition("=")[0] for line in (tmp_path / "seen").read_text().splitlines()}
+    assert [name for name in sorted(seen) if name.startswith(("SBATCH", "SQUEUE", "SLURM"))] == ["SLURM_CONF"]
+
+
 @pytest.mark.parametrize("printed", ["", "12 jobs", "submitted\\n"])
 def test_no_number_of_a_job(printed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     play(tmp_path, monkeypatch, "sbatch", f"printf '{printed}'")

@@ -46,7 +46,7 @@ SlurmdTimeout=300
 MessageTimeout=60
 KillWait=10
 GresTypes=gpu
-NodeName={nodes} CPUs=2 RealMemory=2000 Gres=gpu:h100:{gpus} State=UNKNOWN
+NodeName={nodes} CPUs=2 RealMemory=2000 Features=ib Gres=gpu:h100:{gpus} State=UNKNOWN
 PartitionName=debug Nodes={nodes} Default=YES MaxTime=60 State=UP
 """
 
@@ -64,7 +64,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Cluster:
-    """A running cluster; `root` has its logs, `head` is where people type."""
+    """A running cluster; `root` has its logs and the hosts' /etc/profile, `head` is where people type."""
 
     root: Path
     head: Host
@@ -135,7 +135,8 @@ def cluster(root: Path, names: Sequence[str]) -> Iterator[Cluster]:
     (etc / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
     for number in range(GPUS):  # character devices, or Slurm sets no CUDA_VISIBLE_DEVICES
         subprocess.run(["mknod", str(root / f"gpu{number}"), "c", "1", "3"], check=True)
-    with hosts(["head", *names], {"slurm": etc}) as (head, *nodes):
+    (root / "profile").touch()  # whatever this machine's own says of modules
+    with hosts(["head", *names], {"slurm": etc, "profile": root / "profile"}) as (head, *nodes):
         daemons = [munged(root)]
         try:
             daemons.append(daemon(head, root, "slurmctld", "-D"))
