@@ -15,7 +15,7 @@ TOP_LEVEL_COMMA = re.compile(r",(?![^\[]*\])")
 @dataclass(frozen=True)
 class ThisNode:
     """This node among the job's nodes. `names` are by node rank; if `named` they are Slurm's, else only this one's is a
-    host's. Nodes call node 0 at `head` and the first of `ports` at which it answers; another of them, which node 0
+    host's. Nodes call node 0 at `head` and the first of `ports` at which it answers; one of them, which node 0
     tells, is for the ranks' rendezvous. Node 0 listens there, and everywhere when it was not told where others call."""
 
     rank: int
