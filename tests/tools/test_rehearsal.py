@@ -160,6 +160,16 @@ def test_ranks_that_differ() -> None:
     assert distinct_ranks(odd, all_stages=False) == [0, 8, 56, 63]
 
 
+def test_an_interleaved_pipeline_of_four_stages() -> None:
+    """Its schedule takes no fewer micro batches than stages, in the reference pass too."""
+    layout = ("model.num_layers=8", "parallel.pipeline_model_parallel_size=4", "launch.processes_per_node=4",
+              "parallel.virtual_pipeline_model_parallel_size=2", "dpo.packs=auto", "dpo.global_batch_size=4",
+              "sft.global_batch_size=4")  # fmt: skip
+    found = rehearse_rank(load_config(TOY, [*SMALL, *layout]), 0, H100)
+    assert found.micro_batches % 4 == 0
+    assert [phase.name for phase in found.phases][:2] == ["build", "reference"]
+
+
 def record(rank: int, peak: int, error: str | None = None) -> RankRecord:
     """A rank that was rehearsed, without the trainer."""
     made = RankRecord.failed(rank, LayoutPlace(0, 0, 0, 0), error or "", 1.0)
