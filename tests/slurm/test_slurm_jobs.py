@@ -16,6 +16,7 @@ import pytest
 from cluster import Cluster, all_idle, text
 from places import ROOT
 
+from srlm_mega.launch.listening import ports_of
 from srlm_mega.run.run_dir import RunDir
 
 pytestmark = [pytest.mark.extra, pytest.mark.timing]
@@ -237,9 +238,18 @@ def test_a_failed_preflight(slurm: Cluster, run: RunDir, nodes_python: Path) -> 
     assert (second / "bench.json").is_file(), said(run, slurm)
 
 
+PORTS = (41_000, 41_002)
+HOLDER = """\
+import socket, sys
+listener = socket.create_server(("", int(sys.argv[1])))
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
 def test_a_whole_round_in_one_job(slurm: Cluster, tmp_path: Path) -> None:
-    """run.sbatch: the real preflight, training, and sampling by two replicas, as steps of one allocation. Its judge is
-    random, as no model this small can judge."""
+    """run.sbatch: the real preflight, training, and sampling by two replicas, as steps of one allocation, although the
+    port that the nodes try first is another's on the first. Its judge is random, as no model this small can judge."""
     prompts = tmp_path / "prompts.jsonl"
     wording = "list {} animals upper open sure close thanks"
     prompts.write_text("".join(f'{{"text": "{wording.format(number)}"}}\n' for number in (2, 3, 4, 5)))
@@ -251,14 +261,23 @@ def test_a_whole_round_in_one_job(slurm: Cluster, tmp_path: Path) -> None:
         "candidates.max_new_tokens=32", "judge.backend=random", "judge.max_new_tokens=4",
         "evaluation.judge_replicates=1", "sampler.shard_size=1",
         "sampler.slurm=true", "sampler.num_devices=2", "sampler.devices_per_node=1",
+        'launch.slurm.sbatch_options=["--hold", "--nodelist=n[1-2]"]', f"launch.port_range={list(PORTS)}",
+        "launch.preflight.report_seconds=100", "launch.preflight.allreduce_seconds=200",  # a busy machine
     )  # fmt: skip
-    ended = slurm.finished(job, 2 * LONG)
+    holder = slurm.nodes[0].command([sys.executable, "-c", HOLDER, str(ports_of(job, PORTS)[0])])
+    with subprocess.Popen(holder, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as held:
+        assert held.stdout is not None and held.stdout.readline() == b"held\n"
+        slurm.said("scontrol", "release", str(job))
+        ended = slurm.finished(job, 2 * LONG)
     assert ended.state == "COMPLETED" and ended.restarts == 0, said(run, slurm)
+    for words in ("PP: 1 x 2 ranks", "2 nodes are well", "10.99.0.2", "10.99.0.3"):
+        assert words in printed(run, job), printed(run, job)
     assert run.manifest("M2/evaluation") is not None and weights(run, "M2") != weights(run, "M1")
     candidates = run.manifest("round_1/candidates")
     assert candidates is not None and candidates.rows == 64
     logs = run.jobs / str(job) / "attempt_0"
     assert {path.name for path in logs.iterdir() if path.is_dir()} == {"preflight", "M1", "round_1-reference"}
+    assert not (logs / "preflight/bad_nodes").exists()
 
 
 @pytest.mark.parametrize(
