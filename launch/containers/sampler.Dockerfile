@@ -13,7 +13,7 @@
 # sampling has an environment of its own (docs/sampling.md). Nothing here replaces a package that is already there.
 FROM nvcr.io/nvidia/tensorrt-llm/release:1.2.1
 
-RUN pip install --no-cache-dir jinja2 numpy orjson psutil pydantic pyyaml rapidfuzz rich tenacity tokenizers typer xxhash \
+RUN pip install --no-cache-dir jinja2 numpy orjson psutil pydantic pyyaml rapidfuzz regex rich tenacity tokenizers typer xxhash \
         packaging
 
 COPY pyproject.toml setup.py README.md LICENSE /opt/srlm-mega/

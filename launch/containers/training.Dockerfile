@@ -8,7 +8,7 @@
 FROM nvcr.io/nvidia/pytorch:25.12-py3
 
 # The requirements of pyproject.toml but torch. --no-deps: megatron-core asks for torch by its PyPI name.
-RUN pip install --no-cache-dir gguf huggingface-hub jinja2 matplotlib numpy orjson packaging protobuf psutil pydantic pyyaml rapidfuzz rich \
+RUN pip install --no-cache-dir gguf huggingface-hub jinja2 matplotlib numpy orjson packaging protobuf psutil pydantic pyyaml rapidfuzz regex rich \
         safetensors scipy sentencepiece tenacity tensorboard tokenizers typer xxhash transformers==5.23.0 \
     && pip install --no-cache-dir --no-deps megatron-core==0.16.1
 

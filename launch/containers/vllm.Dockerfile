@@ -13,7 +13,7 @@
 # sampler.quantization=fp8 add nvidia-modelopt of the version in launch/versions.toml, and requests.
 FROM vllm/vllm-openai:v0.32.0
 
-RUN pip install --no-cache-dir jinja2 numpy orjson psutil pydantic pyyaml rapidfuzz rich tenacity tokenizers typer xxhash \
+RUN pip install --no-cache-dir jinja2 numpy orjson psutil pydantic pyyaml rapidfuzz regex rich tenacity tokenizers typer xxhash \
         packaging
 
 COPY pyproject.toml setup.py README.md LICENSE /opt/srlm-mega/

