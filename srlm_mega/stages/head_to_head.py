@@ -10,12 +10,14 @@ from typing import Any
 
 import orjson
 
+from srlm_mega.checkpoints_conversion.huggingface_files import read_json
 from srlm_mega.checkpoints_conversion.model_place import obstacle
 from srlm_mega.config import Config
 from srlm_mega.config.comparison import PairwiseJudgeConfig
 from srlm_mega.config.compatibility import changed
 from srlm_mega.config.file import load_config, parse_config
-from srlm_mega.config.outside_models import local_folder, shape_in
+from srlm_mega.config.outside_models import local_folder
+from srlm_mega.config.training import SHAPE_KEYS
 from srlm_mega.data.prompt_files import read_prompts
 from srlm_mega.errors import CannotContinue, UserError
 from srlm_mega.evaluation.results import Comparison
@@ -75,22 +77,38 @@ class OutsideModel:
     @classmethod
     def at(cls, folder: Path, settings: Path | None) -> "OutsideModel":
         """Open a folder, or the model of this id in the local hub cache. `settings`: a run or a configuration whose
-        sampler and lengths serve; without one, the defaults and the model's own length. UserError as `writer_at`."""
+        sampler and lengths serve; without one, the defaults and the model's own length. UserError as `writer_at`, and
+        where the model does not say its length."""
         folder = local_folder(folder)
         writer = Writer.outside(folder)
         if settings is not None:
             config = load_config(settings / "config.yaml" if settings.is_dir() else settings)
             return cls(sampling_as_it_is(config), writer)
-        length = min(int(shape_in(folder)["max_position_embeddings"]), 8192)
-        rates = {"lr": 1, "min_lr": 1, "epochs": 1}  # required, and of no meaning here: nothing is trained
+        length = min(longest_text(folder), 8192)
+        # Required, and of no meaning here: nothing is trained, and the model may be no Llama.
+        rates, shape = {"lr": 1, "min_lr": 1, "epochs": 1}, dict.fromkeys(SHAPE_KEYS - {"rope_scaling"}, 1)
         answer = {"max_new_tokens": min(2048, length // 2)}
         sections = {"candidates": answer, "prompts": answer, "judge": answer, "sft": rates, "dpo": rates}
-        model = {"path": str(folder), "seq_length": length}
+        model = shape | {"seq_length": length, "max_position_embeddings": length}
         source = {"run": {"dir": "unused"}, "seed_data": {"source": "toy_world"}, "model": model}
         return cls(parse_config(source | sections, str(folder)), writer)
 
 
 AnyModel = RunModel | OutsideModel
+
+
+def longest_text(folder: Path) -> int:
+    """Return the number of tokens that the model in a folder takes. UserError where its config.json does not say it."""
+    try:
+        length = read_json(folder / "config.json").get("max_position_embeddings")
+    except ValueError as error:  # checkpoints_conversion does not import UserError
+        raise UserError(str(error)) from None
+    if type(length) is not int or length < 2:
+        raise UserError(
+            f"{folder}/config.json has max_position_embeddings={length!r}, which is no length of a text: give one by "
+            "--settings, a configuration with model.seq_length"
+        )
+    return length
 
 
 def sampling_as_it_is(config: Config) -> Config:
@@ -103,8 +121,11 @@ def sampling_as_it_is(config: Config) -> Config:
 
 
 def model_at(path: Path, settings: Path | None) -> AnyModel:
-    """Open a run's model (`RUN/M2`), or any Hugging Face folder (see `OutsideModel.at`)."""
+    """Open a run's model (`RUN/M2`), or any Hugging Face folder (see `OutsideModel.at`). UserError for `settings` in
+    place of a run's own."""
     is_runs = (path.parent / "config.yaml").is_file() and not (path / "config.json").is_file()
+    if is_runs and settings is not None:
+        raise UserError(f"{path} answers as its run says: leave out --settings, or give {path}/huggingface")
     return RunModel.at(path) if is_runs else OutsideModel.at(path, settings)
 
 

@@ -90,8 +90,16 @@ def test_a_folder_from_outside_answers_as_the_runs_own_model(run: RunDir, tmp_pa
     call("export", "mt_bench", folder, *given, "--out", out, "--settings", run.root)
     assert len(out.read_bytes().splitlines()) == 2
     assert f"pretrained={folder}" in call("export", "lm_eval", folder)
-    with pytest.raises(UserError, match="is not a Hugging Face model folder"):
-        raise CliRunner().invoke(app, ["export", "lm_eval", str(tmp_path / "elsewhere")]).exception or AssertionError
+    (folder / "config.json").write_text('{"model_type": "qwen2", "max_position_embeddings": 32}')
+    assert f"pretrained={folder}" in call("export", "lm_eval", folder), "it need not be a Llama"
+    (folder / "config.json").write_text('{"model_type": "mamba"}')
+    for wrong, options, said in (
+        (tmp_path / "elsewhere", [], "has no config.json. Give a Hugging Face model folder"),
+        (folder, [], "has max_position_embeddings=None, .*--settings"),
+        (run.root / "M1", ["--settings", "toy_cpu"], "answers as its run says: leave out --settings"),
+    ):
+        with pytest.raises(UserError, match=said):
+            raise CliRunner().invoke(app, ["export", "lm_eval", str(wrong), *options]).exception or AssertionError
 
 
 def test_mt_benchs_answers(run: RunDir, tmp_path: Path) -> None:
