@@ -75,21 +75,31 @@ def show_template(
     template: Annotated[
         Path, typer.Argument(help="A rubric's file, a shipped template, a configuration, or a run.", metavar="TEMPLATE")
     ] = Path("additive"),
-    max_score: Annotated[int, typer.Option(help="Largest score of a rubric's file: judge.max_score.", min=1)] = 5,
+    max_score: Annotated[
+        int | None, typer.Option(help="Largest score of a rubric's file: judge.max_score. [default: 5]", min=1)
+    ] = None,
 ) -> None:
     """Show a judge's template, checked, filled with an example. Below it is a judgement as it is read."""
     from srlm_mega.config.file import load_config
+    from srlm_mega.errors import UserError
     from srlm_mega.judging.template import SHIPPED, JudgeTemplate, load_template
     from srlm_mega.run.run_dir import RunDir
 
+    most = 5 if max_score is None else max_score
     chosen: Path | str = str(template) if str(template) in SHIPPED else template
     kept = RunDir(existing_run(template)).rubric_in_force if template.is_dir() else None
     is_config = template.suffix in (".yaml", ".yml") or not (template.suffix or template.exists())
     if template.is_dir() or (isinstance(chosen, Path) and is_config):
+        if max_score is not None:
+            raise UserError(f"{template} has a judge.max_score of its own: leave out --max-score")
         judge = load_config(template / "config.yaml" if template.is_dir() else template).judge
-        chosen, max_score = judge.template, judge.max_score
-    rubric = load_template(chosen, max_score) if kept is None else JudgeTemplate.from_bytes(kept, "of the run")
-    print(rubric.example(max_score))
+        chosen, most = judge.template, judge.max_score
+    if kept is None:
+        rubric = load_template(chosen, most)
+    else:
+        rubric = JudgeTemplate.from_bytes(kept, f"of {template}")
+        rubric.check(f"that of {template}", most)  # an older version took one of any scale
+    print(rubric.example(most))
 
 
 @show_app.command("seed")

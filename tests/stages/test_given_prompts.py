@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from srlm_mega.cli.main import app
 from srlm_mega.config import Config
+from srlm_mega.config.file import find_file
 from srlm_mega.controller.start_checks import check_start
 from srlm_mega.errors import UserError
 from srlm_mega.records import Prompt, read_jsonl
@@ -167,3 +168,15 @@ def test_an_own_rubric_is_looked_at_before_the_first_stage(tmp_path: Path, capsy
         assert said in capsys.readouterr().out
     shown = CliRunner().invoke(app, ["show", "template", str(rubric), "--max-score", "10"]).output
     assert shown.endswith("--- a judgement, read as 10, of 0 to 10:\nAll four, and nothing else.\nScore: 10/10\n")
+
+
+def test_a_runs_own_rubric_is_shown_by_the_runs_own_scale(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.config_file.write_bytes(find_file(Path("toy_cpu")).read_bytes())
+    run.rubric_file.write_text("{{instruction}} {{response}} Score: N/10")  # as an older version took it
+    for options, said in (
+        ([], f"that of {tmp_path} asks for 'Score: N/10', and scores are 0 to 5"),
+        (["--max-score", "10"], "leave out"),
+    ):
+        with pytest.raises(UserError, match=said):
+            raise CliRunner().invoke(app, ["show", "template", str(tmp_path), *options]).exception or AssertionError
