@@ -41,6 +41,8 @@ def check_place(path: Path, is_folder: bool = False) -> None:
     """Make the folders above what a command writes at its end, a file or a folder, and write there for a moment.
     UserError or OSError, with the path, where it could not be written: before the work, and not after it."""
     target = Path(os.path.realpath(path))
+    if path.exists() and not (path.is_file() or path.is_dir()):  # /dev/stdout, which may be a pipe, or another device
+        return
     if target.is_dir() and not is_folder:
         raise UserError(f"{path} is a folder: give the name of a file")
     if path.is_symlink() and not target.parent.is_dir():

@@ -52,6 +52,10 @@ def test_what_a_place_is_left_as(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("a/file")
     for there in (tmp_path / "a/file", tmp_path / "link", Path("/dev/null")):
         check_place(there)
+    reading, writing = os.pipe()
+    check_place(Path(f"/dev/fd/{writing}"))  # as /dev/stdout is before a `|`
+    os.close(reading)
+    os.close(writing)
     check_place(tmp_path / "a", is_folder=True)
     assert (tmp_path / "a/file").read_text() == "kept" and len(list((tmp_path / "a").iterdir())) == 2
     (tmp_path / "gone").symlink_to("unmounted/file")
