@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from importlib.util import find_spec
@@ -19,6 +20,7 @@ from srlm_mega.config.strict_yaml import load_yaml
 from srlm_mega.errors import UserError
 
 MAX_DOTS = 20
+ONE_OF_TYPES = re.compile(r"literal\[.*|constrained-.*|float|str")  # as pydantic names one of a key's types
 PRESETS = Path(__file__).parent.parent / "launch" / "configs"
 
 
@@ -134,7 +136,10 @@ def parse_config(raw: Mapping[str, Any], source: str) -> Config:
 
 def describe(item: Mapping[str, Any]) -> str:
     """Return one pydantic error in words: where, what, what it got, what to do."""
-    where = ".".join(str(part) for part in item["loc"])
+    *parts, last = map(str, item["loc"]) if item["loc"] else [""]
+    if ".".join(parts) not in knobs() or not ONE_OF_TYPES.fullmatch(last):
+        parts.append(last)
+    where = ".".join(parts)
     match item["type"]:
         case "extra_forbidden":
             lines = [f"unknown key {name}. {nearest(name)}" for name in unknown(where, item["input"])]

@@ -95,7 +95,7 @@ def precision_problems(config: "Config") -> Iterator[str]:
 
 
 def batch_problems(config: "Config") -> Iterator[str]:
-    """Yield packs that could not hold the longest sequence or pair, or would have to be split."""
+    """Yield packs that could not hold the longest sequence or pair, would have to be split, or are not made."""
     cp = config.parallel.context_parallel_size
     sections = (("pretrain", config.pretrain, 1), ("sft", config.sft, 1), ("dpo", config.dpo, 2))
     for name, section, sequences in sections:
@@ -107,6 +107,8 @@ def batch_problems(config: "Config") -> Iterator[str]:
                 f"{'pair' if sequences == 2 else 'sequence'}: {sequences} * (model.seq_length - 1) = "
                 f"{sequences} * ({config.model.seq_length} - 1) = {longest} input positions"
             )
+        if section is not None and packed is None and section.packs != "fewest":
+            yield f"{name}.packs={section.packs} needs {name}.packed_sequence_size: nothing is packed without it"
         if packed is not None and cp > 1:
             yield f"{name}.packed_sequence_size and context_parallel_size {cp} do not go together: choose one"
 
@@ -134,7 +136,7 @@ def data_problems(config: "Config") -> Iterator[str]:
         yield f"eft.build=false: seed_data.source={seed_data.source} has no EFT of its own (seed_data.eft_path)"
     judge = config.judge
     if judge.max_score != 5 and isinstance(judge.template, str):
-        yield f"judge.max_score={judge.max_score}: judge.template={judge.template} gives 0 to 5 points; give your own"
+        yield f"judge.max_score={judge.max_score}: judge.template={judge.template} gives 0 to 5 points: give your own"
     if config.prompts.generator == "file" and config.prompts.path is None:
         yield "prompts.generator=file needs prompts.path"
     if config.model.path is not None and config.model.tokenizer is not None:

@@ -86,6 +86,10 @@ def test_megatron_flag_spelling() -> None:
         ("sft.epochs=1", ["sft: set exactly one of train_iters and epochs"]),
         ("candidates.max_new_tokens=256", ["leaves no room for a prompt"]),
         ("seed_data.source=oasst", ["seed_data.source=oasst needs seed_data.path"]),
+        ("judge.max_score=10", ["1 problem(s)", "judge.template=toy gives 0 to 5 points: give your own"]),
+        ("dpo.packs=0", ["dpo.packs: Input should be 'fewest' or 'auto'", "dpo.packs: Input should be greater than"]),
+        ("sft.packs=auto sft.packed_sequence_size=null", ["sft.packs=auto needs sft.packed_sequence_size"]),
+        ("pairs.rho={a:[1]}", ["pairs.rho: Input should be a valid number"]),
     ],
 )
 def test_mistakes_are_named(override: str, said: list[str]) -> None:
