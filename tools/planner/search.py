@@ -76,8 +76,9 @@ def best_packs(config: Config, cluster: Cluster, lengths: Lengths, recompute: Re
 
 
 def pack_numbers(config: Config, layout: ParallelLayout) -> list[PackNumber]:
-    """Return the numbers of packs to try: by rule first, then multiples of the stages, up to one for each pair."""
-    if config.dpo.packed_sequence_size is None:
+    """Return the numbers of packs to try: by rule first, then multiples of the stages, up to one for each pair. Only
+    the default where DPO or SFT, which has the same, is not packed."""
+    if None in (config.dpo.packed_sequence_size, config.sft.packed_sequence_size):
         return ["fewest"]
     pairs = -(-config.dpo.global_batch_size // layout.dp)
     return ["auto", "fewest", *(number for number in (layout.pp, 2 * layout.pp, 4 * layout.pp) if number <= pairs)]
