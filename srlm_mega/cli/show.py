@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from srlm_mega.cli.arguments import RunFolder, SoundRunFolder, existing_run, sound_run
+from srlm_mega.cli.arguments import RunFolder, SoundRunFolder, sound_run
 from srlm_mega.cli.output import VisibleConsole
 
 show_app = typer.Typer(
@@ -87,7 +87,7 @@ def show_template(
 
     most = 5 if max_score is None else max_score
     chosen: Path | str = str(template) if str(template) in SHIPPED else template
-    kept = RunDir(existing_run(template)).rubric_in_force if template.is_dir() else None
+    kept = RunDir(sound_run(template)).rubric_in_force if template.is_dir() else None
     is_config = template.suffix in (".yaml", ".yml") or not (template.suffix or template.exists())
     if template.is_dir() or (isinstance(chosen, Path) and is_config):
         if max_score is not None:
