@@ -24,9 +24,8 @@ def check_inputs(config: Config, run: Path, workdir: Path, read: Container[str] 
     sampled = {key: path for key, path in models.items() if key != "model.path"}
     found = [f"{key}: {problem}" for key, path in sampled.items() for problem in model_problems(workdir / path)]
     for key, path in files.items():
-        problem = data_problem(workdir / path) if key in DATA_KEYS else None
-        problems = file_problems(workdir / path) if key not in DATA_KEYS else [problem] * (problem is not None)
-        found += [f"{key}: {one}" for one in problems]
+        problems = [data_problem(workdir / path)] if key in DATA_KEYS else file_problems(workdir / path)
+        found += [f"{key}: {problem}" for problem in problems if problem is not None]
     slurm, sampler = config.launch.slurm, config.sampler
     if slurm.container is not None:
         seen = seen_folders((run, *slurm.mounts), workdir)

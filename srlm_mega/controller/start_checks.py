@@ -17,6 +17,7 @@ from srlm_mega.run.outside_keys import READ_MODEL, kept_rubric, keys_read_by
 from srlm_mega.run.plan import Stage
 from srlm_mega.run.run_dir import RunDir
 from srlm_mega.run.stage_kinds import PROMPTS
+from srlm_mega.text import quoted
 
 
 def check_start(
@@ -46,11 +47,11 @@ def check_start(
 def check_rubric(config: Config) -> None:
     """Raise UserError if judge.template cannot be used, and say so if an own one does not ask for a score in the form
     that is read."""
-    template = config.judge.template
-    if load_template(template, config.judge.max_score).score_line is None and isinstance(template, Path):
+    template, most = config.judge.template, config.judge.max_score
+    if load_template(template, most).score_line is None and isinstance(template, Path):
         print(
             f"judge.template {template} does not say how to write a score: only `Score: N` is read, N from 0 to "
-            f"{config.judge.max_score}. `srlm show template {template}` shows it filled"
+            f"{most}. `srlm show template {quoted(template)} --max-score {most}` shows it filled"
         )
 
 

@@ -160,8 +160,8 @@ def test_what_no_stage_reads_any_more_may_be_gone(tmp_path: Path) -> None:
 
 
 def test_an_own_rubric_is_looked_at_before_the_first_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rubric = tmp_path / "rubric.txt"
-    for text, said in (("", f"{rubric} does not say how to write a score"), (" Score: N/10", "")):
+    rubric = tmp_path / "my rubric.txt"
+    for text, said in (("", f"`srlm show template '{rubric}' --max-score 10`"), (" Score: N/10", "")):
         rubric.write_text("{{instruction}} {{response}}" + text)
         config = outside(tmp_path, f"judge.template={rubric}", "judge.max_score=10")
         check_start(plan(config), frozenset(), config, RunDir(config.run.dir))
