@@ -14,7 +14,7 @@ from srlm_mega.config.knobs import by_round, deciding, flat
 from srlm_mega.config.outside_files import DATA_KEYS
 from srlm_mega.errors import UserError
 from srlm_mega.run.manifest import Identity, Manifest
-from srlm_mega.run.outside_folder import content_hash
+from srlm_mega.run.outside_data import data_hash, splits_in
 from srlm_mega.run.plan import SAMPLER, Stage, downstream
 from srlm_mega.run.run_dir import RunDir
 
@@ -78,8 +78,8 @@ def contents_of(stage: Stage, config: Config, rubric: bytes | None) -> dict[str,
         return {}
     files = {key: value for key, value in flat(config.model_dump()).items() if isinstance(value, Path)}
     named = {key: path for key, path in files.items() if within(key, stage.config) and not within(key, NOTHING)}
-    read = {key: path for key, path in named.items() if path.is_file() or (key in DATA_KEYS and path.is_dir())}
-    hashes = {key: content_hash(path) for key, path in read.items() if key != RUBRIC}
+    read = {key: path for key, path in named.items() if path.is_file() or (key in DATA_KEYS and splits_in(path))}
+    hashes = {key: data_hash(path) for key, path in read.items() if key != RUBRIC}
     if rubric is not None and within(RUBRIC, stage.config):
         hashes[RUBRIC] = xxhash.xxh3_128_hexdigest(rubric)
     return {key + CONTENT: value for key, value in hashes.items()}

@@ -23,6 +23,7 @@ import orjson
 
 from srlm_mega.checkpoints_conversion import json_files
 from srlm_mega.errors import UserError
+from srlm_mega.run.manifest import digest_of, entry_of, file_hash
 
 BUFFER = 1024**2  # bytes, or characters, that are read at once
 HEAD = 4096  # bytes that show what a file is
@@ -99,6 +100,14 @@ def data_problem(path: Path) -> str | None:
         return None if any(True for _ in entries(path)) else f"{path} is empty ({size} bytes)"
     except (UserError, OSError) as error:
         return str(error)
+
+
+def data_hash(path: Path) -> str:
+    """Return a hash of the files that are read at a path: whatever else a folder has may come and go. UserError as for
+    `data_files`."""
+    if path.is_file():
+        return file_hash(path)
+    return digest_of({str(file.relative_to(path)): entry_of(file) for file in data_files(path)})
 
 
 def notes_on(path: Path) -> Iterator[str]:

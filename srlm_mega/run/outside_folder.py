@@ -1,4 +1,4 @@
-"""A folder from outside the run: whether a model in it is what was written or verified, and the hash of its content."""
+"""A model's folder from outside the run: whether it is what was written or verified, and the hash of its content."""
 
 import os
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from srlm_mega.checkpoints_conversion.convert import PROOF
 from srlm_mega.checkpoints_conversion.verify import check_verified, proven_files
 from srlm_mega.errors import UserError
-from srlm_mega.run.manifest import MANIFEST, digest_of, entry_of, file_hash
+from srlm_mega.run.manifest import MANIFEST, digest_of, entry_of
 from srlm_mega.run.run_dir import RunDir
 
 
@@ -33,10 +33,8 @@ def verify_in_run(folder: Path) -> bool:
 
 
 def content_hash(folder: Path) -> str:
-    """Return a hash of a folder's files, by which the model or the data in it are known: without a model's proof and
-    without what is hidden, such as a download's times. A file has its own hash."""
-    if folder.is_file():
-        return file_hash(folder)
+    """Return a hash of a folder's files, by which the model in it is known: without its proof and without what is
+    hidden, such as a download's times."""
     paths = (Path(root) / name for root, _, names in os.walk(folder, followlinks=True) for name in names)
     names = {path.relative_to(folder): path for path in paths if path != folder / PROOF}
     shown = {name: path for name, path in names.items() if not any(part.startswith(".") for part in name.parts)}

@@ -25,7 +25,7 @@ from srlm_mega.records import Prompt, read_jsonl
 from srlm_mega.run.files import all_files, dangling, sweep, write_atomic
 from srlm_mega.run.identity import responding
 from srlm_mega.run.manifest import IDENTITY
-from srlm_mega.run.outside_folder import content_hash
+from srlm_mega.run.outside_data import data_hash
 from srlm_mega.run.run_dir import RunDir
 from srlm_mega.run.soundness import check_sound
 from srlm_mega.sampling.samplers import Samplers
@@ -162,7 +162,7 @@ def head_to_head(request: HeadToHeadRequest, out: Path) -> Comparison:
     identity = {
         "ours": model.writer.name,
         "theirs": theirs.name,
-        "prompts": content_hash(file),
+        "prompts": data_hash(file),
         "judge": judge.name,
         "judge_tokens": (model.config.judge if request.judge is None else request.judge).max_new_tokens,
         "temperature": request.temperature,

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,8 +14,7 @@ from srlm_mega.checkpoints_conversion import json_files
 from srlm_mega.data.prompt_files import read_prompts
 from srlm_mega.errors import UserError
 from srlm_mega.run import outside_data
-from srlm_mega.run.outside_data import data_files, data_problem, entries, notes_on
-from srlm_mega.run.outside_folder import content_hash
+from srlm_mega.run.outside_data import data_files, data_hash, data_problem, entries, notes_on
 
 TEXTS = ['Name a bird, "quoted" or [not].', "天空为什么是蓝色的？ \u2028 {", "Add 1\nand 2."]
 ROWS = [{"text": text, "system": None, "n": number} for number, text in enumerate(TEXTS)]
@@ -108,10 +108,24 @@ def test_the_same_entries_in_every_form(name: str, tmp_path: Path, monkeypatch: 
         assert [prompt.text for prompt in prompts] == [text.strip() for text in TEXTS]
         assert len({prompt.id for prompt in prompts}) == len(TEXTS)
     assert data_problem(path) is None
-    before = content_hash(path)
+    before = data_hash(path)
     part = data_files(path)[-1]
     part.write_bytes(part.read_bytes()[:-1])
-    assert content_hash(path) != before
+    assert data_hash(path) != before
+
+
+def test_what_is_not_read_may_come_and_go(tmp_path: Path) -> None:
+    """A folder's other files, links to nothing and to itself, and pipes, which would never end."""
+    (tmp_path / "train.jsonl").write_text('{"text": "a"}')
+    before = data_hash(tmp_path)
+    (tmp_path / "README.md").write_text("notes")
+    (tmp_path / "test.jsonl").write_text('{"text": "b"}')
+    (tmp_path / "gone").symlink_to("nowhere")
+    (tmp_path / "again").symlink_to(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    assert data_hash(tmp_path) == before
+    (tmp_path / "train.jsonl").rename(tmp_path / "training.jsonl")
+    assert data_hash(tmp_path) != before, "ids are from the file's name"
 
 
 def test_plain_text_is_a_prompt_per_line(tmp_path: Path) -> None:
