@@ -12,12 +12,12 @@ from itertools import combinations
 
 from srlm_mega.evaluation.results import JudgedPrompt, JudgeMetrics
 from srlm_mega.judging.agreement import kendall_tau, spearman
+from srlm_mega.judging.scores import MAX_SCORE
 from srlm_mega.records import RankedReplies
 
 RankedScore = tuple[int, float | None]
 """Rank of a reply (0 is the best) and its score by the judge, None when no score could be parsed."""
 
-PERFECT_SCORE = 5.0
 SCORE_DECIMALS = 6
 
 
@@ -26,7 +26,7 @@ def with_ranks(ranked: RankedReplies, scores: Sequence[float | None]) -> list[Ra
     return [(reply.rank, score) for reply, score in zip(ranked.replies, scores, strict=True)]
 
 
-def judge_metrics(prompts: Iterable[Sequence[RankedScore]], perfect: float = PERFECT_SCORE) -> JudgeMetrics:
+def judge_metrics(prompts: Iterable[Sequence[RankedScore]], perfect: float = MAX_SCORE) -> JudgeMetrics:
     """Return all metrics over prompts with ranked and scored replies, iterated once. Replicates count separately."""
     return MetricSums.of(prompts, perfect).metrics()
 
@@ -42,7 +42,7 @@ class MetricSums:
     """Running counts over prompts. `orders`: pairs in the right order (1), inverted (-1), tied (0). `fives`: replies
     with the mean score `perfect`, by whether no reply to their prompt is ranked above them."""
 
-    perfect: float = PERFECT_SCORE
+    perfect: float = MAX_SCORE
     prompts: int = 0
     replies: int = 0
     scored: int = 0
@@ -55,7 +55,7 @@ class MetricSums:
     kendall: list[float] = field(default_factory=list)
 
     @classmethod
-    def of(cls, prompts: Iterable[Sequence[RankedScore]], perfect: float = PERFECT_SCORE) -> "MetricSums":
+    def of(cls, prompts: Iterable[Sequence[RankedScore]], perfect: float = MAX_SCORE) -> "MetricSums":
         """Count all prompts."""
         sums = cls(perfect)
         for prompt in prompts:

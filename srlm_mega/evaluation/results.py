@@ -28,9 +28,9 @@ class JudgeMetrics:
     tie_rate: float | None
     """Share of pairs with equal scores."""
     five_best: float | None
-    """Share of replies ranked best, of those with a mean score of 5."""
+    """Share of replies ranked best, of those with the largest mean score, judge.max_score."""
     five_best_count: int
-    """Number of replies with a mean score of 5."""
+    """Number of replies with the largest mean score."""
     exact_match: float | None
     """Share of usable prompts whose pairs are all in the right order, without ties."""
     spearman_drop: float | None

@@ -47,7 +47,7 @@ JUDGE_METRICS = {
     "pair_acc_strict": "pairs in order, a tie counting as wrong",
     "tie_rate": "pairs with equal scores",
     "exact_match": "prompts with all pairs in order",
-    "five_best": "replies ranked best, of those scored 5",
+    "five_best": "replies ranked best, of those with the largest score",
     "parse_failure": "replies without a score",
     "fully_parsed_prompts": "prompts with a score for every reply",
     "spearman_drop": "Spearman, undefined left out",
