@@ -123,18 +123,22 @@ def sampling_as_it_is(config: Config) -> Config:
 def model_at(path: Path, settings: Path | None) -> AnyModel:
     """Open a run's model (`RUN/M2`), or any Hugging Face folder (see `OutsideModel.at`). UserError for `settings` in
     place of a run's own."""
-    is_runs = (path.parent / "config.yaml").is_file() and not (path / "config.json").is_file()
-    if is_runs and settings is not None:
+    if not is_of_run(path):
+        return OutsideModel.at(path, settings)
+    if settings is not None:
         raise UserError(f"{path} answers as its run says: leave out --settings, or give {path}/huggingface")
-    return RunModel.at(path) if is_runs else OutsideModel.at(path, settings)
+    return RunModel.at(path)
 
 
 def writer_at(path: Path) -> Writer:
-    """Open a run's model (`RUN/M2`) or any Hugging Face folder, named by its content. UserError for one that was
-    converted and not verified, or altered since."""
-    if not (path / "config.json").is_file():
-        return RunModel.at(path).writer
-    return Writer.outside(path)
+    """Open a run's model (`RUN/M2`), any Hugging Face folder, or the model of this id in the local hub cache, named by
+    its content. UserError for one that was converted and not verified, or altered since."""
+    return RunModel.at(path).writer if is_of_run(path) else Writer.outside(local_folder(path))
+
+
+def is_of_run(path: Path) -> bool:
+    """Tell whether a path is of a run's model, which has its folder within, and not of a Hugging Face folder."""
+    return (path.parent / "config.yaml").is_file() and not (path / "config.json").is_file()
 
 
 @dataclass(frozen=True)

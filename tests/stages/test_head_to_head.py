@@ -23,7 +23,7 @@ from srlm_mega.run import manifest
 from srlm_mega.run.outside_folder import content_hash
 from srlm_mega.run.run_dir import RunDir
 from srlm_mega.run.sealed_file import seal_of
-from srlm_mega.stages.head_to_head import asked_prompts
+from srlm_mega.stages.head_to_head import asked_prompts, writer_at
 
 
 @pytest.fixture
@@ -54,6 +54,16 @@ def call(models: tuple[Path, Path, Path], out: Path, *options: str) -> tuple[int
     argv = ["evaluate", "head-to-head", str(ours), str(theirs), "--prompts", str(prompts), "--out", str(out), *options]
     done = CliRunner().invoke(app, argv)
     return done.exit_code, done.output, done.exception
+
+
+def test_an_opponent_that_is_no_model(tmp_path: Path) -> None:
+    """It may be of any place, so that nothing is said of runs."""
+    for wrong, said in (
+        (tmp_path, "has no config.json. Give a Hugging"),
+        (Path("some/model"), "hf download some/model"),
+    ):
+        with pytest.raises(UserError, match=said):
+            writer_at(wrong)
 
 
 def test_wins_ties_and_losses_with_their_interval(models: tuple[Path, Path, Path], tmp_path: Path) -> None:
