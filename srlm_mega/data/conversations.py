@@ -4,10 +4,12 @@ A conversation is a list of messages (`role` and `content`, ShareGPT's `from` an
 ..., "assistant": ...}`). docs/data.md has the table.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import dropwhile
 from typing import Any, Literal
+from unicodedata import category
 
 from srlm_mega.data.quarantine import optional_text, text_field
 from srlm_mega.records import Message
@@ -28,6 +30,9 @@ CONVERSATIONS = ("messages", "conversations", "conversation")
 QUESTIONS = ("instruction", "prompt", "question", "query", "context", "input", *CONVERSATIONS, "text")
 WITH_CONTEXT = ("instruction", "question", "query")
 QUESTIONS_SHOWN = "`prompt`, `instruction` (and `input`), `question`, `query`, `input`, `messages` or `text`"
+UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]")  # Thai, Lao, Burmese, Khmer
+JOINER = "\u200d"  # joins the characters on both of its sides
+JOINING = f"\u200c{JOINER}" + "".join(map(chr, range(0x1F3FB, 0x1F400)))
 NO_INPUT = "<noinput>"  # as Self-Instruct's and Alpaca's prompts write it
 
 
@@ -105,24 +110,31 @@ def messages(value: Any, name: str) -> list[Message]:
     if isinstance(value, dict) and value and all(isinstance(column, list) for column in value.values()):
         # By columns, as older tables have them.
         value = [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
-    return [turn for one in listed([value] if isinstance(value, dict) else value, name) for turn in turns_of(one, name)]
+    given = listed([value] if isinstance(value, dict) else value, name)
+    turns = [turn for one in given for turn in turns_of(one, name)]
+    if not turns:
+        raise ValueError(f"`{name}` has no message but an empty system message")
+    return turns
 
 
 def turns_of(value: Any, name: str) -> list[Message]:
-    """Parse an element of a conversation: a message, or a question with its answer, under their speakers' names."""
+    """Parse an element of a conversation: a message, or a question with its answer, under their speakers' names. An
+    empty system message is none."""
     if not isinstance(value, dict):
         raise ValueError(f"an element of `{name}` is not a message")
     given = {key: one for key, one in value.items() if one is not None}
     speakers = [] if {"role", "from"} & given.keys() else [key for key in SPEAKERS if key in given]
     if speakers:
-        return [Message(SPEAKERS[key], text_field(given, key)) for key in speakers]
+        return [turn for key in speakers for turn in turns_of({"role": key, "content": given[key]}, name)]
     role_name, content = ("from" if "from" in given else "role"), ("value" if "value" in given else "content")
-    role = SPEAKERS.get(text_field(given, role_name))
+    role = SPEAKERS.get(text_field(given, role_name).casefold())
     if role is None:
         raise ValueError(f"a message of `{name}` has the role {given[role_name]!r}, not one of {', '.join(SPEAKERS)}")
     match given.get(content):
         case [*blocks] if all(isinstance(block, dict) and block.get("type") == "text" for block in blocks):
             given[content] = "".join(text_field(block, "text", leading_blanks=True) for block in blocks)
+    if role == "system" and not optional_text(given, content):
+        return []
     return [Message(role, text_field(given, content, leading_blanks=role == "assistant"))]
 
 
@@ -163,7 +175,12 @@ def shared_beginning(chosen: str, rejected: str) -> tuple[str, str, str]:
     two answers; a blank before an answer stays with it, as in TRL. Raise ValueError where both share no beginning."""
     ends = min(len(chosen), len(rejected)) - 1  # each answer keeps a character
     end = next((place for place in range(ends) if chosen[place] != rejected[place]), ends)
-    while end > 0 and in_word(chosen[end - 1]) and (in_word(chosen[end]) or in_word(rejected[end])):
+    while end > 0 and (
+        joins(chosen[end])
+        or joins(rejected[end])
+        or chosen[end - 1] == JOINER
+        or (in_word(chosen[end - 1]) and (in_word(chosen[end]) or in_word(rejected[end])))
+    ):
         end -= 1
     while end > 0 and chosen[end - 1] in " \t":
         end -= 1
@@ -173,5 +190,10 @@ def shared_beginning(chosen: str, rejected: str) -> tuple[str, str, str]:
 
 
 def in_word(character: str) -> bool:
-    """Tell whether a character belongs to a word of several ones, as those of Chinese and Japanese do not."""
-    return character.isalnum() and character < "\u2e80"
+    """Tell whether a character belongs to a word with spaces around it, as those of Chinese or Thai do not."""
+    return (character.isalnum() or joins(character)) and character < "\u2e80" and UNSPACED.match(character) is None
+
+
+def joins(character: str) -> bool:
+    """Tell whether a character goes with the one before it: vowel signs, accents, the skin of an emoji."""
+    return category(character)[0] == "M" or character in JOINING

@@ -26,17 +26,18 @@ from srlm_mega.data.conversations import (
 from srlm_mega.data.quarantine import LeftOut, UserLines, text_field, without_null
 from srlm_mega.data.seed_sets import SeedItem, SeedSets, draw_sets
 from srlm_mega.data.template_marks import speakers_apart
-from srlm_mega.records import RankedReplies, RankedReply, one_text
+from srlm_mega.records import Message, RankedReplies, RankedReply, one_text
 
 SOURCE = "jsonl"
 ANSWERS = ("completion", "output", "response")
 CHOSEN = ("chosen", "chosen_response")
 REJECTED = ("rejected", "rejected_response", "rejected_messages")
 RANKED = ("completions", "answers")
+ORDERS = ("rank", "score", "overall_score", "fine-grained_score")  # the last two are UltraFeedback's
 SFT_DIALECTS = f"`messages`; or a question ({QUESTIONS_SHOWN}) with `completion`, `output` or `response`"
 PREFERENCE_DIALECTS = (
-    "`chosen` and `rejected`, `chosen_response` and `rejected_response`, `completions` with ranks, or `messages` and "
-    "`rejected_response`"
+    "`chosen` and `rejected`, `chosen_response` and `rejected_response`, `completions` with ranks or scores, or "
+    "`messages` and `rejected_response`"
 )
 
 
@@ -91,7 +92,7 @@ def parse_ranking(path: Path, number: int, fields: dict[str, Any]) -> SeedItem:
     """Parse a line of a file of preferences. Raise ValueError when it is not one, LeftOut when it prefers no answer. Of
     equal answers the one with the best rank stays."""
     asked, replies = ranking(without_null(fields))
-    best: dict[str, int] = {}
+    best: dict[str, float] = {}
     for text, rank in sorted(replies, key=lambda reply: reply[1]):
         best.setdefault(text, rank)
     places = {rank: place for place, rank in enumerate(sorted(set(best.values())))}
@@ -104,7 +105,7 @@ def parse_ranking(path: Path, number: int, fields: dict[str, Any]) -> SeedItem:
     return SeedItem(name, asked.prompt, None, replies_to, system=asked.system)
 
 
-def ranking(fields: dict[str, Any]) -> tuple[Question, list[tuple[str, int]]]:
+def ranking(fields: dict[str, Any]) -> tuple[Question, list[tuple[str, float]]]:
     """Return the question of a preference, and its answers with their ranks (the lowest is the best)."""
     fields = speakers_apart(fields)
     better, worse, ranked = (
@@ -123,7 +124,9 @@ def ranking(fields: dict[str, Any]) -> tuple[Question, list[tuple[str, int]]]:
         found = question_in(fields)
         if found is None:
             raise ValueError(f"not a preference: it needs {QUESTIONS_SHOWN}; it has {keys(fields)}")
-        return found, [ranked_answer(found, one, ranked) for one in listed(fields[ranked], ranked)]
+        several = [without_null(one) if isinstance(one, dict) else {} for one in listed(fields[ranked], ranked)]
+        order = next((name for name in ORDERS if all(name in one for one in several)), "rank")
+        return found, [ranked_answer(found, one, ranked, order) for one in several]
     else:
         raise ValueError(f"not a preference: it needs {PREFERENCE_DIALECTS}; it has {keys(fields)}")
     return asked, [(text, 0) for text in good] + [(text, 1) for text in answers_to(asked, fields, worse)]
@@ -134,6 +137,12 @@ def chosen_question(fields: dict[str, Any], better: str, worse: str) -> tuple[Qu
     bare answers."""
     found = question_in(fields)
     if found is not None:
+        match fields[better]:
+            case [dict(), dict(), *_] as turns:  # `prompt` may be one turn of them
+                turns = messages(turns, better)
+                asked = with_system(question_and_answer(turns)[0], fields)
+                if Message("user", found.prompt) in turns and found.system in ("", asked.system):
+                    return asked, fields
         return found, fields
     if isinstance(fields[better], str) and isinstance(fields.get(worse), str):
         texts = (text_field(fields, name, leading_blanks=True) for name in (better, worse))
@@ -143,16 +152,22 @@ def chosen_question(fields: dict[str, Any], better: str, worse: str) -> tuple[Qu
     return with_system(asked, fields), fields
 
 
-def ranked_answer(to: Question, value: Any, name: str) -> tuple[str, int]:
-    """Parse an element of NeMo-RL's `completions`, or Nectar's `answers`, to its text and rank."""
-    if not isinstance(value, dict):
-        raise ValueError(f"an element of `{name}` is not an object with `rank` and `{name[:-1]}`")
-    rank = value.get("rank")
+def ranked_answer(to: Question, value: dict[str, Any], name: str, order: str) -> tuple[str, float]:
+    """Parse an element of NeMo-RL's and UltraFeedback's `completions`, or Nectar's `answers`, to its text and rank, the
+    negative of a score."""
+    text = next((one for one in (name[:-1], "response") if one in value), None)
+    if text is None or order not in value:
+        raise ValueError(f"an element of `{name}` has no `{name[:-1]}`, or no `rank` or `score` as the others have")
+    rank = value[order]
+    if order != "rank":
+        if type(rank) not in (int, float):
+            raise ValueError(f"a completion has the `{order}` {rank!r}, not a number")
+        return answer_to(to, value, text), -rank
     if isinstance(rank, float) and rank.is_integer():  # as tables have it
         rank = int(rank)
     if type(rank) is not int or rank < 0:
         raise ValueError(f"a completion has the rank {rank!r}, not an integer from 0")
-    return answer_to(to, value, name[:-1]), rank
+    return answer_to(to, value, text), rank
 
 
 def answers_to(to: Question, fields: dict[str, Any], name: str) -> list[str]:

@@ -100,7 +100,9 @@ class UserLines(Generic[T]):
             first = f"the first is {self._named[0]}"
             print(f"{self.bad} of the {total} lines of {self._path} cannot be used: {self._quarantine.name}; {first}")
         if not self.good:
-            raise UserError(f"{self._path} holds no records: it needs one JSON object per line{reason}")
+            if self.left_out:
+                raise UserError(f"none of the {total} lines of {self._path} is of use{reason}")
+            raise UserError(f"{self._path} holds no records: it needs one JSON object per line")
 
     def _record(self, entry: UserEntry) -> T:
         """Parse an entry, and count it when the texts that are read from it begin or end with a template's marks."""

@@ -60,6 +60,21 @@ def test_a_question_is_a_prompt_under_the_same_names(one: dict[str, Any], tmp_pa
     assert (prompt.text, prompt.system) == (one["prompt"], one["system"])
 
 
+@pytest.mark.parametrize("prompt", ["Hi?", "And?", "What?"])
+def test_a_prompt_may_be_a_turn_of_the_conversations_that_answer_it(prompt: str, tmp_path: Path) -> None:
+    said = ["system: Be brief.", "user: Hi?", "assistant: Yes?", "user: And?"]
+    turns = [dict(zip(("role", "content"), one.split(": "), strict=True)) for one in said]
+    answers = {name: [*turns, {"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
+    if prompt == "What?":
+        with pytest.raises(ValueError, match="are not those of the prompt"):
+            parse_ranking(tmp_path, 1, {"prompt": prompt, **answers})
+        return
+    item = parse_ranking(tmp_path, 1, {"prompt": prompt, **answers})
+    assert (item.prompt, item.system) == ("User: Hi?\n\nAssistant: Yes?\n\nUser: And?", "Be brief.")
+    with pytest.raises(ValueError, match="are not those of the prompt"):
+        parse_ranking(tmp_path, 1, {"prompt": prompt, "system": "Be long.", **answers})
+
+
 def test_lines_without_a_preference_are_counted_and_no_mistake(tmp_path: Path) -> None:
     path = tmp_path / "dpo.jsonl"
     same = [{"prompt": f"p{number}", "chosen": "a", "rejected": "a"} for number in range(50)]
