@@ -1,6 +1,7 @@
 """Rows of Parquet and Arrow files, a small batch in memory at a time. Needs pyarrow (`srlm-mega[tables]`)."""
 
 from collections.abc import Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,20 @@ def rows(file: Path) -> Iterator[dict[str, Any]]:
         for batch in batches(file):
             for start in range(0, batch.num_rows, ROWS):
                 yield from batch.slice(start, ROWS).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file} is a damaged or incomplete table ({error}): download it again") from None
+
+
+def as_json(value: object) -> object:
+    """Return what stands in JSON for a cell that has no form there: text for bytes in UTF-8, a number, or null."""
+    match value:
+        case bytes():
+            text = value.decode(errors="replace")
+            return None if "\ufffd" in text else text  # pictures and sounds
+        case Decimal():
+            return float(value)
+        case _:
+            return None
 
 
 def batches(file: Path) -> Iterator[Any]:

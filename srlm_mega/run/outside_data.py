@@ -10,7 +10,7 @@ import json
 import re
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -40,6 +40,7 @@ REFUSED = {
     b"version https://git-lfs": "a pointer of Git LFS in place of the data: fetch them (git lfs pull)",
     b"<!DOCTYPE": "a web page: download the file itself",
     b"<!doctype": "a web page: download the file itself",
+    b"<html": "a web page: download the file itself",
 }
 ENCODINGS = {  # by the byte order mark
     codecs.BOM_UTF32_LE: "UTF-32",
@@ -52,6 +53,7 @@ TRAIN = "train"
 SPLITS = dict.fromkeys(("train", "training"), TRAIN)
 SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
 SPLITS |= dict.fromkeys(("test", "testing", "eval", "evaluation"), "test")
+NAMED = 5  # files in a message
 BETWEEN = re.compile(r"[\s,]*")
 
 
@@ -117,6 +119,9 @@ def notes_on(path: Path) -> Iterator[str]:
     if len(splits) > 1:
         others = ", ".join(sorted(name or "files of no split" for name in splits.keys() - {TRAIN}))
         yield f"{path}: the split train is read, not {others}"
+    unread = unread_files(path, {file for files in splits.values() for file in files})
+    if unread and splits:
+        yield f"{path}: files that are not read, by their names: {unread}"
     for file in data_files(path):
         form = form_of(file)
         said = ["gzip"] * (form.packed and file.suffix != ".gz") + [form.encoding] * (form.encoding != "UTF-8")
@@ -133,7 +138,11 @@ def data_files(path: Path) -> list[Path]:
         raise UserError(f"there is no file {path}")
     splits = splits_in(path)
     if not splits:
-        raise UserError(f"{path} is no file, and a folder without data files ({', '.join(JSON_NAMES + TABLE_NAMES)})")
+        others = unread_files(path, set())
+        raise UserError(
+            f"{path} is no file, and a folder without data files ({', '.join(JSON_NAMES + TABLE_NAMES)})"
+            + (f": it has {others}" if others else "")
+        )
     if len(splits) > 1 and TRAIN not in splits:
         named = ", ".join(split or files[0].name for split, files in splits.items())
         raise UserError(f"{path} has several splits ({named}), and none is `train`: give the file or folder of one")
@@ -142,8 +151,7 @@ def data_files(path: Path) -> list[Path]:
 
 def splits_in(folder: Path) -> dict[str, list[Path]]:
     """Return a folder's data files, sorted, by split; without what is hidden and what only describes a data set."""
-    every = sorted(file for file in folder.rglob("*") if file.is_file())
-    shown = [file for file in every if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+    shown = shown_files(folder)
     saved = {file.parent: saved_files(file) for file in shown if file.name == "state.json"}
     listed = [file for file in shown if file.name in (saved.get(file.parent) or [file.name])]
     data = [file for file in listed if plain_suffix(file) in JSON_NAMES + TABLE_NAMES and file.name not in DESCRIBING]
@@ -151,6 +159,19 @@ def splits_in(folder: Path) -> dict[str, list[Path]]:
     for file in data or [file for file in listed if plain_suffix(file) in OTHER_NAMES]:
         splits.setdefault(split_of(folder, file), []).append(file)
     return splits
+
+
+def shown_files(folder: Path) -> list[Path]:
+    """Return all files in a folder, sorted, without what is hidden."""
+    every = sorted(file for file in folder.rglob("*") if file.is_file())
+    return [file for file in every if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+
+
+def unread_files(folder: Path, read: Collection[Path]) -> str:
+    """Return the names of a folder's files that are not read and may be data, some of them where there are many."""
+    passed = (*JSON_NAMES, *TABLE_NAMES, ".md")  # those of a cache, those that describe
+    names = [file.name for file in shown_files(folder) if file not in read and plain_suffix(file) not in passed]
+    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
 
 
 def saved_files(state: Path) -> list[str]:
@@ -175,7 +196,7 @@ def split_of(folder: Path, file: Path) -> str:
     if folders and (folder / "dataset_dict.json").is_file():
         return folders[0]
     for one in (name.partition(".")[0], *reversed(folders)):
-        stem, is_shard = re.subn(r"-\d{5}-of-\d{5}$", "", one)
+        stem, is_shard = re.subn(r"-\d{5}-of-\d{5}(-[0-9a-f]{16})?$", "", one)
         if is_shard and stem != "data":
             return stem.rpartition("-")[2]
         for word in re.split(r"[\W_\d]+", one.lower()):
@@ -194,16 +215,21 @@ def form_of(file: Path) -> Form:
     if refused is not None:
         raise UserError(f"{file} is {refused}")
     if head.startswith((PARQUET, ARROW_FILE, ARROW_STREAM)):
+        if packed:
+            raise UserError(f"{file} is a table that is packed by gzip: unpack it (gunzip)")
         if find_spec("pyarrow") is None:
             raise UserError(f"{file} is Parquet or Arrow, for which pyarrow is needed: pip install 'srlm-mega[tables]'")
-        return Form("rows", packed)
+        return Form("rows")
     encoding = next((name for mark, name in ENCODINGS.items() if head.startswith(mark)), "UTF-8")
     if encoding == "UTF-8" and b"\0" in head[:2]:
         encoding = "UTF-16-BE" if head[:1] == b"\0" else "UTF-16-LE"
     start, suffix = head.decode(encoding, "replace").lstrip("\ufeff \t\r\n"), plain_suffix(file)
-    if start.partition("\n")[0].strip() == "{" or re.match(r"\[" if suffix in JSON_NAMES else r"\[\s*(\{|\Z)", start):
+    is_named = suffix in JSON_NAMES  # else a text may begin with a bracket, too
+    is_object = re.match(r"\{" if is_named else r"\{\s*[\"'}]", start) is not None
+    is_printed = is_object and start.partition("\n")[0].strip() == "{"
+    if is_printed or re.match(r"\[" if is_named else r"\[\s*(\{|\Z)", start):
         return Form("values", packed, encoding)
-    if start.startswith("{") or suffix in JSON_NAMES or not start:
+    if is_object or is_named or not start:
         return Form("lines", packed, encoding)
     if "\0" in start or suffix in (".csv", ".tsv"):
         what = "a table of text" if suffix in (".csv", ".tsv") else "no text"
@@ -214,9 +240,9 @@ def form_of(file: Path) -> Form:
 def numbered(file: Path, form: Form) -> Iterator[tuple[int, bytes]]:
     """Yield the entries of a file in this form with their numbers, from 1."""
     if form.kind == "rows":
-        from srlm_mega.run.arrow_rows import rows  # it loads pyarrow, which nothing else here needs
+        from srlm_mega.run.arrow_rows import as_json, rows  # it loads pyarrow, which nothing else here needs
 
-        yield from enumerate((orjson.dumps(row, default=lambda value: None) for row in rows(file)), start=1)
+        yield from enumerate((orjson.dumps(row, default=as_json) for row in rows(file)), start=1)
         return
     with unpacked(file, form.packed) as packed, in_utf8(file, packed, form.encoding) as content:
         match form.kind:

@@ -74,7 +74,7 @@ def read_given(
     version kept in the seed. UserError when they cannot be read, or `chat` cannot spell them."""
     path, kept = config.prompts.path, run.output("seed") / "prompts.jsonl"
     assert path is not None, "prompts.generator=file has a path"
-    if kept.is_file() and not path.is_file():
+    if kept.is_file() and not path.exists():
         return list(read_jsonl(kept, Prompt)), {}
     lines = read_prompts(path, quarantine, config.seed_data.strip_template)
     prompts = list(lines)

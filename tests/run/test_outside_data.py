@@ -135,6 +135,8 @@ def test_plain_text_is_a_prompt_per_line(tmp_path: Path) -> None:
         prompts = list(read_prompts(tmp_path / name, None))
         assert [prompt.text for prompt in prompts] == ["[Poem] Write one.", "Name a bird.", "天空？"]
         assert [prompt.id for prompt in prompts] == [f"prompts-00000{number}" for number in (1, 3, 4)]
+    (tmp_path / "braces.txt").write_text("{name} is a field. Why?\n{ Go on\n")
+    assert [one.text for one in read_prompts(tmp_path / "braces.txt", None)] == ["{name} is a field. Why?", "{ Go on"]
     (tmp_path / "lines.txt").write_text(JSONL)
     assert len(list(read_prompts(tmp_path / "lines.txt", None))) == 3
 
@@ -147,6 +149,8 @@ def test_plain_text_is_a_prompt_per_line(tmp_path: Path) -> None:
         ("a.jsonl.zst", b"\x28\xb5\x2f\xfd....", "packed by zstd"),
         ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:1", "git lfs pull"),
         ("a.jsonl", b"<!doctype html><html>", "a web page"),
+        ("a.txt", b"<html><body>", "a web page"),
+        ("a.parquet.gz", gzip.compress(b"PAR1", mtime=0), "a table that is packed by gzip"),
         ("a.jsonl", "a\u0100".encode("utf-16") + b"\x00", "is UTF-16, and damaged"),
         ("a.parquet", b"PAR1 cut", "a damaged or incomplete table"),
         ("a.arrow", b"\xff\xff\xff\xff cut", "a damaged or incomplete table"),
@@ -194,12 +198,37 @@ def test_a_folder_of_splits_gives_train_and_says_so(tmp_path: Path) -> None:
     write_hub(tmp_path / "hub")
     (note,) = notes_on(tmp_path / "hub")
     assert note == f"{tmp_path}/hub: the split train is read, not test"
-    for file in (tmp_path / "hub/data").glob("train*"):
-        file.rename(file.with_name(file.name.replace("train", "train_prefs")))
-    with pytest.raises(UserError, match=r"several splits \(test, train_prefs\), and none is `train`"):
+    first, second = sorted((tmp_path / "hub/data").glob("train*"))
+    first.rename(first.with_name("train_gen-00000-of-00001-a3ecf92756993583.parquet"))
+    second.rename(second.with_name("train_prefs-00000-of-00001.parquet"))
+    with pytest.raises(UserError, match=r"several splits \(test, train_gen, train_prefs\), and none is `train`"):
         list(entries(tmp_path / "hub"))
     (tmp_path / "gz.jsonl").write_bytes(gzip.compress(JSONL.encode("utf-16"), mtime=0))
     assert list(notes_on(tmp_path / "gz.jsonl")) == [f"{tmp_path}/gz.jsonl is gzip and UTF-16, and is read as such"]
+
+
+def test_files_of_a_folder_that_are_not_read_are_named(tmp_path: Path) -> None:
+    for name in ("b.jsonl.zst", "part-00000", "README.md", ".hidden.csv"):
+        (tmp_path / name).write_text("x")
+    assert str(data_problem(tmp_path)).endswith(": it has b.jsonl.zst, part-00000")
+    (tmp_path / "a.jsonl").write_text(JSONL)
+    (note,) = notes_on(tmp_path)
+    assert note == f"{tmp_path}: files that are not read, by their names: b.jsonl.zst, part-00000"
+    write_saved(tmp_path / "saved")
+    assert list(notes_on(tmp_path / "saved")) == []
+
+
+def test_cells_of_other_types_become_texts_and_numbers(tmp_path: Path) -> None:
+    """Texts that older programs wrote as bytes; not text that is in no encoding."""
+    cells = {"text": pyarrow.array([b"Hi?", "\u5929".encode()]), "picture": [b"\x89PNG\xff", None]}
+    ranks = pyarrow.array([1, 2], pyarrow.int32()).cast(pyarrow.decimal128(12, 1))
+    pyarrow.parquet.write_table(pyarrow.table(cells | {"rank": ranks}), tmp_path / "a.parquet")
+    read = [json.loads(entry.content) for entry in entries(tmp_path / "a.parquet")]
+    assert read == [{"text": "Hi?", "picture": None, "rank": 1.0}, {"text": "天", "picture": None, "rank": 2.0}]
+    broken = pyarrow.array([b"\xff"]).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": broken}), tmp_path / "b.parquet")
+    with pytest.raises(UserError, match=r"b\.parquet is a damaged"):
+        list(entries(tmp_path / "b.parquet"))
 
 
 def test_a_broken_line_of_a_folder_is_named_with_its_file(tmp_path: Path) -> None:
