@@ -17,7 +17,9 @@ class Template:
 
     @classmethod
     def from_text(cls, text: str, origin: str, names: Sequence[str]) -> "Template":
-        """Parse a template's text. Raise UserError, with `origin`, unless each placeholder occurs exactly once."""
+        """Parse a template's text; a placeholder may have blanks within. Raise UserError, with `origin`, unless each
+        occurs exactly once."""
+        text = re.sub(rf"\{{\{{[ \t]*({'|'.join(names)})[ \t]*\}}\}}", r"{{\1}}", text)
         for name in names:
             count = text.count(placeholder(name))
             if count != 1:

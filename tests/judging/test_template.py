@@ -41,6 +41,14 @@ def test_the_response_may_stand_first() -> None:
     assert template(f"{RESPONSE}|{INSTRUCTION}").fill("i", "r") == "r|i"
 
 
+def test_placeholders_may_have_blanks_within() -> None:
+    spaced = JudgeTemplate.from_text("Q: {{ instruction }} A: {{response }} {{ other }}", "mine")
+    assert spaced.fill("{{ response }}", "b") == "Q: {{ response }} A: b {{ other }}"
+    assert spaced.text == "Q: {{instruction}} A: {{response}} {{ other }}"
+    with pytest.raises(UserError, match=r"has \{\{response\}\} 2 times"):
+        JudgeTemplate.from_text("{{instruction}} {{ response }} {{response}}", "mine")
+
+
 def test_other_braces_in_a_template_stay() -> None:
     assert template(f"{{{{x}}}} {{ {INSTRUCTION}{RESPONSE}").fill("i", "r") == "{{x}} { ir"
 
