@@ -100,6 +100,9 @@ def show_template(
         rubric = JudgeTemplate.from_bytes(kept, f"of {template}")
         rubric.check(f"that of {template}", most)  # an older version took one of any scale
     print(rubric.example(most))
+    doubt = rubric.doubt(most)
+    if doubt is not None and chosen != "toy":  # its models know the form
+        print(f"\nnote: the template {doubt}")
 
 
 @show_app.command("seed")

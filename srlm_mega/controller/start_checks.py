@@ -45,14 +45,12 @@ def check_start(
 
 
 def check_rubric(config: Config) -> None:
-    """Raise UserError if judge.template cannot be used, and say so if an own one does not ask for a score in the form
-    that is read."""
+    """Raise UserError if judge.template cannot be used, and say so if it may not ask for a score as it is read."""
     template, most = config.judge.template, config.judge.max_score
-    if load_template(template, most).score_line is None and isinstance(template, Path):
-        print(
-            f"judge.template {template} does not say how to write a score: only `Score: N` is read, N from 0 to "
-            f"{most}. `srlm show template {quoted(template)} --max-score {most}` shows it filled"
-        )
+    doubt = load_template(template, most).doubt(most)
+    if doubt is not None and template != "toy":  # its models know the form
+        shown = f"srlm show template {quoted(template)} --max-score {most}"
+        print(f"judge.template {template} {doubt}. `{shown}` shows it filled")
 
 
 def check_data(config: Config, read: Collection[str]) -> None:

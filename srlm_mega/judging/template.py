@@ -8,6 +8,8 @@ from pathlib import Path
 from srlm_mega.errors import UserError
 from srlm_mega.judging.scores import MAX_SCORE, parse_score
 
+IN_BRACES = re.compile(r"\{+[ \t]*\w{1,40}[ \t]*\}+")
+
 
 @dataclass(frozen=True)
 class Template:
@@ -23,9 +25,10 @@ class Template:
         for name in names:
             count = text.count(placeholder(name))
             if count != 1:
+                others = ", ".join(dict.fromkeys(IN_BRACES.findall(text)))
                 raise UserError(
                     f"the judge template {origin} has {placeholder(name)} {count} times: write it exactly once, "
-                    f"where the {name} belongs"
+                    f"where the {name} belongs" + (f". It has {others}" if others and not count else "")
                 )
         return cls(tuple(re.split(f"({'|'.join(re.escape(placeholder(name)) for name in names)})", text)))
 
@@ -51,6 +54,12 @@ SCORE_LINE = re.compile(
 )
 # The range of points, in their place or behind the line: <0-10>, "with N from 1 to 10".
 RANGE = re.compile(r"[^\d;]{0,40}?\d+ ?(?:-|–|to|and) ?(\d++)(?! *(?:word|sentence|line|paragraph|%))", re.IGNORECASE)
+# A scale anywhere: "rate it on a scale of 1 to 10". Criteria may have scales of their own, so it is no proof.
+SCALE = re.compile(
+    r"\b(?:scale|rate|grade|score)\b[^.;\n]{0,60}?\b[01] ?(?:-|–|to|and) ?"
+    r"(\d++)(?! *(?:word|sentence|line|paragraph|%))",
+    re.IGNORECASE,
+)
 EXAMPLE = ("Name the planets that have rings.", "Jupiter, Saturn, Uranus and Neptune.")
 
 
@@ -111,6 +120,15 @@ class JudgeTemplate:
                 f"judge.template: {origin} asks for {form[0] + behind!r}, and scores are 0 to {most:g}: correct the "
                 "template, or set judge.max_score to its largest score"
             )
+
+    def doubt(self, most: float) -> str | None:
+        """Return what may be wrong with the scores that the template asks for, None for nothing."""
+        if self.score_line is None:
+            return f"does not say how to write a score: only `Score: N` is read, N from 0 to {most:g}"
+        scales = {found[1]: found[0] for found in SCALE.finditer(self.text)}
+        if not scales or f"{most:g}" in scales:
+            return None
+        return f"says {next(iter(scales.values()))!r}, and scores are read from 0 to {most:g} (judge.max_score)"
 
     def example(self, most: float) -> str:
         """Return the template filled with an example, and a judgement in its form with what is read from it."""

@@ -174,6 +174,27 @@ def test_a_template_of_another_scale_is_refused_at_the_start(
     assert asked.endswith("rings.") and asks in answer and f"read as {most}, of 0 to {most}" in judgement
 
 
+@pytest.mark.parametrize(
+    ("asks", "most", "doubted"),
+    [
+        ("Rate it on a scale of 0-100. End with **Score:** <number>", 5, "says 'Rate it on a scale of 0-100', and"),
+        ("Rate it on a scale of 0-100. End with **Score:** <number>", 100, None),
+        ("Grade each criterion from 0 to 2, and score the whole from 0 to 10. Score: N", 10, None),
+        ("Grade it in 1 to 3 sentences. Score: N", 5, None),
+        ("Write it as Score = N", 5, "does not say how to write a score"),
+    ],
+)
+def test_scores_that_may_not_be_read_are_doubted(asks: str, most: int, doubted: str | None) -> None:
+    said = template(f"{INSTRUCTION}\n{RESPONSE}\n{asks}").doubt(most)
+    assert said is None if doubted is None else said is not None and said.startswith(doubted)
+    assert not any(load_template(name).doubt(5) for name in SHIPPED if name != "toy")
+
+
+def test_a_missing_placeholder_is_told_from_what_stands_there() -> None:
+    with pytest.raises(UserError, match=r"response}} 0 times: .*It has {{instruction}}, {{ answer }}"):
+        template("{{ instruction }} {{ answer }}")
+
+
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_templates_have_an_example(name: str) -> None:
     assert "read as 5, of 0 to 5" in load_template(name).example(5)
