@@ -58,7 +58,8 @@ def question_in(fields: dict[str, Any], names: Sequence[str] = QUESTIONS) -> Que
             given = given[:-1]
         if given[-1].role != "user":
             raise ValueError(f"the last message of `{name}` is the {given[-1].role}'s, not the user's")
-        turns += given
+        asked = list(dropwhile(is_system, given))
+        turns = given[: len(given) - len(asked)] + turns + asked
     elif name in CONVERSATIONS:
         turns += messages(value, name)
     else:
@@ -75,7 +76,8 @@ def with_system(asked: Question, fields: dict[str, Any]) -> Question:
 def earlier_turns(fields: dict[str, Any]) -> list[Message]:
     """Return the turns before the question in `history`, a list of pairs of a question and its answer."""
     turns: list[Message] = []
-    for pair in fields.get("history") or ():
+    history = fields.get("history") or []
+    for pair in history if isinstance(history, list) else [history]:
         match pair:
             case [str(asked), str(answer)] if asked.strip() and answer.strip():
                 turns += [Message("user", asked.strip()), Message("assistant", answer.strip())]
@@ -107,14 +109,19 @@ def first_instance(fields: dict[str, Any]) -> dict[str, Any]:
 
 def messages(value: Any, name: str) -> list[Message]:
     """Parse a message or a non-empty list of them. Raise ValueError for an unknown role or an empty text."""
-    if isinstance(value, dict) and value and all(isinstance(column, list) for column in value.values()):
-        # By columns, as older tables have them.
-        value = [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
+    value = by_rows(value)
     given = listed([value] if isinstance(value, dict) else value, name)
     turns = [turn for one in given for turn in turns_of(one, name)]
     if not turns:
         raise ValueError(f"`{name}` has no message but an empty system message")
     return turns
+
+
+def by_rows(value: Any) -> Any:
+    """Return a list of objects for an object of lists, as which older tables have it; anything else as it is."""
+    if isinstance(value, dict) and value and all(isinstance(column, list) for column in value.values()):
+        return [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
+    return value
 
 
 def turns_of(value: Any, name: str) -> list[Message]:

@@ -15,6 +15,7 @@ from srlm_mega.data.conversations import (
     QUESTIONS,
     QUESTIONS_SHOWN,
     Question,
+    by_rows,
     first_instance,
     listed,
     messages,
@@ -62,7 +63,8 @@ def read_jsonl_sets(section: SeedDataConfig, seed: int, quarantine: Path) -> See
     def counts() -> dict[str, int]:
         read = {"examples": examples.good, "bad_lines": examples.bad, "templated_lines": examples.templated}
         ranked = {"rankings": rankings.good, "bad_rankings": rankings.bad, "templated_rankings": rankings.templated}
-        return read | ranked | {"rankings_without_preference": rankings.left_out}
+        left_out = {"rankings_without_preference": rankings.left_out, "examples_labelled_bad": examples.left_out}
+        return read | ranked | left_out
 
     return draw_sets(items(), section, SOURCE, seed, quarantine.parent, counts)
 
@@ -74,7 +76,10 @@ def parse_example(path: Path, number: int, fields: dict[str, Any]) -> SeedItem:
 
 
 def answered(fields: dict[str, Any]) -> tuple[Question, str]:
-    """Return the question and the answer of a supervised example. Raise ValueError when it is not one."""
+    """Return the question and the answer of a supervised example. Raise ValueError when it is not one, LeftOut when its
+    `label` says that the answer is a bad one."""
+    if fields.get("label") is False:
+        raise LeftOut("its `label` says that the answer is a bad one")
     conversation = next((name for name in CONVERSATIONS if name in fields), None)
     if conversation is not None:
         asked, answer = question_and_answer(messages(fields[conversation], conversation))
@@ -124,7 +129,8 @@ def ranking(fields: dict[str, Any]) -> tuple[Question, list[tuple[str, float]]]:
         found = question_in(fields)
         if found is None:
             raise ValueError(f"not a preference: it needs {QUESTIONS_SHOWN}; it has {keys(fields)}")
-        several = [without_null(one) if isinstance(one, dict) else {} for one in listed(fields[ranked], ranked)]
+        given = listed(by_rows(fields[ranked]), ranked)
+        several = [without_null(one) if isinstance(one, dict) else {} for one in given]
         order = next((name for name in ORDERS if all(name in one for one in several)), "rank")
         return found, [ranked_answer(found, one, ranked, order) for one in several]
     else:

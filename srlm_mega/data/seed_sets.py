@@ -227,6 +227,7 @@ LEFT_OUT = {
     "replies_failed_review": "replies that failed the review",
     "replies_unranked": "replies without a rank",
     "rankings_without_preference": "preferences that prefer no answer",
+    "examples_labelled_bad": "examples whose label says that they are bad",
     "duplicate_ids": "repeated trees",
     "duplicate_texts": "repeated prompts",
     "near_duplicates": "prompts like one that was drawn (seed_data.near_duplicate_rouge_l)",

@@ -117,3 +117,11 @@ def test_a_failed_draw_says_what_was_left_out_and_keeps_the_counts(tmp_path: Pat
     counts = orjson.loads((tmp_path / "counts.json").read_bytes())
     kept = ("examples", "bad_lines", "rankings", "duplicate_texts", "near_duplicates", "usable", "eft_eval_items")
     assert [counts[name] for name in kept] == [207, 1, 15, 7, 11, 215, 8]
+
+
+def test_examples_that_are_labelled_bad_are_left_out_and_counted(tmp_path: Path) -> None:
+    lines = [line | {"label": number % 2 == 0} for number, line in enumerate(examples("s", 40))]
+    sets = draw(tmp_path, write(tmp_path / "kto.jsonl", lines), write(tmp_path / "dpo.jsonl", rankings("p", 20)))
+    assert (sets.counts["examples"], sets.counts["examples_labelled_bad"]) == (20, 20)
+    good = {line["completion"] for line in lines if line["label"]}
+    assert sets.ift and {one.completion for one in sets.ift} <= good
