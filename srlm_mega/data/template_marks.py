@@ -71,7 +71,7 @@ class Unwrapped:
 
 def unwrapped(text: str) -> Unwrapped:
     """Take the marks of templates off both ends of a text, as long as there are any."""
-    text = text.strip(BLANKS)
+    given, text = text, text.strip(BLANKS)
     tail = MARK.finditer(text, max(0, len(text) - TAIL))
     if MARK.match(text) is None and all(mark.end() < len(text) for mark in tail):
         return Unwrapped(text, ())
@@ -96,7 +96,17 @@ def unwrapped(text: str) -> Unwrapped:
     if left:
         return Unwrapped(LeftInside(left[0][0].strip()), names)
     parts = ALPACA_INPUT.split(text[begin:end], maxsplit=1) if "alpaca" in templates else [text[begin:end]]
-    return Unwrapped("\n\n".join(part.strip(BLANKS) for part in parts).strip(), names)
+    plain = "\n\n".join(part.strip(BLANKS) for part in parts).strip()
+    return Unwrapped(indentation(given, text[:begin]) + plain, names)
+
+
+def indentation(text: str, marks: str) -> str:
+    """Return the blanks that begin a text, which code needs: before it where it begins with no `marks`, else those in
+    its own first line, behind the line break that ends them."""
+    if not marks:
+        return text[: len(text) - len(text.lstrip(BLANKS))]
+    blanks = marks[len(marks.rstrip(BLANKS)) :]
+    return blanks.rpartition("\n")[2] if "\n" in blanks else ""
 
 
 def template_of(mark: re.Match[str]) -> str:

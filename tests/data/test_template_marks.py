@@ -245,3 +245,17 @@ def test_the_template_is_named_before_lines_that_it_breaks(tmp_path: Path) -> No
     lines = UserLines(path, lambda number, fields: text_field(fields, "text"), tmp_path / "bad.jsonl")
     with pytest.raises(UserError, match="9 of the 10 lines"):
         list(lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "plain"),
+    [
+        ("    return x</s>", "    return x"),
+        ("<|im_start|>assistant\n    return x<|im_end|>\n", "    return x"),
+        ("### Response:\n\n\treturn x", "\treturn x"),
+        ("  [/INST] Hello. </s>", "Hello."),
+        ("\n<s> Hello.", "Hello."),
+    ],
+)
+def test_code_keeps_its_indentation(text: str, plain: str) -> None:
+    assert unwrapped(text).text == plain
