@@ -10,6 +10,7 @@ import json
 import re
 import tempfile
 import zlib
+from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -54,6 +55,7 @@ SPLITS = dict.fromkeys(("train", "training"), TRAIN)
 SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
 SPLITS |= dict.fromkeys(("test", "testing", "eval", "evaluation"), "test")
 NAMED = 5  # files in a message
+SHARD = re.compile(r"-\d{5}(-of-\d{5})")
 BETWEEN = re.compile(r"[\s,]*")
 
 
@@ -113,8 +115,8 @@ def data_hash(path: Path) -> str:
 
 
 def notes_on(path: Path) -> Iterator[str]:
-    """Yield what is worth saying about how a path is read: the split that is taken, and files that are not as their
-    names say."""
+    """Yield what is worth saying about how a path is read: the split that is taken, files that are not read, shards
+    that are not all there, and files that are not as their names say."""
     splits = splits_in(path) if path.is_dir() else {}
     if len(splits) > 1:
         others = ", ".join(sorted(name or "files of no split" for name in splits.keys() - {TRAIN}))
@@ -122,6 +124,11 @@ def notes_on(path: Path) -> Iterator[str]:
     unread = unread_files(path, {file for files in splits.values() for file in files})
     if unread and splits:
         yield f"{path}: files that are not read, by their names: {unread}"
+    shards = Counter(file.with_name(SHARD.sub(r"-*\1", file.name)) for file in data_files(path) if file != path)
+    for pattern, number in shards.items():
+        total = pattern.name.partition("-*-of-")[2][:5]
+        if total and number != int(total):
+            yield f"of {pattern} only {number} are there"
     for file in data_files(path):
         form = form_of(file)
         said = ["gzip"] * (form.packed and file.suffix != ".gz") + [form.encoding] * (form.encoding != "UTF-8")
@@ -150,9 +157,13 @@ def data_files(path: Path) -> list[Path]:
 
 
 def splits_in(folder: Path) -> dict[str, list[Path]]:
-    """Return a folder's data files, sorted, by split; without what is hidden and what only describes a data set."""
+    """Return a folder's data files, sorted, by split; without what is hidden and what only describes a data set.
+    UserError when one that a `state.json` lists is not there."""
     shown = shown_files(folder)
     saved = {file.parent: saved_files(file) for file in shown if file.name == "state.json"}
+    for file in (parent / name for parent, names in saved.items() for name in names):
+        if not file.is_file():
+            raise UserError(f"there is no file {file}, which the state.json beside it lists: copy the folder whole")
     listed = [file for file in shown if file.name in (saved.get(file.parent) or [file.name])]
     data = [file for file in listed if plain_suffix(file) in JSON_NAMES + TABLE_NAMES and file.name not in DESCRIBING]
     splits: dict[str, list[Path]] = {}

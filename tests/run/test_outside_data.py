@@ -207,6 +207,15 @@ def test_a_folder_of_splits_gives_train_and_says_so(tmp_path: Path) -> None:
     assert list(notes_on(tmp_path / "gz.jsonl")) == [f"{tmp_path}/gz.jsonl is gzip and UTF-16, and is read as such"]
 
 
+def test_what_is_missing_of_a_folder_is_named(tmp_path: Path) -> None:
+    write_hub(tmp_path / "hub")
+    (tmp_path / "hub/data/train-00000-of-00002.parquet").unlink()
+    assert f"of {tmp_path}/hub/data/train-*-of-00002.parquet only 1 are there" in notes_on(tmp_path / "hub")
+    write_saved(tmp_path / "saved")
+    (tmp_path / "saved/data-00001-of-00002.arrow").unlink()
+    assert "data-00001-of-00002.arrow, which the state.json beside it lists" in str(data_problem(tmp_path / "saved"))
+
+
 def test_files_of_a_folder_that_are_not_read_are_named(tmp_path: Path) -> None:
     for name in ("b.jsonl.zst", "part-00000", "README.md", ".hidden.csv"):
         (tmp_path / name).write_text("x")
