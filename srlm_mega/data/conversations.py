@@ -47,10 +47,9 @@ class Question:
 def question_in(fields: dict[str, Any], names: Sequence[str] = QUESTIONS) -> Question | None:
     """Return a line's question, with its `system` (`system_prompt`) and after its `history`, if there are any; None
     when no field of these names is there. An answer that ends `messages` is left out."""
-    given_names = [one for one in names if one in fields]
-    if not given_names:
+    name = given_name(fields, names)
+    if name is None:
         return None
-    name = next((one for one in given_names if fields[one] not in ("", [])), given_names[0])
     value, turns = fields[name], earlier_turns(fields)
     if isinstance(value, list | dict):
         given = messages(value, name)
@@ -65,6 +64,13 @@ def question_in(fields: dict[str, Any], names: Sequence[str] = QUESTIONS) -> Que
     else:
         turns.append(Message("user", task_of(fields, name)))
     return with_system(question_of(turns), fields)
+
+
+def given_name(fields: dict[str, Any], names: Sequence[str]) -> str | None:
+    """Return the first of these names that a line has, of a field that is not empty if there is any: tables of several
+    sets have empty texts and lists where others have a value."""
+    given = [one for one in names if one in fields]
+    return next((one for one in given if fields[one] not in ("", [])), given[0] if given else None)
 
 
 def with_system(asked: Question, fields: dict[str, Any]) -> Question:

@@ -17,6 +17,7 @@ from srlm_mega.data.conversations import (
     Question,
     by_rows,
     first_instance,
+    given_name,
     listed,
     messages,
     question_and_answer,
@@ -80,12 +81,12 @@ def answered(fields: dict[str, Any]) -> tuple[Question, str]:
     `label` says that the answer is a bad one."""
     if fields.get("label") is False:
         raise LeftOut("its `label` says that the answer is a bad one")
-    conversation = next((name for name in CONVERSATIONS if name in fields), None)
-    if conversation is not None:
+    conversation = given_name(fields, CONVERSATIONS)
+    if conversation is not None and (fields[conversation] != [] or given_name(fields, ANSWERS) is None):
         asked, answer = question_and_answer(messages(fields[conversation], conversation))
         return with_system(asked, fields), answer
     task = first_instance(fields)
-    name = next((name for name in ANSWERS if name in task), "output" if "instances" in fields else None)
+    name = given_name(task, ANSWERS) or ("output" if "instances" in fields else None)
     # `prompt` and `completion` belong together.
     found = question_in(fields, ("prompt", *QUESTIONS) if name == "completion" else QUESTIONS)
     if name is None or found is None:
@@ -113,9 +114,7 @@ def parse_ranking(path: Path, number: int, fields: dict[str, Any]) -> SeedItem:
 def ranking(fields: dict[str, Any]) -> tuple[Question, list[tuple[str, float]]]:
     """Return the question of a preference, and its answers with their ranks (the lowest is the best)."""
     fields = speakers_apart(fields)
-    better, worse, ranked = (
-        next((name for name in names if name in fields), None) for names in (CHOSEN, REJECTED, RANKED)
-    )
+    better, worse, ranked = (given_name(fields, names) for names in (CHOSEN, REJECTED, RANKED))
     if better is not None and (worse is not None or better == "chosen_response"):
         worse = worse or "rejected_response"
         asked, fields = chosen_question(fields, better, worse)

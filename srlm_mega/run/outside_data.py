@@ -238,7 +238,7 @@ def form_of(file: Path) -> Form:
     is_named = suffix in JSON_NAMES  # else a text may begin with a bracket, too
     is_object = re.match(r"\{" if is_named else r"\{\s*[\"'}]", start) is not None
     is_printed = is_object and start.partition("\n")[0].strip() == "{"
-    if is_printed or re.match(r"\[" if is_named else r"\[\s*(\{|\Z)", start):
+    if is_printed or re.match(r"\[" if is_named else r"\[\s*(\{\s*[\"'}]|\{?\s*\Z)", start):
         return Form("values", packed, encoding)
     if is_object or is_named or not start:
         return Form("lines", packed, encoding)

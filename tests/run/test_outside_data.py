@@ -135,8 +135,9 @@ def test_plain_text_is_a_prompt_per_line(tmp_path: Path) -> None:
         prompts = list(read_prompts(tmp_path / name, None))
         assert [prompt.text for prompt in prompts] == ["[Poem] Write one.", "Name a bird.", "天空？"]
         assert [prompt.id for prompt in prompts] == [f"prompts-00000{number}" for number in (1, 3, 4)]
-    (tmp_path / "braces.txt").write_text("{name} is a field. Why?\n{ Go on\n")
-    assert [one.text for one in read_prompts(tmp_path / "braces.txt", None)] == ["{name} is a field. Why?", "{ Go on"]
+    for text in ("{name} is a field. Why?", "[{name}] is a list. Why?"):
+        (tmp_path / "braces.txt").write_text(f"{text}\n{{ Go on\n")
+        assert [one.text for one in read_prompts(tmp_path / "braces.txt", None)] == [text, "{ Go on"]
     (tmp_path / "lines.txt").write_text(JSONL)
     assert len(list(read_prompts(tmp_path / "lines.txt", None))) == 3
 
