@@ -18,7 +18,9 @@ def rows(file: Path) -> Iterator[dict[str, Any]]:
     try:
         for batch in batches(file):
             for start in range(0, batch.num_rows, ROWS):
-                yield from batch.slice(start, ROWS).to_pylist()
+                part = batch.slice(start, ROWS)
+                part.validate(full=True)  # damaged offsets would be followed anywhere, and end the process
+                yield from part.to_pylist()
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file} is a damaged or incomplete table ({error}): download it again") from None
 

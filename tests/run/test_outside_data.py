@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -239,6 +240,16 @@ def test_cells_of_other_types_become_texts_and_numbers(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"text": broken}), tmp_path / "b.parquet")
     with pytest.raises(UserError, match=r"b\.parquet is a damaged"):
         list(entries(tmp_path / "b.parquet"))
+
+
+def test_damaged_offsets_of_a_table_are_not_followed(tmp_path: Path) -> None:
+    """They would end the process."""
+    write_stream(tmp_path / "a.arrow", pyarrow.table({"text": ["x" * 1234, "y" * 1111]}))
+    content = (tmp_path / "a.arrow").read_bytes()
+    assert content.count(struct.pack("<3i", 0, 1234, 2345)) == 1
+    damaged = content.replace(struct.pack("<3i", 0, 1234, 2345), struct.pack("<3i", 0, 1 << 30, 2345))
+    (tmp_path / "a.arrow").write_bytes(damaged)
+    assert "a.arrow is a damaged or incomplete table" in str(data_problem(tmp_path / "a.arrow"))
 
 
 def test_a_broken_line_of_a_folder_is_named_with_its_file(tmp_path: Path) -> None:
