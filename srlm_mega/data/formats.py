@@ -134,7 +134,7 @@ def ranking(fields: dict[str, Any]) -> tuple[Question, list[tuple[str, float]]]:
         return found, [ranked_answer(found, one, ranked, order) for one in several]
     else:
         raise ValueError(f"not a preference: it needs {PREFERENCE_DIALECTS}; it has {keys(fields)}")
-    return asked, [(text, 0) for text in good] + [(text, 1) for text in answers_to(asked, fields, worse)]
+    return asked, [(text, 0.0) for text in good] + [(text, 1.0) for text in answers_to(asked, fields, worse)]
 
 
 def chosen_question(fields: dict[str, Any], better: str, worse: str) -> tuple[Question, dict[str, Any]]:
