@@ -162,7 +162,8 @@ def ranked_answer(to: Question, value: dict[str, Any], name: str, order: str) ->
     negative of a score."""
     text = next((one for one in (name[:-1], "response") if one in value), None)
     if text is None or order not in value:
-        raise ValueError(f"an element of `{name}` has no `{name[:-1]}`, or no `rank` or `score` as the others have")
+        wanted = "`rank` (or `score`), as the others have," if order == "rank" else f"`{order}`"
+        raise ValueError(f"an element of `{name}` is not an object with {wanted} and `{name[:-1]}`")
     rank = value[order]
     if order != "rank":
         if type(rank) not in (int, float):
