@@ -2,7 +2,6 @@
 
 import os
 import shlex
-from collections.abc import Iterable
 from pathlib import Path
 
 CONFIG_NAME = "config.json"
@@ -10,12 +9,15 @@ DISTRIBUTED = "metadata.json"  # what makes a folder one of Megatron's distribut
 TRACKER, RELEASE = "latest_checkpointed_iteration.txt", "release"  # Megatron-LM's: the newest checkpoint, and a model
 POINTER = b"version https://git-lfs"  # how the text begins that Git leaves in place of a large file
 LEGACY = "mp_rank_"
+FILES_OF_FOLDERS = frozenset({".safetensors", ".json", ".bin", ".pt", ".pth", ".distcp", ".model"})
 
 
 def located(path: Path) -> Path:
     """Return the folder of a checkpoint, or the file, that a path leads to. ValueError, with the way out, where there
     is none."""
     place = followed(path)
+    if (reason := unweighted(place)) is not None:
+        raise ValueError(reason)
     if place.is_file() or (place / DISTRIBUTED).is_file() or (place / CONFIG_NAME).is_file():
         if (reason := unread_part(place)) is not None:
             raise ValueError(reason)
@@ -27,20 +29,39 @@ def located(path: Path) -> Path:
     )
 
 
+def unweighted(path: Path) -> str | None:
+    """Return why a path that looks like a model holds none that is read: a file of a folder, or a folder of Megatron's
+    with a config.json that was put there. None for others."""
+    if path.is_file() and path.suffix in FILES_OF_FOLDERS and unread(path) is None:
+        of_legacy = path.parent.name.startswith(LEGACY)
+        remedy = f"{path} is not a GGUF file, but one of a model's folder: give the folder, {path.parent}"
+        return _of_megatron(path.parent) if of_legacy else remedy
+    if (path / DISTRIBUTED).is_file() or not (path / CONFIG_NAME).is_file() or any(path.glob("*.safetensors*")):
+        return None
+    return _of_megatron(path)
+
+
 def followed(path: Path) -> Path:
     """Return the checkpoint that the tracker of Megatron's parent folder names; any other path as it is."""
-    inner = tracked(path)
-    return inner if inner is not None and (inner / DISTRIBUTED).is_file() else path
+    inner = path / (tracked(path) or "")
+    return inner if (inner / DISTRIBUTED).is_file() else path
 
 
-def tracked(path: Path) -> Path | None:
-    """Return the checkpoint that Megatron's parent folder names as its newest; None where a path is no such folder."""
+def tracked(path: Path) -> str | None:
+    """Return the folder that the tracker of Megatron's parent folder names as its newest checkpoint; None where there
+    is no tracker, or it names none: it holds a number or `release`."""
+    word = _tracker_word(path)
+    if word is None or word == RELEASE:
+        return word
+    return f"iter_{int(word):07d}" if word.isdecimal() else None
+
+
+def _tracker_word(path: Path) -> str | None:
     tracker = path / TRACKER
     if not tracker.is_file():
         return None
     with tracker.open("rb") as content:
-        word = content.read(64).decode(errors="replace").strip()
-    return path / (RELEASE if word == RELEASE else Path(f"iter_{word:0>7}").name)
+        return content.read(64).decode("ascii", errors="replace").strip()
 
 
 def unread(file: Path) -> str | None:
@@ -59,7 +80,9 @@ def unread(file: Path) -> str | None:
 
 def unread_part(path: Path) -> str | None:
     """Return why a model's folder, or file, is not whole: the first file of its texts and weights that is `unread`."""
-    weights = sorted((*path.glob("*.safetensors"), *path.glob("*.distcp"))) or sorted(path.glob("*.bin"))
+    weights = sorted(one for kind in ("*.safetensors", "*.distcp", ".metadata") for one in path.glob(kind)) or sorted(
+        path.glob("*.bin")
+    )
     texts = (file for pattern in ("*.json", "*.model", "*.jinja") for file in sorted(path.glob(pattern)))
     return next((reason for file in (path, *texts, *weights) if (reason := unread(file)) is not None), None)
 
@@ -81,19 +104,24 @@ def obstacle(path: Path) -> str | None:
 
 
 def _of_hub_cache(path: Path) -> str | None:
-    within = path.parent if path.name in ("snapshots", "blobs", "refs") else path
-    models = [within, *sorted(within.glob("models--*")), *sorted(within.glob("hub/models--*"))]
-    snapshots = [one for model in models for one in _best_first((model / "snapshots").glob("*/"))]
-    if snapshots:
-        return f"{path} is of the hub's cache, whose models are in snapshots/HASH: give {snapshots[0]}"
-    if within.name.startswith("models--"):
-        name = within.name.removeprefix("models--").replace("--", "/")
-        return f"{path} is of the hub's cache, without a snapshot: download the model (hf download {shlex.quote(name)})"
+    within = path.parent.parent if path.parent.name == "snapshots" else path
+    within = within.parent if within.name in ("snapshots", "blobs", "refs") else within
+    below = (one for root in ("", "hub/", "huggingface/hub/") for one in sorted(within.glob(f"{root}models--*")))
+    models = [within, *below] if path == within or within.name.startswith("models--") else []
+    places = [found[0] for model in models if (found := _best_first(model))]
+    if places:
+        more = f" (or another model, such as {places[1]})" if len(places) > 1 else ""
+        return f"{path} is of the hub's cache, whose models are in snapshots/HASH: give {places[0]}{more}"
+    named = next((model.name for model in models if model.name.startswith("models--")), None)
+    if named is not None:
+        name = named.removeprefix("models--").replace("--", "/")
+        return f"{path} is of the hub's cache, without a snapshot of a whole model: hf download {shlex.quote(name)}"
     return None
 
 
 def _of_megatron(path: Path) -> str | None:
-    inner = tracked(path)
+    name, word = tracked(path), _tracker_word(path)
+    inner = None if name is None else path / name
     if inner is not None and inner.is_dir():
         return _of_megatron(inner) or f"{path / TRACKER} names {inner}, which is no checkpoint: give another one"
     if path.name.startswith(LEGACY) or any(path.glob(f"{LEGACY}*")):
@@ -111,12 +139,25 @@ def _of_megatron(path: Path) -> str | None:
             "format than Megatron's torch_dist (torch_dcp, fsdp_dtensor): give one saved with --ckpt-format torch_dist"
         )
     iterations = sorted((one for one in path.glob("iter_*/") if one.is_dir()), reverse=True)
+    if not iterations and (any((path / RELEASE).glob(f"{LEGACY}*")) or (path / RELEASE / DISTRIBUTED).is_file()):
+        iterations = [path / RELEASE]
+    if name is None and iterations and any(iterations[0].glob(f"{LEGACY}*")):
+        return _of_megatron(iterations[0])
     there = f": give one of those there, such as {iterations[0]}" if iterations else ": copy it again"
     if inner is not None:
         return f"{path / TRACKER} names {inner}, which does not exist{there}"
+    if word is not None:
+        return unread(path / TRACKER) or (
+            f"{path / TRACKER} says {word!r}, and should say a number of iterations or {RELEASE}{there}"
+        )
     return f"{path} is a folder of Megatron's checkpoints without {TRACKER}{there}" if iterations else None
 
 
-def _best_first(folders: Iterable[Path]) -> list[Path]:
-    """Return the folders with a config.json first, and of these the newest first."""
-    return sorted(folders, key=lambda folder: (not (folder / CONFIG_NAME).exists(), -folder.stat().st_mtime))
+def _best_first(model: Path) -> list[Path]:
+    """Return where the snapshots of a model of the hub's cache are models, folders and GGUF files: the one that `main`
+    is first, then the newest."""
+    main = model / "refs/main"
+    wanted = main.read_bytes().decode(errors="replace").strip() if main.is_file() else ""
+    ordered = sorted((model / "snapshots").glob("*/"), key=lambda one: (one.name != wanted, -one.stat().st_mtime))
+    folders = [one for one in ordered if (one / CONFIG_NAME).is_file()]
+    return folders or [file for one in ordered for file in sorted(one.glob("*.gguf"))]

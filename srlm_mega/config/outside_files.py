@@ -4,7 +4,7 @@ import os
 from collections.abc import Container
 from pathlib import Path
 
-from srlm_mega.checkpoints_conversion.model_place import unread_part
+from srlm_mega.checkpoints_conversion.model_place import unread_part, unweighted
 from srlm_mega.config import Config
 from srlm_mega.config.outside_models import absence
 from srlm_mega.errors import UserError
@@ -81,7 +81,7 @@ def folder_problem(path: Path, sampled: bool) -> str | None:
     and tokenizer are looked for too."""
     if not (path / "config.json").is_file() or (path / ".metadata").is_file():  # the latter is in Megatron's
         return absence(path)
-    if (reason := unread_part(path)) is not None:
+    if (reason := unweighted(path) or unread_part(path)) is not None:
         return reason
     if sampled and not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
         return f"{path} has no weights (*.safetensors): download them again"

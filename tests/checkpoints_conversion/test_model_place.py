@@ -61,6 +61,25 @@ def test_the_cache_of_the_hub(tmp_path: Path) -> None:
     assert_said(ALL, folder, "without a snapshot", "hf download meta-llama/Llama-2-7b-hf")
 
 
+def test_the_snapshot_and_the_models_of_the_hubs_cache_that_are_named(tmp_path: Path) -> None:
+    folder = hub(tmp_path / "huggingface", "old", "main", "newest")
+    (folder / "refs/main").write_text("main")
+    for age, name in enumerate(("newest", "main", "old")):
+        os.utime(folder / "snapshots" / name, (9e8 - age, 9e8 - age))
+    for place in (folder, folder / "refs", tmp_path / "huggingface", tmp_path):
+        assert_said(ALL, place, f"give {folder / 'snapshots/main'}")
+    (folder / "snapshots/main/config.json").unlink()
+    assert_said(ALL, folder / "snapshots/main", f"give {folder / 'snapshots/newest'}")
+    other = Path(copytree(folder, folder.with_name("models--a--b")))
+    assert_said(ALL, folder.parent, f"give {other / 'snapshots/newest'} (or another model, such as {folder}")
+    rmtree(folder / "snapshots")
+    (folder / "snapshots/main").mkdir(parents=True)
+    for place in (folder, folder / "snapshots/main"):
+        assert_said(ALL, place, "hf download meta-llama/Llama-2-7b-hf")
+    (folder / "snapshots/main/model-Q4_0.gguf").touch()
+    assert_said(ALL, folder, f"give {folder / 'snapshots/main/model-Q4_0.gguf'}")
+
+
 def test_links_to_nothing(tmp_path: Path) -> None:
     os.symlink("/gone/Llama-2-7b-hf", tmp_path / "link")
     assert_said(
@@ -113,11 +132,14 @@ def test_the_parent_folder_of_megatron_is_followed(tmp_path: Path) -> None:
     for place in (parent, parent / "iter_0000020"):
         assert_said(FOLDER | RUN, place, "is a Megatron checkpoint", "srlm convert", "--to huggingface")
     for left, words in (
-        ("x", ["iter_000000x", "does not exist", "iter_0000020"]),
+        *((word, ["should say a number of iterations or release", "iter_0000020"]) for word in ("x", "", "10.0", "..")),
+        ("release", ["training/release, which does not exist", "iter_0000020"]),
         ("30", ["iter_0000030", "does not exist", "iter_0000020"]),
     ):
         (parent / "latest_checkpointed_iteration.txt").write_text(left)
         assert_said(ALL, parent, *words)
+    (parent / "latest_checkpointed_iteration.txt").write_text(POINTER)
+    assert_said(ALL, parent, "latest_checkpointed_iteration.txt is a Git LFS pointer")
     (parent / "latest_checkpointed_iteration.txt").unlink()
     assert_said(ALL, parent, "without latest_checkpointed_iteration.txt", str(parent / "iter_0000020"))
 
@@ -148,10 +170,26 @@ def test_other_formats_of_megatron(tmp_path: Path) -> None:
     (tmp_path / "old/latest_checkpointed_iteration.txt").write_text("500")
     for place in (tmp_path / "old", ranks.parent, ranks):
         assert_said(ALL, place, "legacy format (mp_rank_*)", "--ckpt-convert-format torch_dist --ckpt-convert-save")
+    (tmp_path / "old/latest_checkpointed_iteration.txt").unlink()
+    (tmp_path / "old/config.json").write_text("{}")
+    assert_said(CHECKPOINT | FOLDER, tmp_path / "old", "legacy format (mp_rank_*)")
+    assert_said(CHECKPOINT, ranks / "model_optim_rng.pt", "legacy format (mp_rank_*)")
     other = tmp_path / "dcp"
     other.mkdir()
     (other / ".metadata").write_bytes(b"")
     assert_said(ALL, other, "without metadata.json", "--ckpt-format torch_dist")
+
+
+def test_a_folder_of_megatron_with_a_release_alone_or_with_the_config_outside(tmp_path: Path) -> None:
+    parent = megatron(tmp_path, "release")
+    assert_said(ALL, parent, "without latest_checkpointed_iteration.txt", f"give one of those there, such as {parent}")
+    (parent / "release/config.json").rename(parent / "config.json")
+    assert_said(CHECKPOINT | FOLDER, parent, "without latest_checkpointed_iteration.txt", str(parent / "release"))
+    (parent / "latest_checkpointed_iteration.txt").write_text("release")
+    assert_said(CHECKPOINT, parent, "release is a Megatron checkpoint without config.json")
+    assert_said(CHECKPOINT, parent / "config.json", f"give the folder, {parent}")
+    (parent / "release/.metadata").write_text(POINTER)
+    assert_said(CHECKPOINT, parent, ".metadata is a Git LFS pointer")
 
 
 def test_other_folders_and_files_are_told_as_before(tmp_path: Path) -> None:
