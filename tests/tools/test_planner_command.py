@@ -234,6 +234,19 @@ def test_presets_carry_the_best_answer(preset: str, gpus: int) -> None:
     assert (again.step, again.hours) == (best.step, best.hours)
 
 
+@pytest.mark.parametrize(
+    ("preset", "gpus"), [("llama2_70b_64gpu", 32), ("llama2_7b_8gpu", 3), ("llama2_7b_8gpu", 12), ("toy_cpu", 16)]
+)
+def test_the_options_that_the_search_prints_plan_what_it_found(preset: str, gpus: int) -> None:
+    """As they are printed, for another number of GPUs than the configuration has."""
+    asked = request(f"{preset}.yaml")
+    found = search(asked.config, asked.gpu, LENGTHS, (gpus,))
+    for each in (found[0], found[-1]):
+        again = make_plan(replace(asked, overrides=tuple(options(each).split())))
+        assert (again.cluster.gpus, again.cluster.layout) == (gpus, each.layout)
+        assert (again.step, again.hours, again.fits) == (each.step, pytest.approx(each.hours), each.fits)
+
+
 def test_the_search_is_one_of_arithmetic() -> None:
     """No torch, and fast: the target is 5 s. The limit is ten times what a slow machine needs."""
     code = (

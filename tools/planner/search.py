@@ -29,6 +29,8 @@ class Found:
     fits: Fit
     step: StepTime
     hours: float
+    processes_per_node: int
+    sampler_gpus: int  # in whole replicas
 
     @property
     def gpu_hours(self) -> float:
@@ -68,11 +70,20 @@ def best_packs(config: Config, cluster: Cluster, lengths: Lengths, recompute: Re
             continue
         hours = sum(time.hours for time in run_times(variant, cluster, lengths))
         largest = max(stage.total for stage in memory) / GIB
-        one = Found(cluster.gpus, cluster.layout, packs, recompute, largest, fits, step, hours)
+        layout, each = cluster.layout, config.sampler.devices_per_replica
+        nodes = processes_per_node(config, layout), max(1, cluster.gpus // each) * each
+        one = Found(cluster.gpus, layout, packs, recompute, largest, fits, step, hours, *nodes)
         if fits == "fits":
             return one
         tight = one
     return tight
+
+
+def processes_per_node(config: Config, layout: ParallelLayout) -> int:
+    """Return how many ranks of a layout are on each node: as many as a node of the configuration has GPUs, or the most
+    that divide all, with whole groups of TP."""
+    most = max(config.launch.processes_per_node, config.sampler.devices_per_node)
+    return max((size for size in divisors(layout.gpus, most) if size % layout.tp == 0), default=layout.tp)
 
 
 def pack_numbers(config: Config, layout: ParallelLayout) -> list[PackNumber]:

@@ -209,14 +209,21 @@ def search_text(found: Sequence[Found], best: int = 3) -> str:
 
 def options(found: Found) -> str:
     """Return the options that make a configuration what was found."""
-    layout, recompute = found.layout, found.recompute
+    layout, recompute, nodes = found.layout, found.recompute, found.gpus // found.processes_per_node
     values = {
+        "launch.nodes": nodes,
+        "launch.processes_per_node": found.processes_per_node,
+        **({"launch.launcher": "slurm", "sampler.slurm": "true"} if nodes > 1 else {}),
+        "sampler.num_devices": found.sampler_gpus,
         "parallel.tensor_model_parallel_size": layout.tp,
         "parallel.pipeline_model_parallel_size": layout.pp,
         "parallel.virtual_pipeline_model_parallel_size": "null" if layout.vpp == 1 else layout.vpp,
         "parallel.context_parallel_size": layout.cp,
         "parallel.data_parallel_size": layout.dp,
         "parallel.sequence_parallel": str(layout.sequence_parallel).lower(),
+        "parallel.use_distributed_optimizer": str(layout.distributed_optimizer).lower(),
+        "parallel.overlap_grad_reduce": str(layout.overlap_grad_reduce).lower(),
+        "parallel.overlap_param_gather": str(layout.overlap_param_gather).lower(),
         "dpo.packs": found.packs,
         "sft.packs": found.packs,
         "trainer.recompute_granularity": "null" if recompute == "none" else recompute,
