@@ -225,7 +225,7 @@ def in_one_dtype(stored: list[Stored], folder: Path) -> tuple[DType, list[Stored
 def whole_config(config: Mapping[str, Any], shape: LlamaShape) -> dict[str, Any]:
     """Return a folder's own config.json, all keys but that of a quantization, with those of transformers 4 that it
     lacks: other readers want them."""
-    own = {key: value for key, value in config.items() if key != "quantization_config"}
+    own = {key: value for key, value in config.items() if key != "quantization_config" or value is None}
     return own | shape.to_huggingface() | {key: value for key, value in own.items() if value is not None}
 
 

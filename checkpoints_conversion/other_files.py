@@ -11,22 +11,12 @@ from srlm_mega.checkpoints_conversion.llama import huggingface_shapes
 from srlm_mega.checkpoints_conversion.model_place import unread
 from srlm_mega.checkpoints_conversion.reader import Checkpoint
 
-WEIGHTS = frozenset(
-    {
-        ".safetensors",
-        ".pt",
-        ".pth",
-        ".ckpt",
-        ".gguf",
-        ".h5",
-        ".msgpack",
-        ".npz",
-        ".onnx",
-        ".onnx_data",
-        ".tflite",
-        ".ot",
-    }
+WEIGHTS = (
+    *(".safetensors", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".npz", ".onnx", ".onnx_data"),
+    *(".tflite", ".mlmodel", ".ot", ".nemo", ".distcp", ".engine"),
 )
+MAYBE_WEIGHTS = (".bin", ".pkl", ".npy", ".pb", ".tar", ".zip")  # of a model, by their names
+UNFINISHED = (".part", ".partial", ".incomplete", ".tmp")  # of a download
 
 
 @dataclass(frozen=True)
@@ -45,7 +35,7 @@ def other_files(checkpoint: Checkpoint, written: Container[str]) -> OtherFiles:
     unused = sorted(files.keys() - huggingface_shapes(checkpoint.shape).keys())
     if unused:
         found.left_out.append(f"{len(unused)} unused tensors ({', '.join(unused[:3])}{', ...' * (len(unused) > 3)})")
-    if "quantization_config" in read_json(folder / CONFIG):
+    if read_json(folder / CONFIG).get("quantization_config") is not None:
         found.left_out.append(f"quantization_config of {CONFIG}")
     for name in _names(folder, found.left_out):
         if name in written or name in files.values() or name in (INDEX, JOURNAL):
@@ -62,9 +52,11 @@ def other_files(checkpoint: Checkpoint, written: Container[str]) -> OtherFiles:
 
 def is_weights(name: str) -> bool:
     """Tell whether a file holds weights, an optimizer's state, or the index of such files, by its name."""
-    path = Path(name)
-    of_model = any(word in path.name for word in ("model", "consolidated", "optimizer"))
-    return path.suffix in WEIGHTS or name.endswith(".index.json") or (path.suffix == ".bin" and of_model)
+    path = Path(name.lower())
+    if path.suffix in UNFINISHED or path.suffix == ".data":  # onnx's weights are in model.onnx.data
+        path = path.with_suffix("")
+    of_model = any(word in path.name for word in ("model", "weight", "consolidated", "optimizer"))
+    return path.suffix in WEIGHTS or path.name.endswith(".index.json") or (path.suffix in MAYBE_WEIGHTS and of_model)
 
 
 def _names(folder: Path, left_out: list[str]) -> Iterator[str]:

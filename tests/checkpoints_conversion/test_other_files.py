@@ -16,7 +16,14 @@ from srlm_mega.checkpoints_conversion.convert import Kind, Wish, convert, read_r
 from srlm_mega.checkpoints_conversion.verify import prove
 from srlm_mega.cli.main import app
 
-OWN = {"use_cache": False, "pretraining_tp": 1, "mine": {"a": [1, None]}, "rope_scaling": None, "bos_token_id": 5}
+OWN = {
+    "use_cache": False,
+    "pretraining_tp": 1,
+    "mine": {"a": [1, None]},
+    "rope_scaling": None,
+    "bos_token_id": 5,
+    "quantization_config": None,
+}
 
 
 def with_config(folder: Path, **keys: object) -> Path:
@@ -48,7 +55,9 @@ def test_files_that_are_not_weights_go_along_and_others_are_named(tmp_path: Path
     kept = ["README.md", "LICENSE", "USE_POLICY.md", "modeling_mine.py", "merges.txt", "trainer_state.json",
             ".gitattributes", "training_args.bin", "original/params.json", "figures/a/loss.png"]  # fmt: skip
     left_out = ["pytorch_model.bin", "pytorch_model.bin.index.json", "original/consolidated.00.pth", "onnx/model.onnx",
-                "model.gguf", "tf_model.h5", "other.safetensors"]  # fmt: skip
+                "model.gguf", "tf_model.h5", "other.safetensors", "Model-Q8_0.GGUF", "coreml/weight.bin", "model.nemo",
+                "onnx/model.onnx.data", "model-00001-of-00002.safetensors.incomplete", "dist/__0_0.distcp",
+                "pytorch_lora_weights.bin"]  # fmt: skip
     for name in kept + left_out + [".git/objects/pack", "proof.json"]:
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_text(f"this is {name}")
