@@ -23,7 +23,7 @@ def rehearse(
 ) -> None:
     """Take the steps of a training job on this machine, rank by rank, with tensors that have no contents. Says whether
     every rank builds, steps and fits, what holds its memory, what it sends, and where the host waits. Needs no GPU.
-    Exit code 2 where a rank fails or does not fit."""
+    Exit code 2 where a rank fails, does not fit or is tight."""
     from srlm_mega.tools.gpu_file import chosen_gpu
     from srlm_mega.tools.rehearsal.rehearse_command import RehearsalRequest, run
 

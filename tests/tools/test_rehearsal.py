@@ -23,7 +23,7 @@ from srlm_mega.tools.rehearsal import cuda_road, rehearse_command
 from srlm_mega.tools.rehearsal.fake_tensors import fake_process_group
 from srlm_mega.tools.rehearsal.rank_places import distinct_ranks, place_of
 from srlm_mega.tools.rehearsal.rehearsal_record import HeldBytes, LayoutPlace, RankRecord
-from srlm_mega.tools.rehearsal.rehearsal_table import rehearsal_text, verdict
+from srlm_mega.tools.rehearsal.rehearsal_table import rehearsal_json, rehearsal_text, verdict
 from srlm_mega.tools.rehearsal.rehearse_command import RehearsalRequest
 from srlm_mega.tools.rehearsal.rehearsed_rank import rehearse_rank
 from srlm_mega.tools.rehearsal.watch import StepWatch
@@ -188,10 +188,15 @@ def rehearsed(monkeypatch: pytest.MonkeyPatch, *records: RankRecord) -> Any:
 
 
 def test_whether_it_fits_is_said_with_the_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
-    """60 GiB + 5 % + 3 are below an H100's 79.6 GiB, 74 GiB + 5 % + 3 above."""
+    """60 GiB + 5 % + 3 are below an H100's 79.6 GiB, 74 GiB + 5 % + 3 above, as 80 GiB are alone."""
     result = rehearsed(monkeypatch, record(0, 60 * 2**30), record(1, 74 * 2**30))
     assert verdict(result, result.records[0]).startswith("fits: 60.00 GiB of tensors + 3.00 of the allocator")
-    assert verdict(result, result.records[1]).startswith("DOES NOT FIT: 74.00 GiB")
+    assert verdict(result, result.records[1]).startswith("TIGHT, it fits only without the margin: 74.00 GiB")
+    none = rehearsed(monkeypatch, record(0, 80 * 2**30))
+    assert verdict(none, none.records[0]).startswith("DOES NOT FIT: 80.00 GiB")
+    answers = [rank["fits"] for one in (result, none) for rank in rehearsal_json(one)["ranks"]]
+    assert answers == ["fits", "tight", "does not fit"]
+    assert not rehearsed(monkeypatch, record(0, 74 * 2**30)).succeeds
     assert verdict(result, result.records[1]).endswith("= 80.70 of the 79.6 GiB of h100")
     assert not result.succeeds
     assert rehearsed(monkeypatch, record(0, 60 * 2**30)).succeeds

@@ -8,8 +8,8 @@ from typing import Any
 from srlm_mega.config import Config
 from srlm_mega.config.model_sizes import GIB
 from srlm_mega.gpus import GpuModel
-from srlm_mega.tools.planner.memory import StageMemory
-from srlm_mega.tools.planner.show import table
+from srlm_mega.tools.planner.memory import Fit, StageMemory
+from srlm_mega.tools.planner.show import VERDICTS, table
 from srlm_mega.tools.rehearsal.rehearsal_record import RankRecord
 
 ALLOCATOR_SHARE = 0.05  # assumed: of the peak, memory that PyTorch's allocator has and cannot give out
@@ -29,16 +29,19 @@ class Rehearsed:
 
     @property
     def succeeds(self) -> bool:
-        """True where every rank builds, steps and fits."""
-        return all(record.error is None and self.fits(record) for record in self.records)
+        """True where every rank builds, steps and fits, with what is assumed."""
+        return all(record.error is None and self.fits(record) == "fits" for record in self.records)
 
     def needed(self, record: RankRecord) -> int:
         """Return the bytes of a device that a rank needs, with what is assumed."""
         return record.peak_bytes if self.gpu is None else int(record.peak_bytes * (1 + ALLOCATOR_SHARE)) + LIBRARY_BYTES
 
-    def fits(self, record: RankRecord) -> bool:
-        """Tell whether a rank fits the device; nothing is known of the memory of CPUs elsewhere."""
-        return self.gpu is None or self.needed(record) <= self.gpu.memory_bytes
+    def fits(self, record: RankRecord) -> Fit:
+        """Tell whether a rank fits the device: with what is assumed, only without it, or not at all. Nothing is known
+        of the memory of CPUs elsewhere."""
+        if self.gpu is None or self.needed(record) <= self.gpu.memory_bytes:
+            return "fits"
+        return "tight" if record.peak_bytes <= self.gpu.memory_bytes else "does not fit"
 
 
 def rehearsal_text(rehearsed: Rehearsed) -> str:
@@ -71,11 +74,10 @@ def verdict(rehearsed: Rehearsed, record: RankRecord) -> str:
     if gpu is None:
         return f"{peak}; not compared with a memory, since it trains on CPUs"
     allocator = record.peak_bytes * ALLOCATOR_SHARE / GIB
-    says = "fits" if rehearsed.fits(record) else "DOES NOT FIT"
     return (
-        f"{says}: {peak} + {allocator:.2f} of the allocator ({ALLOCATOR_SHARE:.0%}, assumed) + "
-        f"{LIBRARY_BYTES / GIB:.0f} of CUDA, cuBLAS and NCCL (assumed) = {rehearsed.needed(record) / GIB:.2f} of the "
-        f"{gpu.memory_gib:.1f} GiB of {gpu.name}"
+        f"{VERDICTS[rehearsed.fits(record)]}: {peak} + {allocator:.2f} of the allocator "
+        f"({ALLOCATOR_SHARE:.0%}, assumed) + {LIBRARY_BYTES / GIB:.0f} of CUDA, cuBLAS and NCCL (assumed) = "
+        f"{rehearsed.needed(record) / GIB:.2f} of the {gpu.memory_gib:.1f} GiB of {gpu.name}"
     )
 
 

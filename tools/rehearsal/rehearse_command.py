@@ -102,7 +102,8 @@ def write_rank(config_file: Path, overrides: Sequence[str], rank: int, gpu_descr
 
 
 def run(request: RehearsalRequest, as_json: bool) -> int:
-    """Rehearse, and print text or JSON; return the exit code: 2 where a rank fails or does not fit."""
+    """Rehearse, and print text or JSON; return the exit code: 2 where a rank fails, does not fit or is
+    tight."""
     rehearsed = rehearse(request)
     print(json.dumps(rehearsal_json(rehearsed), indent=1) if as_json else rehearsal_text(rehearsed))
     return 0 if rehearsed.succeeds else USER_ERROR
