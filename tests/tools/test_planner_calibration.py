@@ -162,8 +162,10 @@ def test_measured_fields_do_not_matter() -> None:
     assert isinstance(plain, Point) and isinstance(measured, Point)
     assert predict(plain) == predict(measured)
     assert (plain.tokens_per_second, measured.tokens_per_second) == (None, 1)
-    (other,) = points(POINT | {"tflops_per_gpu": 500, "flop_convention": "someone's own"})
-    assert isinstance(other, Point) and other.tokens_per_second is None and predict(other) == predict(plain)
+    words = {"step_time_s": 0, "memory_gib": "about 60", "tokens_per_sec_per_gpu": "not published"}
+    own = {"tflops_per_gpu": 500, "flop_convention": "someone's own"}
+    for other in points(POINT | own, POINT | words, POINT | {"tflops_per_gpu": "x", "flop_convention": "causal"}):
+        assert isinstance(other, Point) and other.tokens_per_second is None and predict(other) == predict(plain)
 
 
 def test_what_is_measured_in_other_units() -> None:

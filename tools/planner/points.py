@@ -4,6 +4,7 @@ points.json holds the points that the model is calibrated on, each with its sour
 same form, and ignores measured fields and unknown ones.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -138,7 +139,8 @@ def read_point(row: Mapping[str, Any], number: int = 0) -> Point:
         assumed.append("does not fit as published: some recompute or offloading is not told")
     family = str(given.get("family", f"{given['model']}|{job.stack.name}|{job.precision}|{job.seq_length}"))
     ignored = tuple(sorted(set(given) - FIELDS))
-    return Point(name, family, job, memory_job, tuple(assumed), ignored, _measured(given, job), given.get("memory_gib"))
+    speed, memory_gib = _measured(given, job), _positive(given.get("memory_gib"))
+    return Point(name, family, job, memory_job, tuple(assumed), ignored, speed, memory_gib)
 
 
 def _job(given: Mapping[str, Any], shape: ModelSizes, assumed: list[str]) -> Job:
@@ -292,12 +294,23 @@ def published_flops_per_token(shape: ModelSizes, seq_length: int, convention: st
 
 
 def _measured(given: Mapping[str, Any], job: Job) -> float | None:
-    """Return tokens per second and GPU: published, or from the step's seconds, or from TFLOP/s and their convention."""
-    if "tokens_per_sec_per_gpu" in given:
-        return float(given["tokens_per_sec_per_gpu"])
-    if "step_time_s" in given and "n_gpus" in given and "global_batch_size" in given:
-        return float(job.tokens_per_step / given["step_time_s"] / job.layout.gpus)
-    if "tflops_per_gpu" in given and str(given.get("flop_convention")).startswith(tuple(CONVENTIONS)):
-        flops = published_flops_per_token(job.shape, job.seq_length, given["flop_convention"])
-        return float(given["tflops_per_gpu"] * 1e12 / flops)
+    """Return tokens per second and GPU: published, or from the step's seconds, or from TFLOP/s and their convention.
+    None where these are no positive numbers: a plan needs none."""
+    seconds, tflops = _positive(given.get("step_time_s")), _positive(given.get("tflops_per_gpu"))
+    if (speed := _positive(given.get("tokens_per_sec_per_gpu"))) is not None:
+        return speed
+    if seconds is not None and "n_gpus" in given and "global_batch_size" in given:
+        return job.tokens_per_step / seconds / job.layout.gpus
+    convention = str(given.get("flop_convention"))
+    if tflops is not None and convention.startswith(tuple(CONVENTIONS)):
+        return tflops * 1e12 / published_flops_per_token(job.shape, job.seq_length, convention)
     return None
+
+
+def _positive(value: object) -> float | None:
+    """Return a positive number as it is, None for anything else."""
+    try:
+        number = float(str(value))
+    except ValueError:
+        return None
+    return number if 0 < number < math.inf else None
