@@ -343,6 +343,10 @@ def test_what_would_be_ignored_is_refused(arguments: tuple[str, ...], message: s
 
 
 def test_numbers_of_gpus_that_hardly_divide_say_so() -> None:
+    few = request("llama2_7b_8gpu.yaml", "sampler.tp_size=4", gpus=2)
+    assert "a replica of the sampler takes 4 GPUs" in searched(few, json=False) and searched(few, json=True) == "[]"
+    with pytest.raises(UserError, match=r"--gpus 2: a replica of the sampler takes 4 GPUs"):
+        make_plan(few)
     assert "Of 7 GPUs TP * PP * CP can be 1." in searched(request(gpus=7), json=False)
     assert "Of 6 GPUs TP * PP * CP can be 1, 2." in searched(request(gpus=6), json=False)
 

@@ -62,6 +62,8 @@ def make_plan(request: PlanRequest) -> RunPlan:
         size = config.parallel.model_parallel_size
         if request.gpus % size:
             raise UserError(f"--gpus {request.gpus} is not divisible by TP * PP * CP = {size}; try --search")
+        if request.gpus < (each := config.sampler.devices_per_replica):
+            raise UserError(f"--gpus {request.gpus}: {replica_size(each)}; set sampler.tp_size and sampler.pp_size")
         layout, sampler_gpus = replace(layout, dp=request.gpus // size), request.gpus
     cluster = Cluster(gpu, layout, sampler_gpus)
     job = training_job(config, config.dpo, layout, gpu, request.lengths)
@@ -85,7 +87,14 @@ def searched(request: PlanRequest, json: bool) -> str:
         {each.model_parallel for each in layouts(config.model.sizes, request.gpus, gpu.gpus_per_nvlink, packed)}
     )
     tried = ", ".join(map(str, sizes))
-    return f"{search_text(found)} Of {request.gpus} GPUs TP * PP * CP can be {tried}."
+    text = f"{search_text(found)} Of {request.gpus} GPUs TP * PP * CP can be {tried}."
+    each = config.sampler.devices_per_replica
+    return f"{text} And {replica_size(each)}." if request.gpus < each else text
+
+
+def replica_size(gpus: int) -> str:
+    """Say how many GPUs a replica of the sampler takes."""
+    return f"a replica of the sampler takes {gpus} GPUs (sampler.tp_size * sampler.pp_size)"
 
 
 def predictions(path: Path, json: bool, margin: float = MARGIN) -> str:

@@ -45,6 +45,8 @@ def search(
     run first. All GPUs sample."""
     found, packed = list[Found](), config.dpo.packed_sequence_size is not None
     for count in counts:
+        if count < config.sampler.devices_per_replica:
+            continue
         clusters = [
             Cluster(gpu, layout, count) for layout in layouts(config.model.sizes, count, gpu.gpus_per_nvlink, packed)
         ]
