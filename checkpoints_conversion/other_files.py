@@ -43,6 +43,8 @@ def other_files(checkpoint: Checkpoint, written: Container[str]) -> OtherFiles:
         if unread(folder / name) is not None:
             what = "a Git LFS pointer" if (folder / name).exists() else "a link to nothing"
             found.left_out.append(f"{name} ({what})")
+        elif not (folder / name).is_file() or not os.access(folder / name, os.R_OK):
+            found.left_out.append(f"{name} (not readable)")
         elif is_weights(name):
             found.left_out.append(f"{name} (weights)")
         else:

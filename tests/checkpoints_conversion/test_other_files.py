@@ -62,6 +62,7 @@ def test_files_that_are_not_weights_go_along_and_others_are_named(tmp_path: Path
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_text(f"this is {name}")
     os.symlink("nothing", source / "NOTICE")
+    os.mkfifo(source / "pipe")
     (source / "figure.png").write_text("version https://git-lfs.github.com/spec/v1\n")
     (source / "proof.json").unlink()
     done = CliRunner().invoke(app, ["convert", str(source), str(tmp_path / "out"), "--to", "huggingface"])
@@ -70,7 +71,12 @@ def test_files_that_are_not_weights_go_along_and_others_are_named(tmp_path: Path
     (said,) = [line for line in done.output.splitlines() if line.startswith("left out: ")]
     for name in left_out:
         assert f"{name} (weights)" in said and not (tmp_path / "out" / name).exists()
-    for words in (".git/ (hidden)", "NOTICE (a link to nothing)", "figure.png (a Git LFS pointer"):
+    for words in (
+        ".git/ (hidden)",
+        "NOTICE (a link to nothing)",
+        "pipe (not readable)",
+        "figure.png (a Git LFS pointer",
+    ):
         assert words in said
     assert "config.json" not in said and "tokenizer" not in said
     tokenizer = {path.name for path in source.glob("tokenizer*")}
