@@ -72,7 +72,7 @@ def test_lengths_of_models_and_rounds(run: RunDir) -> None:
 @pytest.mark.parametrize("run", ["llama2_70b_64gpu.yaml"], indirect=True)
 def test_a_70b_run_in_the_papers_form(run: RunDir) -> None:
     shown = run_as_markdown(run.root)
-    row = "| 3 | 100.0 / 75.0 / 50.0 | 50.0 | 100.0 (1) | 0.0 | 0.866 / 0.433 | 0.816 / 0.408 | 0.0 |"
+    row = "| 3 | 100.0 / 75.0 / 50.0 | 50.0 | 100.0 (1) | 0.0 (2) | 0.866 / 0.433 | 0.816 / 0.408 | 0.0 |"
     assert f"| M2 {row} 75.0 to 75.0 (8) |" in shown and f"| M1 {row} unknown |" in shown
     # Wilson's interval of 5 of 8 halves, over 4 prompts, by hand: (0.625 + 0.480 -+ 0.675) / 1.960
     assert "| M2 vs M1 | some-judge | 50.0 / 25.0 / 25.0 | 4 | 62.5 (21.9 to 90.8) |" in shown

@@ -112,8 +112,8 @@ def test_a_writer_that_is_no_model_folder_is_refused(tmp_path: Path) -> None:
 def test_no_prompt_repeats_seed_data(tmp_path: Path) -> None:
     """From a file: equal to one of any set, or nearly; shared beginnings alone do not matter."""
     work = begin(
-        tmp_path, "round_1/prompts", "prompts.generator=file", f"prompts.path={tmp_path}", "prompts.rouge_l_max=0.7",
-        "prompts.per_round=2",
+        tmp_path, "round_1/prompts", "prompts.generator=file", f"prompts.path={tmp_path}/gone.jsonl",
+        "prompts.rouge_l_max=0.7", "prompts.per_round=2",
     )  # fmt: skip
     known = ["list 3 animals", "validation  prompt", "Test prompt", "eval prompt.", "source prompt", "list 4 animals!"]
     assert len(seed_prompts(work)) == 12
