@@ -46,6 +46,6 @@ def test_the_other_blocks_print_what_the_page_says(printed: list[str]) -> None:
 def test_the_shell_lines_convert_and_verify_the_model(printed: list[str], folder: Path) -> None:
     [block] = [block for block in blocks("docs/python.md") if block.language == "sh"]
     output = run_block(block, folder)
-    assert (folder / "tiny_tp2/proof.json").is_file() and (folder / "tiny_megatron/proof.json").is_file()
+    assert (folder / "tiny_tp2/proof.json").is_file() and (folder / "tiny_megatron/release/proof.json").is_file()
     [difference] = [line.split()[1] for line in output.splitlines() if line.startswith("max_abs_difference")]
     assert float(difference) == 0
