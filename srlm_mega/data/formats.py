@@ -27,7 +27,6 @@ from srlm_mega.data.conversations import (
 )
 from srlm_mega.data.quarantine import LeftOut, UserLines, text_field, without_null
 from srlm_mega.data.seed_sets import SeedItem, SeedSets, draw_sets
-from srlm_mega.data.template_marks import speakers_apart
 from srlm_mega.records import Message, RankedReplies, RankedReply, one_text
 
 SOURCE = "jsonl"
@@ -72,7 +71,7 @@ def read_jsonl_sets(section: SeedDataConfig, seed: int, quarantine: Path) -> See
 
 def parse_example(path: Path, number: int, fields: dict[str, Any]) -> SeedItem:
     """Parse a line of a file of supervised examples. Raise ValueError when it is not one."""
-    asked, target = answered(without_null(fields))
+    asked, target = answered(fields)
     return SeedItem(line_name(path, number), asked.prompt, target, system=asked.system)
 
 
@@ -97,7 +96,7 @@ def answered(fields: dict[str, Any]) -> tuple[Question, str]:
 def parse_ranking(path: Path, number: int, fields: dict[str, Any]) -> SeedItem:
     """Parse a line of a file of preferences. Raise ValueError when it is not one, LeftOut when it prefers no answer. Of
     equal answers the one with the best rank stays."""
-    asked, replies = ranking(without_null(fields))
+    asked, replies = ranking(fields)
     best: dict[str, float] = {}
     for text, rank in sorted(replies, key=lambda reply: reply[1]):
         best.setdefault(text, rank)
@@ -113,7 +112,6 @@ def parse_ranking(path: Path, number: int, fields: dict[str, Any]) -> SeedItem:
 
 def ranking(fields: dict[str, Any]) -> tuple[Question, list[tuple[str, float]]]:
     """Return the question of a preference, and its answers with their ranks (the lowest is the best)."""
-    fields = speakers_apart(fields)
     better, worse, ranked = (given_name(fields, names) for names in (CHOSEN, REJECTED, RANKED))
     if better is not None and (worse is not None or better == "chosen_response"):
         worse = worse or "rejected_response"
