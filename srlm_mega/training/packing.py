@@ -33,12 +33,17 @@ class Pipelines:
         return (number / self.replicas + (self.stages - 1) / self.chunks) * (length + FIXED_POSITIONS)
 
 
+def number_of_parts(num_items: int, size: int, multiple: int) -> int:
+    """Return the least multiple of `multiple` that is enough parts of `size` items."""
+    return -(-num_items // (size * multiple)) * multiple
+
+
 def cut_into_packs(weights: Sequence[int], section: OptimizationConfig, pipelines: Pipelines) -> list[list[int]]:
     """Split a global batch of items of these weights, in input positions, into as many packs as `section.packs` says.
     The fullest comes first: dealt out to replicas in turn, packs also balance these."""
     assert section.packed_sequence_size is not None, "the batch is not packed"
     capacity, multiple, replicas = section.packed_sequence_size, pipelines.multiple, pipelines.replicas
-    most = -(-len(weights) // multiple) * multiple
+    most = number_of_parts(len(weights), 1, multiple)
     match section.packs:
         case "fewest":
             return packs(weights, capacity, multiple)

@@ -14,7 +14,7 @@ import numpy
 from srlm_mega.config.training import OptimizationConfig
 from srlm_mega.errors import UserError
 from srlm_mega.training.batch import Batch, TokenSequence, context_part, packed_batch, padded_batch
-from srlm_mega.training.packing import LENGTH_MULTIPLE, Pipelines, cut_into_packs
+from srlm_mega.training.packing import LENGTH_MULTIPLE, Pipelines, cut_into_packs, number_of_parts
 from srlm_mega.training.topology import Topology
 
 
@@ -104,8 +104,8 @@ def num_inputs(item: Item) -> int:
 
 def even_parts(num_items: int, size: int, multiple: int) -> list[list[int]]:
     """Split item numbers, in order, into a multiple of `multiple` parts of at most `size`, as equal as possible."""
-    num_parts = -(-num_items // (size * multiple)) * multiple
-    return [part.tolist() for part in numpy.array_split(numpy.arange(num_items), num_parts)]
+    parts = numpy.array_split(numpy.arange(num_items), number_of_parts(num_items, size, multiple))
+    return [part.tolist() for part in parts]
 
 
 def within(items: Sequence[ItemT], seq_length: int) -> list[ItemT]:

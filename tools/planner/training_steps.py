@@ -14,7 +14,7 @@ from srlm_mega.gpus import GpuModel
 from srlm_mega.tools.planner.job import Job, Layers, ParallelLayout, Stack
 from srlm_mega.tools.planner.memory import MARGIN, StageMemory, stage_memory
 from srlm_mega.tools.planner.step_time import FITTED, NAMES, Quantities, step_parts
-from srlm_mega.training.packing import LENGTH_MULTIPLE, Pipelines, cut_into_packs
+from srlm_mega.training.packing import LENGTH_MULTIPLE, Pipelines, cut_into_packs, number_of_parts
 
 OURS = Stack(
     "srlm_mega", overlaps_tensor_parallel=False, selective_attention=False
@@ -108,7 +108,7 @@ def cut(weights: Sequence[int], section: OptimizationConfig, layout: ParallelLay
     """Cut a global batch of items of these tokens or, where it is padded, of sequences of these."""
     pipelines, multiple = Pipelines(layout.dp, layout.pp, layout.vpp), LENGTH_MULTIPLE * layout.tp * layout.cp
     if section.packed_sequence_size is None:
-        number = -(-section.global_batch_size // (section.micro_batch_size * pipelines.multiple)) * pipelines.multiple
+        number = number_of_parts(section.global_batch_size, section.micro_batch_size, pipelines.multiple)
         rows, length = section.micro_batch_size * sequences_of(section), max(weights)
     else:
         packs = cut_into_packs(weights, section, pipelines)
