@@ -52,14 +52,11 @@ SCORE_LINE = re.compile(
     r"(?P<after>(?:[ \t]*(?:/|out of)[ \t]*\d+\b)?[*_]*)",
     re.IGNORECASE,
 )
+UP_TO = r" ?(?:-|–|to|and) ?(\d++)(?! *(?:word|sentence|line|paragraph|%))"  # the end of a range of points
 # The range of points, in their place or behind the line: <0-10>, "with N from 1 to 10".
-RANGE = re.compile(r"[^\d;]{0,40}?\d+ ?(?:-|–|to|and) ?(\d++)(?! *(?:word|sentence|line|paragraph|%))", re.IGNORECASE)
+RANGE = re.compile(rf"[^\d;]{{0,40}}?\d+{UP_TO}", re.IGNORECASE)
 # A scale anywhere: "rate it on a scale of 1 to 10". Criteria may have scales of their own, so it is no proof.
-SCALE = re.compile(
-    r"\b(?:scale|rate|grade|score)\b[^.;\n]{0,60}?\b[01] ?(?:-|–|to|and) ?"
-    r"(\d++)(?! *(?:word|sentence|line|paragraph|%))",
-    re.IGNORECASE,
-)
+SCALE = re.compile(rf"\b(?:scale|rate|grade|score)\b[^.;\n]{{0,60}}?\b[01]{UP_TO}", re.IGNORECASE)
 EXAMPLE = ("Name the planets that have rings.", "Jupiter, Saturn, Uranus and Neptune.")
 
 
