@@ -13,8 +13,9 @@ from srlm_mega.config.file import leaves
 from srlm_mega.config.knobs import by_round, deciding, flat
 from srlm_mega.config.outside_files import DATA_KEYS
 from srlm_mega.errors import UserError
+from srlm_mega.run.data_folder import splits_in
 from srlm_mega.run.manifest import Identity, Manifest
-from srlm_mega.run.outside_data import data_hash, splits_in
+from srlm_mega.run.outside_data import data_hash
 from srlm_mega.run.plan import SAMPLER, Stage, downstream
 from srlm_mega.run.run_dir import RunDir
 

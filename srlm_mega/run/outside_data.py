@@ -1,4 +1,4 @@
-"""A user's data from outside: the files that a path means, and their entries one by one, in the forms that people have.
+"""A user's data from outside: the entries of its files one by one, in the forms that people have.
 
 JSON lines, a JSON array, objects printed over several lines, plain text, Parquet, Arrow and Hugging Face's folders of
 them; gzip; UTF-8 and UTF-16. The bytes say what a file is, whatever its name.
@@ -11,7 +11,7 @@ import re
 import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,14 +23,13 @@ from typing import BinaryIO, Literal, assert_never
 import orjson
 
 from srlm_mega.checkpoints_conversion import json_files
+from srlm_mega.checkpoints_conversion.model_place import POINTER
 from srlm_mega.errors import UserError
+from srlm_mega.run.data_folder import JSON_NAMES, TRAIN, data_files, plain_suffix, splits_in, unread_files
 from srlm_mega.run.manifest import digest_of, entry_of, file_hash
 
 BUFFER = 1024**2  # bytes, or characters, that are read at once
 HEAD = 4096  # bytes that show what a file is
-JSON_NAMES = (".json", ".jsonl", ".ndjson", ".jsonlines")
-TABLE_NAMES = (".parquet", ".arrow")
-OTHER_NAMES = (".txt", ".csv", ".tsv")  # read in a folder that has none of the others
 PARQUET, ARROW_FILE, ARROW_STREAM = b"PAR1", b"ARROW1", b"\xff\xff\xff\xff"
 # Other beginnings of files, what they are and what to do.
 REFUSED = {
@@ -38,7 +37,7 @@ REFUSED = {
     b"\x28\xb5\x2f\xfd": "packed by zstd: unpack it (zstd -d)",
     b"BZh": "packed by bzip2: unpack it (bunzip2)",
     b"\xfd7zXZ": "packed by xz: unpack it (unxz)",
-    b"version https://git-lfs": "a pointer of Git LFS in place of the data: fetch them (git lfs pull)",
+    POINTER: "a pointer of Git LFS in place of the data: fetch them (git lfs pull)",
     b"<!DOCTYPE": "a web page: download the file itself",
     b"<!doctype": "a web page: download the file itself",
     b"<html": "a web page: download the file itself",
@@ -49,12 +48,6 @@ ENCODINGS = {  # by the byte order mark
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }
-DESCRIBING = ("state.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
-TRAIN = "train"
-SPLITS = dict.fromkeys(("train", "training"), TRAIN)
-SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
-SPLITS |= dict.fromkeys(("test", "testing", "eval", "evaluation"), "test")
-NAMED = 5  # files in a message
 SHARD = re.compile(r"-\d{5}(-of-\d{5})")
 BETWEEN = re.compile(r"[\s,]*")
 
@@ -124,96 +117,17 @@ def notes_on(path: Path) -> Iterator[str]:
     unread = unread_files(path, {file for files in splits.values() for file in files})
     if unread and splits:
         yield f"{path}: files that are not read, by their names: {unread}"
-    shards = Counter(file.with_name(SHARD.sub(r"-*\1", file.name)) for file in data_files(path) if file != path)
+    files = data_files(path)
+    shards = Counter(file.with_name(SHARD.sub(r"-*\1", file.name)) for file in files if file != path)
     for pattern, number in shards.items():
         total = pattern.name.partition("-*-of-")[2][:5]
         if total and number != int(total):
             yield f"of {pattern} only {number} are there"
-    for file in data_files(path):
+    for file in files:
         form = form_of(file)
         said = ["gzip"] * (form.packed and file.suffix != ".gz") + [form.encoding] * (form.encoding != "UTF-8")
         if said:
             yield f"{file} is {' and '.join(said)}, and is read as such"
-
-
-def data_files(path: Path) -> list[Path]:
-    """Return the file at a path, or the data files of a folder, sorted: those of the split `train` where it has several
-    splits. UserError when there is none, or when it has several splits and none is `train`."""
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise UserError(f"there is no file {path}")
-    splits = splits_in(path)
-    if not splits:
-        others = unread_files(path, set())
-        raise UserError(
-            f"{path} is no file, and a folder without data files ({', '.join(JSON_NAMES + TABLE_NAMES)})"
-            + (f": it has {others}" if others else "")
-        )
-    if len(splits) > 1 and TRAIN not in splits:
-        named = ", ".join(split or files[0].name for split, files in splits.items())
-        raise UserError(f"{path} has several splits ({named}), and none is `train`: give the file or folder of one")
-    return splits[TRAIN] if len(splits) > 1 else next(iter(splits.values()))
-
-
-def splits_in(folder: Path) -> dict[str, list[Path]]:
-    """Return a folder's data files, sorted, by split; without what is hidden and what only describes a data set.
-    UserError when one that a `state.json` lists is not there."""
-    shown = shown_files(folder)
-    saved = {file.parent: saved_files(file) for file in shown if file.name == "state.json"}
-    for file in (parent / name for parent, names in saved.items() for name in names):
-        if not file.is_file():
-            raise UserError(f"there is no file {file}, which the state.json beside it lists: copy the folder whole")
-    listed = [file for file in shown if file.name in (saved.get(file.parent) or [file.name])]
-    data = [file for file in listed if plain_suffix(file) in JSON_NAMES + TABLE_NAMES and file.name not in DESCRIBING]
-    splits: dict[str, list[Path]] = {}
-    for file in data or [file for file in listed if plain_suffix(file) in OTHER_NAMES]:
-        splits.setdefault(split_of(folder, file), []).append(file)
-    return splits
-
-
-def shown_files(folder: Path) -> list[Path]:
-    """Return all files in a folder, sorted, without what is hidden."""
-    every = sorted(file for file in folder.rglob("*") if file.is_file())
-    return [file for file in every if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
-
-
-def unread_files(folder: Path, read: Collection[Path]) -> str:
-    """Return the names of a folder's files that are not read and may be data, some of them where there are many."""
-    passed = (*JSON_NAMES, *TABLE_NAMES, ".md")  # those of a cache, those that describe
-    names = [file.name for file in shown_files(folder) if file not in read and plain_suffix(file) not in passed]
-    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
-
-
-def saved_files(state: Path) -> list[str]:
-    """Return the names that Hugging Face's `state.json` lists: files of a cache and of earlier versions lie beside.
-    None for another program's file of that name."""
-    try:
-        listed = json_files.parse_object(state.read_bytes(), state).get("_data_files", [])
-        return [str(one["filename"]) for one in listed]
-    except (ValueError, TypeError, KeyError):
-        return []
-
-
-def plain_suffix(file: Path) -> str:
-    """Return a file's suffix in lower case, that of gzip left out."""
-    return Path(file.name.lower().removesuffix(".gz")).suffix
-
-
-def split_of(folder: Path, file: Path) -> str:
-    """Return the split of a file in a folder, which its name says (`train-00000-of-00002`, `my_test.jsonl`), or that of
-    a folder which it is in; empty for none."""
-    *folders, name = file.relative_to(folder).parts
-    if folders and (folder / "dataset_dict.json").is_file():
-        return folders[0]
-    for one in (name.partition(".")[0], *reversed(folders)):
-        stem, is_shard = re.subn(r"-\d{5}-of-\d{5}(-[0-9a-f]{16})?$", "", one)
-        if is_shard and stem != "data":
-            return stem.rpartition("-")[2]
-        for word in re.split(r"[\W_\d]+", one.lower()):
-            if word in SPLITS:
-                return SPLITS[word]
-    return ""
 
 
 def form_of(file: Path) -> Form:

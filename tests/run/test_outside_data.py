@@ -15,7 +15,8 @@ from srlm_mega.checkpoints_conversion import json_files
 from srlm_mega.data.prompt_files import read_prompts
 from srlm_mega.errors import UserError
 from srlm_mega.run import outside_data
-from srlm_mega.run.outside_data import data_files, data_hash, data_problem, entries, notes_on
+from srlm_mega.run.data_folder import data_files
+from srlm_mega.run.outside_data import data_hash, data_problem, entries, notes_on
 
 TEXTS = ['Name a bird, "quoted" or [not].', "天空为什么是蓝色的？ \u2028 {", "Add 1\nand 2."]
 ROWS = [{"text": text, "system": None, "n": number} for number, text in enumerate(TEXTS)]
