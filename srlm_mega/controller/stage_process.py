@@ -135,6 +135,7 @@ def started(start: Start, name: str, config: Config, run: RunDir, as_ranks: bool
             if process.poll() is None:
                 terminate([process])
                 stop_containers(config)
+            run.drop_replicas()
 
 
 def raise_failure(name: str, process: StageProcess, run: RunDir) -> NoReturn:

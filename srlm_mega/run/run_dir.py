@@ -6,6 +6,7 @@ last, and renamed: what has its final name is whole. What is finished is exactly
 
 import fnmatch
 import os
+import shutil
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -92,6 +93,11 @@ class RunDir:
     def replicas(self) -> Path:
         """Folder of the files by which a stage's replicas are told what to sample; it is there while they live."""
         return self.root / "replicas"
+
+    def drop_replicas(self) -> None:
+        """Remove that folder after a stage's process that was killed. A replica on another node may still be ending and
+        write there; what it leaves then goes with the next `sweep`."""
+        shutil.rmtree(self.replicas, ignore_errors=True)
 
     @property
     def stop_file(self) -> Path:
@@ -336,6 +342,7 @@ class RunDir:
         def is_dead(path: Path) -> bool:
             return is_old(path) or not (path.parent == self.root or self.jobs in path.parents)
 
+        self.drop_replicas()
         places = [path for stage in stages for path in (self.output(stage), self.partial(stage))]
         for path in places:
             discard(removed(path))

@@ -15,7 +15,7 @@ from srlm_mega.config import Config
 from srlm_mega.config.file import load_config
 from srlm_mega.config.launch import ContainerRuntime, LaunchConfig
 from srlm_mega.controller.loop import run_loop
-from srlm_mega.controller.stage_process import StageProcess, stage_command
+from srlm_mega.controller.stage_process import StageProcess, stage_command, started
 from srlm_mega.errors import CannotContinue, UserError
 from srlm_mega.launch import ranks
 from srlm_mega.launch.child_process import adapt_to_node, environment, srlm_command
@@ -25,6 +25,7 @@ from srlm_mega.launch.ranks import (
     Allocation,
     JobStep,
     Rendezvous,
+    Start,
     check_resolves,
     current_allocation,
     process_in_step,
@@ -372,6 +373,16 @@ def test_the_end_of_what_was_printed(tmp_path: Path) -> None:
         f"The end of {nodes / 'n1.log'}:", "step 1",
         f"The end of {nodes / 'n2.log'}:", "RuntimeError: no ib7",
     ]  # fmt: skip
+
+
+def test_a_stage_killed_as_it_closes_leaves_no_files_of_replicas(tmp_path: Path) -> None:
+    """Its outputs are finished, so nothing is made again, and no later stage would remove them."""
+    run = RunDir(tmp_path / "run")
+    script = 'mkdir "$0"; touch "$0/heartbeat"; kill -9 $$'
+    start = Start(["sh", "-c", script, str(run.replicas)])
+    with started(start, "round_1/prompts", load_config(TOY), run, as_ranks=False) as process:
+        assert process.popen.wait() == -9 and (run.replicas / "heartbeat").exists()
+    assert not run.replicas.exists()
 
 
 def test_hosts_come_from_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -384,9 +384,11 @@ def test_what_killed_writes_left_is_swept(tmp_path: Path) -> None:
     alive = [folder / f".pairs.jsonl.{here}.{os.getpid()}", run.root / ".report.html.node7.12"]
     others = [run.jobs / ".run.sbatch.login1.4", run.root / ".hidden", folder / ".notes.2024"]
     (run.root / "M2.partial").mkdir()
-    for path in (*dead, *elsewhere, *alive, *others):
+    run.replicas.mkdir()
+    for path in (*dead, *elsewhere, *alive, *others, run.replicas / "heartbeat"):
         path.write_text("")
     run.sweep(["M1", "M2", IDENTITY_A.stage])
+    assert not run.replicas.exists()
     assert [path for path in (*dead, *elsewhere) if path.exists()] == []
     assert all(path.exists() for path in (*alive, *others)) and not (tmp_path / "run/M2.removed").exists()
     os.utime(alive[1], (0, 0))
