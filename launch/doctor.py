@@ -81,6 +81,16 @@ class DoctorRow:
     remedy: str = ""
 
 
+@dataclass(frozen=True)
+class PartInUse:
+    """A part of the environment by its name, whether a configuration uses it on this machine, and for what, or why not.
+    `refused`: it would be needed and cannot be used."""
+
+    name: str
+    use: Literal["used", "not used", "refused"]
+    why: str
+
+
 def version_set(name: str) -> VersionSet:
     """Read a set from the table."""
     table = tomllib.loads(FILE.read_text(encoding="utf-8"))[name]
@@ -117,10 +127,22 @@ def run_probes(names: Sequence[str], seconds: float) -> list[Probed]:
         return list(pool.map(lambda name: run_probe(name, seconds), names))
 
 
-def run_probe(name: str, seconds: float) -> Probed:
-    """Run one probe by this Python, for at most `seconds`. -P: the script's folder is not searched for packages."""
+def run_probe(name: str, seconds: float, python: str = sys.executable) -> Probed:
+    """Run one probe by this Python, or another one, for at most `seconds`."""
+    said = run_alone([python, "-P", str(SCRIPT), name], seconds)  # -P: its folder is not searched for packages
+    if isinstance(said, Failure):
+        return Probed(name, None, said)
+    return Probed(name, ProbeAnswer(**json.loads(said)))
+
+
+class Failure(str):
+    """The reason in words why a process gave no answer."""
+
+
+def run_alone(argv: Sequence[str], seconds: float) -> str | Failure:
+    """Run a process that may hang or crash, for at most `seconds`; return the last line that it prints."""
     process = subprocess.Popen(
-        [sys.executable, "-P", str(SCRIPT), name],
+        argv,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -133,13 +155,13 @@ def run_probe(name: str, seconds: float) -> Probed:
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-        return Probed(name, None, f"no answer in {seconds:g} s")
+        return Failure(f"no answer in {seconds:g} s")
     if process.returncode < 0:
-        return Probed(name, None, f"ended by {signal.Signals(-process.returncode).name}")
+        return Failure(f"ended by {signal.Signals(-process.returncode).name}")
     if process.returncode:
         lines = [line for line in wrong.splitlines() if line.strip()]
-        return Probed(name, None, lines[-1].strip() if lines else f"ended with {process.returncode}, nothing said")
-    return Probed(name, ProbeAnswer(**json.loads(said.splitlines()[-1])))
+        return Failure(lines[-1].strip() if lines else f"ended with {process.returncode}, nothing said")
+    return said.splitlines()[-1]
 
 
 def diagnose(probed: Sequence[Probed], chosen: VersionSet, under_slurm: bool) -> list[DoctorRow]:

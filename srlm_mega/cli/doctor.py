@@ -17,13 +17,19 @@ from srlm_mega.errors import USER_ERROR, UserError
 
 if TYPE_CHECKING:
     from srlm_mega.config import Config
-    from srlm_mega.launch.doctor import DoctorRow, VersionSet
+    from srlm_mega.launch.doctor import DoctorRow, PartInUse, VersionSet
 
 TABLE_WIDTH = 120
 COLOURS = {"ok": "green", "untested": "yellow", "bad": "red", "absent": "dim", "not asked": "dim"}
+USE_COLOURS = {"used": "green", "not used": "dim", "refused": "red"}
 
 
 def doctor(
+    config_file: Annotated[
+        Path | None,
+        typer.Argument(help="YAML file or preset: say also which parts it would use here.", metavar="[CONFIG]"),
+    ] = None,
+    overrides: Overrides = None,
     purpose: Annotated[
         Literal["cpu", "training", "sampling"] | None,
         typer.Option("--for", help="Purpose; default: training with a GPU, else cpu."),
@@ -36,19 +42,29 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
     timeout: Annotated[float, typer.Option(min=1, help="Longest time of each probe, in seconds.")] = 120,
 ) -> None:
-    """Check that this environment works. Tries each part in a process of its own, and names a remedy for what fails."""
+    """Check that this environment works. Tries each part in a process of its own, and names a remedy for what fails.
+
+    With CONFIG it also says which of Transformer Engine, flash-attn, apex, TensorRT-LLM and vLLM that configuration
+    would use on this machine, for what, and why not the others.
+    """
+    from srlm_mega.cli.parts_in_use import parts_in_use
     from srlm_mega.launch.doctor import best_fit, is_well, run_probes, version_sets
     from srlm_mega.launch.probe import NAMES
 
     chosen = purpose or ("training" if Path("/dev/nvidiactl").exists() else "cpu")
     if backend is not None and chosen != "sampling":
         raise UserError(f"--backend={backend} is for --for sampling, not for {chosen}")
+    uses = [] if config_file is None else parts_in_use(config_file, overrides or [], timeout)
     versions, rows = best_fit(run_probes(NAMES, timeout), version_sets(chosen, backend), slurm)
     if as_json:
-        print(orjson.dumps({"for": chosen, "set": versions.name, "rows": rows}, option=orjson.OPT_INDENT_2).decode())
+        found = {"for": chosen, "set": versions.name, "rows": rows} | ({"uses": uses} if uses else {})
+        print(orjson.dumps(found, option=orjson.OPT_INDENT_2).decode())
     else:
         show(rows, versions)
-    raise typer.Exit(0 if is_well(rows) else USER_ERROR)
+        if uses:
+            show_uses(uses, str(config_file))
+    refused = any(part.use == "refused" for part in uses)
+    raise typer.Exit(0 if is_well(rows) and not refused else USER_ERROR)
 
 
 def show(rows: "Sequence[DoctorRow]", versions: "VersionSet") -> None:
@@ -62,6 +78,16 @@ def show(rows: "Sequence[DoctorRow]", versions: "VersionSet") -> None:
     for row in rows:
         if row.remedy:
             console.print(Text.assemble((row.name, COLOURS[row.status]), f": {row.remedy}"))
+
+
+def show_uses(uses: "Sequence[PartInUse]", config: str) -> None:
+    """Print the table of the parts that a configuration uses."""
+    console = VisibleConsole(width=None if os.isatty(1) else TABLE_WIDTH)
+    table = Table("", "", "", box=None, show_header=False)
+    for part in uses:
+        table.add_row(part.name, Text(part.use, USE_COLOURS[part.use]), Text(part.why))
+    console.print(f"\n{config} on this machine")
+    console.print(table)
 
 
 def preflight(

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 from engine_packages import ENDS, NEWEST
-from places import ROOT
+from places import CONFIGS, ROOT
 
+from srlm_mega.cli.parts_in_use import parts_in_use, sampler_part
+from srlm_mega.config.file import load_config
 from srlm_mega.launch.doctor import (
     FILE,
     DoctorRow,
@@ -63,6 +65,23 @@ def bad(chosen: VersionSet = TRAINING, under_slurm: bool = False, **changes: Pro
     """The only red row."""
     (row,) = [row for row in rows(chosen, under_slurm, **changes).values() if row.status == "bad"]
     return row
+
+
+def test_a_configuration_s_parts_are_told(tmp_path: Path) -> None:
+    """Those of training by the trainer's own choice, the sampler's in the sampler's environment."""
+    toy = CONFIGS / "toy_cpu.yaml"
+    uses = {part.name: part for part in parts_in_use(toy, [], 60)}
+    assert {part.use for part in uses.values()} == {"not used"}
+    assert uses["vllm"].why == "sampler.backend=huggingface" and "CPU" in uses["apex"].why
+    python = tmp_path / "python"
+    python.write_text("""#!/bin/sh\necho '{"version": "0.32.0"}'\n""")
+    python.chmod(0o755)
+    sampler = load_config(toy, ["sampler.backend=vllm", f"sampler.python={python}"]).sampler
+    vllm = sampler_part(sampler, "vllm", 60)
+    assert vllm.use == "used" and f"0.32.0 in {python}" in vllm.why
+    python.write_text("#!/bin/sh\nkill -SEGV $$\n")
+    broken = sampler_part(sampler, "vllm", 60)
+    assert broken.use == "refused" and "ended by SIGSEGV" in broken.why
 
 
 def test_a_well_environment_is_well() -> None:

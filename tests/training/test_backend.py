@@ -17,12 +17,13 @@ from srlm_mega.training.fp8_recipe import length_multiple
 from srlm_mega.training.layer_torch import FUSED_NORMS, torch_block, unfused_name
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
+CONFIG_OF_GPUS = CONFIGS / "llama2_7b_8gpu.yaml"
 ALL = {"transformer_engine", "flash_attn", "fused_weight_gradient_mlp_cuda"}
 
 
 def config(*overrides: str) -> Config:
     layout = ("parallel.tensor_model_parallel_size=4", "parallel.data_parallel_size=2")
-    return load_config(CONFIGS / "llama2_7b_8gpu.yaml", (*layout, *overrides))
+    return load_config(CONFIG_OF_GPUS, (*layout, *overrides))
 
 
 def with_packages(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
