@@ -30,7 +30,6 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def opened(tab: Tab, page: Path, fragment: str = "") -> None:
     """The page as a reader finds it."""
     tab.complaints.clear()
-    tab.open(Path("/dev/null"))  # so that a page that is open already is loaded again
     tab.look()
     tab.open(page, fragment)
     tab.wait(READY)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from select import select
 from typing import Any
 
 import pytest
@@ -46,11 +47,13 @@ class Tab:
                 return result
 
     def open(self, page: Path, fragment: str = "") -> None:
-        """Go to a file, and wait until it is loaded."""
-        self._events.clear()
-        self.call("Page.navigate", url=page.resolve().as_uri() + fragment)
-        while "Page.loadEventFired" not in self._events:
-            self._receive()
+        """Go to a file, also to one that is open already, and wait until it is loaded."""
+        for url in ("about:blank", page.resolve().as_uri() + fragment):
+            self._events.clear()
+            answer = self.call("Page.navigate", url=url)
+            assert "errorText" not in answer, f"{url}: {answer['errorText']}"
+            while "Page.loadEventFired" not in self._events:
+                self._receive()
 
     def look(self, width: int = 1280, height: int = 900, scheme: str = "light", media: str = "screen") -> None:
         """Which window and which preferences the page finds."""
@@ -89,6 +92,7 @@ class Tab:
 
     def _receive(self) -> dict[str, Any]:
         while b"\0" not in self._rest:
+            assert select([self._answers], [], [], TIMEOUT_SECONDS)[0], f"no answer, after {self._events}"
             part = self._answers.raw.read(1 << 20)  # type: ignore[attr-defined]
             assert part, "the browser ended"
             self._rest += part
