@@ -20,6 +20,7 @@ def test_an_untrained_judge_stops_the_run_with_code_3(tmp_path: Path, shared_dat
         f"model.tokenizer={shared_data / 'llama2_tokenizer.model'}",
         f"seed_data.path={shared_data / 'oasst_sample.trees.jsonl'}",
         f"prompts.path={shared_data / 'self_instruct_seed_tasks.jsonl'}",
+        *("seed_data.num_eft_sources=8", "seed_data.num_eft_eval=4", "sft.train_iters=2", "prompts.per_round=4"),
     ]
     done = srlm(*arguments)
     assert done.code == 3, done.output

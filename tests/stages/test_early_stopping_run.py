@@ -80,6 +80,9 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> World:
     return world
 
 
+ONLY_M2 = ("--only", "M2")  # the others are there, and nothing is asked of its evaluation
+
+
 def copied(world: World, folder: Path) -> World:
     """The run without its M2."""
     shutil.copytree(world.folder, folder / "run", ignore=shutil.ignore_patterns("M2", "logs"))
@@ -104,10 +107,10 @@ def test_pauses_change_nothing_in_what_is_learnt(stopped: World, tmp_path: Path)
     """Two pauses, and no comparison lost: the model is the one of a training without early stopping."""
     world = copied(stopped, tmp_path)
     with fake_endpoint(older_from(99, world.folder / "M2.partial")) as fake:
-        world.finish(*endpoint(fake.url))
+        world.finish(*endpoint(fake.url), *ONLY_M2)
     assert world.counts["kept_step"] == 6 and world.counts["comparisons"] == 3
     paused, earlier = world.weights, stopped.weights
-    world.finish("--redo", "M2")
+    world.finish("--redo", "M2", *ONLY_M2)
     assert world.weights == paused != earlier
 
 
@@ -115,7 +118,8 @@ def test_a_local_judge_that_sees_no_difference(stopped: World, tmp_path: Path) -
     """It says A in either order, so every comparison is a tie; where more is asked of a checkpoint, M1 is kept."""
     world = copied(stopped, tmp_path)
     write_always_a(tmp_path / "judge")
-    world.finish(*early_stopping(f"judge.model={tmp_path / 'judge'}", "judge.max_new_tokens=8", "stop_below=0.6"))
+    asked_for = ("judge.max_new_tokens=8", "stop_below=0.6")
+    world.finish(*early_stopping(f"judge.model={tmp_path / 'judge'}", *asked_for), *ONLY_M2)
     assert world.counts["kept_step"] == 0 and world.counts["score_of_step_2"] == 0.5 and world.counts["steps"] == 2
     assert world.weights == (world.folder / "M1/huggingface/model.safetensors").read_bytes()
 
@@ -123,12 +127,12 @@ def test_a_local_judge_that_sees_no_difference(stopped: World, tmp_path: Path) -
 def test_an_endpoint_that_is_down_loses_nothing(stopped: World, tmp_path: Path) -> None:
     """With two ranks, which pause and end together."""
     world, ranks = copied(stopped, tmp_path), ["parallel.pipeline_model_parallel_size=2", "launch.processes_per_node=2"]
-    process = world.start(*endpoint("http://127.0.0.1:9/v1"), *ranks, "early_stopping.judge.attempts=1")
+    process = world.start(*endpoint("http://127.0.0.1:9/v1"), *ranks, "early_stopping.judge.attempts=1", *ONLY_M2)
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 3 and "cannot be reached" in output and "Traceback" not in output, output
     exported = world.folder / "M2.partial/early_stopping/step_0000002/exported.json"
     written = exported.stat().st_mtime_ns
     with fake_endpoint(older_from(2, world.folder / "M2.partial")) as fake:
-        world.finish(*endpoint(fake.url), *ranks)
+        world.finish(*endpoint(fake.url), *ranks, *ONLY_M2)
     assert (world.folder / "M2/early_stopping/step_0000002/exported.json").stat().st_mtime_ns == written
     assert world.counts["kept_step"] == 0, "step 2 was worse than M1"
