@@ -68,7 +68,11 @@ def draft_of(path: Path) -> Path:
 def replacing(path: Path, writer: str | None = None) -> Iterator[Path]:
     """Yield the path of a temporary file for the block to write. It is then synced to the disk and gets its name, or,
     after an error, is removed. `writer`: what keeps the temporary files of several writers apart; default: host and
-    process."""
+    process. A device or a pipe, such as /dev/null, is written itself: it would be replaced by a file."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        with naming(path):
+            yield path
+        return
     temporary = draft_of(path) if writer is None else path.with_name(f".{path.name}.{writer}")
     try:
         with naming(path):

@@ -396,6 +396,16 @@ def test_what_killed_writes_left_is_swept(tmp_path: Path) -> None:
     assert not alive[1].exists()
 
 
+def test_a_device_or_a_pipe_is_written_and_not_replaced(tmp_path: Path) -> None:
+    """`srlm export ... /dev/null`, as root, made a file of it for the whole machine."""
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_atomic(tmp_path / "pipe", b"told")
+    assert os.read(reader, 9) == b"told" and (tmp_path / "pipe").is_fifo()
+    os.close(reader)
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+
+
 def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
