@@ -23,10 +23,12 @@ def remove_folder(path: Path, renamed: Path) -> None:
 
 
 def discard(path: Path) -> None:
-    """Remove a folder with its content, a file, or a link without what it points to; do nothing where there is none."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    elif os.path.lexists(path):
+    """Remove a folder with its content, a file, or a link without what it points to; do nothing where there is none.
+    Another process may remove the same, or a part of it, meanwhile."""
+    while path.is_dir() and not path.is_symlink():
+        with suppress(FileNotFoundError):
+            shutil.rmtree(path)
+    if os.path.lexists(path):
         path.unlink(missing_ok=True)
 
 

@@ -2,7 +2,6 @@
 in this process or by replicas."""
 
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -80,8 +79,7 @@ class Samplers:
         if self._open is not None:
             self._open.close()
             self._open = self._model = None
-        with suppress(FileNotFoundError):  # a replica that ends removes files of its own
-            discard(self._folder)
+        discard(self._folder)
 
     def _opened(self, model: SampledModel) -> OpenModel:
         if self.config.starts_replicas:

@@ -1,6 +1,7 @@
 """Outputs: atomic, hashed, refused when altered."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import orjson
 import pytest
 
 from srlm_mega.errors import UserError
-from srlm_mega.run.files import write_atomic
+from srlm_mega.run.files import discard, write_atomic
 from srlm_mega.run.manifest import IDENTITY, MANIFEST, Identity, digest_of, file_hash
 from srlm_mega.run.run_dir import RunDir
 
@@ -394,6 +395,24 @@ def test_what_killed_writes_left_is_swept(tmp_path: Path) -> None:
     os.utime(alive[1], (0, 0))
     run.sweep([])
     assert not alive[1].exists()
+
+
+def test_two_processes_may_remove_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A controller that ends and its stage both drop the attempt; a replica that ends removes files of its own."""
+    (tmp_path / "attempt").mkdir()
+    (tmp_path / "attempt/b").touch()
+    remove, calls = shutil.rmtree, list[Path]()
+
+    def raced(path: Path) -> None:
+        calls.append(path)
+        if len(calls) == 1:
+            raise FileNotFoundError(2, "No such file or directory", str(path / "a"))
+        remove(path)
+
+    monkeypatch.setattr("srlm_mega.run.files.shutil.rmtree", raced)
+    discard(tmp_path / "attempt")
+    assert list(tmp_path.iterdir()) == [] and len(calls) == 2
+    discard(tmp_path / "attempt")
 
 
 def test_a_device_or_a_pipe_is_written_and_not_replaced(tmp_path: Path) -> None:
