@@ -16,14 +16,15 @@ def manifests_in(root: Path) -> dict[str, Mapping[str, Any]]:
     """Return the content of every manifest in a run's folder that can be read, by the stage's name, oldest first."""
     found: dict[str, Mapping[str, Any]] = {}
     paths = [*root.glob(f"*/{MANIFEST}"), *root.glob(f"*/*/{MANIFEST}")]
-    for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns):
-        name = str(path.parent.relative_to(root))
-        if ".partial" not in name and ".removed" not in name:
-            try:
-                content = orjson.loads(path.read_bytes())
-            except (orjson.JSONDecodeError, OSError):
-                continue  # one that is damaged may be what is to be made again
-            found[name] = content if isinstance(content, dict) else {}
+    names = {path: str(path.parent.relative_to(root)) for path in paths}
+    # Those of a stage that commits at this moment have another name as soon as they are found.
+    finished = [path for path, name in names.items() if ".partial" not in name and ".removed" not in name]
+    for path in sorted(finished, key=lambda path: path.stat().st_mtime_ns):
+        try:
+            content = orjson.loads(path.read_bytes())
+        except (orjson.JSONDecodeError, OSError):
+            continue  # one that is damaged may be what is to be made again
+        found[names[path]] = content if isinstance(content, dict) else {}
     return found
 
 

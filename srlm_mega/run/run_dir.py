@@ -95,8 +95,7 @@ class RunDir:
         return self.root / "replicas"
 
     def drop_replicas(self) -> None:
-        """Remove that folder after a stage's process that was killed. A replica on another node may still be ending and
-        write there; what it leaves then goes with the next `sweep`."""
+        """Remove it after a stage's process was killed; what replicas elsewhere still write goes with a `sweep`."""
         shutil.rmtree(self.replicas, ignore_errors=True)
 
     @property
@@ -148,11 +147,12 @@ class RunDir:
         """Raise UserError for a file, or a link to nothing, where a stage has its folders or above them."""
         above = [self.root / parent for parent in Path(stage).parents]
         for path in (*above, self.output(stage), self.partial(stage)):
-            redo = "" if path in above else f". The same `srlm run` command removes it too with {self.redo(stage)}"
-            if (found := dangling(path)) is not None:
-                raise UserError(f"{found}: bring that back, or remove the link{redo}")
+            problem = f"{found}: bring that back, or remove the link" if (found := dangling(path)) else ""
             if path.exists() and not path.is_dir():
-                raise UserError(f"{path} is a file, where {stage} has its folder: move it away{redo}")
+                problem = f"{path} is a file, where {stage} has its folder: move it away"
+            if problem:
+                redo = "" if path in above else f". The same `srlm run` command removes it too with {self.redo(stage)}"
+                raise UserError(problem + redo)
 
     def manifest(self, stage: str) -> Manifest | None:
         """Read the manifest of a finished stage; return None when the stage is not finished. UserError for one that

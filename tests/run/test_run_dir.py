@@ -12,6 +12,7 @@ import pytest
 from srlm_mega.errors import UserError
 from srlm_mega.run.files import discard, write_atomic
 from srlm_mega.run.manifest import IDENTITY, MANIFEST, Identity, digest_of, file_hash
+from srlm_mega.run.removal import manifests_in
 from srlm_mega.run.run_dir import RunDir
 
 IDENTITY_A = Identity("round_1/pairs", {"pairs.min_gap": 0.0}, {"round_1/judgements": "abc"})
@@ -36,6 +37,29 @@ def test_an_output_appears_whole(tmp_path: Path) -> None:
     assert manifest is not None
     assert manifest.files["pairs.jsonl"].bytes == 4 and manifest.inputs == {"round_1/judgements": "abc"}
     assert not (run.output("round_1/pairs") / IDENTITY).exists()
+
+
+def test_a_manifest_is_read_without_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`srlm run` asks for one while a stage commits: what is renamed meanwhile must not be looked at."""
+    run = RunDir(tmp_path)
+    make_output(run)
+    monkeypatch.setattr("srlm_mega.run.run_dir.manifests_in", lambda root: pytest.fail(f"{root} is searched"))
+    assert run.verified("round_1/pairs") is not None and run.verified("M2") is None
+    monkeypatch.undo()
+    unfinished = tmp_path / "M2.partial" / MANIFEST
+    unfinished.parent.mkdir()
+    unfinished.write_text("{}")
+    real = Path.stat
+
+    def stat(path: Path, *, follow_symlinks: bool = True) -> os.stat_result:
+        if path == unfinished and unfinished in seen:
+            raise FileNotFoundError(path)
+        seen.add(path)
+        return real(path, follow_symlinks=follow_symlinks)
+
+    seen: set[Path] = set()
+    monkeypatch.setattr(Path, "stat", stat)
+    assert set(manifests_in(tmp_path)) == {"round_1/pairs"}
 
 
 def test_an_attempts_configuration_is_taken_with_its_first_output(tmp_path: Path) -> None:
