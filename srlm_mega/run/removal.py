@@ -1,5 +1,6 @@
 """What --redo would remove: outputs with all that was made from them, their records, and the work that they took."""
 
+import glob
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ NAMED = 4  # outputs that are named, of many
 def manifests_in(root: Path) -> dict[str, Mapping[str, Any]]:
     """Return the content of every manifest in a run's folder that can be read, by the stage's name, oldest first."""
     found: dict[str, Mapping[str, Any]] = {}
-    paths = [*root.glob(f"*/{MANIFEST}"), *root.glob(f"*/*/{MANIFEST}")]
-    names = {path: str(path.parent.relative_to(root)) for path in paths}
+    # The module's, which passes over a folder that goes away while it looks; pathlib's raises an error then.
+    listed = [*glob.glob(f"*/{MANIFEST}", root_dir=root), *glob.glob(f"*/*/{MANIFEST}", root_dir=root)]
+    names = {root / path: str(Path(path).parent) for path in listed}
     # Those of a stage that commits at this moment have another name as soon as they are found.
     finished = [path for path, name in names.items() if ".partial" not in name and ".removed" not in name]
     for path in sorted(finished, key=lambda path: path.stat().st_mtime_ns):
