@@ -5,19 +5,9 @@ from typing import Annotated
 
 import typer
 
-from srlm_mega.errors import UserError
-from srlm_mega.run.files import check_place, dangling
+from srlm_mega.run.files import check_place, existing_run
 
 OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
-
-
-def existing_run(run: Path) -> Path:
-    """Return the folder. UserError if it is not a run's."""
-    if (found := dangling(run)) is not None:
-        raise UserError(f"{found}: bring it back")
-    if not (run / "config.yaml").is_file():
-        raise UserError(f"{run} is not a run folder: it has no config.yaml. `srlm run CONFIG` makes one.")
-    return run
 
 
 def sound_run(run: Path) -> Path:

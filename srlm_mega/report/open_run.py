@@ -10,6 +10,7 @@ from srlm_mega.config.file import load_config
 from srlm_mega.errors import UserError
 from srlm_mega.evaluation.results import ModelEvaluation
 from srlm_mega.records import Candidate, Judgement, PreferencePair, Prompt, parse_line, read_jsonl
+from srlm_mega.run.files import existing_run
 from srlm_mega.run.logs import read_metrics
 from srlm_mega.run.plan import plan
 from srlm_mega.run.run_dir import RunDir
@@ -68,25 +69,22 @@ class Run:
         """Yield the finished models in the order of their training."""
         run = RunDir(self.folder)
         for stage in plan(self.config):
-            if (stage.kind.trains or stage.kind is BASE) and run.verified(stage.name) is not None:
+            if (stage.kind.trains or stage.kind is BASE) and (made := run.verified(stage.name)) is not None:
                 file = run.output(EVALUATION.of(stage.name)) / "evaluation.json"
                 measured = run.verified(EVALUATION.of(stage.name)) is not None
                 evaluation = parse_line(ModelEvaluation, file.read_bytes()) if measured else None
-                folder = run.weights(stage.name)
-                yield FinishedModel(stage.name, folder, run.digest(stage.name), evaluation)
+                yield FinishedModel(stage.name, run.weights(stage.name), made.digest, evaluation)
 
     def metrics(self, model: str) -> Iterator[TrainingStep]:
         """Yield the optimizer steps of a model's training, finished or not, as far as they are logged."""
         run = RunDir(self.folder)
-        if model not in {stage.name for stage in plan(self.config) if stage.kind.trains}:
-            raise UserError(f"{model} is no model that {self.folder} trains: {self._trained()}")
+        trained = [stage.name for stage in plan(self.config) if stage.kind.trains]
+        if model not in trained:
+            raise UserError(f"{model} is no model that {self.folder} trains: {', '.join(trained)}")
         folder = run.partial(model) if run.manifest(model) is None else run.output(model)
         for row in read_metrics(folder / "metrics.jsonl"):
             if (step := row.pop("step", None)) is not None:
                 yield TrainingStep(model, int(step), row)
-
-    def _trained(self) -> str:
-        return ", ".join(stage.name for stage in plan(self.config) if stage.kind.trains)
 
     def _records(self, kind: StageKind, file: str, record: type[T], round: int | None) -> Iterator[T]:
         run = RunDir(self.folder)
@@ -100,7 +98,5 @@ class Run:
 
 def open_run(folder: Path | str) -> Run:
     """Open a run's folder. UserError where it is none."""
-    run = RunDir(Path(folder))
-    if not run.config_file.is_file():
-        raise UserError(f"{folder} is not a run folder: it has no {run.config_file.name}. `srlm run CONFIG` makes one")
+    run = RunDir(existing_run(Path(folder)))
     return Run(run.root, load_config(run.config_file))

@@ -39,6 +39,15 @@ def dangling(path: Path) -> str | None:
     return None
 
 
+def existing_run(run: Path) -> Path:
+    """Return the folder. UserError if it is not a run's."""
+    if (found := dangling(run)) is not None:
+        raise UserError(f"{found}: bring it back")
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run} is not a run folder: it has no config.yaml. `srlm run CONFIG` makes one.")
+    return run
+
+
 def check_place(path: Path, is_folder: bool = False) -> None:
     """Make the folders above what a command writes at its end, a file or a folder, and write there for a moment.
     UserError or OSError, with the path, where it could not be written: before the work, and not after it."""
