@@ -129,18 +129,20 @@ def run_probes(names: Sequence[str], seconds: float) -> list[Probed]:
 
 def run_probe(name: str, seconds: float, python: str = sys.executable) -> Probed:
     """Run one probe by this Python, or another one, for at most `seconds`."""
-    said = run_alone([python, "-P", str(SCRIPT), name], seconds)  # -P: its folder is not searched for packages
-    if isinstance(said, Failure):
-        return Probed(name, None, said)
+    try:
+        said = run_alone([python, "-P", str(SCRIPT), name], seconds)  # -P: its folder is not searched for packages
+    except NoAnswer as reason:
+        return Probed(name, None, str(reason))
     return Probed(name, ProbeAnswer(**json.loads(said)))
 
 
-class Failure(str):
-    """The reason in words why a process gave no answer."""
+class NoAnswer(Exception):
+    """The reason why a process gave no answer."""
 
 
-def run_alone(argv: Sequence[str], seconds: float) -> str | Failure:
-    """Run a process that may hang or crash, for at most `seconds`; return the last line that it prints."""
+def run_alone(argv: Sequence[str], seconds: float) -> str:
+    """Run a process that may hang or crash, for at most `seconds`; return the last line that it prints. NoAnswer when
+    it fails."""
     process = subprocess.Popen(
         argv,
         stdin=subprocess.DEVNULL,
@@ -155,12 +157,12 @@ def run_alone(argv: Sequence[str], seconds: float) -> str | Failure:
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-        return Failure(f"no answer in {seconds:g} s")
+        raise NoAnswer(f"no answer in {seconds:g} s") from None
     if process.returncode < 0:
-        return Failure(f"ended by {signal.Signals(-process.returncode).name}")
+        raise NoAnswer(f"ended by {signal.Signals(-process.returncode).name}")
     if process.returncode:
         lines = [line for line in wrong.splitlines() if line.strip()]
-        return Failure(lines[-1].strip() if lines else f"ended with {process.returncode}, nothing said")
+        raise NoAnswer(lines[-1].strip() if lines else f"ended with {process.returncode}, nothing said")
     return said.splitlines()[-1]
 
 

@@ -48,14 +48,18 @@ def doctor(
     would use on this machine, for what, and why not the others.
     """
     from srlm_mega.cli.parts_in_use import parts_in_use
+    from srlm_mega.config.file import load_config
     from srlm_mega.launch.doctor import best_fit, is_well, run_probes, version_sets
     from srlm_mega.launch.probe import NAMES
 
     chosen = purpose or ("training" if Path("/dev/nvidiactl").exists() else "cpu")
     if backend is not None and chosen != "sampling":
         raise UserError(f"--backend={backend} is for --for sampling, not for {chosen}")
-    uses = [] if config_file is None else parts_in_use(config_file, overrides or [], timeout)
-    versions, rows = best_fit(run_probes(NAMES, timeout), version_sets(chosen, backend), slurm)
+    config = None if config_file is None else load_config(config_file, overrides or [])  # refused before minutes pass
+    probed = run_probes(NAMES, timeout)
+    versions, rows = best_fit(probed, version_sets(chosen, backend), slurm)
+    given = [str(config_file), *(overrides or [])]
+    uses = [] if config is None else parts_in_use(given, config.sampler, probed, timeout)
     if as_json:
         found = {"for": chosen, "set": versions.name, "rows": rows} | ({"uses": uses} if uses else {})
         print(orjson.dumps(found, option=orjson.OPT_INDENT_2).decode())

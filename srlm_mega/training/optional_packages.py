@@ -15,14 +15,12 @@ from srlm_mega.errors import UserError
 from srlm_mega.launch.doctor import PartInUse
 from srlm_mega.training import adamw, backend
 from srlm_mega.training.backend import APEX_KERNEL, Backend, choose_backend
+from srlm_mega.training.topology import choose_device
 
 
 def training_parts(config: Config) -> list[PartInUse]:
     """Return what training would use here. UserError, in the trainer's words, where it would be refused."""
-    cuda = torch.cuda.is_available()
-    if config.trainer.device == "cuda" and not cuda:
-        raise UserError("trainer.device=cuda, and torch finds no GPU here: run this on a node that has one")
-    device = torch.device("cuda" if cuda and config.trainer.device != "cpu" else "cpu")
+    device = choose_device(config.trainer.device)
     chosen = choose_backend(config, device)
     return [engine(config, chosen, device), flash(config, chosen, device), apex(chosen, device)]
 

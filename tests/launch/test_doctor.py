@@ -69,19 +69,22 @@ def bad(chosen: VersionSet = TRAINING, under_slurm: bool = False, **changes: Pro
 
 def test_a_configuration_s_parts_are_told(tmp_path: Path) -> None:
     """Those of training by the trainer's own choice, the sampler's in the sampler's environment."""
-    toy = CONFIGS / "toy_cpu.yaml"
-    uses = {part.name: part for part in parts_in_use(toy, [], 60)}
+    toy, here = CONFIGS / "toy_cpu.yaml", [Probed(name, ProbeAnswer(absent=True)) for name in ("tensorrt-llm", "vllm")]
+    uses = {part.name: part for part in parts_in_use([str(toy)], load_config(toy).sampler, here, 60)}
     assert {part.use for part in uses.values()} == {"not used"}
     assert uses["vllm"].why == "sampler.backend=huggingface" and "CPU" in uses["apex"].why
     python = tmp_path / "python"
     python.write_text("""#!/bin/sh\necho '{"version": "0.32.0"}'\n""")
     python.chmod(0o755)
     sampler = load_config(toy, ["sampler.backend=vllm", f"sampler.python={python}"]).sampler
-    vllm = sampler_part(sampler, "vllm", 60)
+    vllm = sampler_part(sampler, here[1], 60)
     assert vllm.use == "used" and f"0.32.0 in {python}" in vllm.why
     python.write_text("#!/bin/sh\nkill -SEGV $$\n")
-    broken = sampler_part(sampler, "vllm", 60)
+    broken = sampler_part(sampler, here[1], 60)
     assert broken.use == "refused" and "ended by SIGSEGV" in broken.why
+    own = load_config(toy, ["sampler.backend=vllm"]).sampler
+    assert sampler_part(own, here[1], 0).use == "refused", "what this environment's probe found, and no further process"
+    assert sampler_part(own, Probed("vllm", ProbeAnswer("0.32.0")), 0).use == "used"
 
 
 def test_a_well_environment_is_well() -> None:

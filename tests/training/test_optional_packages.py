@@ -38,7 +38,7 @@ def test_each_part_has_its_use_or_the_reason(
 
 
 def test_what_training_would_refuse_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="no GPU here"):
+    with pytest.raises(UserError, match="no CUDA device here"):
         training_parts(load_config(CONFIG_OF_GPUS))
     with_packages(monkeypatch)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
