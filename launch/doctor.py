@@ -143,15 +143,18 @@ class NoAnswer(Exception):
 def run_alone(argv: Sequence[str], seconds: float) -> str:
     """Run a process that may hang or crash, for at most `seconds`; return the last line that it prints. NoAnswer when
     it fails."""
-    process = subprocess.Popen(
-        argv,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=partial(die_with, os.getpid()),
-    )
+    try:
+        process = subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            preexec_fn=partial(die_with, os.getpid()),
+        )
+    except OSError as error:
+        raise NoAnswer(f"cannot be started ({error.strerror})") from None
     try:
         said, wrong = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:

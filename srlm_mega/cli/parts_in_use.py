@@ -38,5 +38,5 @@ def sampler_part(sampler: SamplerConfig, here: Probed, seconds: float) -> PartIn
     python = str(sampler.python or sys.executable)
     found = here if sampler.python is None else run_probe(name, seconds, python)
     if found.answer is None or found.answer.absent:
-        return PartInUse(name, "refused", f"{uses}, and in {python} it is {said(found)}")
+        return PartInUse(name, "refused", f"{uses}; {python}: {said(found)}")
     return PartInUse(name, "used", f"{uses}: {found.answer.version} in {python}")

@@ -82,6 +82,9 @@ def test_a_configuration_s_parts_are_told(tmp_path: Path) -> None:
     python.write_text("#!/bin/sh\nkill -SEGV $$\n")
     broken = sampler_part(sampler, here[1], 60)
     assert broken.use == "refused" and "ended by SIGSEGV" in broken.why
+    python.unlink()
+    gone = sampler_part(sampler, here[1], 60)
+    assert gone.use == "refused" and f"{python}: cannot be started (No such file or directory)" in gone.why
     own = load_config(toy, ["sampler.backend=vllm"]).sampler
     assert sampler_part(own, here[1], 0).use == "refused", "what this environment's probe found, and no further process"
     assert sampler_part(own, Probed("vllm", ProbeAnswer("0.32.0")), 0).use == "used"
