@@ -48,11 +48,16 @@ def existing_run(run: Path) -> Path:
     return run
 
 
+def is_stream(path: Path) -> bool:
+    """Tell whether a path is a device or a pipe, such as /dev/null or what /dev/stdout is."""
+    return path.exists() and not (path.is_file() or path.is_dir())
+
+
 def check_place(path: Path, is_folder: bool = False) -> None:
     """Make the folders above what a command writes at its end, a file or a folder, and write there for a moment.
     UserError or OSError, with the path, where it could not be written: before the work, and not after it."""
     target = Path(os.path.realpath(path))
-    if path.exists() and not (path.is_file() or path.is_dir()):  # /dev/stdout, which may be a pipe, or another device
+    if is_stream(path):
         return
     if target.is_dir() and not is_folder:
         raise UserError(f"{path} is a folder: give the name of a file")
@@ -79,8 +84,8 @@ def draft_of(path: Path) -> Path:
 def replacing(path: Path, writer: str | None = None) -> Iterator[Path]:
     """Yield the path of a temporary file for the block to write. It is then synced to the disk and gets its name, or,
     after an error, is removed. `writer`: what keeps the temporary files of several writers apart; default: host and
-    process. A device or a pipe, such as /dev/null, is written itself: it would be replaced by a file."""
-    if path.exists() and not (path.is_file() or path.is_dir()):
+    process. A device or a pipe is written itself: it would be replaced by a file."""
+    if is_stream(path):
         with naming(path):
             yield path
         return

@@ -18,15 +18,14 @@ def manifests_in(root: Path) -> dict[str, Mapping[str, Any]]:
     found: dict[str, Mapping[str, Any]] = {}
     # The module's, which passes over a folder that goes away while it looks; pathlib's raises an error then.
     listed = [*glob.glob(f"*/{MANIFEST}", root_dir=root), *glob.glob(f"*/*/{MANIFEST}", root_dir=root)]
-    names = {root / path: str(Path(path).parent) for path in listed}
     # Those of a stage that commits at this moment have another name as soon as they are found.
-    finished = [path for path, name in names.items() if ".partial" not in name and ".removed" not in name]
+    finished = [root / path for path in listed if ".partial" not in path and ".removed" not in path]
     for path in sorted(finished, key=lambda path: path.stat().st_mtime_ns):
         try:
             content = orjson.loads(path.read_bytes())
         except (orjson.JSONDecodeError, OSError):
             continue  # one that is damaged may be what is to be made again
-        found[names[path]] = content if isinstance(content, dict) else {}
+        found[str(path.parent.relative_to(root))] = content if isinstance(content, dict) else {}
     return found
 
 

@@ -95,7 +95,7 @@ class RunDir:
         return self.root / "replicas"
 
     def drop_replicas(self) -> None:
-        """Remove it after a stage's process was killed; what replicas elsewhere still write goes with a `sweep`."""
+        """Remove the replicas' folder of a killed stage; what replicas elsewhere still write goes with a `sweep`."""
         shutil.rmtree(self.replicas, ignore_errors=True)
 
     @property

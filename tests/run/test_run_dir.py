@@ -422,9 +422,9 @@ def test_what_killed_writes_left_is_swept(tmp_path: Path) -> None:
 
 
 def test_two_processes_may_remove_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A controller that ends and its stage both drop the attempt; a replica that ends removes files of its own."""
-    (tmp_path / "attempt").mkdir()
-    (tmp_path / "attempt/b").touch()
+    """As when a replica that ends removes files of its own while its folder is removed."""
+    (tmp_path / "replicas").mkdir()
+    (tmp_path / "replicas/b").touch()
     remove, calls = shutil.rmtree, list[Path]()
 
     def raced(path: Path) -> None:
@@ -434,9 +434,9 @@ def test_two_processes_may_remove_one_folder(tmp_path: Path, monkeypatch: pytest
         remove(path)
 
     monkeypatch.setattr("srlm_mega.run.files.shutil.rmtree", raced)
-    discard(tmp_path / "attempt")
+    discard(tmp_path / "replicas")
     assert list(tmp_path.iterdir()) == [] and len(calls) == 2
-    discard(tmp_path / "attempt")
+    discard(tmp_path / "replicas")
 
 
 def test_a_device_or_a_pipe_is_written_and_not_replaced(tmp_path: Path) -> None:
